@@ -1,0 +1,1 @@
+"""The sharded instance classifier: plain tensors and a group in, tensors out."""

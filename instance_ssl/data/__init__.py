@@ -1,0 +1,1 @@
+"""Images, their stable instance ids, and the views the model sees."""

@@ -1,0 +1,1 @@
+"""Process groups and the integers that divide work over them."""

@@ -1,0 +1,162 @@
+"""The collectives the project needs, and the only file that imports `torch.distributed`.
+
+A `Group` is passed explicitly to everything that communicates. One process is a group of size 1
+that runs the same collectives; nothing here branches on it.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that work together. Tensors handed to its methods lie on the group's device.
+
+    Attributes:
+        handle: the `torch.distributed` process group.
+        rank: this process's place in the group, 0 … size - 1.
+        size: number of ranks T.
+        device: where the tensors of its collectives lie.
+    """
+
+    handle: Any
+    rank: int
+    size: int
+    device: torch.device
+
+    def row_counts(self, count: int) -> list[int]:
+        """Every rank's `count`, in order of rank (one small all-gather)."""
+        own = torch.tensor([count], dtype=torch.int64, device=self.device)
+        out = torch.empty(self.size, dtype=torch.int64, device=self.device)
+        dist.all_gather_into_tensor(out, own, group=self.handle)
+        return [int(value) for value in out.tolist()]
+
+    def all_gather_rows(self, rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """Concatenates every rank's rows, (b, …) → (B, …), in order of rank.
+
+        Args:
+            counts: rows of each rank; None says that all ranks hold equally many.
+        """
+        rows = rows.contiguous()
+        if counts is None or len(set(counts)) == 1:
+            out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
+            dist.all_gather_into_tensor(out, rows, group=self.handle)
+            return out
+        longest = max(counts)
+        padded = rows.new_zeros((longest, *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        out = rows.new_empty((self.size * longest, *rows.shape[1:]))
+        dist.all_gather_into_tensor(out, padded, group=self.handle)
+        return torch.cat([out[r * longest : r * longest + count] for r, count in enumerate(counts)])
+
+    def reduce_scatter_rows(self, rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """Sums (B, …) over the ranks and returns this rank's rows (b, …); the transpose of `all_gather_rows`."""
+        if counts is None or len(set(counts)) == 1:
+            out = rows.new_empty((rows.shape[0] // self.size, *rows.shape[1:]))
+            dist.reduce_scatter_tensor(out, rows.contiguous(), group=self.handle)
+            return out
+        longest = max(counts)
+        padded = rows.new_zeros((self.size * longest, *rows.shape[1:]))
+        for r, part in enumerate(torch.split(rows, list(counts))):
+            padded[r * longest : r * longest + part.shape[0]] = part
+        out = rows.new_empty((longest, *rows.shape[1:]))
+        dist.reduce_scatter_tensor(out, padded, group=self.handle)
+        return out[: counts[self.rank]]
+
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
+        """Sums over the ranks, in place."""
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.handle)
+        return tensor
+
+    def all_reduce_max_(self, tensor: Tensor) -> Tensor:
+        """Element-wise maximum over the ranks, in place."""
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.handle)
+        return tensor
+
+    def all_reduce_min_(self, tensor: Tensor) -> Tensor:
+        """Element-wise minimum over the ranks, in place."""
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.handle)
+        return tensor
+
+    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
+        """Copies rank `source`'s tensor to all ranks, in place."""
+        dist.broadcast(tensor, group=self.handle, group_src=source)
+        return tensor
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's (picklable, small) object, in order of rank."""
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value, group=self.handle)
+        return out
+
+    def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        """Rank `source`'s (picklable) object, on all ranks."""
+        box = [value]
+        dist.broadcast_object_list(box, group=self.handle, group_src=source)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        self.all_reduce_sum_(torch.zeros(1, device=self.device))
+
+
+def launched_rank() -> int:
+    """Rank given by the launcher, 0 when run bare; usable before any group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """World size given by the launcher, 1 when run bare; usable before any group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize() -> Group:
+    """Joins the launcher's world (or a world of one when run bare) and returns it as a group.
+
+    NCCL and one GPU a rank where CUDA is there, gloo on the CPU otherwise.
+    """
+    use_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if "MASTER_ADDR" in os.environ:
+        return _join("env://", launched_rank(), launched_world_size(), device)
+    rendezvous = os.path.join(tempfile.mkdtemp(prefix="instance_ssl_"), "rendezvous")
+    return _join(f"file://{rendezvous}", 0, 1, device)
+
+
+def initialize_from_file(path: str, rank: int, size: int) -> Group:
+    """Joins a gloo world of `size` CPU ranks that meet in a file: no port, no launcher."""
+    return _join(f"file://{path}", rank, size, torch.device("cpu"))
+
+
+def _join(init_method: str, rank: int, size: int, device: torch.device) -> Group:
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=size,
+        timeout=_TIMEOUT,
+    )
+    return Group(dist.group.WORLD, rank, size, device)
+
+
+def new_group(world: Group) -> Group:
+    """A second group over the same ranks, so that its collectives never queue behind the engine's."""
+    handle = dist.new_group(ranks=list(range(world.size)), timeout=_TIMEOUT)
+    return Group(handle, world.rank, world.size, world.device)
+
+
+def finalize() -> None:
+    """Leaves the world."""
+    dist.destroy_process_group()

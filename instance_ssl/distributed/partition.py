@@ -1,0 +1,36 @@
+"""Which rank holds which rows: contiguous, uneven, decided by integers alone."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Partition:
+    """`total` rows in `size` contiguous parts; the first `total % size` parts are one row longer.
+
+    Raises:
+        ValueError: when `size` is not positive or `total` is negative.
+    """
+
+    total: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.total < 0:
+            raise ValueError(f"cannot divide {self.total} rows into {self.size} parts")
+
+    def bounds(self, rank: int) -> tuple[int, int]:
+        """First row of part `rank`, and the row after its last."""
+        if not 0 <= rank < self.size:
+            raise ValueError(f"part {rank} of {self.size} does not exist")
+        quotient, remainder = divmod(self.total, self.size)
+        start = rank * quotient + min(rank, remainder)
+        return start, start + quotient + (rank < remainder)
+
+    def count(self, rank: int) -> int:
+        """Number of rows of part `rank`."""
+        start, stop = self.bounds(rank)
+        return stop - start
+
+    def counts(self) -> list[int]:
+        """Number of rows of every part, in order of rank."""
+        return [self.count(rank) for rank in range(self.size)]

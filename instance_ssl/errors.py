@@ -1,0 +1,9 @@
+"""Errors meant for the user: one line that says what is wrong, where, and what to do."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend, known to every rank alike; rank 0 prints it and all exit with code 2."""
+
+
+class RankError(UserError):
+    """A `UserError` met by one rank alone (a file that cannot be decoded, say): that rank prints it."""

@@ -1,0 +1,1 @@
+"""How good a representation is: functions from features and labels to figures."""
