@@ -1,0 +1,302 @@
+"""Linear classifiers on a frozen encoder: logistic regression on cached features, and the papers' SGD protocol.
+
+Both keep weights and bias as one replicated matrix (C, F + 1) and sum the loss and its gradient over
+the ranks, so that all ranks walk the same path.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from instance_ssl.distributed.comm import Group
+from instance_ssl.errors import UserError
+from instance_ssl.evaluation.features import evaluation_mode, forward_frozen
+
+_BLOCK_ROWS = 65536
+_HISTORY = 10
+
+
+def count_correct(scores_nC: Tensor, labels_n: Tensor) -> Tensor:
+    """Rows whose class is the best, and among the best 5: int64 (2,).
+
+    Equal scores rank the lower class first; NaN is never correct. With fewer than 5 classes all are among the 5.
+    """
+    own_n1 = scores_nC.gather(1, labels_n[:, None])
+    classes = torch.arange(scores_nC.shape[1], device=scores_nC.device)
+    ahead_nC = ~(scores_nC <= own_n1) | ((scores_nC == own_n1) & (classes < labels_n[:, None]))
+    places_n = ahead_nC.sum(dim=1)
+    top5_n = (places_n < 5) & ~own_n1[:, 0].isnan()
+    return torch.stack([(places_n == 0).sum(), top5_n.sum()])
+
+
+def probe_cached_features(
+    train_nF: Tensor,
+    train_labels_n: Tensor,
+    test_mF: Tensor,
+    test_labels_m: Tensor,
+    group: Group,
+    *,
+    num_classes: int,
+    l2_penalties: Sequence[float],
+    held_out_fraction: float = 0.1,
+    seed: int,
+    max_iterations: int = 200,
+) -> dict[str, float]:
+    """Multinomial logistic regression on cached features, the penalty chosen on held-out training images.
+
+    Minimises mean cross-entropy + penalty / 2 · ‖weights‖² (bias free) by full-batch L-BFGS in
+    float64, from the strongest penalty to the weakest, each from the solution before; the best
+    penalty (the stronger of equals) is then fitted to all training images. Features are standardised
+    by mean and standard deviation of the whole training set, held-out part included, over all ranks.
+    L-BFGS without augmentation is SimCLR's protocol for small sets (arXiv:2002.05709, B.8).
+
+    Args:
+        train_nF, train_labels_n: this rank's features, any number, and their classes 0 … num_classes - 1.
+        test_mF, test_labels_m: the same of the test images.
+        num_classes: C.
+        l2_penalties: candidates, in any order.
+        held_out_fraction: share of the training images the penalty is chosen on, at least one image.
+        seed: decides which images those are, whatever the number of ranks.
+        max_iterations: L-BFGS iterations of each fit.
+
+    Returns:
+        "top1", "top5" and "held_out_top1" in per cent; "l2_penalty" chosen; "iterations" of the last
+        fit; "max_iterations", "train_images", "test_images". The same on all ranks.
+
+    Raises:
+        UserError: when there are fewer than 2 training images; ValueError: when there are no test images.
+    """
+    counts = group.row_counts(train_nF.shape[0])
+    held_out_n = _draw_held_out(counts, held_out_fraction, seed)[group.rank].to(train_nF.device)
+    mean_F, std_F = _moments(train_nF, sum(counts), group)
+    train = _Rows(train_nF, train_labels_n.long(), mean_F, std_F)
+    test = _Rows(test_mF, test_labels_m.long(), mean_F, std_F)
+    fitted, held_out = train.select(~held_out_n), train.select(held_out_n)
+    theta = torch.zeros(num_classes, train_nF.shape[1] + 1, dtype=torch.float64, device=group.device)
+    best_top1, best_penalty, best_theta = -1.0, max(l2_penalties), theta
+    for penalty in sorted(l2_penalties, reverse=True):
+        theta, _ = _fit(theta, fitted, penalty, group, max_iterations)
+        top1 = _accuracy(theta, held_out.blocks(), group)["top1"]
+        if top1 > best_top1:
+            best_top1, best_penalty, best_theta = top1, penalty, theta
+    theta, iterations = _fit(best_theta, train, best_penalty, group, max_iterations)
+    return {
+        **_accuracy(theta, test.blocks(), group),
+        "l2_penalty": best_penalty,
+        "held_out_top1": best_top1,
+        "iterations": iterations,
+        "max_iterations": max_iterations,
+        "train_images": sum(counts),
+    }
+
+
+def train_linear_classifier(
+    features: Callable[[Tensor], Tensor],
+    train_batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    test_batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    group: Group,
+    *,
+    feature_dim: int,
+    num_classes: int,
+    labels: Tensor,
+    test_labels: Tensor,
+    steps_per_epoch: int,
+    epochs: int = 100,
+    learning_rate: float = 40.0,
+    momentum: float = 0.9,
+    global_batch_size: int = 2048,
+    seed: int = 0,
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> dict[str, float]:
+    """A linear layer trained by SGD on features of augmented images, the encoder frozen in evaluation mode.
+
+    Liu et al. give batch 2048, learning rate 40 and the cosine; 100 epochs, no weight decay, weights
+    ~ N(0, 0.01²) and bias 0 are MoCo's (facebookresearch/moco, main_lincls.py).
+
+    Args:
+        features: images (b, …) to features (b, F), never given gradients.
+        train_batches: for an epoch 0, 1, … this rank's (images, ids) of each of the `steps_per_epoch`
+            global batches; parts may be uneven or empty, and a rank out of batches adds none.
+        test_batches: this rank's (images, ids) of the test set, as many batches as it likes.
+        feature_dim, num_classes: F and C.
+        labels, test_labels: classes of all training and of all test images, by id.
+        steps_per_epoch: global batches of an epoch, the same on all ranks.
+        epochs, momentum: of SGD.
+        learning_rate: of the first step; falls to 0 along a cosine, step by step.
+        global_batch_size: only reported; the gradient is the mean over the images a batch really has.
+        seed: of the weights.
+        on_epoch: told the number of finished epochs and the mean training loss of the last.
+
+    Returns:
+        "top1" and "top5" in per cent, "train_loss" (mean of the last epoch, nats), "epochs",
+        "learning_rate", "global_batch_size", "test_images". The same on all ranks.
+
+    Raises:
+        UserError: when training diverges.
+        ValueError: when an epoch has no training images or there are no test images.
+    """
+    theta = _initial_weights(num_classes, feature_dim, seed).to(group.device)
+    optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=momentum)
+    train_loss = math.nan
+    with evaluation_mode(features):
+        for epoch in range(epochs):
+            rates = [_cosine(learning_rate, epoch + step / steps_per_epoch, epochs) for step in range(steps_per_epoch)]
+            rows = _labelled_features(train_batches(epoch), features, feature_dim, labels, group.device)
+            train_loss = _train_epoch(optimizer, theta, rates, rows, group)
+            if on_epoch is not None:
+                on_epoch(epoch + 1, train_loss)
+        rows = _labelled_features(test_batches(), features, feature_dim, test_labels, group.device)
+        accuracy = _accuracy(theta, rows, group)
+    settings = {"epochs": epochs, "learning_rate": learning_rate, "global_batch_size": global_batch_size}
+    return {**accuracy, "train_loss": train_loss, **settings}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """This rank's features and classes, standardised a block at a time so that no second copy is kept."""
+
+    features_nF: Tensor
+    labels_n: Tensor
+    mean_F: Tensor
+    std_F: Tensor
+
+    def select(self, mask_n: Tensor) -> "_Rows":
+        return replace(self, features_nF=self.features_nF[mask_n], labels_n=self.labels_n[mask_n])
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Standardised features (b, F), float64, and classes (b,)."""
+        for start in range(0, self.labels_n.shape[0], _BLOCK_ROWS):
+            rows = slice(start, start + _BLOCK_ROWS)
+            yield (self.features_nF[rows].double() - self.mean_F) / self.std_F, self.labels_n[rows]
+
+
+def _draw_held_out(counts: Sequence[int], fraction: float, seed: int) -> Sequence[Tensor]:
+    """Each rank's mask of held-out images, drawn among all images by their place in order of rank."""
+    total = sum(counts)
+    if total < 2:
+        raise UserError(f"linear probe: {total} training images, too few to hold some out; give at least 2")
+    held_out = min(max(round(fraction * total), 1), total - 1)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    mask_N = torch.zeros(total, dtype=torch.bool)
+    mask_N[order[:held_out]] = True
+    return mask_N.split(list(counts))
+
+
+def _moments(features_nF: Tensor, total: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (F,), float64, over all ranks; 1 for features that do not vary."""
+    sums_F = features_nF.new_zeros(features_nF.shape[1], dtype=torch.float64)
+    for block_bF in features_nF.split(_BLOCK_ROWS):
+        sums_F += block_bF.double().sum(dim=0)
+    mean_F = group.all_reduce_sum_(sums_F) / total
+    squares_F = torch.zeros_like(mean_F)
+    for block_bF in features_nF.split(_BLOCK_ROWS):
+        squares_F += (block_bF.double() - mean_F).square().sum(dim=0)
+    std_F = (group.all_reduce_sum_(squares_F) / total).sqrt()
+    # The rounding of the mean gives a constant feature a deviation that is not quite 0.
+    return mean_F, torch.where(std_F > 1e-6 * mean_F.abs(), std_F, 1.0)
+
+
+def _fit(start_theta: Tensor, rows: _Rows, penalty: float, group: Group, max_iterations: int) -> tuple[Tensor, int]:
+    """The minimum found from `start_theta`, and the iterations it took."""
+    theta = start_theta.clone()
+    total = sum(group.row_counts(rows.labels_n.shape[0]))
+    optimizer = torch.optim.LBFGS(
+        [theta], max_iter=max_iterations, tolerance_grad=1e-6, history_size=_HISTORY, line_search_fn="strong_wolfe"
+    )
+
+    @torch.no_grad()
+    def evaluate() -> Tensor:
+        packed = theta.new_zeros(theta.numel() + 1)
+        for rows_bF, labels_b in rows.blocks():
+            packed += _loss_and_gradient(theta, rows_bF, labels_b)
+        packed = group.all_reduce_sum_(packed) / total
+        weights_CF = theta[:, :-1]
+        theta.grad = packed[1:].view_as(theta)
+        theta.grad[:, :-1] += penalty * weights_CF
+        return packed[0] + penalty / 2 * weights_CF.square().sum()
+
+    optimizer.step(evaluate)
+    return theta, optimizer.state[theta]["n_iter"]
+
+
+def _logits(theta: Tensor, rows_bF: Tensor) -> Tensor:
+    return torch.addmm(theta[:, -1], rows_bF, theta[:, :-1].T)
+
+
+def _loss_and_gradient(theta: Tensor, rows_bF: Tensor, labels_b: Tensor) -> Tensor:
+    """Cross-entropy summed over the rows, and its gradient by theta, in one vector for one all-reduce."""
+    log_probabilities_bC = torch.log_softmax(_logits(theta, rows_bF), dim=1)
+    targets_b1 = labels_b[:, None]
+    loss = -log_probabilities_bC.gather(1, targets_b1).sum()
+    errors_bC = log_probabilities_bC.exp().scatter_add_(1, targets_b1, -torch.ones_like(rows_bF[:, :1]))
+    gradient = torch.cat([errors_bC.T @ rows_bF, errors_bC.sum(dim=0)[:, None]], dim=1)
+    return torch.cat([loss[None], gradient.flatten()])
+
+
+def _initial_weights(num_classes: int, feature_dim: int, seed: int) -> Tensor:
+    """Weights ~ N(0, 0.01²) and bias 0, (C, F + 1), drawn on the CPU: the same for every rank and device."""
+    weights_CF = torch.empty(num_classes, feature_dim).normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([weights_CF, torch.zeros(num_classes, 1)], dim=1)
+
+
+def _cosine(learning_rate: float, epochs_done: float, epochs: int) -> float:
+    return learning_rate * 0.5 * (1 + math.cos(math.pi * epochs_done / epochs))
+
+
+def _labelled_features(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    features: Callable[[Tensor], Tensor],
+    feature_dim: int,
+    labels: Tensor,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features (b, F) and classes (b,) of each batch of (images, ids)."""
+    labels = labels.long().to(device)
+    for images_b, ids_b in batches:
+        yield forward_frozen(features, images_b, feature_dim, device), labels[ids_b.to(device)]
+
+
+def _train_epoch(
+    optimizer: torch.optim.SGD,
+    theta: Tensor,
+    rates: Sequence[float],
+    rows: Iterator[tuple[Tensor, Tensor]],
+    group: Group,
+) -> float:
+    """One step per learning rate; the mean loss of the epoch's images."""
+    none_left = (theta.new_empty(0, theta.shape[1] - 1), torch.empty(0, dtype=torch.int64, device=theta.device))
+    totals = torch.zeros(2, dtype=torch.float64, device=theta.device)
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        totals += _step(optimizer, theta, *next(rows, none_left), group)
+    loss_sum, images = totals.tolist()
+    if images == 0:
+        raise ValueError("no training images")
+    if not math.isfinite(loss_sum):
+        raise UserError(f"linear classifier: the loss became {loss_sum}; lower its learning rate")
+    return loss_sum / images
+
+
+@torch.no_grad()
+def _step(optimizer: torch.optim.SGD, theta: Tensor, rows_bF: Tensor, labels_b: Tensor, group: Group) -> Tensor:
+    """One step along the mean gradient of the global batch; its summed loss and number of images, (2,)."""
+    images = torch.full((1,), labels_b.shape[0], dtype=theta.dtype, device=theta.device)
+    packed = group.all_reduce_sum_(torch.cat([images, _loss_and_gradient(theta, rows_bF, labels_b)]))
+    theta.grad = (packed[2:] / packed[0].clamp_min(1)).view_as(theta)
+    optimizer.step()
+    return torch.stack([packed[1], packed[0]])
+
+
+def _accuracy(theta: Tensor, rows: Iterable[tuple[Tensor, Tensor]], group: Group) -> dict[str, float]:
+    """Accuracies in per cent over the (features, classes) of all ranks, which may be unevenly many."""
+    counts = torch.zeros(3, dtype=torch.int64, device=theta.device)
+    for rows_bF, labels_b in rows:
+        counts[:2] += count_correct(_logits(theta, rows_bF), labels_b)
+        counts[2] += labels_b.shape[0]
+    top1, top5, images = group.all_reduce_sum_(counts).tolist()
+    if images == 0:
+        raise ValueError("no test images")
+    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "test_images": images}
