@@ -134,7 +134,8 @@ class ClassifierShard:
         What it keeps for that is B x D embeddings.
         """
         pending, self._pending = self._pending, []
-        hard_BK = None if pending[0].hard_BK is None else torch.cat([p.hard_BK for p in pending])
+        hard = [p.hard_BK for p in pending if p.hard_BK is not None]
+        hard_BK = torch.cat(hard) if hard else None
         labels_B = torch.cat([p.labels_B for p in pending])
         update_rows(
             torch.cat([p.unit_x_BD for p in pending]),

@@ -126,11 +126,14 @@ def initialize() -> Group:
     NCCL and one GPU a rank where CUDA is there, gloo on the CPU otherwise.
     """
     use_cuda = torch.cuda.is_available()
+    if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     if "MASTER_ADDR" in os.environ:
         return _join("env://", launched_rank(), launched_world_size(), device)
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
     rendezvous = os.path.join(tempfile.mkdtemp(prefix="instance_ssl_"), "rendezvous")
     return _join(f"file://{rendezvous}", 0, 1, device)
 
@@ -155,6 +158,12 @@ def new_group(world: Group) -> Group:
     """A second group over the same ranks, so that its collectives never queue behind the engine's."""
     handle = dist.new_group(ranks=list(range(world.size)), timeout=_TIMEOUT)
     return Group(handle, world.rank, world.size, world.device)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error of a collective says that another rank has gone: that rank tells the user why."""
+    signs = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def finalize() -> None:

@@ -1,0 +1,115 @@
+"""The contrastive prior: classifier weights as features of a fixed random network (paper, "A Contrastive Prior").
+
+All weights stay as they are; only batch-norm statistics move. Modes, as in Figure 4:
+
+- `running` (the paper's): every batch-norm layer first updates its running mean and variance with the batch, then
+  normalises with them, so features "subtract a running average of other instance features".
+- `batch`: normalises with the batch's own statistics, plain train mode.
+- `frozen`: the statistics of a fresh network, mean 0 and variance 1, never move.
+- `gaussian`: no features at all; w ~ N(0, 0.01²) as in PIC (Cao et al. 2020).
+
+Statistics are those of the global batch, summed over the ranks, and batches are the same images in the same order
+whatever the number of ranks: so is the result, to rounding.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.distributed.comm import Group
+
+InitializationMode = Literal["running", "batch", "frozen", "gaussian"]
+
+GAUSSIAN_STD = 0.01
+_GAUSSIAN_ROWS = 4096
+
+
+@contextmanager
+def batch_norm_statistics(network: nn.Module, mode: InitializationMode, group: Group) -> Iterator[None]:
+    """Runs `network` in eval mode, with its batch-norm statistics moved before every layer as `mode` says.
+
+    A running average needs a first value: as in Adam's bias correction, update t weighs the batch by
+    max(momentum, 1/t), so that early images are normalised by real statistics and not by the initial 0 and 1.
+    """
+    was_training = network.training
+    network.eval()
+    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    hooks = [layer.register_forward_pre_hook(_statistics_hook(mode, group)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        network.train(was_training)
+
+
+def _statistics_hook(mode: InitializationMode, group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    updates = 0
+
+    def update(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal updates
+        updates += 1
+        if mode == "frozen":
+            return
+        assert isinstance(layer, _BatchNorm)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        mean, variance = _global_statistics(inputs[0], group)
+        floor = 0.1 if layer.momentum is None else layer.momentum
+        weight = 1.0 if mode == "batch" else max(floor, 1 / updates)
+        layer.running_mean.lerp_(mean, weight)
+        layer.running_var.lerp_(variance, weight)
+
+    return update
+
+
+def _global_statistics(inputs: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance per channel over the batch of all ranks; a rank's batch may be empty."""
+    values = inputs.detach().float().transpose(0, 1).flatten(1).double()  # (channels, all else)
+    sums = torch.stack([torch.full_like(values[:, 0:1].sum(1), values.shape[1]), values.sum(1), values.square().sum(1)])
+    count, total, squares = group.all_reduce_sum_(sums)
+    mean = total / count
+    return mean.float(), (squares / count - mean.square()).clamp_(min=0).float()
+
+
+@torch.no_grad()
+def initialize_from_features(
+    shard: ClassifierShard,
+    encoder: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    mode: InitializationMode,
+    *,
+    on_batch: Callable[[int], None] | None = None,
+) -> None:
+    """w_i ← x_i: row i becomes the embedding of image i.
+
+    Args:
+        encoder: images (b, 3, S, S) → embeddings (b, D); its batch-norm statistics end as the pass left them.
+        batches: this rank's part of every global batch, (images, instance ids), equally many batches on all ranks
+            and every image once over all of them; a part may be empty.
+        on_batch: called with the number of images of each global batch.
+    """
+    group = shard.group
+    with batch_norm_statistics(encoder, mode, group):
+        for images, instance_id_b in batches:
+            counts = group.row_counts(len(instance_id_b))
+            x_bD = encoder(images.to(group.device, non_blocking=True))
+            x_BD = group.all_gather_rows(x_bD, counts)
+            shard.assign(x_BD, group.all_gather_rows(instance_id_b.to(group.device), counts))
+            if on_batch is not None:
+                on_batch(sum(counts))
+
+
+@torch.no_grad()
+def initialize_gaussian(shard: ClassifierShard, seed: int) -> None:
+    """w ~ N(0, 0.01²), drawn in fixed runs of rows, so that row i is the same whatever the number of ranks."""
+    for first in range(shard.start - shard.start % _GAUSSIAN_ROWS, shard.stop, _GAUSSIAN_ROWS):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
+        values = torch.randn(_GAUSSIAN_ROWS, shard.weight.shape[1], generator=generator) * GAUSSIAN_STD
+        start, stop = max(first, shard.start), min(first + _GAUSSIAN_ROWS, shard.stop)
+        shard.weight[start - shard.start : stop - shard.start] = values[start - first : stop - first].to(shard.weight)

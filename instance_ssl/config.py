@@ -1,0 +1,265 @@
+"""The experiment: everything that changes the mathematics, as frozen models with the paper's main setting as default.
+
+A YAML file lists only what differs. What changes where and how it is computed, and what memory it takes, is the
+DeepSpeed JSON's (`ds_config.py`).
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from instance_ssl.classifier.cosine_softmax import MIN_TEMPERATURE, LossForm
+from instance_ssl.classifier.initialization import InitializationMode
+from instance_ssl.errors import UserError
+from instance_ssl.models.backbones import BackboneName, StemName
+from instance_ssl.models.encoder import ProjectionName
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """Which images. `tree` is ImageNet's layout (root/train/class, root/val/class); `folder` and `list` need no labels.
+
+    Attributes:
+        root: directory of the images (of the dataset's own files for CIFAR).
+        list_file: for `list`: one path a line, relative to `root`.
+        image_size: side in pixels of what the encoder sees.
+        limit_train: keep this many images, evenly spaced over the sorted ones; None keeps all.
+        num_workers: loader processes a rank; changes nothing but speed.
+    """
+
+    kind: Literal["digits", "cifar10", "cifar100", "tree", "folder", "list"] = "tree"
+    root: Path | None = None
+    list_file: Path | None = None
+    image_size: PositiveInt = 224
+    limit_train: PositiveInt | None = None
+    limit_test: PositiveInt | None = None
+    num_workers: NonNegativeInt = 8
+
+
+class AugmentationConfig(_Section):
+    """The training views: SimCLR's, or `digit` for small handwriting. None: by image size (SimCLR B.9)."""
+
+    view: Literal["simclr", "digit"] = "simclr"
+    num_views: PositiveInt = 2
+    min_crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
+    jitter_strength: NonNegativeFloat | None = None
+    blur: bool | None = None
+
+
+class ModelConfig(_Section):
+    """The encoder. `stem: auto` is the 3x3 stem up to 64 pixels; `projection: linear` is Table 2 without the head."""
+
+    backbone: BackboneName = "resnet50"
+    stem: StemName = "auto"
+    projection: ProjectionName = "mlp"
+    projection_hidden_dim: PositiveInt | None = None
+    embedding_dim: PositiveInt = 128
+
+
+class ClassifierConfig(_Section):
+    """Eq. 1 to 3 and the prior. K = `num_hard_classes`, α = `smoothing_factor`, τ = `temperature`.
+
+    `initialization_batch_size` images over all ranks give one set of batch-norm statistics in the prior's pass.
+    """
+
+    temperature: PositiveFloat = 0.15
+    smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    num_hard_classes: NonNegativeInt = 100
+    loss_form: LossForm = "mixture"
+    initialization: InitializationMode = "running"
+    initialization_batch_size: PositiveInt = 1024
+
+    @field_validator("temperature")
+    @classmethod
+    def _float32_holds_the_softmax(cls, value: float) -> float:
+        if value < MIN_TEMPERATURE:
+            raise ValueError(
+                f"must be at least {MIN_TEMPERATURE}: no maximum is subtracted before exp(cos/temperature), "
+                "and float32 holds it only down to there"
+            )
+        return value
+
+
+class OptimizationConfig(_Section):
+    """SGD of the encoder and of W, on one schedule. Weight decay applies to all parameters, W included (PIC).
+
+    Attributes:
+        learning_rate: at the end of the warm-up; None is the paper's 0.48 · global_batch_size / 4096.
+        global_batch_size: images (not views) a step, over all ranks and micro-batches.
+        max_grad_norm: clips the encoder's gradient norm; 0 does not. W's gradient is never clipped.
+    """
+
+    epochs: PositiveInt = 200
+    warmup_epochs: NonNegativeInt = 10
+    global_batch_size: PositiveInt = 4096
+    learning_rate: PositiveFloat | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 1e-4
+    max_grad_norm: NonNegativeFloat = 0.0
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The rate at the end of the warm-up."""
+        return 0.48 * self.global_batch_size / 4096 if self.learning_rate is None else self.learning_rate
+
+
+class KnnConfig(_Section):
+    """Weighted k-nearest-neighbour vote, every k with every temperature in one pass."""
+
+    neighbours: tuple[PositiveInt, ...] = (10, 20, 100, 200)
+    temperatures: tuple[PositiveFloat, ...] = (0.07, 0.1, 0.2)
+
+
+class LinearConfig(_Section):
+    """Linear evaluation. `sgd` is the paper's protocol; `cached` fits logistic regression to features of one view."""
+
+    protocol: Literal["sgd", "cached"] = "sgd"
+    epochs: PositiveInt = 100
+    global_batch_size: PositiveInt = 2048
+    learning_rate: PositiveFloat = 40.0
+    l2_penalties: tuple[NonNegativeFloat, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class EvaluationConfig(_Section):
+    """What is evaluated, and on which labelled images (None: those of `data`)."""
+
+    sources: tuple[Literal["pixels", "random", "trained"], ...] = ("trained",)
+    batch_size: PositiveInt = 256
+    data: DataConfig | None = None
+    knn: KnnConfig = KnnConfig()
+    linear: LinearConfig = LinearConfig()
+
+
+class LogConfig(_Section):
+    """How often things are written."""
+
+    every_steps: PositiveInt = 50
+    checkpoint_every_epochs: PositiveInt = 1
+    keep_checkpoints: PositiveInt = 2
+
+
+class ExperimentConfig(_Section):
+    """One experiment: all stages read the same file."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: DataConfig = DataConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    model: ModelConfig = ModelConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _hard_classes_need_smoothing(self) -> "ExperimentConfig":
+        if self.classifier.smoothing_factor > 0 and self.classifier.num_hard_classes == 0:
+            raise ValueError(
+                "classifier.num_hard_classes is 0 but classifier.smoothing_factor is not: "
+                "set smoothing_factor to 0 for Eq. 1, or give K"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads a YAML file and applies `--set a.b=value` overrides, whose values are YAML too.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown key or path, or a value out of range.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return ExperimentConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe_validation_error(error, ExperimentConfig)}") from None
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """Dotted keys and JSON values of a config."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {
+            k: v for name, item in value.items() for k, v in walk(f"{prefix}.{name}" if prefix else name, item).items()
+        }
+
+    return walk("", config.model_dump(mode="json"))
+
+
+def describe_validation_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line for the first of pydantic's complaints: the key, what is wrong, the nearest known key."""
+    first, *others = error.errors()
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(([prefix] if prefix else []) + location)
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{nearest(location[-1], _fields_at(model, location[:-1]))}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}{more}" if key else f"{message}{more}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or the known names when none is near."""
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{match[0]}'?" if match else f"; known keys: {', '.join(known)}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected keys and values, found a {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: expected key=value, e.g. --set optimization.epochs=1000")
+    names = path.strip().split(".")
+    for depth, name in enumerate(names):
+        known = _fields_at(ExperimentConfig, names[:depth])
+        if name not in known:
+            raise UserError(f"--set {path}: unknown key '{'.'.join(names[: depth + 1])}'{nearest(name, known)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not YAML") from None
+    for name in names[:-1]:
+        inner = values.setdefault(name, {})
+        if not isinstance(inner, dict):
+            inner = values[name] = {}
+        values = inner
+    values[names[-1]] = value
+
+
+def _fields_at(model: type[BaseModel], names: Sequence[str]) -> list[str]:
+    """Keys of the section that `names` leads to; empty where it leads to a plain value."""
+    for name in names:
+        field = model.model_fields.get(name)
+        sections = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = [s for s in sections if isinstance(s, type) and issubclass(s, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)

@@ -1,0 +1,178 @@
+"""The DeepSpeed JSON: who owns which key, what is derived, and our own section in it.
+
+DeepSpeed ignores unknown top-level keys and overrides some known ones in silence, clips gradients to norm 1 when no
+one says otherwise, and averages gradients where this project sums them. So the file is held to a closed list, and
+the keys that follow from the experiment are injected here.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from instance_ssl.config import describe_validation_error, nearest
+from instance_ssl.errors import UserError
+
+# Engine, precision and memory: passed on to DeepSpeed as they are.
+_PASSED_ON = (
+    "train_micro_batch_size_per_gpu",
+    "zero_optimization",
+    "torch_autocast",
+    "communication_data_type",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "steps_per_print",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+)
+_OWN = "instance_classifier"
+_DERIVED = {
+    "train_batch_size": "optimization.global_batch_size",
+    "gradient_accumulation_steps": "global batch / (micro-batch x world size)",
+    "gradient_clipping": "optimization.max_grad_norm",
+    "gradient_allreduce_op": "the loss, whose encoder gradients are summed over ranks",
+    "zero_allow_untested_optimizer": "the optimizer, SGD",
+}
+_REFUSED = {
+    "optimizer": "SGD is set by the experiment's optimization section; DeepSpeed would ignore this key in silence",
+    "scheduler": "the schedule is set by the experiment's optimization section",
+    "bf16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype bfloat16",
+    "fp16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype float16",
+    "activation_checkpointing": "recomputing a block would update its batch-norm statistics twice",
+}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class InstanceClassifierSection(BaseModel):
+    """Where and how the classifier is computed.
+
+    Attributes:
+        block_mib: memory of the one block of logits, and of one block of the hard-class search.
+        matmul_dtype: precision of the logits' matrix products; `auto` follows torch_autocast when that is bfloat16.
+            float16 is not offered: exp(cos/τ) spans more than its range.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    block_mib: Annotated[float, Field(gt=0)] = 32
+    matmul_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+@dataclass(frozen=True)
+class DeepSpeedSettings:
+    """A resolved DeepSpeed JSON.
+
+    Attributes:
+        engine: what `deepspeed.initialize` gets.
+        classifier: our own section.
+        micro_batch_size: images of one forward pass on one rank.
+        accumulation_steps: micro-batches of one optimizer step on one rank.
+        autocast_dtype: of the encoder's forward pass; None is plain float32.
+    """
+
+    engine: dict[str, Any]
+    classifier: InstanceClassifierSection
+    micro_batch_size: int
+    accumulation_steps: int
+    autocast_dtype: torch.dtype | None
+
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """Precision of the classifier's matrix products."""
+        if self.classifier.matmul_dtype == "auto":
+            return torch.bfloat16 if self.autocast_dtype == torch.bfloat16 else torch.float32
+        return _DTYPES[self.classifier.matmul_dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one block."""
+        return int(self.classifier.block_mib * 2**20)
+
+
+def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, world_size: int) -> DeepSpeedSettings:
+    """Reads, checks and completes a DeepSpeed JSON.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown, owned or refused key, or a batch that does not divide.
+    """
+    values = _read_json(path)
+    _check_keys(values, path)
+    try:
+        classifier = InstanceClassifierSection.model_validate(values.pop(_OWN, {}))
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe_validation_error(error, InstanceClassifierSection, _OWN)}") from None
+    micro_batch_size = values.get("train_micro_batch_size_per_gpu")
+    if type(micro_batch_size) is not int or micro_batch_size < 1:
+        raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of images a rank")
+    accumulation_steps, remainder = divmod(global_batch_size, micro_batch_size * world_size)
+    if remainder or accumulation_steps == 0:
+        raise UserError(
+            f"optimization.global_batch_size {global_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
+            f"{micro_batch_size} x {world_size} ranks ({path}); change one of the two"
+        )
+    zero_stage = _zero_stage(values.get("zero_optimization", {}), path)
+    engine = {
+        "steps_per_print": 2**31,  # the progress bar is ours
+        **values,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+        "gradient_allreduce_op": "sum",
+    }
+    if zero_stage > 0:
+        engine["zero_allow_untested_optimizer"] = True
+    autocast_dtype = _autocast_dtype(values.get("torch_autocast", {}), path)
+    if zero_stage > 0 and autocast_dtype == torch.float16:
+        raise UserError(
+            f"{path}: torch_autocast.dtype float16 needs zero_optimization.stage 0: under ZeRO, DeepSpeed skips a step "
+            "that overflows without lowering the loss scale, and so every later one"
+        )
+    return DeepSpeedSettings(engine, classifier, micro_batch_size, accumulation_steps, autocast_dtype)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--deepspeed_config {path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--deepspeed_config {path}: expected an object of keys and values")
+    return values
+
+
+def _check_keys(values: dict[str, Any], path: Path) -> None:
+    for key in values:
+        if key in _DERIVED:
+            raise UserError(f"{path}: remove '{key}': it is derived from {_DERIVED[key]}")
+        if key in _REFUSED:
+            raise UserError(f"{path}: remove '{key}': {_REFUSED[key]}")
+        if key not in (*_PASSED_ON, _OWN):
+            raise UserError(f"{path}: unknown key '{key}'{nearest(key, (*_PASSED_ON, _OWN))}")
+
+
+def _zero_stage(section: Any, path: Path) -> int:
+    stage = section.get("stage", 0) if isinstance(section, dict) else None
+    if stage not in (0, 1, 2) or isinstance(stage, bool):
+        raise UserError(
+            f"{path}: zero_optimization.stage must be 0, 1 or 2 (stage 3 cannot sum gradients, "
+            "and an encoder of this size has nothing to gain from it)"
+        )
+    return int(stage)
+
+
+def _autocast_dtype(section: Any, path: Path) -> torch.dtype | None:
+    known = ("enabled", "dtype", "lower_precision_safe_modules")
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: torch_autocast must be an object with {', '.join(known)}")
+    for key in section:
+        if key not in known:
+            raise UserError(f"{path}: unknown key 'torch_autocast.{key}'{nearest(key, known)}")
+    if not section.get("enabled", False):
+        return None
+    if section.get("dtype") not in ("bfloat16", "float16"):
+        raise UserError(f"{path}: torch_autocast.dtype must be bfloat16 or float16")
+    return _DTYPES[section["dtype"]]

@@ -1,0 +1,149 @@
+"""The data-parallel half: a DeepSpeed engine around the encoder. The only file that imports deepspeed."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from instance_ssl.distributed.comm import Group
+from instance_ssl.ds_config import DeepSpeedSettings
+from instance_ssl.errors import UserError
+
+
+def check_zero_section(settings: DeepSpeedSettings) -> None:
+    """Lets DeepSpeed's own model judge the nested keys of `zero_optimization` before anything starts.
+
+    Raises:
+        UserError: naming the key.
+    """
+    try:
+        DeepSpeedZeroConfig(**settings.engine.get("zero_optimization", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["zero_optimization", *(str(part) for part in first["loc"])])
+        raise UserError(f"--deepspeed_config: {key}: {first['msg']}") from None
+
+
+class Engine:
+    """Encoder, SGD and schedule inside DeepSpeed: forward, backward, step, and the full state whatever the ZeRO stage.
+
+    Args:
+        encoder: float32, equal on all ranks.
+        schedule: step → learning rate.
+        settings: the resolved DeepSpeed JSON.
+        first_step: optimizer steps already taken, for a resumed run.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        schedule: Callable[[int], float],
+        settings: DeepSpeedSettings,
+        group: Group,
+        *,
+        momentum: float,
+        weight_decay: float,
+        first_step: int = 0,
+    ) -> None:
+        _quieten()
+        self.encoder = encoder.to(group.device)
+        self.group = group
+        optimizer = torch.optim.SGD(
+            self.encoder.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay, fused=True
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(first_step + step))
+        self._engine, *_ = deepspeed.initialize(
+            model=self.encoder, optimizer=optimizer, lr_scheduler=scheduler, config=settings.engine
+        )
+        self._zero_stage = self._engine.zero_optimization_stage()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Embeddings (b, D) of images (b, 3, S, S), with the graph that `backward` needs."""
+        return self._engine(images)
+
+    def backward(self, x_bD: Tensor, gradient_bD: Tensor) -> None:
+        """Backpropagates ∂J/∂x of own rows; the encoder's gradients are summed over micro-batches and ranks.
+
+        The scalar stands in for the loss because ZeRO hooks the backward pass of a scalar. It is not divided by the
+        accumulation steps: J is already the mean over the whole optimizer step.
+        """
+        self._engine.backward((x_bD * gradient_bD).sum(), scale_wrt_gas=False)
+
+    def end_micro_batch(self) -> bool:
+        """Closes a micro-batch; at the last one of a step updates the encoder. True when it moved.
+
+        False at the last one means that the gradients were not finite, or overflowed the float16 loss scale.
+        """
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        scale = None if scaler is None else scaler.get_scale()
+        self._engine.step()
+        # Without ZeRO, DeepSpeed calls a step applied that its gradient scaler has skipped; only the scale tells.
+        return self._engine.was_step_applied() and (scaler is None or scaler.get_scale() >= scale)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step, which the classifier's shard follows."""
+        return float(self._engine.get_lr()[0])
+
+    @torch.no_grad()
+    def average_buffers(self) -> None:
+        """Sets floating-point buffers (batch-norm statistics, local in training) to their mean over the ranks."""
+        for buffer in self.encoder.buffers():
+            if buffer.is_floating_point():
+                self.group.all_reduce_sum_(buffer).div_(self.group.size)
+
+    def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Encoder state (parameters and buffers) and momentum by parameter name, whole, on the CPU. Collective."""
+        state = {name: value.detach().cpu().clone() for name, value in self.encoder.state_dict().items()}
+        momentum = {name: self._momentum_of(parameter) for name, parameter in self.encoder.named_parameters()}
+        return state, {name: value.detach().cpu().clone() for name, value in momentum.items()}
+
+    def _momentum_of(self, parameter: nn.Parameter) -> Tensor:
+        if self._zero_stage == 0:
+            value = self._engine.optimizer.state.get(parameter, {}).get("momentum_buffer")
+        elif self._base_optimizer_has_state():
+            value = safe_get_full_optimizer_state(parameter, "momentum_buffer")
+        else:
+            value = None
+        return torch.zeros_like(parameter) if value is None else value.view_as(parameter)
+
+    def load_momentum(self, momentum: dict[str, Tensor]) -> None:
+        """Sets the momentum of every parameter; encoder weights are loaded before the engine is built. Collective."""
+        if self._zero_stage > 0:
+            self._create_partitioned_momentum()
+        for name, parameter in self.encoder.named_parameters():
+            value = momentum[name].to(parameter)
+            if self._zero_stage == 0:
+                self._engine.optimizer.state[parameter]["momentum_buffer"] = value.clone()
+            else:
+                safe_set_full_optimizer_state(parameter, value, "momentum_buffer")
+
+    def _base_optimizer_has_state(self) -> bool:
+        return bool(self._engine.optimizer.optimizer.state)
+
+    def _create_partitioned_momentum(self) -> None:
+        """ZeRO makes its links to the momentum after the first step; a resumed run needs them before."""
+        zero = self._engine.optimizer
+        for partition in zero.single_partition_of_fp32_groups:
+            zero.optimizer.state[partition]["momentum_buffer"] = torch.zeros_like(partition)
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def versions() -> dict[str, Any]:
+    """Versions of torch and DeepSpeed, for results."""
+    return {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
+
+
+def _quieten() -> None:
+    deepspeed_logger.setLevel(logging.ERROR)
+    # The shared-memory collectives would be compiled at the first start, half a minute and a C++ compiler, for
+    # gradients of at most a hundred megabytes on one CPU machine. gloo carries them.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

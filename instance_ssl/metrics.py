@@ -1,0 +1,56 @@
+"""Running figures of training between two log lines, and the memory in use."""
+
+import resource
+import sys
+import time
+
+import torch
+
+from instance_ssl.pretraining import StepReport
+
+
+class TrainingMeter:
+    """Means over the steps since the last reading.
+
+    Args:
+        images_per_step: images (not views) of a global batch.
+    """
+
+    def __init__(self, images_per_step: int) -> None:
+        self._images_per_step = images_per_step
+        self._reports: list[StepReport] = []
+        self._started = time.perf_counter()
+
+    def add(self, report: StepReport) -> None:
+        """Counts one step."""
+        self._reports.append(report)
+
+    def read(self, device: torch.device) -> dict[str, float | None]:
+        """The figures by TensorBoard tag, and a new start; None where nothing was measured."""
+        reports, seconds = self._reports, time.perf_counter() - self._started
+        self._reports, self._started = [], time.perf_counter()
+        waited = sum(report.data_wait_seconds for report in reports)
+        return {
+            "train/loss": _mean([report.loss for report in reports]),
+            "train/log_z": _mean([report.log_z for report in reports]),
+            "train/positive_cosine": _mean([report.positive_cosine for report in reports]),
+            "train/instance_accuracy": _mean([report.instance_accuracy for report in reports]),
+            "train/learning_rate": reports[-1].learning_rate,
+            "train/skipped_steps": float(sum(not report.applied for report in reports)),
+            "speed/images_per_second": len(reports) * self._images_per_step / seconds,
+            "speed/data_wait_share": waited / seconds,
+            "memory/peak_gib": peak_memory_gib(device),
+        }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory allocated on the GPU so far, or the process's peak resident size on the CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _mean(values: list[float] | list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,75 @@
+"""Backbones: torchvision's ResNets with a stem that fits the image, and a small network for small images.
+
+A backbone maps images (b, 3, S, S) to features (b, F) and carries its width as `feature_dim`.
+"""
+
+from itertools import pairwise
+from typing import Literal
+
+import torchvision
+from torch import Tensor, nn
+
+BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "small_cnn"]
+StemName = Literal["auto", "imagenet", "small"]
+
+# Images up to this side keep their resolution: the ImageNet stem divides it by four before the first block and costs
+# about 8 points of accuracy at 32 pixels (lightly-ai/lightly #1419).
+SMALL_IMAGE_PIXELS = 64
+
+
+class ResNet(nn.Module):
+    """A torchvision ResNet without its classifier; the keys are torchvision's.
+
+    Args:
+        name: resnet18, resnet34, resnet50 or resnet101.
+        small_stem: 3x3 convolution with stride 1 and no max-pool (SimCLR, appendix B.9) instead of ImageNet's stem.
+    """
+
+    def __init__(self, name: str, *, small_stem: bool) -> None:
+        super().__init__()
+        self.network = getattr(torchvision.models, name)(weights=None)
+        self.feature_dim: int = self.network.fc.in_features
+        self.network.fc = nn.Identity()
+        if small_stem:
+            self.network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.network.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.network.maxpool = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (b, F) of images (b, 3, S, S)."""
+        return self.network(images)
+
+
+class SmallCnn(nn.Module):
+    """Three convolution blocks with batch norm, for images of about 16 pixels; F = 4 times `width`."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.feature_dim = 4 * width
+        channels = [3, width, 2 * width, 4 * width]
+        blocks: list[nn.Module] = []
+        for before, after in pairwise(channels):
+            blocks += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+            blocks += [nn.MaxPool2d(2)] if after != channels[-1] else []
+        self.blocks = nn.Sequential(*blocks)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (b, F) of images (b, 3, S, S)."""
+        return self.pool(self.blocks(images)).flatten(1)
+
+
+def choose_stem(name: BackboneName, stem: StemName, image_size: int) -> StemName:
+    """The stem that `auto` stands for: `small` up to 64 pixels, `imagenet` above; a small_cnn has no choice."""
+    if name == "small_cnn":
+        return "small"
+    if stem == "auto":
+        return "small" if image_size <= SMALL_IMAGE_PIXELS else "imagenet"
+    return stem
+
+
+def build_backbone(name: BackboneName, stem: StemName, image_size: int) -> ResNet | SmallCnn:
+    """The named backbone, randomly initialised from torch's global generator."""
+    if name == "small_cnn":
+        return SmallCnn()
+    return ResNet(name, small_stem=choose_stem(name, stem, image_size) == "small")

@@ -1,0 +1,57 @@
+"""The encoder: backbone, whose features are what one keeps, and projection, which exists for training only."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from instance_ssl.models.backbones import BackboneName, ResNet, SmallCnn, StemName, build_backbone
+
+ProjectionName = Literal["mlp", "linear"]
+
+
+def build_projection(name: ProjectionName, feature_dim: int, hidden_dim: int | None, embedding_dim: int) -> nn.Module:
+    """`mlp`: Linear-ReLU-Linear without batch norm (PIC, MoCo v2); `linear`: one layer, Table 2's row without the head.
+
+    Args:
+        hidden_dim: width of the hidden layer; None is the feature width F.
+    """
+    if name == "linear":
+        return nn.Linear(feature_dim, embedding_dim)
+    width = feature_dim if hidden_dim is None else hidden_dim
+    return nn.Sequential(nn.Linear(feature_dim, width), nn.ReLU(inplace=True), nn.Linear(width, embedding_dim))
+
+
+class Encoder(nn.Module):
+    """Images (b, 3, S, S) → features (b, F) → embeddings (b, D)."""
+
+    def __init__(self, backbone: ResNet | SmallCnn, projection: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projection = projection
+
+    @property
+    def feature_dim(self) -> int:
+        """F, the width of the backbone's output."""
+        return self.backbone.feature_dim
+
+    def features(self, images: Tensor) -> Tensor:
+        """Backbone output (b, F), float32 whatever autocast does inside."""
+        return self.backbone(images).float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (b, D), float32: the classifier's cosines are not left to autocast."""
+        return self.projection(self.backbone(images)).float()
+
+
+def build_encoder(
+    *,
+    backbone: BackboneName,
+    stem: StemName,
+    image_size: int,
+    projection: ProjectionName,
+    projection_hidden_dim: int | None,
+    embedding_dim: int,
+) -> Encoder:
+    """A randomly initialised encoder; the caller seeds torch's global generator."""
+    network = build_backbone(backbone, stem, image_size)
+    return Encoder(network, build_projection(projection, network.feature_dim, projection_hidden_dim, embedding_dim))

@@ -1,0 +1,113 @@
+"""The training loop: the paper's eight steps, and an epoch of them."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.engine import Engine
+from instance_ssl.errors import UserError
+
+# (views (b, V, 3, S, S), instance ids (b,)) of one micro-batch.
+MicroBatch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step found.
+
+    Attributes:
+        loss: J, the mean over the global batch, equal on all ranks.
+        log_z: mean of log Z.
+        learning_rate: of this step.
+        applied: False when the encoder's gradients overflowed and neither optimizer moved.
+        data_wait_seconds: time this rank waited for its loader.
+        instance_accuracy: of the last micro-batch against all N classes, a fraction, where it was measured.
+        positive_cosine: mean cos(w_i, x_i) of the last micro-batch, where it was measured.
+    """
+
+    loss: float
+    log_z: float
+    learning_rate: float
+    applied: bool
+    data_wait_seconds: float
+    instance_accuracy: float | None = None
+    positive_cosine: float | None = None
+
+
+def train_step(
+    engine: Engine,
+    shard: ClassifierShard,
+    micro_batches: Iterator[MicroBatch],
+    accumulation_steps: int,
+    *,
+    measure: bool = False,
+) -> StepReport:
+    """One optimizer step of encoder and classifier: the eight steps of the paper's "Hybrid Parallelism".
+
+    Raises:
+        UserError: when the loss is not finite; nothing has moved then.
+    """
+    learning_rate = engine.learning_rate
+    losses, log_zs, data_wait_seconds, applied = [], [], 0.0, False
+    for micro_step in range(accumulation_steps):
+        started = time.perf_counter()
+        views, instance_id_b = next(micro_batches)
+        data_wait_seconds += time.perf_counter() - started
+        images, ids = flatten_views(views, instance_id_b, shard.group.device)
+        total_rows = len(ids) * shard.group.size * accumulation_steps
+        x_bD = engine(images)  # 1: features of own rows
+        output = shard.forward(x_bD.detach(), ids, total_rows=total_rows)  # 2-7: gather … gradient of own features
+        engine.backward(x_bD, output.feature_gradient_bD)
+        losses.append(output.loss)
+        log_zs.append(output.log_z)
+        if micro_step == accumulation_steps - 1:
+            # Summed from all-reduced Z and Y, the loss is the same number on every rank: so is this decision.
+            loss = torch.stack(losses).sum().item()
+            if not math.isfinite(loss):
+                shard.discard()
+                raise UserError(
+                    "the loss is not finite; neither the encoder nor the classifier has moved. Lower "
+                    "optimization.learning_rate or lengthen optimization.warmup_epochs, then run the same command "
+                    "with another --run-dir"
+                )
+        applied = engine.end_micro_batch()
+    accuracy, cosine = shard.measure(x_bD.detach(), ids) if measure else (None, None)
+    if applied:  # 8: the engine has updated encoder and head; now the rows of W
+        shard.step(learning_rate)
+    else:
+        shard.discard()
+    log_z = torch.stack(log_zs).mean().item()
+    return StepReport(loss, log_z, learning_rate, applied, data_wait_seconds, accuracy, cosine)
+
+
+def flatten_views(views: Tensor, instance_id_b: Tensor, device: torch.device) -> MicroBatch:
+    """Views (b, V, 3, S, S) and ids (b,) as images (V·b, 3, S, S) and their ids (V·b,), on the device."""
+    num_views = views.shape[1]
+    images = views.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+    return images, instance_id_b.to(device, non_blocking=True).repeat(num_views)
+
+
+def train_epoch(
+    engine: Engine,
+    shard: ClassifierShard,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    steps: int,
+    accumulation_steps: int,
+    measure_every_steps: int,
+    on_step: Callable[[int, StepReport], None],
+) -> None:
+    """`steps` optimizer steps over one epoch's micro-batches; `on_step(step in epoch, report)` follows each.
+
+    Instance accuracy and positive cosine are measured every `measure_every_steps` steps and at the last.
+    """
+    engine.encoder.train()
+    iterator = iter(micro_batches)
+    for step in range(steps):
+        measure = (step + 1) % measure_every_steps == 0 or step == steps - 1
+        on_step(step, train_step(engine, shard, iterator, accumulation_steps, measure=measure))

@@ -1,0 +1,81 @@
+"""From the config to the objects that stages share."""
+
+import torch
+from torch import Tensor
+
+from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
+from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.config import AugmentationConfig, DataConfig, ExperimentConfig
+from instance_ssl.data.augmentations import Transform, digit_view, simclr_view
+from instance_ssl.distributed import comm
+from instance_ssl.distributed.comm import Group
+from instance_ssl.distributed.partition import Partition
+from instance_ssl.models.backbones import choose_stem
+from instance_ssl.models.encoder import Encoder, build_encoder
+from instance_ssl.stages.context import Stage
+
+
+def seeded_encoder(config: ExperimentConfig) -> Encoder:
+    """The random encoder of the experiment's seed, the same on every rank."""
+    torch.manual_seed(config.seed)
+    return build_encoder(
+        backbone=config.model.backbone,
+        stem=config.model.stem,
+        image_size=config.data.image_size,
+        projection=config.model.projection,
+        projection_hidden_dim=config.model.projection_hidden_dim,
+        embedding_dim=config.model.embedding_dim,
+    )
+
+
+def describe_encoder(config: ExperimentConfig) -> str:
+    """The choice of stem, said aloud: the wrong one for the image size costs several points."""
+    stem = choose_stem(config.model.backbone, config.model.stem, config.data.image_size)
+    how = "chosen by image size" if config.model.stem == "auto" else "as configured"
+    kind = {"small": "3x3 stem without max-pool", "imagenet": "ImageNet stem"}[stem]
+    head = f"{config.model.projection} projection to {config.model.embedding_dim}"
+    return f"encoder: {config.model.backbone}, {kind} ({how}, {config.data.image_size} px), {head}"
+
+
+def classifier_shard(stage: Stage) -> ClassifierShard:
+    """This rank's empty rows of W, in a model-parallel group of their own."""
+    classifier, optimization = stage.config.classifier, stage.config.optimization
+    options = SoftmaxOptions(
+        temperature=classifier.temperature,
+        form=classifier.loss_form,
+        block_bytes=stage.ds.block_bytes,
+        matmul_dtype=stage.ds.matmul_dtype,
+    )
+    return ClassifierShard(
+        len(stage.source),
+        stage.config.model.embedding_dim,
+        comm.new_group(stage.world),
+        options,
+        smoothing_factor=classifier.smoothing_factor,
+        momentum=optimization.momentum,
+        weight_decay=optimization.weight_decay,
+    )
+
+
+def training_view(augmentation: AugmentationConfig, data: DataConfig) -> Transform:
+    """The random view of the config."""
+    if augmentation.view == "digit":
+        return digit_view(data.image_size)
+    return simclr_view(
+        data.image_size,
+        min_crop_scale=augmentation.min_crop_scale,
+        jitter_strength=augmentation.jitter_strength,
+        blur=augmentation.blur,
+    )
+
+
+def own_parts(order_N: Tensor, global_batch_size: int, world: Group) -> list[list[int]]:
+    """This rank's part of every global batch of `order_N`; the last batch is short, and parts may then be empty.
+
+    The global batches are the same whatever the number of ranks.
+    """
+    parts = []
+    for batch in order_N.split(global_batch_size):
+        start, stop = Partition(len(batch), world.size).bounds(world.rank)
+        parts.append(batch[start:stop].tolist())
+    return parts

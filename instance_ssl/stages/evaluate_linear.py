@@ -1,0 +1,86 @@
+"""Stage: linear classification on frozen features of each source, by the paper's protocol or on cached features."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from instance_ssl.data.augmentations import centre_view, probe_view
+from instance_ssl.data.loaders import epoch_order, image_loader
+from instance_ssl.evaluation.features import state_digest
+from instance_ssl.evaluation.linear import probe_cached_features, train_linear_classifier
+from instance_ssl.stages.build import own_parts
+from instance_ssl.stages.context import Stage
+from instance_ssl.stages.representation import (
+    TITLES,
+    LabelledImages,
+    Representation,
+    cached_features,
+    evaluation_data,
+    open_labelled,
+    own_batches,
+    own_labels,
+    represent,
+)
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Top-1 and top-5 of every source; the encoder is bit-equal afterwards, and that is checked."""
+    images = open_labelled(stage)
+    protocol = stage.config.evaluation.linear.protocol
+    results = {}
+    for source in stage.config.evaluation.sources:
+        representation = represent(stage, source)
+        before = None if representation.encoder is None else state_digest(representation.encoder)
+        evaluate = {"cached": _probe_cached, "sgd": _train}[protocol]
+        figures = evaluate(stage, representation, images)
+        if representation.encoder is not None and state_digest(representation.encoder) != before:
+            raise RuntimeError("the frozen encoder has changed during linear evaluation")
+        results[source] = {**figures, "layer": representation.layer, "epoch": representation.epoch}
+        stage.log.say(f"linear ({protocol}), {TITLES[source]}: {figures['top1']:.2f} %")
+        stage.log.metrics(representation.epoch or 0, {f"linear/{source}_top1": figures["top1"]})
+    return {"protocol": protocol, "figures": results}
+
+
+def _probe_cached(stage: Stage, representation: Representation, images: LabelledImages) -> dict[str, float]:
+    title = TITLES[representation.source]
+    return probe_cached_features(
+        cached_features(stage, representation, images.train, f"{title}: train features"),
+        own_labels(stage, images.train_labels),
+        cached_features(stage, representation, images.test, f"{title}: test features"),
+        own_labels(stage, images.test_labels),
+        stage.world,
+        num_classes=images.num_classes,
+        l2_penalties=stage.config.evaluation.linear.l2_penalties,
+        seed=stage.config.seed,
+    )
+
+
+def _train(stage: Stage, representation: Representation, images: LabelledImages) -> dict[str, float]:
+    linear, data, seed = stage.config.evaluation.linear, evaluation_data(stage), stage.config.seed
+    view = probe_view(data.image_size)
+    steps_per_epoch = math.ceil(len(images.train) / linear.global_batch_size)
+
+    def train_batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
+        order = epoch_order(len(images.train), seed, epoch)
+        parts = [part for part in own_parts(order, linear.global_batch_size, stage.world) if part]
+        return image_loader(images.train, view, parts, data.num_workers, seed=seed, epoch=epoch)
+
+    with stage.log.progress(f"{TITLES[representation.source]}: linear classifier", linear.epochs, "epochs") as progress:
+        return train_linear_classifier(
+            representation.features,
+            train_batches,
+            lambda: own_batches(stage, images.test, centre_view(data.image_size)),
+            stage.world,
+            feature_dim=representation.feature_dim,
+            num_classes=images.num_classes,
+            labels=images.train_labels,
+            test_labels=images.test_labels,
+            steps_per_epoch=steps_per_epoch,
+            epochs=linear.epochs,
+            learning_rate=linear.learning_rate,
+            global_batch_size=linear.global_batch_size,
+            seed=seed,
+            on_epoch=lambda epoch, loss: progress.advance(note=f"loss {loss:.3f}"),
+        )

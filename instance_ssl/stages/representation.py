@@ -1,0 +1,142 @@
+"""What is evaluated: raw pixels, the random network or the trained one, as a function from images to features."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from instance_ssl.checkpoint import Checkpoint, load_encoder, newest_checkpoint
+from instance_ssl.config import DataConfig
+from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD, Transform, centre_view
+from instance_ssl.data.datasets import ImageSource
+from instance_ssl.data.loaders import Batch, image_loader
+from instance_ssl.distributed.partition import Partition
+from instance_ssl.errors import UserError
+from instance_ssl.evaluation.features import extract_features
+from instance_ssl.models.encoder import Encoder
+from instance_ssl.stages.build import seeded_encoder
+from instance_ssl.stages.context import Stage
+
+TITLES = {"pixels": "raw pixels", "random": "random network", "trained": "trained"}
+
+
+@dataclass(frozen=True)
+class Representation:
+    """A frozen map from images (b, 3, S, S) to features (b, F).
+
+    Attributes:
+        source: pixels, random or trained.
+        features: the map.
+        feature_dim: F.
+        encoder: the network behind it, if any.
+        epoch: epochs it was trained, None for pixels.
+        layer: what the features are, for result.json.
+    """
+
+    source: str
+    features: Callable[[Tensor], Tensor]
+    feature_dim: int
+    encoder: Encoder | None
+    epoch: int | None
+    layer: str
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Train and test images with labels, and how their classes are counted."""
+
+    train: ImageSource
+    test: ImageSource
+    train_labels: Tensor
+    test_labels: Tensor
+    num_classes: int
+
+
+def open_labelled(stage: Stage) -> LabelledImages:
+    """The labelled images that `evaluation.data` (or else `data`) names.
+
+    Raises:
+        UserError: when they have no labels.
+    """
+    data = evaluation_data(stage)
+    train = stage.source if stage.config.evaluation.data is None else stage.open_images(data, "train")
+    if train.labels is None:
+        raise UserError(
+            f"data.kind {data.kind} has no labels to evaluate with: point evaluation.data at a labelled set (kind tree)"
+        )
+    test = stage.open_images(data, "test")
+    assert test.labels is not None
+    device = stage.world.device
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    return LabelledImages(train, test, train.labels.to(device), test.labels.to(device), num_classes)
+
+
+def evaluation_data(stage: Stage) -> DataConfig:
+    """The data section that evaluation reads."""
+    return stage.config.evaluation.data or stage.config.data
+
+
+def represent(stage: Stage, source: str) -> Representation:
+    """The representation of one of `evaluation.sources`.
+
+    Raises:
+        UserError: when the stage that makes it has not been run.
+    """
+    if source == "pixels":
+        feature_dim = 3 * evaluation_data(stage).image_size ** 2
+        return Representation(source, _pixels, feature_dim, None, None, "pixels in [0, 1]")
+    made_by = {"random": "initialize_classifier", "trained": "pretrain"}[source]
+    checkpoint = newest_checkpoint(stage.checkpoints_of(made_by), stage.world)
+    if checkpoint is None:
+        raise UserError(f"{stage.run_directory} has no {TITLES[source]} encoder: run runners/{made_by}.py first")
+    encoder = _load_frozen(stage, checkpoint)
+
+    def features(images: Tensor) -> Tensor:
+        with stage.autocast():
+            return torch.cat([encoder.features(part) for part in images.split(stage.config.evaluation.batch_size)])
+
+    return Representation(source, features, encoder.feature_dim, encoder, checkpoint.position.epoch, "backbone output")
+
+
+def own_batches(stage: Stage, images: ImageSource, view: Transform) -> Iterable[Batch]:
+    """This rank's contiguous part of the images, in batches; nothing dropped, nothing twice."""
+    start, stop = Partition(len(images), stage.world.size).bounds(stage.world.rank)
+    size = stage.config.evaluation.batch_size
+    batches = [range(first, min(first + size, stop)) for first in range(start, stop, size)]
+    return image_loader(images, view, batches, evaluation_data(stage).num_workers)
+
+
+def cached_features(stage: Stage, representation: Representation, images: ImageSource, label: str) -> Tensor:
+    """Features (n, F) of this rank's contiguous part of the images, of the evaluation view."""
+    batches = own_batches(stage, images, centre_view(evaluation_data(stage).image_size))
+    with stage.log.progress(label, len(images), "images") as progress:
+        advance = partial(_advance_all, progress.advance, stage.world.size)
+        features_nF, _ = extract_features(
+            representation.features, batches, representation.feature_dim, stage.world.device, on_batch=advance
+        )
+    return features_nF
+
+
+def own_labels(stage: Stage, labels_N: Tensor) -> Tensor:
+    """The labels of this rank's contiguous part."""
+    start, stop = Partition(len(labels_N), stage.world.size).bounds(stage.world.rank)
+    return labels_N[start:stop]
+
+
+def _advance_all(advance: Callable[[int], None], world_size: int, count: int) -> None:
+    """Rank 0 speaks for all: the others are as far as it is."""
+    advance(count * world_size)
+
+
+def _load_frozen(stage: Stage, checkpoint: Checkpoint) -> Encoder:
+    encoder = seeded_encoder(stage.config)
+    encoder.load_state_dict(load_encoder(checkpoint)[0])
+    return encoder.to(stage.world.device).eval().requires_grad_(False)
+
+
+def _pixels(images: Tensor) -> Tensor:
+    mean = torch.tensor(NORMALISE_MEAN, device=images.device)[:, None, None]
+    std = torch.tensor(NORMALISE_STD, device=images.device)[:, None, None]
+    return (images * std + mean).flatten(1)

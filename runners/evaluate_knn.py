@@ -1,0 +1,10 @@
+"""Evaluates the encoder by weighted k-nearest neighbours.
+
+python runners/evaluate_knn.py --config F --deepspeed_config F --run-dir D --set key=value …
+"""
+
+from instance_ssl.stages import evaluate_knn
+from instance_ssl.stages.context import run_stages
+
+if __name__ == "__main__":
+    raise SystemExit(run_stages([("evaluate_knn", evaluate_knn.run)]))

@@ -1,0 +1,10 @@
+"""Evaluates the encoder by linear classification.
+
+python runners/evaluate_linear.py --config F --deepspeed_config F --run-dir D --set key=value …
+"""
+
+from instance_ssl.stages import evaluate_linear
+from instance_ssl.stages.context import run_stages
+
+if __name__ == "__main__":
+    raise SystemExit(run_stages([("evaluate_linear", evaluate_linear.run)]))

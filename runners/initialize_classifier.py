@@ -1,0 +1,10 @@
+"""Stage 1: initialises the classifier from the features of a random network.
+
+python runners/initialize_classifier.py --config F --deepspeed_config F --run-dir D --set key=value …
+"""
+
+from instance_ssl.stages import initialize_classifier
+from instance_ssl.stages.context import run_stages
+
+if __name__ == "__main__":
+    raise SystemExit(run_stages([("initialize_classifier", initialize_classifier.run)]))

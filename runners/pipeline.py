@@ -1,0 +1,17 @@
+"""All stages in one process group: initialise, pretrain, evaluate; stages already complete are skipped.
+
+deepspeed runners/pipeline.py --config F --deepspeed_config F --run-dir D --set key=value …
+"""
+
+from instance_ssl.stages import evaluate_knn, evaluate_linear, initialize_classifier, pretrain, summary
+from instance_ssl.stages.context import run_stages
+
+STAGES = [
+    ("initialize_classifier", initialize_classifier.run),
+    ("pretrain", pretrain.run),
+    ("evaluate_knn", evaluate_knn.run),
+    ("evaluate_linear", evaluate_linear.run),
+]
+
+if __name__ == "__main__":
+    raise SystemExit(run_stages(STAGES, after=summary.show))

@@ -1,0 +1,10 @@
+"""Stage 2: trains encoder and classifier; the same command again resumes.
+
+python runners/pretrain.py --config F --deepspeed_config F --run-dir D --set key=value …
+"""
+
+from instance_ssl.stages import pretrain
+from instance_ssl.stages.context import run_stages
+
+if __name__ == "__main__":
+    raise SystemExit(run_stages([("pretrain", pretrain.run)]))

@@ -1,0 +1,165 @@
+"""Optimizer steps on 1, 2 and 4 ranks, under ZeRO 0, 1 and 2, with and without accumulation, against plain PyTorch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
+from instance_ssl.classifier.reference import dense_hard_classes, dense_labels, dense_loss
+from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.data.loaders import GlobalBatchSampler
+from instance_ssl.distributed import comm
+from instance_ssl.distributed.comm import Group
+from instance_ssl.ds_config import DeepSpeedSettings, InstanceClassifierSection
+from instance_ssl.engine import Engine
+from instance_ssl.errors import UserError
+from instance_ssl.pretraining import MicroBatch, train_step
+from instance_ssl.schedules import warmup_cosine
+
+N, D, K, V, BATCH, STEPS = 53, 8, 5, 2, 16, 3
+TAU, ALPHA, MOMENTUM, DECAY = 0.15, 0.2, 0.9, 1e-2
+CASES = [(stage, accumulation) for stage in (0, 1, 2) for accumulation in (1, 4)]
+
+
+def make_encoder() -> nn.Module:
+    """No batch norm: its statistics belong to a micro-batch, so only without it are all divisions equal."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 24), nn.ReLU(), nn.Linear(24, D))
+
+
+def make_weight() -> Tensor:
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(4)) * 0.5
+
+
+def views_of(ids: Tensor) -> Tensor:
+    """(b, V, 3, 4, 4): pixels that depend on nothing but the id and the view."""
+    return torch.stack([torch.randn(V, 3, 4, 4, generator=torch.Generator().manual_seed(int(i))) for i in ids])
+
+
+def schedule(step: int) -> float:
+    return warmup_cosine(step, peak=0.5, warmup_steps=2, total_steps=6)
+
+
+def settings_for(world_size: int, zero_stage: int, accumulation: int) -> DeepSpeedSettings:
+    micro = BATCH // (world_size * accumulation)
+    engine: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": zero_stage},
+        "gradient_clipping": 0.0,
+        "gradient_allreduce_op": "sum",
+        "steps_per_print": 2**31,
+    }
+    if zero_stage:
+        engine["zero_allow_untested_optimizer"] = True
+    return DeepSpeedSettings(engine, InstanceClassifierSection(), micro, accumulation, None)
+
+
+def make_training(group: Group, zero_stage: int, accumulation: int) -> tuple[Engine, ClassifierShard]:
+    options = SoftmaxOptions(temperature=TAU, form="mixture", block_bytes=2000, matmul_dtype=torch.float32)
+    own_group = comm.new_group(group)
+    shard = ClassifierShard(N, D, own_group, options, smoothing_factor=ALPHA, momentum=MOMENTUM, weight_decay=DECAY)
+    shard.weight.copy_(make_weight()[shard.start : shard.stop])
+    shard.refresh_hard_classes(K)
+    settings = settings_for(group.size, zero_stage, accumulation)
+    engine = Engine(make_encoder(), schedule, settings, group, momentum=MOMENTUM, weight_decay=DECAY)
+    return engine, shard
+
+
+def micro_batches(group: Group, accumulation: int) -> Iterator[MicroBatch]:
+    micro = BATCH // (group.size * accumulation)
+    for keys in GlobalBatchSampler(N, BATCH, micro, group.rank, group.size, seed=0):
+        ids = torch.tensor([index for _, index in keys])
+        yield views_of(ids), ids
+
+
+def train_on_ranks(group: Group) -> list[tuple[list[float], dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]]:
+    results = []
+    for zero_stage, accumulation in CASES:
+        engine, shard = make_training(group, zero_stage, accumulation)
+        batches = micro_batches(group, accumulation)
+        losses = [train_step(engine, shard, batches, accumulation).loss for _ in range(STEPS)]
+        results.append((losses, *engine.full_state(), shard.weight, shard.momentum_buffer))
+    return results
+
+
+def train_plainly() -> tuple[list[float], nn.Module, Tensor, torch.optim.SGD]:
+    """The dense twin: one process, one parameter list, autograd, torch.optim.SGD."""
+    encoder, weight_ND = make_encoder(), make_weight().requires_grad_()
+    optimizer = torch.optim.SGD([*encoder.parameters(), weight_ND], lr=1.0, momentum=MOMENTUM, weight_decay=DECAY)
+    hard_NK = dense_hard_classes(weight_ND.detach(), K)
+    losses = []
+    for step, keys in zip(range(STEPS), GlobalBatchSampler(N, BATCH, BATCH, 0, 1, seed=0), strict=False):
+        ids = torch.tensor([index for _, index in keys])
+        labels_B = ids.repeat(V)
+        optimizer.param_groups[0]["lr"] = schedule(step)
+        y_BN = dense_labels(labels_B, hard_NK[labels_B], ALPHA, N)
+        loss = dense_loss(encoder(views_of(ids).transpose(0, 1).flatten(0, 1)), weight_ND, y_BN, TAU, "mixture")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, encoder, weight_ND, optimizer
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_steps_equal_plain_pytorch(world_size: int) -> None:
+    losses, encoder, weight_ND, optimizer = train_plainly()
+    close = {"rtol": 2e-5, "atol": 2e-6}
+    by_rank = run_ranks(train_on_ranks, world_size)
+    for case, results in zip(CASES, zip(*by_rank, strict=True), strict=True):
+        for rank_losses, state, momentum, _, _ in results:
+            torch.testing.assert_close(rank_losses, losses, rtol=1e-5, atol=0, msg=lambda m: f"{case}: {m}")
+            for name, parameter in encoder.named_parameters():
+                torch.testing.assert_close(state[name], parameter.detach(), **close)
+                torch.testing.assert_close(momentum[name], optimizer.state[parameter]["momentum_buffer"], **close)
+        torch.testing.assert_close(torch.cat([r[3] for r in results]), weight_ND.detach(), **close)
+        expected = optimizer.state[weight_ND]["momentum_buffer"]
+        torch.testing.assert_close(torch.cat([r[4] for r in results]), expected, **close)
+
+
+def poison_one_rank(group: Group) -> bool:
+    """A NaN in one rank's pixels in the second of two micro-batches: what moves?"""
+    engine, shard = make_training(group, 0, 2)
+    before = [value.clone() for value in (*engine.full_state()[0].values(), shard.weight, shard.momentum_buffer)]
+    batches = list(micro_batches(group, 2))
+    if group.rank == 1:
+        batches[1][0].fill_(torch.nan)
+    with pytest.raises(UserError, match="loss is not finite"):
+        train_step(engine, shard, iter(batches), 2)
+    after = [*engine.full_state()[0].values(), shard.weight, shard.momentum_buffer]
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_nothing_moves_when_one_rank_meets_a_nan() -> None:
+    assert run_ranks(poison_one_rank, 2) == [True, True]
+
+
+def momentum_round_trip(group: Group, zero_stage: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    engine, shard = make_training(group, zero_stage, 1)
+    batches = micro_batches(group, 1)
+    train_step(engine, shard, batches, 1)
+    state, momentum = engine.full_state()
+    rows = shard.weight.clone(), shard.momentum_buffer.clone()
+    train_step(engine, shard, batches, 1)
+
+    encoder = make_encoder()
+    encoder.load_state_dict(state)
+    settings = settings_for(group.size, zero_stage, 1)
+    resumed = Engine(encoder, schedule, settings, group, momentum=MOMENTUM, weight_decay=DECAY, first_step=1)
+    resumed.load_momentum(momentum)
+    shard.weight, shard.momentum_buffer = rows
+    batches = micro_batches(group, 1)
+    next(batches)
+    train_step(resumed, shard, batches, 1)
+    return engine.full_state()[1], resumed.full_state()[1]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_resumed_engine_goes_on_bit_for_bit(zero_stage: int) -> None:
+    for unbroken, resumed in run_ranks(momentum_round_trip, 2, zero_stage):
+        assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
