@@ -1,0 +1,395 @@
+"""Sources of images whose index is a stable instance id, and so the class that the instance classifier learns."""
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from instance_ssl.errors import RankError, UserError
+
+# Only these decoders are ever run, whatever a file's name says.
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+_DIGITS_TEST_SIZE = 360
+_HEADERS_PER_TASK = 256
+
+
+class ImageSource(ABC):
+    """N images in a fixed order; the position of an image is its instance id.
+
+    A source pickles cheaply (names and labels, and pixels only if they are in memory anyway), so that one rank can
+    open it and hand it to the others.
+
+    Attributes:
+        names: one name an image: the path relative to the root for files, such as "digits/train/17" for arrays.
+        labels: (N,) int64 class indices, or None where the images have no labels.
+        class_names: the name of each class index, or None with `labels`.
+        digest: SHA-256 in hexadecimal; what it covers, each implementation says.
+    """
+
+    names: list[str]
+    labels: torch.Tensor | None
+    class_names: list[str] | None
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """Image `index` in RGB mode.
+
+        Raises:
+            RankError: the image cannot be read; one line that names the file.
+        """
+
+
+class ArrayImages(ImageSource):
+    """Images held in memory as one array; `digest` covers the raw pixels and the array's shape, not the labels.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+        names: N names.
+        labels: (N,) int64, or None.
+        class_names: the name of each label, or None.
+    """
+
+    def __init__(
+        self, pixels: np.ndarray, names: list[str], labels: torch.Tensor | None, class_names: list[str] | None
+    ) -> None:
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(names):
+            raise ValueError(f"expected {len(names)} uint8 RGB images, got {pixels.dtype} of shape {pixels.shape}")
+        self.pixels = np.ascontiguousarray(pixels)
+        self.names, self.labels, self.class_names = names, labels, class_names
+        digest = hashlib.sha256(repr(pixels.shape).encode())
+        digest.update(self.pixels.reshape(-1).data)
+        self.digest = digest.hexdigest()
+
+    def load(self, index: int) -> Image.Image:
+        """Image `index` in RGB mode, a copy."""
+        return Image.fromarray(self.pixels[index])
+
+
+class FileImages(ImageSource):
+    """JPEG, PNG and WebP files under one root, decoded when asked for.
+
+    `digest` covers the relative paths and the sizes in bytes, in order, but not the contents: reading a large data set
+    whole at each start costs too much. A file replaced by another of the same size goes unnoticed.
+
+    Every header is read once here, so an empty or foreign file is refused before training rather than in its midst.
+
+    Args:
+        root: folder that the names are relative to.
+        names: N relative POSIX paths.
+        labels: (N,) int64, or None.
+        class_names: the name of each label, or None.
+
+    Raises:
+        UserError: a file is missing, empty, too large, or no JPEG, PNG or WebP image.
+    """
+
+    def __init__(
+        self, root: Path, names: list[str], labels: torch.Tensor | None, class_names: list[str] | None
+    ) -> None:
+        self.root = root
+        self.names, self.labels, self.class_names = names, labels, class_names
+        digest = hashlib.sha256()
+        for name, size in zip(names, _check_headers(root, names), strict=True):
+            digest.update(os.fsencode(name) + b"\0%d\0" % size)
+        self.digest = digest.hexdigest()
+
+    def load(self, index: int) -> Image.Image:
+        """Image `index` in RGB mode: transparency is dropped, 16-bit grey keeps its upper 8 bits.
+
+        The EXIF orientation is left alone, as torchvision's ImageFolder does.
+
+        Raises:
+            RankError: the file is gone, truncated or otherwise undecodable.
+        """
+        path = self.root / self.names[index]
+        try:
+            with _open_image(path) as image:
+                return _convert_to_rgb(image)
+        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+            raise RankError(
+                f"cannot decode {_escape(str(path))} (image {index}): {_reason(error)}; repair or replace the file"
+            ) from error
+
+
+def open_source(kind: str, split: str, *, root: Path | None, list_file: Path | None, limit: int | None) -> ImageSource:
+    """Opens a data set.
+
+    Files are taken in the plain string order of their relative POSIX paths, so ids do not depend on the order in which
+    a file system lists them. Hidden files are skipped and each folder is visited once, symbolic links included.
+
+    Args:
+        kind: "digits" (scikit-learn's, split here), "cifar10" or "cifar100" (downloaded if absent), "tree" (ImageNet's
+            layout: root/train/<class>/ and root/val/<class>/, or root/test), "folder" (images without labels, nested
+            or not), "list" (a text file of paths).
+        split: "train" or "test"; "folder" and "list" have no test split.
+        root: `data.root`. Paths of a list are relative to it, or to the list file's folder where it is None.
+        list_file: `data.list_file`: one path a line, in the order wanted; blank lines and # comments are ignored.
+        limit: keeps image floor(i * N / limit) for i = 0 ... limit - 1; None keeps all N.
+
+    Raises:
+        UserError: one line that names the key and the path at fault.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}")
+    match kind:
+        case "digits":
+            return _open_digits(split, limit)
+        case "cifar10":
+            return _open_cifar(CIFAR10, kind, split, _required_root(root, kind), limit)
+        case "cifar100":
+            return _open_cifar(CIFAR100, kind, split, _required_root(root, kind), limit)
+        case "tree":
+            return _open_tree(split, _existing_root(root, kind), limit)
+        case "folder":
+            _refuse_test_split(kind, split)
+            return _open_folder(_existing_root(root, kind), limit)
+        case "list":
+            _refuse_test_split(kind, split)
+            return _open_list(root, list_file, limit)
+    raise ValueError(f"unknown kind of data set {kind!r}")
+
+
+def write_instances(source: ImageSource, path: Path) -> None:
+    r"""Writes the name of image i to line i, counted from 0, of `path`: N lines, all or nothing.
+
+    Newlines, carriage returns and backslashes within a name are written as \n, \r and \\.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        file.writelines(_escape(name) + "\n" for name in source.names)
+    os.replace(temporary, path)
+
+
+def _open_digits(split: str, limit: int | None) -> ArrayImages:
+    """The 1797 8x8 digits of scikit-learn as 1437 training and 360 test images.
+
+    Of the images ordered by class, and by a seeded permutation within a class, 360 evenly spaced ones are the test
+    split: every class is represented in proportion, to within one image. Names carry the row in load_digits.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("data.kind 'digits' needs scikit-learn: pip install 'instance_ssl[demo]'") from error
+    grey, targets = load_digits(return_X_y=True)
+    count = len(targets)
+    # RandomState's stream is frozen by NumPy's compatibility policy, so the split outlives upgrades.
+    by_class = np.lexsort((np.random.RandomState(0).permutation(count), targets))
+    is_test = np.zeros(count, dtype=bool)
+    is_test[by_class[np.arange(_DIGITS_TEST_SIZE) * count // _DIGITS_TEST_SIZE]] = True
+    rows = np.flatnonzero(is_test if split == "test" else ~is_test)
+    rows = rows[_kept_indices(len(rows), limit, split)]
+    pixels = np.rint(grey[rows] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1).repeat(3, axis=3)
+    labels = torch.from_numpy(targets[rows].astype(np.int64))
+    return ArrayImages(pixels, [f"digits/{split}/{row}" for row in rows], labels, [str(digit) for digit in range(10)])
+
+
+def _open_cifar(dataset: type[CIFAR10], kind: str, split: str, root: Path, limit: int | None) -> ArrayImages:
+    folder = root / dataset.base_folder
+    absent = not folder.exists()
+    try:
+        # torchvision unpacks an archive that lies in root already, and downloads only if there is none.
+        images = dataset(str(root), train=split == "train", download=absent)
+    except Exception as error:  # URLError, OSError, RuntimeError for a checksum, UnpicklingError
+        cure = (
+            f"put {dataset.filename} from {dataset.url} into data.root, or unpack it there as {dataset.base_folder}/"
+            if absent
+            else f"delete {_escape(str(folder))} to have it fetched again"
+        )
+        raise UserError(f"data.root {_escape(str(root))}: no intact {kind} ({_reason(error)}); {cure}") from error
+    kept = _kept_indices(len(images.data), limit, split)
+    labels = torch.tensor(images.targets, dtype=torch.int64)[torch.from_numpy(kept)]
+    return ArrayImages(images.data[kept], [f"{kind}/{split}/{i}" for i in kept], labels, list(images.classes))
+
+
+def _open_tree(split: str, root: Path, limit: int | None) -> FileImages:
+    train_classes = _class_folders(root, "train")
+    folder = "train"
+    if split == "test":
+        folder = "val" if (root / "val").is_dir() else "test"
+        if not (root / folder).is_dir():
+            raise UserError(f"data.root {_escape(str(root))}: there is neither a val nor a test folder in it")
+        if (classes := _class_folders(root, folder)) != train_classes:
+            first = min(set(classes) ^ set(train_classes))
+            other = folder if first in train_classes else "train"
+            raise UserError(
+                f"data.root {_escape(str(root))}: train and {folder} must hold the same class folders, "
+                f"but {_escape(first)!r} is not in {other}"
+            )
+    names = [f"{folder}/{name}" for name in _scan_images(root / folder)]
+    class_index = {name: index for index, name in enumerate(train_classes)}
+    for name in names:
+        if name.count("/") < 2:
+            raise UserError(f"data.root: {_escape(str(root / name))} lies in no class folder; move it into one")
+    labels = torch.tensor([class_index[name.split("/")[1]] for name in names], dtype=torch.int64)
+    for class_name, size in zip(train_classes, labels.bincount(minlength=len(train_classes)), strict=True):
+        if size == 0:
+            raise UserError(f"data.root: class folder {_escape(str(root / folder / class_name))} holds no image")
+    kept = _kept_indices(len(names), limit, split)
+    return FileImages(root, [names[i] for i in kept], labels[torch.from_numpy(kept)], train_classes)
+
+
+def _open_folder(root: Path, limit: int | None) -> FileImages:
+    names = _scan_images(root)
+    if not names:
+        raise UserError(f"data.root {_escape(str(root))} holds no {', '.join(sorted(_SUFFIXES))} file")
+    return FileImages(root, [names[i] for i in _kept_indices(len(names), limit, "train")], None, None)
+
+
+def _open_list(root: Path | None, list_file: Path | None, limit: int | None) -> FileImages:
+    if list_file is None:
+        raise UserError("data.list_file is not set; data.kind 'list' needs a text file of image paths")
+    root = list_file.parent if root is None else _existing_root(root, "list")
+    shown = f"data.list_file {_escape(str(list_file))}"
+    try:
+        lines = list_file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise UserError(f"{shown} cannot be read: {_reason(error)}") from error
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        name = os.path.normpath(entry)
+        if name in line_of:
+            raise UserError(f"{shown}, line {number}: {_escape(entry)} is on line {line_of[name]} already")
+        if not os.path.isfile(root / name):
+            raise UserError(f"{shown}, line {number}: there is no file {_escape(str(root / name))}")
+        line_of[name] = number
+    if not line_of:
+        raise UserError(f"{shown} lists no image")
+    names = list(line_of)
+    return FileImages(root, [names[i] for i in _kept_indices(len(names), limit, "train")], None, None)
+
+
+def _required_root(root: Path | None, kind: str) -> Path:
+    if root is None:
+        raise UserError(f"data.root is not set; data.kind '{kind}' needs a folder")
+    return root
+
+
+def _existing_root(root: Path | None, kind: str) -> Path:
+    root = _required_root(root, kind)
+    if not os.path.isdir(root):  # unlike Path.is_dir, False rather than an exception where access is denied
+        raise UserError(f"data.root {_escape(str(root))} is not a folder that can be reached")
+    return root
+
+
+def _refuse_test_split(kind: str, split: str) -> None:
+    if split == "test":
+        raise UserError(
+            f"data.kind '{kind}' has no labels and so no test split; digits, cifar10, cifar100 and tree have one"
+        )
+
+
+def _kept_indices(count: int, limit: int | None, split: str) -> np.ndarray:
+    """(limit,) int64: the images that a limit keeps, evenly spaced over 0 ... count - 1."""
+    if limit is None:
+        return np.arange(count, dtype=np.int64)
+    if not 1 <= limit <= count:
+        raise UserError(f"data.limit_{split} is {limit}, but the {split} split has {count} images: take 1 to {count}")
+    return np.arange(limit, dtype=np.int64) * count // limit
+
+
+def _class_folders(root: Path, folder: str) -> list[str]:
+    path = root / folder
+    if not path.is_dir():
+        raise UserError(f"data.root {_escape(str(root))}: there is no {folder} folder in it")
+    names = sorted(
+        entry.name for entry in _list_folder(path) if os.path.isdir(entry) and not entry.name.startswith(".")
+    )
+    if not names:
+        raise UserError(f"data.root: {_escape(str(path))} holds no class folder")
+    return names
+
+
+def _scan_images(root: Path) -> list[str]:
+    """POSIX paths relative to `root` of all images below it, in plain string order."""
+    return sorted(_walk(root, "", set()))
+
+
+def _walk(root: Path, folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
+    # A folder is known by its device and inode: a link to a folder seen before, or to one's own parent, ends there.
+    # Sorted, so that which of two paths to one folder wins does not depend on the file system.
+    status = (root / folder).stat()
+    if (status.st_dev, status.st_ino) in visited:
+        return
+    visited.add((status.st_dev, status.st_ino))
+    for entry in sorted(_list_folder(root / folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if os.path.isdir(entry):  # unlike entry.is_dir, False for a link to itself
+            yield from _walk(root, f"{folder}{entry.name}/", visited)
+        # A broken link counts as an image, to be refused by name later; a pipe or a socket does not.
+        elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES and (entry.is_symlink() or entry.is_file()):
+            yield folder + entry.name
+
+
+def _list_folder(path: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"data.root: {_escape(str(path))} cannot be listed: {_reason(error)}") from error
+
+
+def _check_headers(root: Path, names: list[str]) -> list[int]:
+    """Sizes in bytes of the files, in order, after each one's header has been read; the first bad file is raised."""
+
+    def check(start: int) -> list[int]:
+        return [_check_header(root / name) for name in names[start : start + _HEADERS_PER_TASK]]
+
+    with ThreadPoolExecutor() as pool:
+        return [size for sizes in pool.map(check, range(0, len(names), _HEADERS_PER_TASK)) for size in sizes]
+
+
+def _check_header(path: Path) -> int:
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise ValueError("the file is empty")
+        with _open_image(path):
+            return size
+    except Exception as error:  # PIL's parsers raise OSError, SyntaxError, ValueError, struct.error and more
+        raise UserError(f"cannot read image {_escape(str(path))}: {_reason(error)}; repair or remove it") from error
+
+
+def _open_image(path: Path) -> Image.Image:
+    image = Image.open(path, formats=_FORMATS)
+    # PIL only warns up to twice the bound.
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        image.close()
+        raise Image.DecompressionBombError(
+            f"{image.width} x {image.height} pixels exceed PIL's bound of {Image.MAX_IMAGE_PIXELS}"
+        )
+    return image
+
+
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
+    # PIL clips 16-bit grey at 255, which leaves a white image.
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not a JPEG, PNG or WebP image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _escape(name: str) -> str:
+    return name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")

@@ -1,0 +1,28 @@
+"""Starts runners the way a user does: bare, or under the deepspeed launcher."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_bare(runner: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`python runners/<runner>.py …`"""
+    return _run([sys.executable, str(ROOT / "runners" / f"{runner}.py"), *arguments], cwd)
+
+
+def run_launched(runner: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`deepspeed --num_gpus <ranks> runners/<runner>.py …`; on a CPU machine these are that many processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
+    return _run([*launcher, str(ROOT / "runners" / f"{runner}.py"), *arguments], ROOT)
+
+
+def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,0 +1,102 @@
+"""A user's mistake is one line on stderr, exit code 2, and leaves nothing behind."""
+
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from processes import ROOT, run_bare, run_launched
+
+CPU = json.loads((ROOT / "ds_configs/cpu_float32.json").read_text())
+
+# Name → (arguments, what the line must say). {d} is a directory with the files that `mistakes` makes.
+MISTAKES = {
+    "unknown YAML key": (["--config", "{d}/typo.yaml"], "classifier.temperatur"),
+    "unknown JSON key": (["--deepspeed_config", "{d}/unknown.json"], "zero_optimisation"),
+    "owned JSON key": (["--deepspeed_config", "{d}/owned.json"], "train_batch_size"),
+    "micro-batch": (["--deepspeed_config", "{d}/micro.json"], "train_micro_batch_size_per_gpu 48"),
+    "too many hard classes": (["--set", "classifier.num_hard_classes=1437"], "classifier.num_hard_classes 1437"),
+    "temperature": (["--set", "classifier.temperature=0.02"], "classifier.temperature"),
+    "unknown --set path": (["--set", "optimization.epoch=3"], "optimization.epoch"),
+    "missing directory": (["--set", "data.kind=folder", "data.root={d}/absent"], "absent"),
+    "no directory": (["--set", "data.kind=folder"], "data.root"),
+    "empty folder": (["--set", "data.kind=folder", "data.root={d}/empty"], "empty"),
+    "unreadable image": (["--set", "data.kind=folder", "data.root={d}/broken"], "broken.jpg"),
+    "batch larger than the data": (
+        ["--set", "data.limit_train=100"],
+        "global_batch_size 128 exceeds the 100 images",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subprocess.CompletedProcess[str], Path]]:
+    directory = tmp_path_factory.mktemp("mistakes")
+    (directory / "typo.yaml").write_text("classifier: {temperatur: 0.1}")
+    (directory / "unknown.json").write_text(json.dumps({**CPU, "zero_optimisation": {}}))
+    (directory / "owned.json").write_text(json.dumps({**CPU, "train_batch_size": 128}))
+    (directory / "micro.json").write_text(json.dumps({**CPU, "train_micro_batch_size_per_gpu": 48}))
+    (directory / "empty").mkdir()
+    for name in ("broken", "few"):
+        (directory / name).mkdir()
+        Image.new("RGB", (8, 8)).save(directory / name / "fine.png")
+    (directory / "broken/broken.jpg").write_bytes(b"not an image")
+
+    def run(item: tuple[int, tuple[list[str], str]]) -> tuple[subprocess.CompletedProcess[str], Path]:
+        number, (arguments, _) = item
+        run_directory = directory / f"run_{number}"
+        filled = [argument.format(d=directory) for argument in arguments]
+        return run_bare("pipeline", "--run-dir", str(run_directory), *filled), run_directory
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MISTAKES, pool.map(run, enumerate(MISTAKES.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    name: str, results: dict[str, tuple[subprocess.CompletedProcess[str], Path]]
+) -> None:
+    finished, run_directory = results[name]
+    assert finished.returncode == 2, finished.stderr
+    lines = finished.stderr.strip().splitlines()
+    assert len(lines) == 1, finished.stderr
+    assert lines[0].startswith("error: ")
+    assert MISTAKES[name][1] in lines[0]
+    assert not run_directory.exists()
+
+
+def test_two_ranks_say_it_once(tmp_path: Path) -> None:
+    finished = run_launched("pretrain", 2, "--run-dir", str(tmp_path / "run"), "--set", "optimization.epochs=many")
+    assert finished.returncode == 2
+    assert finished.stderr.count("error: ") == 1
+    assert "optimization.epochs" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_stage_out_of_order_says_what_to_run(tmp_path: Path) -> None:
+    finished = run_bare("pretrain", "--run-dir", str(tmp_path / "run"))
+    assert finished.returncode == 2
+    assert "runners/initialize_classifier.py" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_an_image_that_breaks_in_mid_run_is_named_by_the_rank_that_met_it(tmp_path: Path) -> None:
+    """A truncated file has a good header; only decoding it shows. The other rank leaves without a traceback."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(8):
+        Image.effect_noise((64, 64), 90).convert("RGB").save(images / f"{number}.jpg")
+    whole = (images / "7.jpg").read_bytes()
+    (images / "7.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 2}))
+    finished = run_launched(
+        "pipeline", 2, "--run-dir", str(tmp_path / "run"), "--deepspeed_config", str(tmp_path / "ds.json"),
+        "--set", "data.kind=folder", f"data.root={images}", "optimization.global_batch_size=4",
+        "classifier.num_hard_classes=3",
+    )  # fmt: skip
+    assert finished.returncode == 2, finished.stderr
+    assert finished.stderr.count("error: ") == 1
+    assert "7.jpg" in finished.stderr
+    assert "Traceback" not in finished.stderr

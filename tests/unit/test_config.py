@@ -1,0 +1,99 @@
+"""The experiment YAML: defaults, files that ship, --set, and one-line errors that name the key."""
+
+from pathlib import Path
+
+import pytest
+
+from instance_ssl.config import ExperimentConfig, flatten, load_config
+from instance_ssl.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "runners/configs").glob("*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(text)
+    return path
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_are_the_papers_main_setting() -> None:
+    config = ExperimentConfig()
+    assert config.optimization.peak_learning_rate == pytest.approx(0.48)
+    assert (config.classifier.temperature, config.classifier.smoothing_factor) == (0.15, 0.2)
+    assert (config.classifier.num_hard_classes, config.model.embedding_dim) == (100, 128)
+    assert (config.optimization.global_batch_size, config.optimization.warmup_epochs) == (4096, 10)
+    assert config.classifier.initialization == "running"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_files_load_and_open_with_their_purpose(path: Path) -> None:
+    load_config(path)
+    assert path.read_text().startswith("# Purpose: ")
+
+
+def test_set_parses_yaml_values(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimization: {epochs: 3}")
+    config = load_config(
+        path,
+        ["optimization.epochs=1000", "model.stem=small", "evaluation.knn.neighbours=[7, 9]", "augmentation.blur=yes"],
+    )
+    assert config.optimization.epochs == 1000
+    assert config.model.stem == "small"
+    assert config.evaluation.knn.neighbours == (7, 9)
+    assert config.augmentation.blur is True
+    assert load_config(path, ["optimization.weight_decay=1e-4"]).optimization.weight_decay == 1e-4
+
+
+def test_set_reaches_sections_that_are_absent_by_default(tmp_path: Path) -> None:
+    path = write(tmp_path, "")
+    config = load_config(path, ["evaluation.data.kind=tree", "evaluation.data.root=/images"])
+    assert config.evaluation.data is not None
+    assert config.evaluation.data.root == Path("/images")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimization.epoch=3", "did you mean 'epochs'"),
+        ("optimisation.epochs=3", "did you mean 'optimization'"),
+        ("seed.epochs=3", "unknown key 'seed.epochs'"),
+        ("optimization.epochs", "expected key=value"),
+        ("optimization.epochs=[", "not YAML"),
+        ("optimization.epochs=many", "optimization.epochs"),
+        ("classifier.temperature=0.02", "classifier.temperature: must be at least 0.03"),
+        ("classifier.temperature=.nan", "classifier.temperature"),
+        ("classifier.num_hard_classes=0", "smoothing_factor"),
+        ("classifier.loss_form=sum", "classifier.loss_form"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_it(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in error_of(write(tmp_path, ""), override)
+
+
+def test_an_unknown_key_is_named_with_the_nearest(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path, "classifier: {temperatur: 0.1}"))
+    assert "classifier.temperatur" in message
+    assert "did you mean 'temperature'" in message
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "a: [", "just words"])
+def test_a_malformed_file_is_one_line(tmp_path: Path, text: str) -> None:
+    assert "experiment.yaml" in error_of(write(tmp_path, text))
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    assert "nowhere.yaml" in error_of(tmp_path / "nowhere.yaml")
+
+
+def test_flatten_gives_dotted_keys() -> None:
+    assert flatten(ExperimentConfig())["evaluation.knn.neighbours"] == list(
+        ExperimentConfig().evaluation.knn.neighbours
+    )

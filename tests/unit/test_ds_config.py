@@ -1,0 +1,100 @@
+"""The DeepSpeed JSON: what is passed on, derived, refused; every shipped file works."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from instance_ssl import engine
+from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
+from instance_ssl.errors import UserError
+
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+def load(path: Path, *, batch: int = 4096, world_size: int = 2, clip: float = 0.0) -> DeepSpeedSettings:
+    return load_ds_config(path, global_batch_size=batch, max_grad_norm=clip, world_size=world_size)
+
+
+def written(tmp_path: Path, **keys: Any) -> Path:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 64, **keys}))
+    return path
+
+
+def error_of(path: Path, **arguments: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        engine.check_zero_section(load(path, **arguments))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_files_load(path: Path) -> None:
+    settings = load(path)
+    engine.check_zero_section(settings)
+    assert settings.accumulation_steps == 32
+    assert ("bf16" in path.name) == (settings.autocast_dtype == torch.bfloat16)
+    assert ("fp16" in path.name) == (settings.autocast_dtype == torch.float16)
+
+
+def test_the_derived_keys_are_injected(tmp_path: Path) -> None:
+    settings = load(written(tmp_path, zero_optimization={"stage": 1}), clip=2.0)
+    assert settings.engine["gradient_accumulation_steps"] == 32
+    assert settings.engine["gradient_clipping"] == 2.0  # DeepSpeed clips at 1.0 when the key is absent
+    assert settings.engine["gradient_allreduce_op"] == "sum"
+    assert settings.engine["zero_allow_untested_optimizer"] is True
+    assert "instance_classifier" not in settings.engine
+
+
+def test_matmul_precision_follows_autocast_unless_set(tmp_path: Path) -> None:
+    autocast = {"enabled": True, "dtype": "bfloat16"}
+    assert load(written(tmp_path, torch_autocast=autocast)).matmul_dtype == torch.bfloat16
+    section = {"matmul_dtype": "float32", "block_mib": 8}
+    settings = load(written(tmp_path, torch_autocast=autocast, instance_classifier=section))
+    assert settings.matmul_dtype == torch.float32
+    assert settings.block_bytes == 8 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"train_batch_size": 4096}, "remove 'train_batch_size'"),
+        ({"gradient_accumulation_steps": 2}, "remove 'gradient_accumulation_steps'"),
+        ({"gradient_clipping": 1.0}, "optimization.max_grad_norm"),
+        ({"gradient_allreduce_op": "mean"}, "remove 'gradient_allreduce_op'"),
+        ({"zero_allow_untested_optimizer": True}, "remove 'zero_allow_untested_optimizer'"),
+        ({"optimizer": {"type": "SGD"}}, "remove 'optimizer'"),
+        ({"scheduler": {}}, "remove 'scheduler'"),
+        ({"bf16": {"enabled": True}}, "torch_autocast"),
+        ({"fp16": {"enabled": True}}, "torch_autocast"),
+        ({"zero_optimisation": {"stage": 1}}, "did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage"),
+        ({"zero_optimization": {"stage": 1, "overlap_com": True}}, "zero_optimization.overlap_com"),
+        ({"zero_optimization": True}, "zero_optimization"),
+        ({"torch_autocast": {"enabled": True, "dtype": "int8"}}, "torch_autocast.dtype"),
+        ({"torch_autocast": {"enable": True}}, "did you mean 'enabled'"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}, "zero_optimization": {"stage": 1}}, "stage 0"),
+        ({"instance_classifier": {"block_mb": 3}}, "instance_classifier.block_mb"),
+        ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu"),
+        ({"train_micro_batch_size_per_gpu": 48}, "optimization.global_batch_size 4096 is not a multiple"),
+    ],
+)
+def test_a_bad_key_is_one_line_that_names_it(tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
+    assert expected in error_of(written(tmp_path, **keys))
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(tmp_path: Path) -> None:
+    assert "64 x 3 ranks" in error_of(written(tmp_path), world_size=3)
+    assert "64 x 2 ranks" in error_of(written(tmp_path), batch=64)
+
+
+def test_a_malformed_or_missing_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    assert "ds.json" in error_of(path)
+    path.write_text("{")
+    assert "not JSON" in error_of(path)
+    path.write_text("[]")
+    assert "expected an object" in error_of(path)

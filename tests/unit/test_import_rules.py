@@ -1,0 +1,63 @@
+"""Who may import whom: the layers hold because this test reads every import."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "instance_ssl").rglob("*.py")) + sorted((ROOT / "runners").glob("*.py"))
+
+# Folder → the parts of the package it may import (besides itself).
+LAYERS = {
+    "data": {"errors"},
+    "models": {"errors"},
+    "distributed": {"errors"},
+    "classifier": {"distributed", "errors"},
+    "evaluation": {"distributed", "data", "models", "classifier", "errors"},
+}
+# Module → the only files that may import it.
+RESERVED = {
+    "deepspeed": {"instance_ssl/engine.py"},
+    "torch.distributed": {"instance_ssl/distributed/comm.py"},
+    "torch.utils.tensorboard": {"instance_ssl/run_log.py"},
+    "argparse": {"instance_ssl/stages/context.py"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_layers(path: Path) -> None:
+    name = str(path.relative_to(ROOT))
+    folder = path.parent.name if path.parent.name in LAYERS else None
+    for imported in imports_of(path):
+        for module, allowed in RESERVED.items():
+            if imported == module or imported.startswith(module + "."):
+                assert name in allowed, f"{name} imports {imported}"
+        parts = imported.split(".")
+        assert parts[0] != "runners", f"{name} imports a runner"
+        if name.startswith("runners/") and parts[0] == "instance_ssl":
+            continue
+        if folder is not None and parts[0] == "instance_ssl":
+            assert parts[1] in LAYERS[folder] | {folder}, f"{name} imports {imported}"
+        if not name.startswith(("runners/", "instance_ssl/stages/")):
+            assert not imported.startswith("instance_ssl.stages"), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_comm_and_context_read_the_environment(path: Path) -> None:
+    reads = any(
+        isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+        for node in ast.walk(ast.parse(path.read_text()))
+    )
+    assert not reads or path.name in ("comm.py", "context.py")
