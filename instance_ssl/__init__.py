@@ -1,1 +1,1 @@
-"""Trains a one-million-way instance classifier for unsupervised visual representation learning (Liu et al., AAAI 2021)."""
+"""Unsupervised visual representation learning with a one-million-way instance classifier (Liu et al., AAAI 2021)."""

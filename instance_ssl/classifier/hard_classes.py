@@ -3,8 +3,7 @@
 Query rows stay with their owner, class blocks travel: each rank in turn broadcasts its rows block by block, and every
 rank merges the block into the running top-K of its own rows. N x N is never stored.
 
-Order is exact and total: a cosine and a class id are packed into one int64 key, so that equal cosines (duplicate
-images, say) are settled by the lower id, whatever the block size or the number of ranks.
+Equal cosines (duplicate images, say) are settled by the lower id, whatever the block size or the number of ranks.
 """
 
 from collections.abc import Callable
@@ -15,8 +14,7 @@ from torch import Tensor
 from instance_ssl.classifier.cosine_softmax import normalise_rows
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
-
-_LOWEST_KEY = torch.iinfo(torch.int64).min
+from instance_ssl.ordering import LOWEST_KEY, pack_scores, unpack_scores
 
 
 def find_hard_classes(
@@ -43,7 +41,7 @@ def find_hard_classes(
     start, stop = partition.bounds(group.rank)
     block_rows = max(1, min(4096, int((block_bytes / 8) ** 0.5)))
     unit_w_nD, _ = normalise_rows(weight_nD.float())
-    best_nK = torch.full((stop - start, num_hard_classes), _LOWEST_KEY, dtype=torch.int64, device=weight_nD.device)
+    best_nK = torch.full((stop - start, num_hard_classes), LOWEST_KEY, dtype=torch.int64, device=weight_nD.device)
     blocks = [
         (source, first, min(first + block_rows, partition.bounds(source)[1]))
         for source in range(group.size)
@@ -56,29 +54,17 @@ def find_hard_classes(
         group.broadcast_(block_mD, source)
         for query in range(0, stop - start, block_rows):
             rows = slice(query, min(query + block_rows, stop - start))
-            keys_qm = _sort_keys(unit_w_nD[rows] @ block_mD.T, first)
+            keys_qm = pack_scores(unit_w_nD[rows] @ block_mD.T, first)
             _mask_self(keys_qm, start + query, first)
             merged = torch.cat([best_nK[rows], keys_qm], dim=1)
             best_nK[rows] = torch.topk(merged, num_hard_classes, dim=1).values
         if on_block is not None:
             on_block(done, len(blocks))
-    return _class_of(best_nK)
-
-
-def _sort_keys(cosine_qm: Tensor, first_class: int) -> Tensor:
-    """int64 keys that order by cosine, then by lower class id."""
-    bits = (cosine_qm + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: equal cosines, equal bits
-    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)  # IEEE 754 floats, as integers in the same order
-    ids = torch.arange(first_class, first_class + cosine_qm.shape[1], device=cosine_qm.device)
-    return (ordered.long() << 32) + (0xFFFFFFFF - ids)
-
-
-def _class_of(keys: Tensor) -> Tensor:
-    return (0xFFFFFFFF - (keys & 0xFFFFFFFF)).int()
+    return unpack_scores(best_nK)[1].int()
 
 
 def _mask_self(keys_qm: Tensor, first_query: int, first_class: int) -> None:
     """A class is not its own neighbour."""
     both = range(max(first_query, first_class), min(first_query + keys_qm.shape[0], first_class + keys_qm.shape[1]))
     ids = torch.arange(both.start, max(both.start, both.stop), device=keys_qm.device)
-    keys_qm[ids - first_query, ids - first_class] = _LOWEST_KEY
+    keys_qm[ids - first_query, ids - first_class] = LOWEST_KEY

@@ -12,8 +12,7 @@ from torch import Tensor
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.linear import count_correct
-
-_LOW_WORD = 2**32 - 1
+from instance_ssl.ordering import LOWEST_KEY, pack_scores, unpack_scores
 
 
 class ShardedBank:
@@ -51,18 +50,17 @@ class ShardedBank:
         queries = queries_qF.shape[0]
         own_qk = self._search_own(_normalise(queries_qF), k)
         every_Tqk = self._group.all_gather_rows(own_qk).view(self._group.size, queries, k)
-        return _unpack(every_Tqk.transpose(0, 1).reshape(queries, -1).topk(k).values)
+        return unpack_scores(every_Tqk.transpose(0, 1).reshape(queries, -1).topk(k).values)
 
     def _search_own(self, queries_qF: Tensor, k: int) -> Tensor:
         """The packed k best of this rank's rows, (q, k), below all others where it has fewer than k."""
         queries_qF = queries_qF.double()
-        worst = torch.iinfo(torch.int64).min
-        best_qk = torch.full((queries_qF.shape[0], k), worst, dtype=torch.int64, device=queries_qF.device)
+        best_qk = torch.full((queries_qF.shape[0], k), LOWEST_KEY, dtype=torch.int64, device=queries_qF.device)
         for start in range(0, self._bank_nF.shape[0], self._block_rows):
             block_bF = self._bank_nF[start : start + self._block_rows]
             # Float64 products rounded to float32 do not depend on the block's shape: equal images have equal scores.
             scores_qb = (queries_qF @ block_bF.double().T).float()
-            packed_qb = _pack(scores_qb, self._first_id + start)
+            packed_qb = pack_scores(scores_qb, self._first_id + start)
             packed_qb = packed_qb.topk(min(k, packed_qb.shape[1])).values
             best_qk = torch.cat([best_qk, packed_qb], dim=1).topk(k).values
         return best_qk
@@ -152,19 +150,3 @@ def _normalise(features_nF: Tensor) -> Tensor:
     """Rows of length 1, float32; rows of zeros stay zeros."""
     norms_n = torch.linalg.vector_norm(features_nF, dim=1, keepdim=True, dtype=torch.float64)
     return features_nF.float() / norms_n.clamp_min(1e-12).float()
-
-
-def _pack(scores_qb: Tensor, first_id: int) -> Tensor:
-    """One int64 per (score, image): higher scores first, then lower ids, so that top-k settles ties by itself."""
-    bits_qb = (scores_qb + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
-    # Of two negative floats the one with the smaller bits is the larger: flip all bits but the sign.
-    ordered_qb = torch.where(bits_qb < 0, bits_qb ^ 0x7FFFFFFF, bits_qb)
-    ids_b = torch.arange(first_id, first_id + scores_qb.shape[1], device=scores_qb.device)
-    return ordered_qb.long() * 2**32 + (_LOW_WORD - ids_b)
-
-
-def _unpack(packed_qk: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and ids of `_pack`."""
-    ordered_qk = (packed_qk >> 32).int()
-    scores_qk = torch.where(ordered_qk < 0, ordered_qk ^ 0x7FFFFFFF, ordered_qk).view(torch.float32)
-    return scores_qk, _LOW_WORD - (packed_qk & _LOW_WORD)

@@ -13,8 +13,8 @@ LAYERS = {
     "data": {"errors"},
     "models": {"errors"},
     "distributed": {"errors"},
-    "classifier": {"distributed", "errors"},
-    "evaluation": {"distributed", "data", "models", "classifier", "errors"},
+    "classifier": {"distributed", "errors", "ordering"},
+    "evaluation": {"distributed", "data", "models", "classifier", "errors", "ordering"},
 }
 # Module → the only files that may import it.
 RESERVED = {

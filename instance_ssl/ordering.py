@@ -1,0 +1,34 @@
+"""A total order of (score, id): equal scores are settled by the lower id, whatever the block or the rank.
+
+`torch.topk` leaves open which of several equal values it takes. Packed into one int64, no two candidates are equal.
+"""
+
+import torch
+from torch import Tensor
+
+_ALL_ONES = 0xFFFFFFFF
+_MAGNITUDE = 0x7FFFFFFF
+
+# Orders below every packed score: a place that is still empty.
+LOWEST_KEY = torch.iinfo(torch.int64).min
+
+
+def pack_scores(scores_qm: Tensor, first_id: int) -> Tensor:
+    """int64 keys (q, m) that order by score, then by lower id.
+
+    Args:
+        scores_qm: float32; column c belongs to id first_id + c.
+        first_id: ids up to 2**32 - 1.
+    """
+    bits_qm = (scores_qm + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: equal scores, equal bits
+    # Of two negative IEEE 754 numbers the one with the smaller magnitude bits is the larger: flip all but the sign.
+    ordered_qm = torch.where(bits_qm < 0, bits_qm ^ _MAGNITUDE, bits_qm)
+    ids_m = torch.arange(first_id, first_id + scores_qm.shape[1], device=scores_qm.device)
+    return (ordered_qm.long() << 32) + (_ALL_ONES - ids_m)
+
+
+def unpack_scores(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores, float32, and ids, int64, of `pack_scores`' keys."""
+    ordered = (keys >> 32).int()
+    scores = torch.where(ordered < 0, ordered ^ _MAGNITUDE, ordered).view(torch.float32)
+    return scores, _ALL_ONES - (keys & _ALL_ONES)
