@@ -58,8 +58,8 @@ def simclr_view(
 def digit_view(image_size: int) -> Transform:
     """Random view of small handwriting: a slight affine change and contrast jitter, never a flip (a 6 is no 9).
 
-    The image is resized to (image_size, image_size), then rotated by up to 10 degrees, moved by up to 0.1 of the side,
-    scaled by 0.85 to 1.15 and sheared by up to 5 degrees; brightness and contrast change by a factor of 0.6 to 1.4.
+    The image is resized to (image_size, image_size), then rotated and sheared by up to 15 degrees each, moved by up to
+    an eighth of the side and scaled by 0.75 to 1.25; brightness and contrast change by a factor of 0.6 to 1.4.
     The background is taken to be black. The ranges are this project's own choice for scikit-learn's 8x8 digits.
     """
     return _DigitView(image_size)
@@ -94,9 +94,9 @@ class _DigitView:
     def __call__(self, image: Image.Image) -> Tensor:
         side = self.image_size
         uniform = (2 * torch.rand(7) - 1).tolist()
-        angle, shear = math.radians(10 * uniform[0]), math.radians(5 * uniform[1])
-        scale = 1 + 0.15 * uniform[2]
-        shift_x, shift_y = 0.1 * side * uniform[3], 0.1 * side * uniform[4]
+        angle, shear = math.radians(15 * uniform[0]), math.radians(15 * uniform[1])
+        scale = 1 + 0.25 * uniform[2]
+        shift_x, shift_y = 0.125 * side * uniform[3], 0.125 * side * uniform[4]
         coefficients = _inverse_affine(side / 2, angle, shear, scale, shift_x, shift_y)
         if image.size != (side, side):
             image = image.resize((side, side), Image.Resampling.BICUBIC)
