@@ -9,7 +9,7 @@ from torch import Tensor
 
 from instance_ssl.checkpoint import Checkpoint, load_encoder, newest_checkpoint
 from instance_ssl.config import DataConfig
-from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD, Transform, centre_view
+from instance_ssl.data.augmentations import Transform, centre_view
 from instance_ssl.data.datasets import ImageSource
 from instance_ssl.data.loaders import Batch, image_loader
 from instance_ssl.distributed.partition import Partition
@@ -86,7 +86,7 @@ def represent(stage: Stage, source: str) -> Representation:
     """
     if source == "pixels":
         feature_dim = 3 * evaluation_data(stage).image_size ** 2
-        return Representation(source, _pixels, feature_dim, None, None, "pixels in [0, 1]")
+        return Representation(source, _pixels, feature_dim, None, None, "pixels, normalised by channel")
     made_by = {"random": "initialize_classifier", "trained": "pretrain"}[source]
     checkpoint = newest_checkpoint(stage.checkpoints_of(made_by), stage.world)
     if checkpoint is None:
@@ -137,6 +137,5 @@ def _load_frozen(stage: Stage, checkpoint: Checkpoint) -> Encoder:
 
 
 def _pixels(images: Tensor) -> Tensor:
-    mean = torch.tensor(NORMALISE_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(NORMALISE_STD, device=images.device)[:, None, None]
-    return (images * std + mean).flatten(1)
+    """Pixels as the encoder sees them, normalised by channel: raw ones in [0, 1] compare little but brightness."""
+    return images.flatten(1)
