@@ -3,7 +3,7 @@
     checkpoints/step_000000440/
         encoder.pt            encoder state and momentum by name, float32, whole (whatever the ZeRO stage)
         rows_000000000_000000719.pt …   rows [start, stop) of W, their momentum and hard classes, by global row
-        training.json         step, epoch, N, D
+        training.json         step, epoch, N, D, figures of the last epoch
         MANIFEST.json         size and SHA-256 of every file
 
 Ranks write into a temporary directory, agree that all went well, and rank 0 renames it. A reader takes the newest
@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ _MANIFEST = "MANIFEST.json"
 
 @dataclass(frozen=True)
 class TrainingPosition:
-    """Where training stands: optimizer steps and whole epochs done, and the size of the problem."""
+    """Where training stands: optimizer steps and whole epochs done, the size of the problem, the last epoch's means."""
 
     step: int
     epoch: int
     num_instances: int
     embedding_dim: int
+    figures: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

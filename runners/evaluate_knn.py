@@ -4,7 +4,7 @@ python runners/evaluate_knn.py --config F --deepspeed_config F --run-dir D --set
 """
 
 from instance_ssl.stages import evaluate_knn
-from instance_ssl.stages.context import run_stages
+from instance_ssl.stages.context import StageSpec, run_stages
 
 if __name__ == "__main__":
-    raise SystemExit(run_stages([("evaluate_knn", evaluate_knn.run)]))
+    raise SystemExit(run_stages([StageSpec("evaluate_knn", evaluate_knn.run, needs_labels=True)]))

@@ -4,7 +4,7 @@ python runners/evaluate_linear.py --config F --deepspeed_config F --run-dir D --
 """
 
 from instance_ssl.stages import evaluate_linear
-from instance_ssl.stages.context import run_stages
+from instance_ssl.stages.context import StageSpec, run_stages
 
 if __name__ == "__main__":
-    raise SystemExit(run_stages([("evaluate_linear", evaluate_linear.run)]))
+    raise SystemExit(run_stages([StageSpec("evaluate_linear", evaluate_linear.run, needs_labels=True)]))

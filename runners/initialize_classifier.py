@@ -4,7 +4,7 @@ python runners/initialize_classifier.py --config F --deepspeed_config F --run-di
 """
 
 from instance_ssl.stages import initialize_classifier
-from instance_ssl.stages.context import run_stages
+from instance_ssl.stages.context import StageSpec, run_stages
 
 if __name__ == "__main__":
-    raise SystemExit(run_stages([("initialize_classifier", initialize_classifier.run)]))
+    raise SystemExit(run_stages([StageSpec("initialize_classifier", initialize_classifier.run)]))

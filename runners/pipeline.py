@@ -4,13 +4,13 @@ deepspeed runners/pipeline.py --config F --deepspeed_config F --run-dir D --set 
 """
 
 from instance_ssl.stages import evaluate_knn, evaluate_linear, initialize_classifier, pretrain, summary
-from instance_ssl.stages.context import run_stages
+from instance_ssl.stages.context import StageSpec, run_stages
 
 STAGES = [
-    ("initialize_classifier", initialize_classifier.run),
-    ("pretrain", pretrain.run),
-    ("evaluate_knn", evaluate_knn.run),
-    ("evaluate_linear", evaluate_linear.run),
+    StageSpec("initialize_classifier", initialize_classifier.run),
+    StageSpec("pretrain", pretrain.run),
+    StageSpec("evaluate_knn", evaluate_knn.run, needs_labels=True),
+    StageSpec("evaluate_linear", evaluate_linear.run, needs_labels=True),
 ]
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python runners/pretrain.py --config F --deepspeed_config F --run-dir D --set key
 """
 
 from instance_ssl.stages import pretrain
-from instance_ssl.stages.context import run_stages
+from instance_ssl.stages.context import StageSpec, run_stages
 
 if __name__ == "__main__":
-    raise SystemExit(run_stages([("pretrain", pretrain.run)]))
+    raise SystemExit(run_stages([StageSpec("pretrain", pretrain.run)]))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
@@ -66,19 +66,24 @@ class Stage:
         return torch.autocast(self.world.device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-StageFunction = Callable[[Stage], dict[str, Any]]
+class StageSpec(NamedTuple):
+    """A stage that a runner offers: its directory's name, what it does, and whether it needs labelled images."""
+
+    name: str
+    run: Callable[[Stage], dict[str, Any]]
+    needs_labels: bool = False
 
 
-def run_stages(stages: Sequence[tuple[str, StageFunction]], after: Callable[[Stage], None] | None = None) -> int:
+def run_stages(stages: Sequence[StageSpec], after: Callable[[Stage], None] | None = None) -> int:
     """Runs stages one after another in one process group and returns the process's exit code.
 
     Stages already complete in the run directory are skipped. `after` is called once all are complete.
     """
     log = RunLog(is_main=comm.launched_rank() == 0)
     try:
-        context = _open(_parse_arguments(), log)
-        for name, function in stages:
-            _run_stage(replace(context, name=name), function)
+        context = _open(_parse_arguments(), log, needs_labels=any(spec.needs_labels for spec in stages))
+        for spec in stages:
+            _run_stage(replace(context, name=spec.name), spec.run)
         if after is not None:
             after(context)
         context.world.barrier()
@@ -117,7 +122,7 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _open(arguments: argparse.Namespace, log: RunLog) -> Stage:
+def _open(arguments: argparse.Namespace, log: RunLog, *, needs_labels: bool) -> Stage:
     """Everything that can be refused is refused here, before a file is written."""
     config = load_config(arguments.config, arguments.set)
     ds = load_ds_config(
@@ -127,6 +132,8 @@ def _open(arguments: argparse.Namespace, log: RunLog) -> Stage:
         world_size=comm.launched_world_size(),
     )
     engine.check_zero_section(ds)
+    if needs_labels:
+        _check_labels(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
     _check_unchanged(config, run_directory)
     world = comm.initialize()
@@ -154,6 +161,15 @@ def _open_images(data: DataConfig, split: str, world: Group) -> ImageSource:
         raise opened
     assert opened is not None
     return opened
+
+
+def _check_labels(config: ExperimentConfig) -> None:
+    kind = (config.evaluation.data or config.data).kind
+    if kind in ("folder", "list"):
+        raise UserError(
+            f"data.kind {kind} has no labels to evaluate with: point evaluation.data at a labelled set (kind tree), "
+            "or run runners/initialize_classifier.py and runners/pretrain.py alone"
+        )
 
 
 def _check_size(config: ExperimentConfig, num_images: int, world_size: int) -> None:
@@ -206,7 +222,7 @@ def _record_instances(source: ImageSource, run_directory: Path, world: Group) ->
         raise UserError(problem)
 
 
-def _run_stage(stage: Stage, function: StageFunction) -> None:
+def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]]) -> None:
     result_path = stage.directory / "result.json"
     config_path = stage.directory / "config.yaml"
     done = None

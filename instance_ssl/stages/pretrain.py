@@ -43,7 +43,7 @@ def run(stage: Stage) -> dict[str, Any]:
     dataset = ViewDataset(stage.source, view, config.augmentation.num_views, config.seed)
     loader = view_loader(dataset, sampler, config.data.num_workers)
     total_steps = optimization.epochs * sampler.steps_per_epoch
-    figures: dict[str, Any] = {}
+    figures = start.position.figures
     with stage.log.progress("pretrain", total_steps, "steps", initial=start.position.step) as progress:
         for epoch in range(start.position.epoch, optimization.epochs):
             _refresh_hard_classes(stage, shard)
@@ -60,7 +60,8 @@ def run(stage: Stage) -> dict[str, Any]:
             )
             figures = writer.summary()
             if (epoch + 1) % config.log.checkpoint_every_epochs == 0 or epoch + 1 == optimization.epochs:
-                _save(stage, engine, shard, epoch + 1, sampler.steps_per_epoch)
+                steps_done = (epoch + 1) * sampler.steps_per_epoch
+                _save(stage, engine, shard, steps_done, epoch + 1, figures)
     return {"epochs": optimization.epochs, "steps": total_steps, **figures}
 
 
@@ -119,13 +120,19 @@ def _refresh_hard_classes(stage: Stage, shard: ClassifierShard) -> None:
         shard.refresh_hard_classes(num_hard_classes, on_block=lambda done, blocks: progress.set(done, blocks))
 
 
-def _save(stage: Stage, engine: Engine, shard: ClassifierShard, epochs_done: int, steps_per_epoch: int) -> None:
+def _save(
+    stage: Stage,
+    engine: Engine,
+    shard: ClassifierShard,
+    steps_done: int,
+    epochs_done: int,
+    figures: dict[str, float | None],
+) -> None:
     # Averaged in place, so that a run that goes on and one that resumes hold the same statistics.
     engine.average_buffers()
     state, momentum = engine.full_state()
-    position = TrainingPosition(
-        epochs_done * steps_per_epoch, epochs_done, len(stage.source), stage.config.model.embedding_dim
-    )
+    embedding_dim = stage.config.model.embedding_dim
+    position = TrainingPosition(steps_done, epochs_done, len(stage.source), embedding_dim, figures)
     directory = stage.checkpoints_of(stage.name)
     save_checkpoint(directory, position, state, momentum, shard, keep=stage.config.log.keep_checkpoints)
 

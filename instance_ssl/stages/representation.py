@@ -55,18 +55,11 @@ class LabelledImages:
 
 
 def open_labelled(stage: Stage) -> LabelledImages:
-    """The labelled images that `evaluation.data` (or else `data`) names.
-
-    Raises:
-        UserError: when they have no labels.
-    """
+    """The labelled images that `evaluation.data` (or else `data`) names."""
     data = evaluation_data(stage)
     train = stage.source if stage.config.evaluation.data is None else stage.open_images(data, "train")
-    if train.labels is None:
-        raise UserError(
-            f"data.kind {data.kind} has no labels to evaluate with: point evaluation.data at a labelled set (kind tree)"
-        )
     test = stage.open_images(data, "test")
+    assert train.labels is not None  # kinds without labels were refused at the start
     assert test.labels is not None
     device = stage.world.device
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1

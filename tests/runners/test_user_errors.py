@@ -48,7 +48,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subproc
         number, (arguments, _) = item
         run_directory = directory / f"run_{number}"
         filled = [argument.format(d=directory) for argument in arguments]
-        return run_bare("pipeline", "--run-dir", str(run_directory), *filled), run_directory
+        return run_bare("pretrain", "--run-dir", str(run_directory), *filled), run_directory
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(MISTAKES, pool.map(run, enumerate(MISTAKES.values())), strict=True))
@@ -75,6 +75,14 @@ def test_two_ranks_say_it_once(tmp_path: Path) -> None:
     assert "Traceback" not in finished.stderr
 
 
+def test_a_pipeline_on_unlabelled_images_says_so_before_it_starts(tmp_path: Path) -> None:
+    arguments = ["--run-dir", str(tmp_path / "run"), "--set", "data.kind=folder", f"data.root={tmp_path}"]
+    finished = run_bare("pipeline", *arguments)
+    assert finished.returncode == 2
+    assert "no labels" in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stage_out_of_order_says_what_to_run(tmp_path: Path) -> None:
     finished = run_bare("pretrain", "--run-dir", str(tmp_path / "run"))
     assert finished.returncode == 2
@@ -92,7 +100,7 @@ def test_an_image_that_breaks_in_mid_run_is_named_by_the_rank_that_met_it(tmp_pa
     (images / "7.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 2}))
     finished = run_launched(
-        "pipeline", 2, "--run-dir", str(tmp_path / "run"), "--deepspeed_config", str(tmp_path / "ds.json"),
+        "initialize_classifier", 2, "--run-dir", str(tmp_path / "run"), "--deepspeed_config", str(tmp_path / "ds.json"),
         "--set", "data.kind=folder", f"data.root={images}", "optimization.global_batch_size=4",
         "classifier.num_hard_classes=3",
     )  # fmt: skip
