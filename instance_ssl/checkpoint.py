@@ -124,18 +124,20 @@ def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
     """Fills the shard's rows, momentum and hard classes from whichever files hold them.
 
     Raises:
-        UserError: when the checkpoint is of another number of images or another embedding dimension.
+        UserError: when the checkpoint is of another number of images or embedding dimension, or lacks rows.
     """
     position = checkpoint.position
     found = (position.num_instances, position.embedding_dim)
     expected = (shard.partition.total, shard.weight.shape[1])
     if found != expected:
         raise UserError(f"{checkpoint.directory} holds {found[0]} x {found[1]} weights, this run needs {expected}")
+    filled = 0
     for path in sorted(checkpoint.directory.glob("rows_*.pt")):
         first, last = (int(part) for part in path.stem.split("_")[1:])
         start, stop = max(first, shard.start), min(last, shard.stop)
         if start >= stop:
             continue
+        filled += stop - start
         content = _load(path)
         theirs, own = slice(start - first, stop - first), slice(start - shard.start, stop - shard.start)
         shard.weight[own] = content["weight"][theirs].to(shard.weight)
@@ -147,6 +149,8 @@ def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
                     len(shard.weight), hard.shape[1], dtype=hard.dtype, device=shard.weight.device
                 )
             shard.hard_classes[own] = hard[theirs].to(shard.weight.device)
+    if filled != len(shard.weight):
+        raise UserError(f"{checkpoint.directory} lacks rows of the classifier: {filled} of {len(shard.weight)} found")
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:

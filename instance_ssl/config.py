@@ -54,7 +54,7 @@ class AugmentationConfig(_Section):
     view: Literal["simclr", "digit"] = "simclr"
     num_views: PositiveInt = 2
     min_crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
-    jitter_strength: NonNegativeFloat | None = None
+    jitter_strength: Annotated[float, Field(ge=0, le=2.5)] | None = None
     blur: bool | None = None
 
 
@@ -79,7 +79,7 @@ class ClassifierConfig(_Section):
     num_hard_classes: NonNegativeInt = 100
     loss_form: LossForm = "mixture"
     initialization: InitializationMode = "running"
-    initialization_batch_size: PositiveInt = 1024
+    initialization_batch_size: PositiveInt = 256
 
     @field_validator("temperature")
     @classmethod
@@ -132,13 +132,13 @@ class LinearConfig(_Section):
     epochs: PositiveInt = 100
     global_batch_size: PositiveInt = 2048
     learning_rate: PositiveFloat = 40.0
-    l2_penalties: tuple[NonNegativeFloat, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    l2_penalties: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class EvaluationConfig(_Section):
     """What is evaluated, and on which labelled images (None: those of `data`)."""
 
-    sources: tuple[Literal["pixels", "random", "trained"], ...] = ("trained",)
+    sources: Annotated[tuple[Literal["pixels", "random", "trained"], ...], Field(min_length=1)] = ("trained",)
     batch_size: PositiveInt = 256
     data: DataConfig | None = None
     knn: KnnConfig = KnnConfig()
@@ -223,10 +223,10 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

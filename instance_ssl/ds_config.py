@@ -23,11 +23,6 @@ _PASSED_ON = (
     "torch_autocast",
     "communication_data_type",
     "wall_clock_breakdown",
-    "memory_breakdown",
-    "steps_per_print",
-    "dump_state",
-    "comms_logger",
-    "flops_profiler",
 )
 _OWN = "instance_classifier"
 _DERIVED = {
@@ -42,6 +37,7 @@ _REFUSED = {
     "scheduler": "the schedule is set by the experiment's optimization section",
     "bf16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype bfloat16",
     "fp16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype float16",
+    "steps_per_print": "the progress bar is ours",
     "activation_checkpointing": "recomputing a block would update its batch-norm statistics twice",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +47,7 @@ class InstanceClassifierSection(BaseModel):
     """Where and how the classifier is computed.
 
     Attributes:
-        block_mib: memory of the one block of logits, and of one block of the hard-class search.
+        block_mib: memory of one block of logits, and of one block of the hard-class search, which holds about six.
         matmul_dtype: precision of the logits' matrix products; `auto` follows torch_autocast when that is bfloat16.
             float16 is not offered: exp(cos/τ) spans more than its range.
     """
@@ -105,6 +101,10 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
     except ValidationError as error:
         raise UserError(f"{path}: {describe_validation_error(error, InstanceClassifierSection, _OWN)}") from None
     micro_batch_size = values.get("train_micro_batch_size_per_gpu")
+    if not isinstance(values.get("wall_clock_breakdown", False), bool):
+        raise UserError(f"{path}: wall_clock_breakdown must be true or false")
+    if values.get("communication_data_type") not in (None, "fp32", "fp16", "bfp16", "bf16"):
+        raise UserError(f"{path}: communication_data_type must be fp32, fp16 or bf16")
     if type(micro_batch_size) is not int or micro_batch_size < 1:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of images a rank")
     accumulation_steps, remainder = divmod(global_batch_size, micro_batch_size * world_size)
@@ -161,6 +161,11 @@ def _zero_stage(section: Any, path: Path) -> int:
             f"{path}: zero_optimization.stage must be 0, 1 or 2 (stage 3 cannot sum gradients, "
             "and an encoder of this size has nothing to gain from it)"
         )
+    for key in section:
+        if key.startswith("offload_"):
+            raise UserError(
+                f"{path}: remove 'zero_optimization.{key}': DeepSpeed offloads only its own optimizers, not SGD"
+            )
     return int(stage)
 
 

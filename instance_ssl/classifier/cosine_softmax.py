@@ -20,8 +20,8 @@ No tensor of B x n (rows x own classes) exists either: one block buffer is reuse
 No maximum is subtracted. |s| ≤ 1/τ, so for τ ≥ 0.03 exp(s) lies in [3e-15, 3e14], and 30 million of them sum to at
 most 1e22: float32 holds all of it at full relative precision. A smaller τ is refused (`MIN_TEMPERATURE`).
 
-Precision: the two matrix products of each pass run in `matmul_dtype`; every sum over classes or rows is accumulated
-in float32 (float64 when the rows are float64, as the tests do).
+Precision: within a block, the matrix products and exp(s) are in `matmul_dtype`, bfloat16 rounding included; sums over
+blocks, Z and Y are accumulated in the rows' precision (float32; float64 in the tests).
 """
 
 from collections.abc import Iterator

@@ -54,7 +54,9 @@ def find_hard_classes(
         group.broadcast_(block_mD, source)
         for query in range(0, stop - start, block_rows):
             rows = slice(query, min(query + block_rows, stop - start))
-            keys_qm = pack_scores(unit_w_nD[rows] @ block_mD.T, first)
+            # Float64 products rounded to float32 do not depend on the block's shape: equal rows have equal cosines.
+            cosine_qm = (unit_w_nD[rows].double() @ block_mD.double().T).float()
+            keys_qm = pack_scores(cosine_qm, first)
             _mask_self(keys_qm, start + query, first)
             merged = torch.cat([best_nK[rows], keys_qm], dim=1)
             best_nK[rows] = torch.topk(merged, num_hard_classes, dim=1).values

@@ -70,11 +70,16 @@ def _statistics_hook(mode: InitializationMode, group: Group) -> Callable[[nn.Mod
 
 def _global_statistics(inputs: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance per channel over the batch of all ranks; a rank's batch may be empty."""
-    values = inputs.detach().float().transpose(0, 1).flatten(1).double()  # (channels, all else)
-    sums = torch.stack([torch.full_like(values[:, 0:1].sum(1), values.shape[1]), values.sum(1), values.square().sum(1)])
-    count, total, squares = group.all_reduce_sum_(sums)
-    mean = total / count
-    return mean.float(), (squares / count - mean.square()).clamp_(min=0).float()
+    values = inputs.detach().float()
+    count = values.numel() // values.shape[1]
+    sums = torch.zeros(3, values.shape[1], dtype=torch.float64, device=values.device)
+    if count:
+        variance, mean = torch.var_mean(values, dim=[0, *range(2, values.dim())], correction=0)
+        mean, variance = mean.double(), variance.double()
+        sums = torch.stack([torch.full_like(mean, count), count * mean, count * (variance + mean.square())])
+    counts, total, squares = group.all_reduce_sum_(sums)
+    mean = total / counts
+    return mean.float(), (squares / counts - mean.square()).clamp_(min=0).float()
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from instance_ssl.errors import UserError
+
 _TIMEOUT = timedelta(minutes=30)
 
 
@@ -106,8 +108,8 @@ class Group:
         return box[0]
 
     def barrier(self) -> None:
-        """Waits until every rank is here."""
-        self.all_reduce_sum_(torch.zeros(1, device=self.device))
+        """Waits until every rank is here; reading the result back makes the host wait too, not only its GPU."""
+        self.all_reduce_sum_(torch.zeros(1, device=self.device)).item()
 
 
 def launched_rank() -> int:
@@ -124,18 +126,25 @@ def initialize() -> Group:
     """Joins the launcher's world (or a world of one when run bare) and returns it as a group.
 
     NCCL and one GPU a rank where CUDA is there, gloo on the CPU otherwise.
+
+    Raises:
+        UserError: when more ranks were launched on this machine than it has GPUs.
     """
     use_cuda = torch.cuda.is_available()
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"this machine has {torch.cuda.device_count()} GPUs: launch no more ranks (--num_gpus) on it"
+            )
         torch.cuda.set_device(device)
     if "MASTER_ADDR" in os.environ:
         return _join("env://", launched_rank(), launched_world_size(), device)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
-    rendezvous = os.path.join(tempfile.mkdtemp(prefix="instance_ssl_"), "rendezvous")
-    return _join(f"file://{rendezvous}", 0, 1, device)
+    with tempfile.TemporaryDirectory() as directory:
+        return _join(f"file://{os.path.join(directory, 'rendezvous')}", 0, 1, device)
 
 
 def initialize_from_file(path: str, rank: int, size: int) -> Group:
@@ -167,5 +176,6 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def finalize() -> None:
-    """Leaves the world."""
-    dist.destroy_process_group()
+    """Leaves the world, if this process has joined it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -91,6 +91,8 @@ def run_stages(stages: Sequence[StageSpec], after: Callable[[Stage], None] | Non
     except UserError as error:
         if log.is_main or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, RankError):  # then all ranks are here, and leave together
+            comm.finalize()
         return EXIT_USER_ERROR
     except RuntimeError as error:
         if not comm.lost_peer(error):
@@ -132,13 +134,13 @@ def _open(arguments: argparse.Namespace, log: RunLog, *, needs_labels: bool) -> 
         world_size=comm.launched_world_size(),
     )
     engine.check_zero_section(ds)
-    if needs_labels:
-        _check_labels(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
     _check_unchanged(config, run_directory)
     world = comm.initialize()
     source = _open_images(config.data, "train", world)
-    _check_size(config, len(source), world.size)
+    _check_size(config, len(source))
+    if needs_labels:
+        _check_evaluation(config, len(source), world)
     _record_instances(source, run_directory, world)
     log.say(
         f"{len(source):,} images, {world.size} x {world.device.type}; global batch "
@@ -163,16 +165,29 @@ def _open_images(data: DataConfig, split: str, world: Group) -> ImageSource:
     return opened
 
 
-def _check_labels(config: ExperimentConfig) -> None:
-    kind = (config.evaluation.data or config.data).kind
+def _check_evaluation(config: ExperimentConfig, num_images: int, world: Group) -> None:
+    """Opens what evaluation will read, so that its mistakes show before the training and not after it."""
+    data = config.evaluation.data or config.data
+    kind = data.kind
     if kind in ("folder", "list"):
         raise UserError(
             f"data.kind {kind} has no labels to evaluate with: point evaluation.data at a labelled set (kind tree), "
             "or run runners/initialize_classifier.py and runners/pretrain.py alone"
         )
+    if data.image_size != config.data.image_size:
+        raise UserError(
+            f"evaluation.data.image_size {data.image_size} differs from data.image_size {config.data.image_size}, "
+            "which the encoder is trained at: set both alike"
+        )
+    if config.evaluation.data is not None:
+        num_images = len(_open_images(data, "train", world))
+    _open_images(data, "test", world)
+    largest = max(config.evaluation.knn.neighbours)
+    if largest > num_images:
+        raise UserError(f"evaluation.knn.neighbours asks for {largest} of {num_images} training images")
 
 
-def _check_size(config: ExperimentConfig, num_images: int, world_size: int) -> None:
+def _check_size(config: ExperimentConfig, num_images: int) -> None:
     if config.classifier.num_hard_classes >= num_images:
         raise UserError(
             f"classifier.num_hard_classes {config.classifier.num_hard_classes} must be below the number of images "
@@ -217,6 +232,8 @@ def _record_instances(source: ImageSource, run_directory: Path, world: Group) ->
                 write_json(path, record)
         except OSError as error:
             problem = f"--run-dir {run_directory}: {error.strerror}"
+        except ValueError:
+            problem = f"{path} is damaged: restore it or give another --run-dir"
     problem = world.broadcast_object(problem)
     if problem is not None:
         raise UserError(problem)
@@ -228,7 +245,8 @@ def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]]) -> Non
     done = None
     if stage.world.rank == 0 and result_path.exists():
         same = config_path.exists() and flatten(load_config(config_path)) == flatten(stage.config)
-        done = same or stage.name in _BOUND_STAGES
+        evaluated = json.loads(result_path.read_text()).get("newest_checkpoint")
+        done = stage.name in _BOUND_STAGES or (same and evaluated == _newest_checkpoint_name(stage))
     if stage.world.broadcast_object(done):
         stage.log.say(f"{stage.name}: already complete, see {result_path}")
         return
@@ -245,12 +263,18 @@ def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]]) -> Non
         record = {
             "stage": stage.name,
             **figures,
+            "newest_checkpoint": _newest_checkpoint_name(stage),
             "data": {"kind": stage.config.data.kind, "num_instances": len(stage.source), "digest": stage.source.digest},
             "seconds": round(time.perf_counter() - started, 3),
             **_environment(stage.world),
         }
         write_json(result_path, record)
     stage.world.barrier()
+
+
+def _newest_checkpoint_name(stage: Stage) -> str | None:
+    """What an evaluation was of: it is done again when training has gone on since."""
+    return max((path.name for path in stage.checkpoints_of("pretrain").glob("step_*")), default=None)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from instance_ssl.stages.representation import (
     TITLES,
     LabelledImages,
     cached_features,
+    labels_of_own_part,
     open_labelled,
-    own_labels,
     represent,
 )
 
@@ -35,9 +35,9 @@ def run(stage: Stage) -> dict[str, Any]:
         test_mF = cached_features(stage, representation, images.test, f"{title}: test features")
         accuracies = knn_accuracy(
             train_nF,
-            own_labels(stage, images.train_labels),
+            labels_of_own_part(stage, images.train_labels),
             test_mF,
-            own_labels(stage, images.test_labels),
+            labels_of_own_part(stage, images.test_labels),
             stage.world,
             neighbours=stage.config.evaluation.knn.neighbours,
             temperatures=stage.config.evaluation.knn.temperatures,

@@ -18,9 +18,9 @@ from instance_ssl.stages.representation import (
     Representation,
     cached_features,
     evaluation_data,
+    labels_of_own_part,
     open_labelled,
     own_batches,
-    own_labels,
     represent,
 )
 
@@ -47,9 +47,9 @@ def _probe_cached(stage: Stage, representation: Representation, images: Labelled
     title = TITLES[representation.source]
     return probe_cached_features(
         cached_features(stage, representation, images.train, f"{title}: train features"),
-        own_labels(stage, images.train_labels),
+        labels_of_own_part(stage, images.train_labels),
         cached_features(stage, representation, images.test, f"{title}: test features"),
-        own_labels(stage, images.test_labels),
+        labels_of_own_part(stage, images.test_labels),
         stage.world,
         num_classes=images.num_classes,
         l2_penalties=stage.config.evaluation.linear.l2_penalties,

@@ -112,7 +112,7 @@ def cached_features(stage: Stage, representation: Representation, images: ImageS
     return features_nF
 
 
-def own_labels(stage: Stage, labels_N: Tensor) -> Tensor:
+def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:
     """The labels of this rank's contiguous part."""
     start, stop = Partition(len(labels_N), stage.world.size).bounds(stage.world.rank)
     return labels_N[start:stop]

@@ -40,6 +40,17 @@ def test_table_equals_brute_force_on_random_rows(world_size: int) -> None:
     assert torch.equal(table, dense_hard_classes(weight_ND.double(), 20))
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_duplicates_are_tied_whatever_the_block_s_shape(world_size: int) -> None:
+    """Random rows, each twice: a class's twin comes first, and twins of others by their lower id."""
+    rows = torch.randn(61, 128, generator=torch.Generator().manual_seed(3))
+    weight_ND = torch.cat([rows, rows])
+    table = torch.cat(run_ranks(sharded_table, world_size, weight_ND, 9, 8 * 11 * 11))
+    for i, hardest in enumerate(table.tolist()):
+        assert hardest[0] == (i + 61) % 122
+        assert all(b == a + 61 for a, b in zip(hardest[1::2], hardest[2::2], strict=True))
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_all_other_classes_can_be_asked_for(world_size: int) -> None:
     weight_ND = tied_weights(23)

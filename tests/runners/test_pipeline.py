@@ -95,9 +95,21 @@ def test_a_resumed_run_ends_bit_for_bit_like_the_unbroken_one(two_ranks: tuple[P
     assert finished.returncode == 0, finished.stderr
     assert "resuming from" in finished.stdout
     assert "11 epochs done" in finished.stdout
+    again = run_bare("evaluate_knn", "--run-dir", str(broken), *SHORT)
+    assert "already complete" in again.stdout  # it was of the same checkpoint
     unbroken, resumed = final_state(run), final_state(broken)
     assert list(unbroken) == list(resumed)
     torch.testing.assert_close(resumed, unbroken, rtol=0, atol=0)
+
+
+def test_an_evaluation_of_an_older_checkpoint_is_done_again(two_ranks: tuple[Path, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(two_ranks[0], run)
+    newest = max((run / "pretrain/checkpoints").glob("step_*"))
+    newest.rename(tmp_path / newest.name)
+    finished = run_bare("evaluate_knn", "--run-dir", str(run), *SHORT)
+    assert finished.returncode == 0, finished.stderr
+    assert result(run, "evaluate_knn")["figures"]["trained"]["epoch"] == 11
 
 
 def test_bare_stages_one_by_one_in_bfloat16(tmp_path: Path) -> None:

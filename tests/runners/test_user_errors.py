@@ -83,6 +83,20 @@ def test_a_pipeline_on_unlabelled_images_says_so_before_it_starts(tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("evaluation.knn.neighbours=[2000]", "evaluation.knn.neighbours asks for 2000"),
+        ("data.limit_test=361", "data.limit_test"),
+    ],
+)
+def test_a_mistake_in_the_evaluation_shows_before_the_training(tmp_path: Path, override: str, expected: str) -> None:
+    finished = run_bare("pipeline", "--run-dir", str(tmp_path / "run"), "--set", override)
+    assert finished.returncode == 2
+    assert expected in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stage_out_of_order_says_what_to_run(tmp_path: Path) -> None:
     finished = run_bare("pretrain", "--run-dir", str(tmp_path / "run"))
     assert finished.returncode == 2

@@ -1,0 +1,5 @@
+"""The suite is about CPU ranks: a GPU in the machine must not draw some of the work away."""
+
+import os
+
+os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
