@@ -5,7 +5,6 @@ that runs the same collectives; nothing here branches on it.
 """
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -143,8 +142,7 @@ def initialize() -> Group:
     if "MASTER_ADDR" in os.environ:
         return _join("env://", launched_rank(), launched_world_size(), device)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
-    with tempfile.TemporaryDirectory() as directory:
-        return _join(f"file://{os.path.join(directory, 'rendezvous')}", 0, 1, device)
+    return _join(None, 0, 1, device, store=dist.HashStore())
 
 
 def initialize_from_file(path: str, rank: int, size: int) -> Group:
@@ -152,10 +150,11 @@ def initialize_from_file(path: str, rank: int, size: int) -> Group:
     return _join(f"file://{path}", rank, size, torch.device("cpu"))
 
 
-def _join(init_method: str, rank: int, size: int, device: torch.device) -> Group:
+def _join(init_method: str | None, rank: int, size: int, device: torch.device, store: Any = None) -> Group:
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=init_method,
+        store=store,
         rank=rank,
         world_size=size,
         timeout=_TIMEOUT,
