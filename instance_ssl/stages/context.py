@@ -134,6 +134,8 @@ def _open(arguments: argparse.Namespace, log: RunLog, *, needs_labels: bool) -> 
         world_size=comm.launched_world_size(),
     )
     engine.check_zero_section(ds)
+    if needs_labels:
+        _check_labels(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
     _check_unchanged(config, run_directory)
     world = comm.initialize()
@@ -165,15 +167,18 @@ def _open_images(data: DataConfig, split: str, world: Group) -> ImageSource:
     return opened
 
 
-def _check_evaluation(config: ExperimentConfig, num_images: int, world: Group) -> None:
-    """Opens what evaluation will read, so that its mistakes show before the training and not after it."""
-    data = config.evaluation.data or config.data
-    kind = data.kind
+def _check_labels(config: ExperimentConfig) -> None:
+    kind = (config.evaluation.data or config.data).kind
     if kind in ("folder", "list"):
         raise UserError(
             f"data.kind {kind} has no labels to evaluate with: point evaluation.data at a labelled set (kind tree), "
             "or run runners/initialize_classifier.py and runners/pretrain.py alone"
         )
+
+
+def _check_evaluation(config: ExperimentConfig, num_images: int, world: Group) -> None:
+    """Opens what evaluation will read, so that its mistakes show before the training and not after it."""
+    data = config.evaluation.data or config.data
     if data.image_size != config.data.image_size:
         raise UserError(
             f"evaluation.data.image_size {data.image_size} differs from data.image_size {config.data.image_size}, "
