@@ -172,7 +172,7 @@ class ClassifierShard:
     @torch.no_grad()
     def assign(self, x_BD: Tensor, instance_id_B: Tensor) -> None:
         """Writes w_i ← x_i for those of the gathered rows that this rank owns."""
-        own_B = (instance_id_B >= self.start) & (instance_id_B < self.stop)
+        own_B = self._owns(instance_id_B)
         self.weight[instance_id_B[own_B] - self.start] = x_BD[own_B].to(self.weight.dtype)
 
     @torch.no_grad()
@@ -190,17 +190,21 @@ class ClassifierShard:
         nowhere = self.partition.total
         class_B = torch.where(own_best_B == best_B, own_class_B + self.start, nowhere)
         self.group.all_reduce_min_(class_B)  # of equal cosines on different ranks, the lower id
-        own_B = (labels_B >= self.start) & (labels_B < self.stop)
+        own_B = self._owns(labels_B)
         unit_w, _ = normalise_rows(self.weight[labels_B[own_B] - self.start])
         positive = self.group.all_reduce_sum_((unit_x_BD[own_B] * unit_w).sum())
         correct = (class_B == labels_B).to(positive.dtype).mean()
         return correct.item(), positive.item() / labels_B.shape[0]
 
+    def _owns(self, instance_id_B: Tensor) -> Tensor:
+        """(B,) bool: whether this rank holds the row of each instance."""
+        return (instance_id_B >= self.start) & (instance_id_B < self.stop)
+
     def _hard_classes_of(self, labels_B: Tensor) -> Tensor | None:
         """(B, K) hardest classes of each row's instance: each owner fills in its own, the sum brings them together."""
         if self.hard_classes is None:
             return None
-        own_B = (labels_B >= self.start) & (labels_B < self.stop)
+        own_B = self._owns(labels_B)
         hard_BK = self.hard_classes.new_zeros(labels_B.shape[0], self.hard_classes.shape[1])
         hard_BK[own_B] = self.hard_classes[labels_B[own_B] - self.start]
         return self.group.all_reduce_sum_(hard_BK)

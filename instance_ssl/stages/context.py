@@ -37,7 +37,12 @@ _BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage gets: where it runs, on what, and where its files go."""
+    """What a stage gets: where it runs, on what, and where its files go.
+
+    Attributes:
+        source: the images to train on.
+        evaluation_sources: labelled images, train and test; None where no stage of the run needs them.
+    """
 
     name: str
     run_directory: Path
@@ -46,6 +51,7 @@ class Stage:
     world: Group
     log: RunLog
     source: ImageSource
+    evaluation_sources: tuple[ImageSource, ImageSource] | None = None
 
     @property
     def directory(self) -> Path:
@@ -55,10 +61,6 @@ class Stage:
     def checkpoints_of(self, stage: str) -> Path:
         """Where a stage of this run keeps its checkpoints."""
         return self.run_directory / stage / "checkpoints"
-
-    def open_images(self, data: DataConfig, split: str) -> ImageSource:
-        """The images of a split, opened by rank 0 and sent to all: every rank sees the same list."""
-        return _open_images(data, split, self.world)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The JSON's precision, for forward passes outside the engine."""
@@ -141,18 +143,18 @@ def _open(arguments: argparse.Namespace, log: RunLog, *, needs_labels: bool) -> 
     world = comm.initialize()
     source = _open_images(config.data, "train", world)
     _check_size(config, len(source))
-    if needs_labels:
-        _check_evaluation(config, len(source), world)
+    evaluation_sources = _open_evaluation(config, source, world) if needs_labels else None
     _record_instances(source, run_directory, world)
     log.say(
         f"{len(source):,} images, {world.size} x {world.device.type}; global batch "
         f"{config.optimization.global_batch_size} = {ds.micro_batch_size} images x {ds.accumulation_steps} "
         f"micro-batches x {world.size} ranks, {config.augmentation.num_views} views each; run in {run_directory}"
     )
-    return Stage("", run_directory, config, ds, world, log, source)
+    return Stage("", run_directory, config, ds, world, log, source, evaluation_sources)
 
 
 def _open_images(data: DataConfig, split: str, world: Group) -> ImageSource:
+    """The images of a split, opened by rank 0 and sent to all: every rank sees the same list."""
     opened: ImageSource | UserError | None = None
     if world.rank == 0:
         limit = data.limit_train if split == "train" else data.limit_test
@@ -176,7 +178,7 @@ def _check_labels(config: ExperimentConfig) -> None:
         )
 
 
-def _check_evaluation(config: ExperimentConfig, num_images: int, world: Group) -> None:
+def _open_evaluation(config: ExperimentConfig, source: ImageSource, world: Group) -> tuple[ImageSource, ImageSource]:
     """Opens what evaluation will read, so that its mistakes show before the training and not after it."""
     data = config.evaluation.data or config.data
     if data.image_size != config.data.image_size:
@@ -184,12 +186,12 @@ def _check_evaluation(config: ExperimentConfig, num_images: int, world: Group) -
             f"evaluation.data.image_size {data.image_size} differs from data.image_size {config.data.image_size}, "
             "which the encoder is trained at: set both alike"
         )
-    if config.evaluation.data is not None:
-        num_images = len(_open_images(data, "train", world))
-    _open_images(data, "test", world)
+    train = source if config.evaluation.data is None else _open_images(data, "train", world)
+    test = _open_images(data, "test", world)
     largest = max(config.evaluation.knn.neighbours)
-    if largest > num_images:
-        raise UserError(f"evaluation.knn.neighbours asks for {largest} of {num_images} training images")
+    if largest > len(train):
+        raise UserError(f"evaluation.knn.neighbours asks for {largest} of {len(train)} training images")
+    return train, test
 
 
 def _check_size(config: ExperimentConfig, num_images: int) -> None:

@@ -32,8 +32,7 @@ def run(stage: Stage) -> dict[str, Any]:
     momentum = {name: torch.zeros_like(value, device="cpu") for name, value in encoder.named_parameters()}
     path = save_checkpoint(stage.checkpoints_of(stage.name), position, state, momentum, shard, keep=1)
     norms = torch.linalg.vector_norm(shard.weight, dim=1)
-    sums = shard.group.all_reduce_sum_(torch.stack([norms.sum(), norms.square().sum()]))
-    mean_norm = (sums[0] / len(stage.source)).item()
+    mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / len(stage.source)).item()
     checkpoint = str(path.relative_to(stage.run_directory))
     return {"initialization": mode, "mean_row_norm": mean_norm, "checkpoint": checkpoint}
 

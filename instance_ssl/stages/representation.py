@@ -56,9 +56,8 @@ class LabelledImages:
 
 def open_labelled(stage: Stage) -> LabelledImages:
     """The labelled images that `evaluation.data` (or else `data`) names."""
-    data = evaluation_data(stage)
-    train = stage.source if stage.config.evaluation.data is None else stage.open_images(data, "train")
-    test = stage.open_images(data, "test")
+    assert stage.evaluation_sources is not None  # opened at the start for stages that need labels
+    train, test = stage.evaluation_sources
     assert train.labels is not None  # kinds without labels were refused at the start
     assert test.labels is not None
     device = stage.world.device
