@@ -3,6 +3,7 @@
     checkpoints/step_000000440/
         encoder.pt            encoder state and momentum by name, float32, whole (whatever the ZeRO stage)
         rows_000000000_000000719.pt …   rows [start, stop) of W, their momentum and hard classes, by global row
+        sampling.pt           recent classes of sampled instance classification, where a run samples
         training.json         step, epoch, N, D, figures of the last epoch
         MANIFEST.json         size and SHA-256 of every file
 
@@ -26,6 +27,7 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 
 _MANIFEST = "MANIFEST.json"
+_SAMPLING = "sampling.pt"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def save_checkpoint(
     encoder_state: dict[str, Tensor],
     encoder_momentum: dict[str, Tensor],
     shard: ClassifierShard,
+    world: Group,
     *,
     keep: int,
 ) -> Path:
@@ -61,30 +64,33 @@ def save_checkpoint(
     Raises:
         UserError: when any rank could not write; nothing new is left then and older checkpoints stay.
     """
-    group = shard.group
     final = parent / f"step_{position.step:09d}"
     temporary = parent / f".{final.name}.tmp"
-    if group.rank == 0:
+    if world.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-    group.barrier()
+    world.barrier()
+    shard.settle()
     problem = None
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        rows = {"weight": shard.weight, "momentum": shard.momentum_buffer, "hard_classes": shard.hard_classes}
-        _save(temporary / f"rows_{shard.start:09d}_{shard.stop:09d}.pt", rows)
-        if group.rank == 0:
+        if shard.replicas is None or shard.replicas.rank == 0:
+            rows = {"weight": shard.weight, "momentum": shard.momentum_buffer, "hard_classes": shard.hard_classes}
+            _save(temporary / f"rows_{shard.start:09d}_{shard.stop:09d}.pt", rows)
+        if world.rank == 0:
             _save(temporary / "encoder.pt", {"state": encoder_state, "momentum": encoder_momentum})
+            if shard.sampler is not None:
+                _save(temporary / _SAMPLING, {"recent_classes": shard.sampler.recent_classes})
             (temporary / "training.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        problem = f"rank {group.rank}: {' '.join(str(error).split())}"
-    problems = [text for text in group.all_gather_objects(problem) if text is not None]
+        problem = f"rank {world.rank}: {' '.join(str(error).split())}"
+    problems = [text for text in world.all_gather_objects(problem) if text is not None]
     if not problems:
-        problems = [text for text in [group.broadcast_object(_commit(temporary, final, group))] if text is not None]
+        problems = [text for text in [world.broadcast_object(_commit(temporary, final, world))] if text is not None]
     if problems:
-        if group.rank == 0:
+        if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"checkpoint {final} could not be written ({problems[0]}); older checkpoints are untouched")
-    if group.rank == 0:
+    if world.rank == 0:
         for old in _directories(parent)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
     return final
@@ -121,7 +127,7 @@ def load_encoder(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, T
 
 
 def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
-    """Fills the shard's rows, momentum and hard classes from whichever files hold them.
+    """Fills the shard's rows, momentum, hard classes and counters from whichever files hold them.
 
     Raises:
         UserError: when the checkpoint is of another number of images or embedding dimension, or lacks rows.
@@ -131,6 +137,9 @@ def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
     expected = (shard.partition.total, shard.weight.shape[1])
     if found != expected:
         raise UserError(f"{checkpoint.directory} holds {found[0]} x {found[1]} weights, this run needs {expected}")
+    shard.steps_taken = position.step
+    if shard.sampler is not None and (checkpoint.directory / _SAMPLING).exists():
+        shard.sampler.recent_classes = _load(checkpoint.directory / _SAMPLING)["recent_classes"]
     filled = 0
     for path in sorted(checkpoint.directory.glob("rows_*.pt")):
         first, last = (int(part) for part in path.stem.split("_")[1:])
@@ -141,7 +150,7 @@ def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
         content = _load(path)
         theirs, own = slice(start - first, stop - first), slice(start - shard.start, stop - shard.start)
         shard.weight[own] = content["weight"][theirs].to(shard.weight)
-        shard.momentum_buffer[own] = content["momentum"][theirs].to(shard.weight)
+        shard.momentum_buffer[own] = content["momentum"][theirs].to(shard.momentum_buffer)
         hard = content["hard_classes"]
         if hard is not None:
             if shard.hard_classes is None:

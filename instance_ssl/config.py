@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from instance_ssl.classifier.cosine_softmax import MIN_TEMPERATURE, LossForm
 from instance_ssl.classifier.initialization import InitializationMode
+from instance_ssl.classifier.sampling import SamplingMode
 from instance_ssl.errors import UserError
 from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
@@ -71,7 +72,11 @@ class ModelConfig(_Section):
 class ClassifierConfig(_Section):
     """Eq. 1 to 3 and the prior. K = `num_hard_classes`, α = `smoothing_factor`, τ = `temperature`.
 
-    `initialization_batch_size` images over all ranks give one set of batch-norm statistics in the prior's pass.
+    Attributes:
+        initialization_batch_size: images over all ranks that give one set of batch-norm statistics in the prior's pass.
+        sampling: classes of a step's softmax: all N (`full`), or Table 3's: the positives of the global batch and
+            `random` others, or the most `recent` ones (PIC). Table 3 is without smoothing, and so is sampling here.
+        num_sampled_classes: positives included, 2^10 … 2^16 in Table 3; more positives than that are all kept.
     """
 
     temperature: PositiveFloat = 0.15
@@ -80,6 +85,8 @@ class ClassifierConfig(_Section):
     loss_form: LossForm = "mixture"
     initialization: InitializationMode = "running"
     initialization_batch_size: PositiveInt = 256
+    sampling: Literal["full"] | SamplingMode = "full"
+    num_sampled_classes: PositiveInt = 65_536
 
     @field_validator("temperature")
     @classmethod
@@ -171,6 +178,11 @@ class ExperimentConfig(_Section):
             raise ValueError(
                 "classifier.num_hard_classes is 0 but classifier.smoothing_factor is not: "
                 "set smoothing_factor to 0 for Eq. 1, or give K"
+            )
+        if self.classifier.smoothing_factor > 0 and self.classifier.sampling != "full":
+            raise ValueError(
+                f"classifier.sampling {self.classifier.sampling} leaves out hardest classes that smoothing needs: "
+                "set classifier.smoothing_factor to 0, as Table 3 does"
             )
         return self
 

@@ -47,14 +47,24 @@ class InstanceClassifierSection(BaseModel):
     """Where and how the classifier is computed.
 
     Attributes:
-        block_mib: memory of one block of logits, and of one block of the hard-class search, which holds about six.
+        block_mib: memory of everything that one block of classes needs; `auto` is twice the second-level cache on a
+            CPU, 256 MiB on a GPU.
         matmul_dtype: precision of the logits' matrix products; `auto` follows torch_autocast when that is bfloat16.
             float16 is not offered: exp(cos/τ) spans more than its range.
+        row_dtype: of the rows of W; bfloat16 rows are rounded stochastically at each update.
+        momentum_dtype: of their momentum.
+        kernels: `triton` on GPUs, `torch` for the same passes in PyTorch, `auto` whichever the device has.
+        group_size: consecutive ranks that hold W once between them; the world's other groups hold copies, and the
+            rows' gradient is summed over the copies. 1 is the replicated classifier of Table 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    block_mib: Annotated[float, Field(gt=0)] = 32
+    block_mib: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "auto"
     matmul_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    row_dtype: Literal["float32", "bfloat16"] = "float32"
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    group_size: Literal["world"] | Annotated[int, Field(ge=1)] = "world"
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,23 @@ class DeepSpeedSettings:
         return _DTYPES[self.classifier.matmul_dtype]
 
     @property
-    def block_bytes(self) -> int:
-        """Memory of one block."""
-        return int(self.classifier.block_mib * 2**20)
+    def block_bytes(self) -> int | None:
+        """Memory of one block of classes; None leaves it to the device."""
+        return None if self.classifier.block_mib == "auto" else int(self.classifier.block_mib * 2**20)
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of the rows of W."""
+        return _DTYPES[self.classifier.row_dtype]
+
+    @property
+    def momentum_dtype(self) -> torch.dtype:
+        """Of the rows' momentum."""
+        return _DTYPES[self.classifier.momentum_dtype]
+
+    def group_size(self, world_size: int) -> int:
+        """Ranks that hold W once between them."""
+        return world_size if self.classifier.group_size == "world" else self.classifier.group_size
 
 
 def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, world_size: int) -> DeepSpeedSettings:
@@ -112,6 +136,10 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
         raise UserError(
             f"optimization.global_batch_size {global_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
             f"{micro_batch_size} x {world_size} ranks ({path}); change one of the two"
+        )
+    if classifier.group_size != "world" and world_size % classifier.group_size:
+        raise UserError(
+            f"{path}: instance_classifier.group_size {classifier.group_size} does not divide the {world_size} ranks"
         )
     zero_stage = _zero_stage(values.get("zero_optimization", {}), path)
     engine = {

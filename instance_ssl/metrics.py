@@ -36,6 +36,7 @@ class TrainingMeter:
             "train/positive_cosine": _mean([report.positive_cosine for report in reports]),
             "train/instance_accuracy": _mean([report.instance_accuracy for report in reports]),
             "train/learning_rate": reports[-1].learning_rate,
+            "train/zero_features": float(sum(report.num_zero_features for report in reports)),
             "train/skipped_steps": float(sum(not report.applied for report in reports)),
             "speed/images_per_second": len(reports) * self._images_per_step / seconds,
             "speed/data_wait_share": waited / seconds,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.shard import ClassifierShard, ShardOutput
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError
 
@@ -26,6 +26,7 @@ class StepReport:
         learning_rate: of this step.
         applied: False when the encoder's gradients overflowed and neither optimizer moved.
         data_wait_seconds: time this rank waited for its loader.
+        num_zero_features: rows of the global batch whose embedding was 0 and got no gradient.
         instance_accuracy: of the last micro-batch against all N classes, a fraction, where it was measured.
         positive_cosine: mean cos(w_i, x_i) of the last micro-batch, where it was measured.
     """
@@ -35,6 +36,7 @@ class StepReport:
     learning_rate: float
     applied: bool
     data_wait_seconds: float
+    num_zero_features: int
     instance_accuracy: float | None = None
     positive_cosine: float | None = None
 
@@ -44,30 +46,34 @@ def train_step(
     shard: ClassifierShard,
     micro_batches: Iterator[MicroBatch],
     accumulation_steps: int,
+    positives: Tensor,
     *,
     measure: bool = False,
 ) -> StepReport:
     """One optimizer step of encoder and classifier: the eight steps of the paper's "Hybrid Parallelism".
 
+    `positives` are the instance ids of the whole global batch, int64 on the CPU.
+
     Raises:
         UserError: when the loss is not finite; nothing has moved then.
     """
     learning_rate = engine.learning_rate
-    losses, log_zs, data_wait_seconds, applied = [], [], 0.0, False
+    outputs: list[ShardOutput] = []
+    data_wait_seconds, applied = 0.0, False
+    shard.begin_step(positives)
     for micro_step in range(accumulation_steps):
         started = time.perf_counter()
         views, instance_id_b = next(micro_batches)
         data_wait_seconds += time.perf_counter() - started
         images, ids = flatten_views(views, instance_id_b, shard.group.device)
-        total_rows = len(ids) * shard.group.size * accumulation_steps
+        total_rows = len(ids) * shard.world_size * accumulation_steps
         x_bD = engine(images)  # 1: features of own rows
         output = shard.forward(x_bD.detach(), ids, total_rows=total_rows)  # 2-7: gather … gradient of own features
         engine.backward(x_bD, output.feature_gradient_bD)
-        losses.append(output.loss)
-        log_zs.append(output.log_z)
+        outputs.append(output)
         if micro_step == accumulation_steps - 1:
             # Summed from all-reduced Z and Y, the loss is the same number on every rank: so is this decision.
-            loss = torch.stack(losses).sum().item()
+            loss = torch.stack([output.loss for output in outputs]).sum().item()
             if not math.isfinite(loss):
                 shard.discard()
                 raise UserError(
@@ -81,8 +87,9 @@ def train_step(
         shard.step(learning_rate)
     else:
         shard.discard()
-    log_z = torch.stack(log_zs).mean().item()
-    return StepReport(loss, log_z, learning_rate, applied, data_wait_seconds, accuracy, cosine)
+    log_z = torch.stack([output.log_z for output in outputs]).mean().item()
+    num_zero_features = int(torch.stack([output.num_zero_features for output in outputs]).sum().item())
+    return StepReport(loss, log_z, learning_rate, applied, data_wait_seconds, num_zero_features, accuracy, cosine)
 
 
 def flatten_views(views: Tensor, instance_id_b: Tensor, device: torch.device) -> MicroBatch:
@@ -99,15 +106,17 @@ def train_epoch(
     *,
     steps: int,
     accumulation_steps: int,
+    positives_of: Callable[[int], Tensor],
     measure_every_steps: int,
     on_step: Callable[[int, StepReport], None],
 ) -> None:
     """`steps` optimizer steps over one epoch's micro-batches; `on_step(step in epoch, report)` follows each.
 
+    `positives_of(step)` are the instance ids of a whole global batch.
     Instance accuracy and positive cosine are measured every `measure_every_steps` steps and at the last.
     """
     engine.encoder.train()
     iterator = iter(micro_batches)
     for step in range(steps):
         measure = (step + 1) % measure_every_steps == 0 or step == steps - 1
-        on_step(step, train_step(engine, shard, iterator, accumulation_steps, measure=measure))
+        on_step(step, train_step(engine, shard, iterator, accumulation_steps, positives_of(step), measure=measure))

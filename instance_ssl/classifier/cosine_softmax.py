@@ -1,6 +1,6 @@
-"""Cosine softmax over a shard of the classes (Eq. 1 and Eq. 3), streamed over blocks of classes.
+"""Cosine softmax over a shard of the classes (Eq. 1 and Eq. 3): the maths and what its two passes share.
 
-The maths, for row i of the global batch with label t(i), embedding x_i and class weights w_j:
+For row i of the global batch with label t(i), embedding x_i and class weights w_j:
 
     s_ij = cos(w_j, x_i) / τ        Z_i = Σ_j exp(s_ij)        Y_i = Σ_j y_ij exp(s_ij)
     mixture (Eq. 3):       J = mean_i (log Z_i - log Y_i)                  q_ij = y_ij exp(s_ij) / Y_i
@@ -12,19 +12,19 @@ y has K+1 entries a row (Eq. 2), so Y and q are sparse; Z is dense. Two passes o
 1. `softmax_sums`: Z, Y and the numerators A_i = Σ_j exp(s_ij) ŵ_j, C_i = Σ_j y_ij exp(s_ij) ŵ_j of this shard. Once
    Z and Y are summed over the ranks, ∂J/∂x̂_i = (A_i/Z_i - C_i/Y_i)/(τB): the gradient of the features needs no
    second look at the weights (it is attention with queries x̂ and keys = values = ŵ).
-2. `update_rows`: recomputes each block's exp(s), forms that block's ∂J/∂w and applies it at once to the block's
+2. `update_rows`: recomputes exp(s) block by block, forms that block's ∂J/∂w and applies it at once to the block's
    momentum and rows. No ∂W exists.
 
-No tensor of B x n (rows x own classes) exists either: one block buffer is reused.
+`blocked.py` has both passes in PyTorch, for every device; `triton_kernels.py` has them for CUDA.
 
 No maximum is subtracted. |s| ≤ 1/τ, so for τ ≥ 0.03 exp(s) lies in [3e-15, 3e14], and 30 million of them sum to at
 most 1e22: float32 holds all of it at full relative precision. A smaller τ is refused (`MIN_TEMPERATURE`).
 
-Precision: within a block, the matrix products and exp(s) are in `matmul_dtype`, bfloat16 rounding included; sums over
-blocks, Z and Y are accumulated in the rows' precision (float32; float64 in the tests).
+A row shorter than `NORM_EPSILON` has no direction: its cosines are 0 and so is its gradient.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,15 +32,10 @@ import torch
 from torch import Tensor
 
 LossForm = Literal["mixture", "cross_entropy"]
+Kernels = Literal["torch", "triton"]
 
 MIN_TEMPERATURE = 0.03
 NORM_EPSILON = 1e-12
-
-# Entries of the sparse part handled at once; bounds its (entries, D) workspace at 32 MiB for D = 128.
-_ENTRIES_AT_ONCE = 65_536
-
-# Longer blocks were no faster and leave the cache.
-_MAX_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -50,18 +45,33 @@ class SoftmaxOptions:
     Attributes:
         temperature: τ ≥ `MIN_TEMPERATURE`.
         form: `mixture` is Eq. 3 (with one-hot labels Eq. 1), `cross_entropy` the usual smoothed form.
-        block_bytes: memory for the one block buffer.
         matmul_dtype: precision of the matrix products: float32, bfloat16, or float64 with float64 rows.
+        block_bytes: memory for everything that a block of classes needs; None lets the passes choose by the cache.
+        kernels: which implementation of the two passes.
     """
 
     temperature: float
     form: LossForm
-    block_bytes: int
     matmul_dtype: torch.dtype
+    block_bytes: int | None = None
+    kernels: Kernels = "torch"
 
-    def block_rows(self, num_rows: int) -> int:
-        """Classes in one block when the batch has `num_rows` rows."""
-        return max(1, min(_MAX_BLOCK_ROWS, self.block_bytes // (max(1, num_rows) * self.matmul_dtype.itemsize)))
+
+@dataclass(frozen=True)
+class RowUpdate:
+    """One step of PyTorch's SGD: buf ← μ buf + (∂J/∂w + λ w);  w ← w - η buf.
+
+    Attributes:
+        learning_rate: η.
+        momentum: μ.
+        weight_decay: λ.
+        seed: of the stochastic rounding of bfloat16 rows; float32 rows do not use it.
+    """
+
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,11 +88,15 @@ class SmoothedLabels:
     classes: Tensor
     values: Tensor
 
-    def entries_per_block(self, num_classes: int, block_rows: int) -> list[int]:
-        """Number of entries in each block of classes."""
-        edges = torch.arange(block_rows, num_classes + block_rows, block_rows, device=self.classes.device)
-        ends = torch.searchsorted(self.classes, edges.clamp_(max=num_classes))
-        return torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    @staticmethod
+    def concatenate(parts: Sequence["SmoothedLabels"], row_counts: Sequence[int]) -> "SmoothedLabels":
+        """The labels of several batches of rows as those of one, in the same order of rows."""
+        if len(parts) == 1:
+            return parts[0]
+        firsts = [0, *itertools.accumulate(row_counts)]
+        rows = torch.cat([part.rows + first for part, first in zip(parts, firsts, strict=False)])
+        classes, order = torch.sort(torch.cat([part.classes for part in parts]), stable=True)
+        return SmoothedLabels(rows[order], classes, torch.cat([part.values for part in parts])[order])
 
 
 @dataclass(frozen=True)
@@ -125,45 +139,16 @@ def own_labels(
 
 
 def normalise_rows(rows_mD: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows (m, D) and their norms (m, 1), the norms bounded below so that a zero row stays zero."""
-    norms = torch.linalg.vector_norm(rows_mD, dim=1, keepdim=True).clamp_(min=NORM_EPSILON)
-    return rows_mD / norms, norms
+    """Unit rows (m, D) and inverse norms (m, 1); both are 0 for a row without direction."""
+    norms_m1 = torch.linalg.vector_norm(rows_mD, dim=1, keepdim=True)
+    inverse_m1 = norms_m1.reciprocal().masked_fill_(norms_m1 <= NORM_EPSILON, 0)
+    return rows_mD * inverse_m1, inverse_m1
 
 
-def project_gradient(gradient_mD: Tensor, unit_mD: Tensor, norms_m1: Tensor) -> Tensor:
+def project_gradient(gradient_mD: Tensor, unit_mD: Tensor, inverse_norms_m1: Tensor) -> Tensor:
     """Gradient with respect to v from the one with respect to v/‖v‖: (I - v̂v̂ᵀ)/‖v‖ · g, row by row."""
     along = (gradient_mD * unit_mD).sum(dim=1, keepdim=True)
-    return (gradient_mD - along * unit_mD) / norms_m1
-
-
-def softmax_sums(
-    unit_x_BD: Tensor,
-    weight_nD: Tensor,
-    labels: SmoothedLabels,
-    options: SoftmaxOptions,
-) -> SoftmaxSums:
-    """First pass over the shard: its part of Z and Y and of the numerators of ∂J/∂x̂.
-
-    Args:
-        unit_x_BD: (B, D) normalised embeddings of the global batch.
-        weight_nD: (n, D) own rows of W, not normalised.
-        labels: the entries of y in this shard.
-    """
-    z_B = unit_x_BD.new_zeros(unit_x_BD.shape[0])
-    y_B = torch.zeros_like(z_B)
-    dense_BD = torch.zeros_like(unit_x_BD)
-    sparse_BD = torch.zeros_like(unit_x_BD)
-    for block in _blocks(unit_x_BD, weight_nD, labels, options):
-        exp_Bm, unit_w_mD = block.exp_Bm, block.unit_w_mD
-        z_B += exp_Bm.sum(dim=1, dtype=z_B.dtype)
-        dense_BD += exp_Bm @ unit_w_mD.to(options.matmul_dtype)
-        for part in block.entry_slices():
-            rows, columns, values = labels.rows[part], labels.classes[part] - block.start, labels.values[part]
-            exp_entries = exp_Bm[rows, columns].to(z_B.dtype)
-            weights = values * exp_entries if options.form == "mixture" else values
-            y_B.index_add_(0, rows, weights if options.form == "mixture" else values * exp_entries.log())
-            sparse_BD.index_add_(0, rows, weights[:, None] * unit_w_mD[columns])
-    return SoftmaxSums(z_B, y_B, dense_BD, sparse_BD)
+    return (gradient_mD - along * unit_mD) * inverse_norms_m1
 
 
 def row_losses(z_B: Tensor, y_B: Tensor, form: LossForm) -> Tensor:
@@ -183,102 +168,3 @@ def unit_feature_gradient(
     """
     sparse_BD = sums.sparse_BD / y_B[:, None] if options.form == "mixture" else sums.sparse_BD
     return (sums.dense_BD / z_B[:, None] - sparse_BD) / (options.temperature * total_rows)
-
-
-def update_rows(
-    unit_x_BD: Tensor,
-    z_B: Tensor,
-    y_B: Tensor,
-    labels: SmoothedLabels,
-    weight_nD: Tensor,
-    momentum_nD: Tensor,
-    options: SoftmaxOptions,
-    *,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-) -> None:
-    """Second pass: each block's ∂J/∂w goes straight into its momentum, then its rows move. In place.
-
-    PyTorch's SGD: buf ← μ buf + (∂J/∂w + λ w);  w ← w - η buf.
-
-    Args:
-        unit_x_BD: (B, D) normalised embeddings of the whole optimizer step (all micro-batches).
-        z_B: Z of all shards.
-        y_B: Y of all shards.
-        weight_nD: (n, D) own rows, updated.
-        momentum_nD: (n, D) their momentum, updated.
-    """
-    scale = options.temperature * unit_x_BD.shape[0]
-    scaled_x_BD = (unit_x_BD / (z_B[:, None] * scale)).to(options.matmul_dtype)
-    for block in _blocks(unit_x_BD, weight_nD, labels, options):
-        for part in block.entry_slices():
-            rows, columns, values = labels.rows[part], labels.classes[part] - block.start, labels.values[part]
-            exp_entries = block.exp_Bm[rows, columns].to(z_B.dtype)
-            z_q = values * z_B[rows] * (exp_entries / y_B[rows] if options.form == "mixture" else 1)
-            # Z_i (p_ij - q_ij), where the dense block holds Z_i p_ij: one matrix product then serves both parts.
-            # The entries of a row are distinct classes, so no place is written twice.
-            block.exp_Bm[rows, columns] = (exp_entries - z_q).to(options.matmul_dtype)
-        gradient_mD = (block.exp_Bm.T @ scaled_x_BD).to(weight_nD.dtype)
-        gradient_mD = project_gradient(gradient_mD, block.unit_w_mD, block.norms_m1)
-        own = slice(block.start, block.stop)
-        gradient_mD.add_(weight_nD[own], alpha=weight_decay)
-        momentum_nD[own].mul_(momentum).add_(gradient_mD)
-        weight_nD[own].add_(momentum_nD[own], alpha=-learning_rate)
-
-
-def best_classes(unit_x_BD: Tensor, weight_nD: Tensor, options: SoftmaxOptions) -> tuple[Tensor, Tensor]:
-    """Highest cosine of each row over own classes (B,) and its class counted from the shard's first row (B,).
-
-    Always in the rows' own precision: bfloat16 cannot tell two neighbours near cosine 1 apart.
-    """
-    best_B = unit_x_BD.new_full((unit_x_BD.shape[0],), -torch.inf)
-    class_B = torch.zeros_like(best_B, dtype=torch.int64)
-    block_rows = options.block_rows(unit_x_BD.shape[0])
-    for start in range(0, weight_nD.shape[0], block_rows):
-        unit_w_mD, _ = normalise_rows(weight_nD[start : start + block_rows])
-        value_B, index_B = (unit_x_BD @ unit_w_mD.T).max(dim=1)
-        better_B = value_B > best_B
-        best_B = torch.where(better_B, value_B, best_B)
-        class_B = torch.where(better_B, index_B + start, class_B)
-    return best_B, class_B
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Classes start … stop - 1 of the shard, the exp(s) of all rows for them, and where their labels lie."""
-
-    start: int
-    stop: int
-    unit_w_mD: Tensor
-    norms_m1: Tensor
-    exp_Bm: Tensor
-    first_entry: int
-    last_entry: int
-
-    def entry_slices(self) -> Iterator[slice]:
-        """The block's label entries, a bounded number at a time."""
-        for first in range(self.first_entry, self.last_entry, _ENTRIES_AT_ONCE):
-            yield slice(first, min(first + _ENTRIES_AT_ONCE, self.last_entry))
-
-
-def _blocks(
-    unit_x_BD: Tensor,
-    weight_nD: Tensor,
-    labels: SmoothedLabels,
-    options: SoftmaxOptions,
-) -> Iterator[_Block]:
-    """Blocks of classes in order, all in one reused buffer; a block is valid until the next one is asked for."""
-    num_rows, num_classes = unit_x_BD.shape[0], weight_nD.shape[0]
-    block_rows = options.block_rows(num_rows)
-    matmul_x_BD = (unit_x_BD / options.temperature).to(options.matmul_dtype)
-    buffer = matmul_x_BD.new_empty(num_rows * min(block_rows, num_classes))
-    first_entry = 0
-    for index, num_entries in enumerate(labels.entries_per_block(num_classes, block_rows)):
-        start, stop = index * block_rows, min((index + 1) * block_rows, num_classes)
-        unit_w_mD, norms_m1 = normalise_rows(weight_nD[start:stop])
-        exp_Bm = buffer[: num_rows * (stop - start)].view(num_rows, stop - start)
-        torch.mm(matmul_x_BD, unit_w_mD.to(options.matmul_dtype).T, out=exp_Bm)
-        exp_Bm.exp_()
-        yield _Block(start, stop, unit_w_mD, norms_m1, exp_Bm, first_entry, first_entry + num_entries)
-        first_entry += num_entries

@@ -88,6 +88,7 @@ def initialize_from_features(
     encoder: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     mode: InitializationMode,
+    world: Group,
     *,
     on_batch: Callable[[int], None] | None = None,
 ) -> None:
@@ -99,13 +100,12 @@ def initialize_from_features(
             and every image once over all of them; a part may be empty.
         on_batch: called with the number of images of each global batch.
     """
-    group = shard.group
-    with batch_norm_statistics(encoder, mode, group):
+    with batch_norm_statistics(encoder, mode, world):
         for images, instance_id_b in batches:
-            counts = group.row_counts(len(instance_id_b))
-            x_bD = encoder(images.to(group.device, non_blocking=True))
-            x_BD = group.all_gather_rows(x_bD, counts)
-            shard.assign(x_BD, group.all_gather_rows(instance_id_b.to(group.device), counts))
+            counts = world.row_counts(len(instance_id_b))
+            x_bD = encoder(images.to(world.device, non_blocking=True))
+            x_BD = world.all_gather_rows(x_bD, counts)
+            shard.assign(x_BD, world.all_gather_rows(instance_id_b.to(world.device), counts))
             if on_batch is not None:
                 on_batch(sum(counts))
 

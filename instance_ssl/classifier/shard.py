@@ -2,30 +2,40 @@
 
 Gradient contract: J is the mean over the rows of the whole optimizer step (all ranks, all micro-batches). `forward`
 returns the exact ∂J/∂x of this rank's own rows; the encoder's gradients are therefore *summed* over ranks, never
-averaged. `step` applies the complete ∂J/∂w of this rank's own classes; it is never reduced. No factor of the world
-size is hidden anywhere.
+averaged. `step` applies the complete ∂J/∂w of this rank's own classes. No factor of the world size is hidden anywhere.
+
+Layout: a `group` of G ranks holds W once, in shards; the T/G `replicas` of a shard hold the same rows. With one group,
+the default, ∂J/∂w is complete where it is and is never reduced. With several, each group's features meet its own copy
+of W, and ∂J/∂w is summed over the replicas block by block, so that all copies stay equal to the bit; G = 1 is the
+replicated classifier that the paper's Table 1 compares with.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from instance_ssl.classifier import blocked
 from instance_ssl.classifier.cosine_softmax import (
+    Kernels,
+    RowUpdate,
+    SmoothedLabels,
     SoftmaxOptions,
-    best_classes,
     normalise_rows,
     own_labels,
     project_gradient,
     row_losses,
-    softmax_sums,
     unit_feature_gradient,
-    update_rows,
 )
 from instance_ssl.classifier.hard_classes import find_hard_classes
+from instance_ssl.classifier.sampling import ClassSampler, RowClock
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
+from instance_ssl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,12 +44,14 @@ class ShardOutput:
 
     Attributes:
         loss: this micro-batch's part of J, a scalar equal on all ranks; the parts of a step's micro-batches add up.
-        log_z: mean of log Z over the micro-batch's rows.
+        log_z: mean of log Z over the micro-batch's rows, equal on all ranks.
+        num_zero_features: rows of the micro-batch, over all ranks, that have no direction; their gradient is 0.
         feature_gradient_bD: ∂J/∂x of this rank's own rows.
     """
 
     loss: Tensor
     log_z: Tensor
+    num_zero_features: Tensor
     feature_gradient_bD: Tensor
 
 
@@ -50,8 +62,29 @@ class _PendingRows:
     unit_x_BD: Tensor
     z_B: Tensor
     y_B: Tensor
-    labels_B: Tensor
-    hard_BK: Tensor | None
+    labels: SmoothedLabels
+    total_rows: int
+
+
+@dataclass(frozen=True)
+class _SampledRows:
+    """The own rows that take part in this step, copied out of W: their places in it, ascending, and their contents."""
+
+    places: Tensor
+    weight: Tensor
+    momentum: Tensor
+
+
+def choose_kernels(wanted: Literal["auto", "torch", "triton"], device: torch.device) -> Kernels:
+    """The implementation of the two passes on this device.
+
+    Raises:
+        UserError: when Triton is asked for where it cannot run.
+    """
+    runs_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if wanted == "triton" and not runs_triton:
+        raise UserError("instance_classifier.kernels triton needs a CUDA GPU and the triton package: use auto or torch")
+    return "triton" if wanted != "torch" and runs_triton else "torch"
 
 
 class ClassifierShard:
@@ -60,14 +93,18 @@ class ClassifierShard:
     The rows live outside the DeepSpeed engine, which would broadcast and average them.
 
     Args:
-        num_instances: N, at least the number of ranks.
+        num_instances: N, at least the number of ranks of the group.
         embedding_dim: D.
-        group: ranks that share W.
-        options: temperature, loss form, block memory, precision.
+        group: ranks that hold W together, a shard each.
+        replicas: ranks that hold this same shard, this one included; None: there are no others.
+        options: temperature, loss form, block memory, precision, kernels.
         smoothing_factor: α of Eq. 2; 0 is Eq. 1.
         momentum: μ of SGD.
         weight_decay: λ of SGD.
-        dtype: of rows and momentum.
+        row_dtype: of the rows: float32, or bfloat16 with stochastic rounding of every update.
+        momentum_dtype: of their momentum: float32 or bfloat16.
+        sampler: chooses the classes of each step; None: all N. Not with smoothing, whose classes it would leave out.
+        seed: of the stochastic rounding.
     """
 
     def __init__(
@@ -77,24 +114,61 @@ class ClassifierShard:
         group: Group,
         options: SoftmaxOptions,
         *,
+        replicas: Group | None = None,
         smoothing_factor: float = 0.0,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
-        dtype: torch.dtype = torch.float32,
+        row_dtype: torch.dtype = torch.float32,
+        momentum_dtype: torch.dtype = torch.float32,
+        sampler: ClassSampler | None = None,
+        seed: int = 0,
     ) -> None:
         if num_instances < group.size:
             raise ValueError(f"{num_instances} classes cannot be divided over {group.size} ranks")
+        if sampler is not None and smoothing_factor > 0:
+            raise ValueError("sampled classes cannot be combined with smoothing")
         self.group = group
+        self.replicas = replicas
         self.options = options
         self.smoothing_factor = smoothing_factor
         self.momentum = momentum
         self.weight_decay = weight_decay
+        self.sampler = sampler
+        self.seed = seed
         self.partition = Partition(num_instances, group.size)
         self.start, self.stop = self.partition.bounds(group.rank)
-        self.weight = torch.zeros(self.stop - self.start, embedding_dim, dtype=dtype, device=group.device)
-        self.momentum_buffer = torch.zeros_like(self.weight)
+        self.weight = torch.zeros(self.stop - self.start, embedding_dim, dtype=row_dtype, device=group.device)
+        self.momentum_buffer = torch.zeros_like(self.weight, dtype=momentum_dtype)
         self.hard_classes: Tensor | None = None
+        self.steps_taken = 0
+        self._compute_dtype = torch.promote_types(row_dtype, torch.float32)
+        self._clock = None if sampler is None else RowClock(self.weight, self.momentum_buffer)
+        self._sampled: _SampledRows | None = None
         self._pending: list[_PendingRows] = []
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of W in the world."""
+        return 1 if self.replicas is None else self.replicas.size
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all groups."""
+        return self.group.size * self.num_replicas
+
+    @torch.no_grad()
+    def begin_step(self, positives: Tensor) -> None:
+        """Draws the step's classes; call it before the first micro-batch's `forward`. Nothing to do without sampling.
+
+        Args:
+            positives: instance ids of the whole global batch, over all ranks and micro-batches, int64 on the CPU.
+        """
+        if self.sampler is None or self._clock is None:
+            return
+        drawn = self.sampler.draw(positives, self.steps_taken)
+        places = (drawn[(drawn >= self.start) & (drawn < self.stop)] - self.start).to(self.weight.device)
+        self._clock.settle(places, self._rounding_seed)
+        self._sampled = _SampledRows(places, self.weight[places], self.momentum_buffer[places])
 
     @torch.no_grad()
     def forward(
@@ -106,23 +180,26 @@ class ClassifierShard:
             x_bD: (b, D) embeddings of own rows; b may differ between ranks when `row_counts` says so.
             instance_id_b: (b,) int64; ids may repeat, as they do with several views.
             total_rows: rows of the whole optimizer step over all ranks and micro-batches, the B of the mean.
-            row_counts: b of every rank; None when all are equal.
+            row_counts: b of every rank of the group; None when all are equal.
         """
-        x_BD = self.group.all_gather_rows(x_bD.to(self.weight.dtype), row_counts)
+        unit_x_bD, inverse_b1 = normalise_rows(x_bD.to(self._compute_dtype))
+        unit_x_BD = self.group.all_gather_rows(unit_x_bD, row_counts)
         labels_B = self.group.all_gather_rows(instance_id_b, row_counts)
-        hard_BK = self._hard_classes_of(labels_B)
-        unit_x_BD, _ = normalise_rows(x_BD)
-        labels = own_labels(labels_B, hard_BK, self.smoothing_factor, self.start, self.stop, x_BD.dtype)
-        sums = softmax_sums(unit_x_BD, self.weight, labels, self.options)
+        labels = self._own_labels(labels_B)
+        weight = self.weight if self._sampled is None else self._sampled.weight
+        sums = self._passes.softmax_sums(unit_x_BD, weight, labels, self.options)
         z_B, y_B = self.group.all_reduce_sum_(torch.stack([sums.z_B, sums.y_B]))
         gradient_BD = unit_feature_gradient(sums, z_B, y_B, self.options, total_rows)
         gradient_bD = self.group.reduce_scatter_rows(gradient_BD, row_counts)
-        unit_x_bD, norms_b1 = normalise_rows(x_bD.to(self.weight.dtype))
-        self._pending.append(_PendingRows(unit_x_BD, z_B, y_B, labels_B, hard_BK))
+        self._pending.append(_PendingRows(unit_x_BD, z_B, y_B, labels, total_rows))
+        loss = row_losses(z_B, y_B, self.options.form).sum()
+        num_zero_features = (torch.linalg.vector_norm(unit_x_BD, dim=1) == 0).sum()
+        figures = self._sum_over_replicas(torch.stack([loss, z_B.log().mean(), num_zero_features.to(loss.dtype)]))
         return ShardOutput(
-            loss=row_losses(z_B, y_B, self.options.form).sum() / total_rows,
-            log_z=z_B.log().mean(),
-            feature_gradient_bD=project_gradient(gradient_bD, unit_x_bD, norms_b1).to(x_bD.dtype),
+            loss=figures[0] / total_rows,
+            log_z=figures[1] / self.num_replicas,
+            num_zero_features=figures[2],
+            feature_gradient_bD=project_gradient(gradient_bD, unit_x_bD, inverse_b1).to(x_bD.dtype),
         )
 
     @torch.no_grad()
@@ -133,26 +210,40 @@ class ClassifierShard:
         the same arithmetic, reads W once, and until now nothing has been touched that a bad micro-batch could spoil.
         What it keeps for that is B x D embeddings.
         """
+        update = RowUpdate(learning_rate, self.momentum, self.weight_decay, self._rounding_seed)
         pending, self._pending = self._pending, []
-        hard = [p.hard_BK for p in pending if p.hard_BK is not None]
-        hard_BK = torch.cat(hard) if hard else None
-        labels_B = torch.cat([p.labels_B for p in pending])
-        update_rows(
+        sampled, self._sampled = self._sampled, None
+        weight, momentum = self.weight, self.momentum_buffer
+        if sampled is not None:
+            weight, momentum = sampled.weight, sampled.momentum
+        self._passes.update_rows(
             torch.cat([p.unit_x_BD for p in pending]),
             torch.cat([p.z_B for p in pending]),
             torch.cat([p.y_B for p in pending]),
-            own_labels(labels_B, hard_BK, self.smoothing_factor, self.start, self.stop, self.weight.dtype),
-            self.weight,
-            self.momentum_buffer,
+            SmoothedLabels.concatenate([p.labels for p in pending], [len(p.z_B) for p in pending]),
+            weight,
+            momentum,
             self.options,
-            learning_rate=learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
+            update,
+            total_rows=pending[0].total_rows,
+            # The fused update needs no gradient in memory; only copies of W must agree on one.
+            sum_gradient_=None if self.replicas is None else self.replicas.all_reduce_sum_,
         )
+        if sampled is not None and self._clock is not None:
+            self.weight[sampled.places], self.momentum_buffer[sampled.places] = weight, momentum
+            self._clock.advance(sampled.places, update)
+        self.steps_taken += 1
 
     def discard(self) -> None:
         """Forgets the rows seen since the last step: W and its momentum stay as they are."""
         self._pending = []
+        self._sampled = None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Brings rows that were not sampled to now; call it before all of W is read. Nothing to do without sampling."""
+        if self._clock is not None:
+            self._clock.settle_all(self._rounding_seed)
 
     @torch.no_grad()
     def refresh_hard_classes(self, num_hard_classes: int, on_block: Callable[[int, int], None] | None = None) -> None:
@@ -160,12 +251,13 @@ class ClassifierShard:
         if num_hard_classes == 0 or self.smoothing_factor == 0:
             self.hard_classes = None
             return
+        self.settle()
         self.hard_classes = find_hard_classes(
             self.weight,
             num_hard_classes,
             self.partition,
             self.group,
-            block_bytes=self.options.block_bytes,
+            block_bytes=self.options.block_bytes or 32 * 2**20,
             on_block=on_block,
         )
 
@@ -183,22 +275,49 @@ class ClassifierShard:
             x_bD: (b, D) embeddings, equally many on all ranks.
             instance_id_b: (b,) int64.
         """
+        self.settle()
         labels_B = self.group.all_gather_rows(instance_id_b)
-        unit_x_BD, _ = normalise_rows(self.group.all_gather_rows(x_bD.to(self.weight.dtype)))
-        own_best_B, own_class_B = best_classes(unit_x_BD, self.weight, self.options)
+        unit_x_BD = self.group.all_gather_rows(normalise_rows(x_bD.to(self._compute_dtype))[0])
+        own_best_B, own_class_B = blocked.best_classes(unit_x_BD, self.weight, self.options)
         best_B = self.group.all_reduce_max_(own_best_B.clone())
         nowhere = self.partition.total
         class_B = torch.where(own_best_B == best_B, own_class_B + self.start, nowhere)
         self.group.all_reduce_min_(class_B)  # of equal cosines on different ranks, the lower id
         own_B = self._owns(labels_B)
-        unit_w, _ = normalise_rows(self.weight[labels_B[own_B] - self.start])
+        unit_w, _ = normalise_rows(self.weight[labels_B[own_B] - self.start].to(self._compute_dtype))
         positive = self.group.all_reduce_sum_((unit_x_BD[own_B] * unit_w).sum())
         correct = (class_B == labels_B).to(positive.dtype).mean()
-        return correct.item(), positive.item() / labels_B.shape[0]
+        figures = self._sum_over_replicas(torch.stack([correct, positive / labels_B.shape[0]])) / self.num_replicas
+        return figures[0].item(), figures[1].item()
+
+    @property
+    def _passes(self) -> ModuleType:
+        """The module that has both passes."""
+        if self.options.kernels == "torch":
+            return blocked
+        from instance_ssl.classifier import triton_kernels  # its import needs Triton
+
+        return triton_kernels
+
+    @property
+    def _rounding_seed(self) -> int:
+        """Equal on the replicas of a shard, another one for each step and shard."""
+        return (self.seed * 1_000_003 + self.steps_taken) * 1_000_003 + self.group.rank
+
+    def _sum_over_replicas(self, figures: Tensor) -> Tensor:
+        return figures if self.replicas is None else self.replicas.all_reduce_sum_(figures)
 
     def _owns(self, instance_id_B: Tensor) -> Tensor:
         """(B,) bool: whether this rank holds the row of each instance."""
         return (instance_id_B >= self.start) & (instance_id_B < self.stop)
+
+    def _own_labels(self, labels_B: Tensor) -> SmoothedLabels:
+        """The entries of y among the rows that this step's softmax runs over."""
+        if self._sampled is None:
+            hard_BK = self._hard_classes_of(labels_B)
+            return own_labels(labels_B, hard_BK, self.smoothing_factor, self.start, self.stop, self._compute_dtype)
+        labels = own_labels(labels_B, None, 0.0, self.start, self.stop, self._compute_dtype)
+        return replace(labels, classes=torch.searchsorted(self._sampled.places, labels.classes))
 
     def _hard_classes_of(self, labels_B: Tensor) -> Tensor | None:
         """(B, K) hardest classes of each row's instance: each owner fills in its own, the sum brings them together."""

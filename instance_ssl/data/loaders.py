@@ -105,6 +105,7 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         self.seed = seed
         self.epoch = 0
         self.start_step = 0
+        self._ordered_epoch, self._epoch_order = -1, torch.empty(0, dtype=torch.int64)
         self.steps_per_epoch, self.num_dropped = divmod(num_images, global_batch_size)
         self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)
 
@@ -112,9 +113,19 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         """Micro-batches that an iteration started now would yield."""
         return max(self.steps_per_epoch - self.start_step, 0) * self.accumulation_steps
 
+    def global_batch(self, step: int) -> Tensor:
+        """(B,) int64: the images of global batch `step` of this epoch, over all ranks."""
+        first = step * self.global_batch_size
+        return self._order()[first : first + self.global_batch_size]
+
+    def _order(self) -> Tensor:
+        if self._ordered_epoch != self.epoch:
+            self._ordered_epoch, self._epoch_order = self.epoch, epoch_order(self.num_images, self.seed, self.epoch)
+        return self._epoch_order
+
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.epoch
-        order = epoch_order(self.num_images, self.seed, epoch)[: self.steps_per_epoch * self.global_batch_size]
+        order = self._order()[: self.steps_per_epoch * self.global_batch_size]
         shape = (self.steps_per_epoch * self.accumulation_steps, self.world_size, self.micro_batch_size)
         for micro_batch in order.view(shape)[self.start_step * self.accumulation_steps :, self.rank]:
             yield [(epoch, index) for index in micro_batch.tolist()]

@@ -162,10 +162,29 @@ def _join(init_method: str | None, rank: int, size: int, device: torch.device, s
     return Group(dist.group.WORLD, rank, size, device)
 
 
-def new_group(world: Group) -> Group:
-    """A second group over the same ranks, so that its collectives never queue behind the engine's."""
-    handle = dist.new_group(ranks=list(range(world.size)), timeout=_TIMEOUT)
-    return Group(handle, world.rank, world.size, world.device)
+def split(world: Group, group_size: int) -> tuple[Group, Group | None]:
+    """This rank's model-parallel group of `group_size` consecutive ranks, and its peers of equal place in the others.
+
+    New groups even where the first is the whole world, so that their collectives never queue behind the engine's. With
+    one group there are no peers: None. `group_size` divides the world.
+    """
+    firsts = range(0, world.size, group_size)
+    groups = [list(range(first, first + group_size)) for first in firsts]
+    own = _new_group(world, groups)
+    if len(groups) == 1:
+        return own, None
+    return own, _new_group(world, [list(range(place, world.size, group_size)) for place in range(group_size)])
+
+
+def _new_group(world: Group, groups: list[list[int]]) -> Group:
+    """The one of these disjoint groups that this rank is in; every rank of the world makes all of them, in order."""
+    mine: Group | None = None
+    for ranks in groups:
+        handle = dist.new_group(ranks=ranks, timeout=_TIMEOUT)
+        if world.rank in ranks:
+            mine = Group(handle, ranks.index(world.rank), len(ranks), world.device)
+    assert mine is not None  # the groups cover the world
+    return mine
 
 
 def lost_peer(error: BaseException) -> bool:

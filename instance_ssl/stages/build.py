@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
-from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.sampling import ClassSampler
+from instance_ssl.classifier.shard import ClassifierShard, choose_kernels
 from instance_ssl.config import AugmentationConfig, DataConfig, ExperimentConfig
 from instance_ssl.data.augmentations import Transform, digit_view, simclr_view
 from instance_ssl.distributed import comm
@@ -38,22 +39,34 @@ def describe_encoder(config: ExperimentConfig) -> str:
 
 
 def classifier_shard(stage: Stage) -> ClassifierShard:
-    """This rank's empty rows of W, in a model-parallel group of their own."""
+    """This rank's empty rows of W, in model-parallel groups of their own."""
     classifier, optimization = stage.config.classifier, stage.config.optimization
+    group, replicas = comm.split(stage.world, stage.ds.group_size(stage.world.size))
     options = SoftmaxOptions(
         temperature=classifier.temperature,
         form=classifier.loss_form,
-        block_bytes=stage.ds.block_bytes,
         matmul_dtype=stage.ds.matmul_dtype,
+        block_bytes=stage.ds.block_bytes,
+        kernels=choose_kernels(stage.ds.classifier.kernels, stage.world.device),
     )
+    sampler = None
+    if classifier.sampling != "full":
+        sampler = ClassSampler(
+            classifier.sampling, len(stage.source), classifier.num_sampled_classes, stage.config.seed
+        )
     return ClassifierShard(
         len(stage.source),
         stage.config.model.embedding_dim,
-        comm.new_group(stage.world),
+        group,
         options,
+        replicas=replicas,
         smoothing_factor=classifier.smoothing_factor,
         momentum=optimization.momentum,
         weight_decay=optimization.weight_decay,
+        row_dtype=stage.ds.row_dtype,
+        momentum_dtype=stage.ds.momentum_dtype,
+        sampler=sampler,
+        seed=stage.config.seed,
     )
 
 

@@ -26,12 +26,12 @@ def run(stage: Stage) -> dict[str, Any]:
     else:
         batches = _own_batches(stage)
         with stage.log.progress(f"initialise ({mode})", len(stage.source), "images") as progress, stage.autocast():
-            initialize_from_features(shard, encoder, batches, mode, on_batch=progress.advance)
+            initialize_from_features(shard, encoder, batches, mode, stage.world, on_batch=progress.advance)
     position = TrainingPosition(0, 0, len(stage.source), config.model.embedding_dim)
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
     momentum = {name: torch.zeros_like(value, device="cpu") for name, value in encoder.named_parameters()}
-    path = save_checkpoint(stage.checkpoints_of(stage.name), position, state, momentum, shard, keep=1)
-    norms = torch.linalg.vector_norm(shard.weight, dim=1)
+    path = save_checkpoint(stage.checkpoints_of(stage.name), position, state, momentum, shard, stage.world, keep=1)
+    norms = torch.linalg.vector_norm(shard.weight.float(), dim=1)
     mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / len(stage.source)).item()
     checkpoint = str(path.relative_to(stage.run_directory))
     return {"initialization": mode, "mean_row_norm": mean_norm, "checkpoint": checkpoint}

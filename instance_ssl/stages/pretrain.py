@@ -55,6 +55,7 @@ def run(stage: Stage) -> dict[str, Any]:
                 loader,
                 steps=sampler.steps_per_epoch,
                 accumulation_steps=sampler.accumulation_steps,
+                positives_of=sampler.global_batch,
                 measure_every_steps=config.log.every_steps,
                 on_step=writer.write,
             )
@@ -134,7 +135,7 @@ def _save(
     embedding_dim = stage.config.model.embedding_dim
     position = TrainingPosition(steps_done, epochs_done, len(stage.source), embedding_dim, figures)
     directory = stage.checkpoints_of(stage.name)
-    save_checkpoint(directory, position, state, momentum, shard, keep=stage.config.log.keep_checkpoints)
+    save_checkpoint(directory, position, state, momentum, shard, stage.world, keep=stage.config.log.keep_checkpoints)
 
 
 class _EpochWriter:

@@ -32,7 +32,9 @@ def write(group: Group, parent: Path, steps: list[int], keep: int = 2) -> None:
     for step in steps:
         shard.weight.add_(1)
         position = TrainingPosition(step, step // 10, N, D)
-        save_checkpoint(parent, position, {"w": torch.full((2,), step)}, {"w": torch.ones(2)}, shard, keep=keep)
+        save_checkpoint(
+            parent, position, {"w": torch.full((2,), step)}, {"w": torch.ones(2)}, shard, shard.group, keep=keep
+        )
 
 
 def read(group: Group, parent: Path) -> tuple[int, Tensor, Tensor, Tensor, Tensor] | None:
@@ -107,7 +109,7 @@ def write_where_one_rank_cannot(group: Group, parent: Path) -> str:
 
         Path.mkdir = mkdir  # type: ignore[method-assign]
     with pytest.raises(UserError) as caught:
-        save_checkpoint(parent, TrainingPosition(20, 2, N, D), {}, {}, shard, keep=2)
+        save_checkpoint(parent, TrainingPosition(20, 2, N, D), {}, {}, shard, shard.group, keep=2)
     return str(caught.value)
 
 

@@ -36,7 +36,8 @@ def make_shard(group: Group, weight_ND: Tensor, form: LossForm, alpha: float, **
         group,
         options,
         smoothing_factor=alpha,
-        dtype=weight_ND.dtype,
+        row_dtype=weight_ND.dtype,
+        momentum_dtype=weight_ND.dtype,
         **settings,
     )
     shard.weight.copy_(weight_ND[shard.start : shard.stop])

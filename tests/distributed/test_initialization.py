@@ -34,7 +34,7 @@ def make_images() -> Tensor:
 
 def make_shard(group: Group, num_instances: int = N) -> ClassifierShard:
     options = SoftmaxOptions(temperature=0.15, form="mixture", block_bytes=1000, matmul_dtype=torch.float32)
-    return ClassifierShard(num_instances, D, comm.new_group(group), options)
+    return ClassifierShard(num_instances, D, comm.split(group, group.size)[0], options)
 
 
 def initialized(group: Group, mode: InitializationMode) -> tuple[Tensor, dict[str, Tensor], bool]:
@@ -45,7 +45,7 @@ def initialized(group: Group, mode: InitializationMode) -> tuple[Tensor, dict[st
         batches.append((images[ids[start:stop]], ids[start:stop]))
     shard, encoder = make_shard(group), make_encoder()
     encoder.train()
-    initialize_from_features(shard, encoder, batches, mode)
+    initialize_from_features(shard, encoder, batches, mode, group)
     return shard.weight, dict(encoder.named_buffers()), encoder.training
 
 

@@ -23,6 +23,7 @@ from instance_ssl.schedules import warmup_cosine
 N, D, K, V, BATCH, STEPS = 53, 8, 5, 2, 16, 3
 TAU, ALPHA, MOMENTUM, DECAY = 0.15, 0.2, 0.9, 1e-2
 CASES = [(stage, accumulation) for stage in (0, 1, 2) for accumulation in (1, 4)]
+NOT_SAMPLED = torch.empty(0, dtype=torch.int64)  # the global batch's ids, which only sampling needs
 
 
 def make_encoder() -> nn.Module:
@@ -61,7 +62,7 @@ def settings_for(world_size: int, zero_stage: int, accumulation: int) -> DeepSpe
 
 def make_training(group: Group, zero_stage: int, accumulation: int) -> tuple[Engine, ClassifierShard]:
     options = SoftmaxOptions(temperature=TAU, form="mixture", block_bytes=2000, matmul_dtype=torch.float32)
-    own_group = comm.new_group(group)
+    own_group = comm.split(group, group.size)[0]
     shard = ClassifierShard(N, D, own_group, options, smoothing_factor=ALPHA, momentum=MOMENTUM, weight_decay=DECAY)
     shard.weight.copy_(make_weight()[shard.start : shard.stop])
     shard.refresh_hard_classes(K)
@@ -82,7 +83,7 @@ def train_on_ranks(group: Group) -> list[tuple[list[float], dict[str, Tensor], d
     for zero_stage, accumulation in CASES:
         engine, shard = make_training(group, zero_stage, accumulation)
         batches = micro_batches(group, accumulation)
-        losses = [train_step(engine, shard, batches, accumulation).loss for _ in range(STEPS)]
+        losses = [train_step(engine, shard, batches, accumulation, NOT_SAMPLED).loss for _ in range(STEPS)]
         results.append((losses, *engine.full_state(), shard.weight, shard.momentum_buffer))
     return results
 
@@ -130,7 +131,7 @@ def poison_one_rank(group: Group) -> bool:
     if group.rank == 1:
         batches[1][0].fill_(torch.nan)
     with pytest.raises(UserError, match="loss is not finite"):
-        train_step(engine, shard, iter(batches), 2)
+        train_step(engine, shard, iter(batches), 2, NOT_SAMPLED)
     after = [*engine.full_state()[0].values(), shard.weight, shard.momentum_buffer]
     return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -142,10 +143,10 @@ def test_nothing_moves_when_one_rank_meets_a_nan() -> None:
 def momentum_round_trip(group: Group, zero_stage: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     engine, shard = make_training(group, zero_stage, 1)
     batches = micro_batches(group, 1)
-    train_step(engine, shard, batches, 1)
+    train_step(engine, shard, batches, 1, NOT_SAMPLED)
     state, momentum = engine.full_state()
     rows = shard.weight.clone(), shard.momentum_buffer.clone()
-    train_step(engine, shard, batches, 1)
+    train_step(engine, shard, batches, 1, NOT_SAMPLED)
 
     encoder = make_encoder()
     encoder.load_state_dict(state)
@@ -155,7 +156,7 @@ def momentum_round_trip(group: Group, zero_stage: int) -> tuple[dict[str, Tensor
     shard.weight, shard.momentum_buffer = rows
     batches = micro_batches(group, 1)
     next(batches)
-    train_step(resumed, shard, batches, 1)
+    train_step(resumed, shard, batches, 1, NOT_SAMPLED)
     return engine.full_state()[1], resumed.full_state()[1]
 
 

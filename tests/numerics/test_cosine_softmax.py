@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from instance_ssl.classifier.cosine_softmax import LossForm, SoftmaxOptions
+from instance_ssl.classifier.matmul import float32_precision
 from instance_ssl.classifier.reference import dense_hard_classes, dense_labels, dense_loss
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.distributed.comm import Group
@@ -21,7 +22,7 @@ def make_shard(
     settings = {"temperature": 0.15, "block_bytes": 2**20, "matmul_dtype": weight_ND.dtype, **options}
     shard = ClassifierShard(
         *weight_ND.shape, group, SoftmaxOptions(form=form, **settings), smoothing_factor=alpha, momentum=0.0,
-        weight_decay=0.0, dtype=weight_ND.dtype,
+        weight_decay=0.0, row_dtype=weight_ND.dtype, momentum_dtype=weight_ND.dtype,
     )  # fmt: skip
     shard.weight.copy_(weight_ND)
     return shard
@@ -159,6 +160,7 @@ def largest_tensor(group: Group, num_rows: int, num_classes: int, block_bytes: i
     shard = make_shard(group, torch.randn(num_classes, 8, generator=generator), 0.2, block_bytes=block_bytes)
     shard.refresh_hard_classes(5)
     x_BD = torch.randn(num_rows, 8, generator=generator)
+    float32_precision()  # its self-test, once a process, is no part of a step
     with LargestTensor() as largest:
         shard.forward(x_BD, torch.arange(num_rows), total_rows=num_rows)
         shard.measure(x_BD, torch.arange(num_rows))
