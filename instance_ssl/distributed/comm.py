@@ -5,8 +5,9 @@ that runs the same collectives; nothing here branches on it.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -28,12 +29,15 @@ class Group:
         rank: this process's place in the group, 0 … size - 1.
         size: number of ranks T.
         device: where the tensors of its collectives lie.
+        sent_bytes: by collective, what this rank has put on the wire so far if each runs as a ring (the algorithm of
+            NCCL and gloo for large tensors), counted from the tensors handed in. Small objects are not counted.
     """
 
     handle: Any
     rank: int
     size: int
     device: torch.device
+    sent_bytes: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
     def row_counts(self, count: int) -> list[int]:
         """Every rank's `count`, in order of rank (one small all-gather)."""
@@ -51,12 +55,14 @@ class Group:
         rows = rows.contiguous()
         if counts is None or len(set(counts)) == 1:
             out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
+            self._count("all_gather", rows, self.size - 1)
             dist.all_gather_into_tensor(out, rows, group=self.handle)
             return out
         longest = max(counts)
         padded = rows.new_zeros((longest, *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         out = rows.new_empty((self.size * longest, *rows.shape[1:]))
+        self._count("all_gather", padded, self.size - 1)
         dist.all_gather_into_tensor(out, padded, group=self.handle)
         return torch.cat([out[r * longest : r * longest + count] for r, count in enumerate(counts)])
 
@@ -64,6 +70,7 @@ class Group:
         """Sums (B, …) over the ranks and returns this rank's rows (b, …); the transpose of `all_gather_rows`."""
         if counts is None or len(set(counts)) == 1:
             out = rows.new_empty((rows.shape[0] // self.size, *rows.shape[1:]))
+            self._count("reduce_scatter", out, self.size - 1)
             dist.reduce_scatter_tensor(out, rows.contiguous(), group=self.handle)
             return out
         longest = max(counts)
@@ -71,26 +78,28 @@ class Group:
         for r, part in enumerate(torch.split(rows, list(counts))):
             padded[r * longest : r * longest + part.shape[0]] = part
         out = rows.new_empty((longest, *rows.shape[1:]))
+        self._count("reduce_scatter", out, self.size - 1)
         dist.reduce_scatter_tensor(out, padded, group=self.handle)
         return out[: counts[self.rank]]
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Sums over the ranks, in place."""
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.handle)
+        self._all_reduce(tensor, dist.ReduceOp.SUM)
         return tensor
 
     def all_reduce_max_(self, tensor: Tensor) -> Tensor:
         """Element-wise maximum over the ranks, in place."""
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.handle)
+        self._all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def all_reduce_min_(self, tensor: Tensor) -> Tensor:
         """Element-wise minimum over the ranks, in place."""
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.handle)
+        self._all_reduce(tensor, dist.ReduceOp.MIN)
         return tensor
 
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
         """Copies rank `source`'s tensor to all ranks, in place."""
+        self._count("broadcast", tensor, 1 if self.size > 1 else 0)
         dist.broadcast(tensor, group=self.handle, group_src=source)
         return tensor
 
@@ -109,6 +118,13 @@ class Group:
     def barrier(self) -> None:
         """Waits until every rank is here; reading the result back makes the host wait too, not only its GPU."""
         self.all_reduce_sum_(torch.zeros(1, device=self.device)).item()
+
+    def _all_reduce(self, tensor: Tensor, operation: Any) -> None:
+        self._count("all_reduce", tensor, 2 * (self.size - 1) / self.size)
+        dist.all_reduce(tensor, op=operation, group=self.handle)
+
+    def _count(self, collective: str, tensor: Tensor, times: float) -> None:
+        self.sent_bytes[collective] += round(tensor.numel() * tensor.element_size() * times)
 
 
 def launched_rank() -> int:
