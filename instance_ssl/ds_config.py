@@ -21,6 +21,7 @@ _PASSED_ON = (
     "train_micro_batch_size_per_gpu",
     "zero_optimization",
     "torch_autocast",
+    "activation_checkpointing",
     "communication_data_type",
     "wall_clock_breakdown",
 )
@@ -38,7 +39,16 @@ _REFUSED = {
     "bf16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype bfloat16",
     "fp16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype float16",
     "steps_per_print": "the progress bar is ours",
-    "activation_checkpointing": "recomputing a block would update its batch-norm statistics twice",
+}
+# DeepSpeed's keys of this section say how its own checkpointing function, for transformers, keeps activations; nothing
+# here calls it, so each of them would be ignored.
+_REFUSED_ACTIVATION_CHECKPOINTING = {
+    "partition_activations": "it divides activations over model-parallel ranks, and every rank has the whole encoder",
+    "contiguous_memory_optimization": "it needs partition_activations",
+    "number_checkpoints": "the checkpoints are the inputs of the backbone's stages",
+    "cpu_checkpointing": "the peak is the inside of the first stage, when no other stage's input is left to move",
+    "synchronize_checkpoint_boundary": "it times DeepSpeed's own checkpointing function, which is not used",
+    "profile": "it times DeepSpeed's own checkpointing function, which is not used",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,6 +77,8 @@ class DeepSpeedSettings:
         micro_batch_size: images of one forward pass on one rank.
         accumulation_steps: micro-batches of one optimizer step on one rank.
         autocast_dtype: of the encoder's forward pass; None is plain float32.
+        recompute_stages: whether `activation_checkpointing` is there: activations inside the backbone's stages are
+            computed again in the backward pass.
     """
 
     engine: dict[str, Any]
@@ -74,6 +86,7 @@ class DeepSpeedSettings:
     micro_batch_size: int
     accumulation_steps: int
     autocast_dtype: torch.dtype | None
+    recompute_stages: bool = False
 
     @property
     def matmul_dtype(self) -> torch.dtype:
@@ -129,7 +142,10 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
             f"{path}: torch_autocast.dtype float16 needs zero_optimization.stage 0: under ZeRO, DeepSpeed skips a step "
             "that overflows without lowering the loss scale, and so every later one"
         )
-    return DeepSpeedSettings(engine, classifier, micro_batch_size, accumulation_steps, autocast_dtype)
+    recompute_stages = "activation_checkpointing" in values
+    if recompute_stages:
+        _check_activation_checkpointing(values["activation_checkpointing"], path)
+    return DeepSpeedSettings(engine, classifier, micro_batch_size, accumulation_steps, autocast_dtype, recompute_stages)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -181,3 +197,12 @@ def _autocast_dtype(section: Any, path: Path) -> torch.dtype | None:
     if section.get("dtype") not in ("bfloat16", "float16"):
         raise UserError(f"{path}: torch_autocast.dtype must be bfloat16 or float16")
     return _DTYPES[section["dtype"]]
+
+
+def _check_activation_checkpointing(section: Any, path: Path) -> None:
+    """The section switches it on by being there; it has nothing to say beyond that."""
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: activation_checkpointing must be {{}}, which switches it on, or left out")
+    for key in section:
+        reason = _REFUSED_ACTIVATION_CHECKPOINTING.get(key, "the section takes no keys; {} switches it on")
+        raise UserError(f"{path}: remove 'activation_checkpointing.{key}': {reason}")
