@@ -116,7 +116,7 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
     micro_batch_size = values.get("train_micro_batch_size_per_gpu")
     if not isinstance(values.get("wall_clock_breakdown", False), bool):
         raise UserError(f"{path}: wall_clock_breakdown must be true or false")
-    if values.get("communication_data_type") not in (None, "fp32", "fp16", "bfp16", "bf16"):
+    if values.get("communication_data_type", "fp32") not in ("fp32", "fp16", "bf16"):
         raise UserError(f"{path}: communication_data_type must be fp32, fp16 or bf16")
     if type(micro_batch_size) is not int or micro_batch_size < 1:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of images a rank")
@@ -137,11 +137,8 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
     if zero_stage > 0:
         engine["zero_allow_untested_optimizer"] = True
     autocast_dtype = _autocast_dtype(values.get("torch_autocast", {}), path)
-    if zero_stage > 0 and autocast_dtype == torch.float16:
-        raise UserError(
-            f"{path}: torch_autocast.dtype float16 needs zero_optimization.stage 0: under ZeRO, DeepSpeed skips a step "
-            "that overflows without lowering the loss scale, and so every later one"
-        )
+    if zero_stage > 0 and autocast_dtype is not None:
+        _check_autocast_under_zero(values, autocast_dtype, path)
     recompute_stages = "activation_checkpointing" in values
     if recompute_stages:
         _check_activation_checkpointing(values["activation_checkpointing"], path)
@@ -197,6 +194,21 @@ def _autocast_dtype(section: Any, path: Path) -> torch.dtype | None:
     if section.get("dtype") not in ("bfloat16", "float16"):
         raise UserError(f"{path}: torch_autocast.dtype must be bfloat16 or float16")
     return _DTYPES[section["dtype"]]
+
+
+def _check_autocast_under_zero(values: dict[str, Any], autocast_dtype: torch.dtype, path: Path) -> None:
+    """What DeepSpeed does differently under ZeRO 1 and 2 when it also runs autocast."""
+    if autocast_dtype == torch.float16:
+        raise UserError(
+            f"{path}: torch_autocast.dtype float16 needs zero_optimization.stage 0: under ZeRO, DeepSpeed skips a step "
+            "that overflows without lowering the loss scale, and so every later one"
+        )
+    if "communication_data_type" in values:
+        raise UserError(
+            f"{path}: remove 'communication_data_type': under ZeRO with torch_autocast, DeepSpeed ignores it and "
+            "reduces gradients of convolutions and linear layers in torch_autocast.dtype, of other layers in float32; "
+            "torch_autocast.lower_precision_safe_modules [] has all reduced in float32"
+        )
 
 
 def _check_activation_checkpointing(section: Any, path: Path) -> None:
