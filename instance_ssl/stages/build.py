@@ -16,7 +16,7 @@ from instance_ssl.models.encoder import Encoder, build_encoder
 from instance_ssl.stages.context import Stage
 
 
-def seeded_encoder(config: ExperimentConfig) -> Encoder:
+def seeded_encoder(config: ExperimentConfig, *, recompute_stages: bool = False) -> Encoder:
     """The random encoder of the experiment's seed, the same on every rank."""
     torch.manual_seed(config.seed)
     return build_encoder(
@@ -26,6 +26,7 @@ def seeded_encoder(config: ExperimentConfig) -> Encoder:
         projection=config.model.projection,
         projection_hidden_dim=config.model.projection_hidden_dim,
         embedding_dim=config.model.embedding_dim,
+        recompute_stages=recompute_stages,
     )
 
 

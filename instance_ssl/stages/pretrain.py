@@ -90,7 +90,7 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
 
 def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engine:
     optimization = stage.config.optimization
-    encoder = seeded_encoder(stage.config)
+    encoder = seeded_encoder(stage.config, recompute_stages=stage.ds.recompute_stages)
     state, momentum = load_encoder(start)
     encoder.load_state_dict(state)
 
