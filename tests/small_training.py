@@ -74,7 +74,11 @@ def train(group: Group, settings: DeepSpeedSettings) -> Trained:
     options = SoftmaxOptions(
         temperature=TEMPERATURE, form="mixture", block_bytes=settings.block_bytes, matmul_dtype=settings.matmul_dtype
     )
-    shard = ClassifierShard(N, D, comm.new_group(group), options, smoothing_factor=0.2, momentum=0.9, weight_decay=1e-4)
+    own_group, replicas = comm.split(group, settings.group_size(group.size))
+    shard = ClassifierShard(
+        N, D, own_group, options, replicas=replicas, smoothing_factor=0.2, momentum=0.9, weight_decay=1e-4,
+        row_dtype=settings.row_dtype, momentum_dtype=settings.momentum_dtype,
+    )  # fmt: skip
     weight_ND = torch.randn(N, D, generator=torch.Generator().manual_seed(4))
     shard.weight.copy_(weight_ND[shard.start : shard.stop])
     shard.refresh_hard_classes(K)
@@ -82,5 +86,6 @@ def train(group: Group, settings: DeepSpeedSettings) -> Trained:
     engine = Engine(encoder, lambda step: 0.5, settings, group, momentum=0.9, weight_decay=1e-4)
     engine.encoder.train()
     batches = iter(micro_batches(group, settings))
-    losses = [train_step(engine, shard, batches, settings.accumulation_steps).loss for _ in range(STEPS)]
+    not_sampled = torch.empty(0, dtype=torch.int64)
+    losses = [train_step(engine, shard, batches, settings.accumulation_steps, not_sampled).loss for _ in range(STEPS)]
     return Trained(losses, *engine.full_state(), shard.weight)

@@ -7,6 +7,7 @@ The dense ones are what one writes in plain PyTorch, autograd and torch.optim.SG
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,14 @@ class Problem:
         num_classes: N.
         x_BD: embeddings of the global batch.
         labels_B: instance ids.
-        hard_BK: their hardest classes.
+        hard_NK: the table of hardest classes, int32. Its rows without a label in the batch are never touched, and so
+            take no memory.
     """
 
     num_classes: int
     x_BD: Tensor
     labels_B: Tensor
-    hard_BK: Tensor
+    hard_NK: Tensor
 
     @staticmethod
     def draw(
@@ -49,7 +51,9 @@ class Problem:
         labels_B = torch.randint(num_classes, (num_rows,), generator=generator)
         stride = (num_classes - 1) // (num_hard_classes + 1)  # so distinct, and never the label itself
         hard_BK = (labels_B[:, None] + stride * torch.arange(1, num_hard_classes + 1)) % num_classes
-        return Problem(num_classes, x_BD.to(device), labels_B.to(device), hard_BK.to(device))
+        hard_NK = torch.zeros(num_classes, num_hard_classes, dtype=torch.int32, device=device)
+        hard_NK[labels_B.to(device)] = hard_BK.to(device, torch.int32)
+        return Problem(num_classes, x_BD.to(device), labels_B.to(device), hard_NK)
 
     def rows_of(self, group: Group) -> slice:
         """The rows that this rank brings, equally many each."""
@@ -87,14 +91,14 @@ class Running:
 Builder = Callable[[Problem, Group], Running]
 
 
-def streamed(matmul_dtype: torch.dtype, group_size: int | None = None, kernels: str = "auto") -> Builder:
+def streamed(
+    matmul_dtype: torch.dtype, group_size: int | None = None, kernels: Literal["auto", "torch", "triton"] = "auto"
+) -> Builder:
     """This project's classifier; `group_size` None is one group of all ranks."""
 
     def build(problem: Problem, world: Group) -> Running:
         group, replicas = comm.split(world, world.size if group_size is None else group_size)
-        options = SoftmaxOptions(
-            TEMPERATURE, "mixture", matmul_dtype, None, choose_kernels(kernels, world.device)
-        )
+        options = SoftmaxOptions(TEMPERATURE, "mixture", matmul_dtype, None, choose_kernels(kernels, world.device))
         shard = ClassifierShard(
             problem.num_classes,
             problem.x_BD.shape[1],
@@ -108,8 +112,7 @@ def streamed(matmul_dtype: torch.dtype, group_size: int | None = None, kernels: 
         shard.weight.copy_(problem.weight(shard.start, shard.stop))
         rows = problem.rows_of(world)
         x_bD, labels_b, total_rows = problem.x_BD[rows], problem.labels_B[rows], len(problem.labels_B)
-        # A row's hardest classes are looked up by its label; here all rows of a class share those of the first.
-        shard.hard_classes = _hard_table(problem, shard.start, shard.stop)
+        shard.hard_classes = problem.hard_NK[shard.start : shard.stop]
 
         def step() -> tuple[Tensor, Tensor]:
             output = shard.forward(x_bD, labels_b, total_rows=total_rows)
@@ -122,17 +125,7 @@ def streamed(matmul_dtype: torch.dtype, group_size: int | None = None, kernels: 
     return build
 
 
-def _hard_table(problem: Problem, start: int, stop: int) -> Tensor:
-    """(n, K) int32: the hardest classes of own classes; those without a row in the batch are never read."""
-    table = torch.zeros(stop - start, problem.hard_BK.shape[1], dtype=torch.int32, device=problem.x_BD.device)
-    own_B = (problem.labels_B >= start) & (problem.labels_B < stop)
-    table[problem.labels_B[own_B] - start] = problem.hard_BK[own_B].int()
-    return table
-
-
-def dense(
-    *, sharded: bool = False, autocast: bool = False, compiled: bool = False, fused_sgd: bool = False
-) -> Builder:
+def dense(*, sharded: bool = False, autocast: bool = False, compiled: bool = False, fused_sgd: bool = False) -> Builder:
     """Logits in memory, autograd, torch.optim.SGD.
 
     Args:
@@ -177,9 +170,9 @@ class _Entries:
     """Where y of Eq. 2 is not 0 among classes start … stop - 1, as (rows, K+1) columns and logarithms of y."""
 
     def __init__(self, problem: Problem, rows: slice, start: int, stop: int) -> None:
-        table = _hard_table(problem, 0, problem.num_classes)[problem.labels_B[rows]]
-        columns = torch.cat([problem.labels_B[rows, None], table.long()], dim=1) - start
-        log_y = torch.full(columns.shape, math.log(SMOOTHING / table.shape[1]), device=columns.device)
+        hard_BK = problem.hard_NK[problem.labels_B[rows]]
+        columns = torch.cat([problem.labels_B[rows, None], hard_BK.long()], dim=1) - start
+        log_y = torch.full(columns.shape, math.log(SMOOTHING / hard_BK.shape[1]), device=columns.device)
         log_y[:, 0] = math.log(1 - SMOOTHING)
         outside = (columns < 0) | (columns >= stop - start)
         self.columns = columns.masked_fill(outside, 0)
@@ -245,7 +238,7 @@ VARIANTS: dict[str, Builder] = {
 }
 
 
-def gradient_error(builder: Builder, world: Group, *, autocast: bool) -> dict[str, float]:
+def gradient_error(builder: Builder, world: Group) -> dict[str, float]:
     """Relative error of loss, ∂J/∂x and ∂J/∂w against dense float64, at a small uneven size.
 
     The weight's gradient is read off the momentum after the first step.

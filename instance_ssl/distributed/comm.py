@@ -192,6 +192,12 @@ def split(world: Group, group_size: int) -> tuple[Group, Group | None]:
     return own, _new_group(world, [list(range(place, world.size, group_size)) for place in range(group_size)])
 
 
+def first_ranks(world: Group, size: int) -> Group | None:
+    """A new group of ranks 0 … size - 1; None on the others, which call this too."""
+    handle = dist.new_group(ranks=list(range(size)), timeout=_TIMEOUT)
+    return Group(handle, world.rank, size, world.device) if world.rank < size else None
+
+
 def _new_group(world: Group, groups: list[list[int]]) -> Group:
     """The one of these disjoint groups that this rank is in; every rank of the world makes all of them, in order."""
     mine: Group | None = None
