@@ -58,6 +58,15 @@ def test_matmul_precision_follows_autocast_unless_set(tmp_path: Path) -> None:
     assert settings.block_bytes == 8 * 2**20
 
 
+def test_the_classifier_s_memory_is_the_json_s(tmp_path: Path) -> None:
+    default = load(written(tmp_path))
+    assert default.block_bytes is None
+    assert (default.row_dtype, default.momentum_dtype, default.group_size(8)) == (torch.float32, torch.float32, 8)
+    section = {"row_dtype": "bfloat16", "momentum_dtype": "bfloat16", "group_size": 1, "kernels": "torch"}
+    settings = load(written(tmp_path, instance_classifier=section))
+    assert (settings.row_dtype, settings.momentum_dtype, settings.group_size(8)) == (torch.bfloat16, torch.bfloat16, 1)
+
+
 def test_activation_checkpointing_is_on_when_its_section_is_there(tmp_path: Path) -> None:
     assert not load(written(tmp_path)).recompute_stages
     settings = load(written(tmp_path, activation_checkpointing={}))
@@ -104,6 +113,13 @@ def test_the_reductions_precision_can_be_set_where_it_counts(tmp_path: Path, key
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "'activation_checkpointing.cpu_checkpointing'"),
         ({"activation_checkpointing": {"enabled": True}}, "the section takes no keys"),
         ({"instance_classifier": {"block_mb": 3}}, "instance_classifier.block_mb"),
+        ({"instance_classifier": {"block_mib": 0}}, "instance_classifier.block_mib"),
+        ({"instance_classifier": {"block_mib": "big"}}, "instance_classifier.block_mib"),
+        ({"instance_classifier": {"row_dtype": "float16"}}, "instance_classifier.row_dtype"),
+        ({"instance_classifier": {"momentum_dtype": "int8"}}, "instance_classifier.momentum_dtype"),
+        ({"instance_classifier": {"kernels": "cuda"}}, "instance_classifier.kernels"),
+        ({"instance_classifier": {"group_size": 0}}, "instance_classifier.group_size"),
+        ({"instance_classifier": {"group_size": 3}}, "does not divide the 2 ranks"),
         ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu"),
         ({"train_micro_batch_size_per_gpu": 48}, "optimization.global_batch_size 4096 is not a multiple"),
     ],
