@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
-from instance_ssl.classifier.shard import ClassifierShard, choose_kernels
+from instance_ssl.classifier.shard import ClassifierShard, choose_block_bytes, choose_kernels
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
@@ -98,7 +98,8 @@ def streamed(
 
     def build(problem: Problem, world: Group) -> Running:
         group, replicas = comm.split(world, world.size if group_size is None else group_size)
-        options = SoftmaxOptions(TEMPERATURE, "mixture", matmul_dtype, None, choose_kernels(kernels, world.device))
+        block_bytes, chosen = choose_block_bytes(None, world.device), choose_kernels(kernels, world.device)
+        options = SoftmaxOptions(TEMPERATURE, "mixture", matmul_dtype, block_bytes, chosen)
         shard = ClassifierShard(
             problem.num_classes,
             problem.x_BD.shape[1],

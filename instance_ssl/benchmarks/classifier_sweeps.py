@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from instance_ssl.benchmarks.classifier import VARIANTS, Problem, Running, gradient_error
-from instance_ssl.benchmarks.measure import Timing, peak_bytes, time_interleaved
+from instance_ssl.benchmarks.measure import Timing, matmul_rate, peak_bytes, time_interleaved
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
@@ -46,6 +46,7 @@ def measure_steps(
     own_rows = {name: len(variant.weight) for name, variant in running.items()}
     running.clear()
     first = Timing.of(times[names[0]]).median
+    rate = matmul_rate(torch.bfloat16, world.device)
     rows = []
     for name in names:
         timing = Timing.of(times[name])
@@ -60,13 +61,26 @@ def measure_steps(
                 "median_ms": timing.median,
                 "quartiles_ms": f"{timing.low:.4g}-{timing.high:.4g}",
                 "speed": first / timing.median,
-                "gflop_s": 8 * num_rows * num_classes / world.size * embedding_dim / timing.median / 1e6,
+                "share_of_bf16_rate": 8
+                * num_rows
+                * num_classes
+                / world.size
+                * embedding_dim
+                / timing.median
+                / 1e6
+                / rate,
+                "ns_per_class": timing.median * 1e6 / num_classes,
                 "total_MiB": total / 2**20,
                 "extra_MiB": (total - kept) / 2**20,
                 "sent_bytes": sent,
             }
         )
     return rows
+
+
+def _flop(num_rows: int, num_classes: int, embedding_dim: int) -> int:
+    """8BND: forward, forward once more, and both gradients, whatever a variant really does."""
+    return 8 * num_rows * num_classes * embedding_dim
 
 
 def measure_memory(name: str, problem: Problem, world: Group) -> tuple[int, int]:
