@@ -89,7 +89,7 @@ def pair_keys(query_qD: Tensor, class_mD: Tensor, rows_P: Tensor, columns_P: Ten
 
 
 def block_keys(query_qD: Tensor, class_mD: Tensor, first_query: int, first_class: int) -> Tensor:
-    """Keys (q, m) of the exact cosines of all pairs of unit rows, given in float64; a class is not its own candidate."""
+    """Keys (q, m) of the exact cosines of all pairs of unit rows, given in float64; own cosines order below all."""
     keys_qm = pack_scores((query_qD @ class_mD.T).float(), first_class)
     both = range(max(first_query, first_class), min(first_query + keys_qm.shape[0], first_class + keys_qm.shape[1]))
     ids = torch.arange(both.start, max(both.start, both.stop), device=keys_qm.device)

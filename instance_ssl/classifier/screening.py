@@ -31,8 +31,8 @@ from torch import Tensor
 GROUP = 16
 
 # Parts of a tile beyond which all of it is computed exactly: that bounds memory, and is quicker then.
-MOST_GROUPS = 1 / 2
-MOST_PAIRS = 1 / 16
+MOST_GROUPS = 1 / 4
+MOST_PAIRS = 1 / 32
 
 
 @dataclass(frozen=True)
