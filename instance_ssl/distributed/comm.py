@@ -103,6 +103,10 @@ class Group:
         dist.broadcast(tensor, group=self.handle, group_src=source)
         return tensor
 
+    def start_broadcast_(self, tensor: Tensor, source: int) -> "Transfer":
+        """`broadcast_` that returns at once; nobody writes to the tensor, and no receiver reads it, before `wait`."""
+        return Transfer(tensor, dist.broadcast(tensor, group=self.handle, group_src=source, async_op=True))
+
     def all_gather_objects(self, value: Any) -> list[Any]:
         """Every rank's (picklable, small) object, in order of rank."""
         out: list[Any] = [None] * self.size
@@ -125,6 +129,24 @@ class Group:
 
     def _count(self, collective: str, tensor: Tensor, times: float) -> None:
         self.sent_bytes[collective] += round(tensor.numel() * tensor.element_size() * times)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective that is under way.
+
+    Attributes:
+        tensor: what arrives; kept alive until it has.
+        work: the handle of `torch.distributed`.
+    """
+
+    tensor: Tensor
+    work: Any
+
+    def wait(self) -> Tensor:
+        """The tensor, once it has arrived (on a GPU: once the work queued from here on may use it)."""
+        self.work.wait()
+        return self.tensor
 
 
 def launched_rank() -> int:
