@@ -1,11 +1,8 @@
 """The hard-class search against `faiss.IndexFlatIP` and `torch.mm` + `torch.topk`, interleaved on equal threads."""
 
-import csv
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,28 +19,6 @@ TIE = 2.0**-20
 _ROWS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One implementation at one size.
-
-    Attributes:
-        seconds: of every repeat, in order.
-        different_rows: rows whose set of classes differs from ours.
-        wrong_rows: of those, the rows that no tie explains.
-    """
-
-    name: str
-    num_classes: int
-    seconds: list[float]
-    different_rows: int
-    wrong_rows: int
-
-    @property
-    def median(self) -> float:
-        """Median of the repeats, seconds."""
-        return statistics.median(self.seconds)
-
-
 def make_rows(num_classes: int, embedding_dim: int, num_clusters: int) -> Tensor:
     """(N, D) float32 unit rows: normal, or around `num_clusters` normal centres with 0.7 of their spread."""
     generator = torch.Generator().manual_seed(0)
@@ -55,26 +30,33 @@ def make_rows(num_classes: int, embedding_dim: int, num_clusters: int) -> Tensor
 
 
 def compare(
-    unit_ND: Tensor, k: int, group: Group, *, repeats: int, threads: int, block_bytes: int, with_torch: bool
-) -> list[Timing]:
-    """Every implementation `repeats` times, in turns; ours comes first."""
+    unit_ND: Tensor, num_hard_classes: int, group: Group, *, repeats: int, block_bytes: int, with_torch: bool
+) -> list[dict[str, Any]]:
+    """Every implementation `repeats` times, in turns, on torch's number of threads; ours comes first.
+
+    A row differs when its set of classes is not ours; it is wrong when no tie explains that.
+
+    Raises:
+        UserError: where faiss is missing, or on several ranks, for which it has no search.
+    """
     faiss = _import_faiss()
-    torch.set_num_threads(threads)
-    faiss.omp_set_num_threads(threads)
+    if group.size > 1:
+        raise UserError("this benchmark compares with faiss, which searches on one rank: start it bare")
+    faiss.omp_set_num_threads(torch.get_num_threads())
     partition = Partition(len(unit_ND), group.size)
 
     def ours(screen_dtype: torch.dtype) -> Callable[[], Tensor]:
         return lambda: find_hard_classes(
-            unit_ND, k, partition, group, block_bytes=block_bytes, screen_dtype=screen_dtype
+            unit_ND, num_hard_classes, partition, group, block_bytes=block_bytes, screen_dtype=screen_dtype
         )
 
     searches = {
         "ours, bfloat16 screening": ours(torch.bfloat16),
         "ours, float32 screening": ours(torch.float32),
-        "faiss IndexFlatIP": lambda: _without_self(_faiss_search(faiss, unit_ND, k + 1)),
+        "faiss IndexFlatIP": lambda: _without_self(_faiss_search(faiss, unit_ND, num_hard_classes + 1)),
     }
     if with_torch:
-        searches["torch mm + topk"] = lambda: _without_self(_torch_search(unit_ND, k + 1))
+        searches["torch mm + topk"] = lambda: _without_self(_torch_search(unit_ND, num_hard_classes + 1))
     seconds: dict[str, list[float]] = {name: [] for name in searches}
     tables: dict[str, Tensor] = {}
     for _ in range(repeats):
@@ -82,33 +64,20 @@ def compare(
             started = time.perf_counter()
             tables[name] = search()
             seconds[name].append(time.perf_counter() - started)
-    first = next(iter(tables.values()))
+    first = next(iter(tables))
     return [
-        Timing(name, len(unit_ND), seconds[name], *_differences(unit_ND, first, table))
+        {
+            "search": name,
+            "N": len(unit_ND),
+            "K": num_hard_classes,
+            "median_s": statistics.median(seconds[name]),
+            "min_s": min(seconds[name]),
+            "max_s": max(seconds[name]),
+            "ratio_to_ours": statistics.median(seconds[name]) / statistics.median(seconds[first]),
+            **_differences(unit_ND, tables[first], table),
+        }
         for name, table in tables.items()
     ]
-
-
-def describe(timings: Sequence[Timing]) -> str:
-    """A table: medians, spread, ratio to ours, rows that differ."""
-    lines = [f"{'N':>8} {'search':28} {'median s':>9} {'min':>8} {'max':>8} {'ratio':>6} {'differ':>7} {'wrong':>6}"]
-    for t in timings:
-        ratio = t.median / timings[0].median
-        lines.append(
-            f"{t.num_classes:8} {t.name:28} {t.median:9.2f} {min(t.seconds):8.2f} {max(t.seconds):8.2f} {ratio:6.2f} "
-            f"{t.different_rows:7} {t.wrong_rows:6}"
-        )
-    return "\n".join(lines)
-
-
-def write_csv(path: Path, timings: Sequence[Timing]) -> None:
-    """One line for every repeat."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["num_classes", "search", "repeat", "seconds", "different_rows", "wrong_rows"])
-        for t in timings:
-            for repeat, seconds in enumerate(t.seconds):
-                writer.writerow([t.num_classes, t.name, repeat, f"{seconds:.4f}", t.different_rows, t.wrong_rows])
 
 
 def _import_faiss() -> Any:
@@ -136,7 +105,7 @@ def _without_self(ids_Nk: Tensor) -> Tensor:
     return ids_Nk[~is_self].view(len(ids_Nk), -1)
 
 
-def _differences(unit_ND: Tensor, ours_NK: Tensor, theirs_NK: Tensor) -> tuple[int, int]:
+def _differences(unit_ND: Tensor, ours_NK: Tensor, theirs_NK: Tensor) -> dict[str, int]:
     """Rows whose sets differ; and those whose sorted float64 cosines differ by more than a tie, or beat ours."""
     unequal = (ours_NK.long().sort(dim=1).values != theirs_NK.long().sort(dim=1).values).any(dim=1)
     rows = torch.nonzero(unequal).flatten()
@@ -148,4 +117,4 @@ def _differences(unit_ND: Tensor, ours_NK: Tensor, theirs_NK: Tensor) -> tuple[i
             for table in (ours_NK, theirs_NK)
         )
         wrong += int(((ours - theirs).abs() > TIE).any(dim=1).sum())
-    return len(rows), wrong
+    return {"differing_rows": len(rows), "wrong_rows": wrong}

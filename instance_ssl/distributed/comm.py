@@ -177,6 +177,8 @@ def initialize() -> Group:
                 f"this machine has {torch.cuda.device_count()} GPUs: launch no more ranks (--num_gpus) on it"
             )
         torch.cuda.set_device(device)
+        # bfloat16 products are summed in float32 throughout: the hard-class search relies on their error bound.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if "MASTER_ADDR" in os.environ:
         return _join("env://", launched_rank(), launched_world_size(), device)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
