@@ -92,13 +92,22 @@ Builder = Callable[[Problem, Group], Running]
 
 
 def streamed(
-    matmul_dtype: torch.dtype, group_size: int | None = None, kernels: Literal["auto", "torch", "triton"] = "auto"
+    matmul_dtype: torch.dtype,
+    *,
+    group_size: int | None = None,
+    kernels: Literal["auto", "torch", "triton"] = "auto",
+    row_dtype: torch.dtype = torch.float32,
+    momentum_dtype: torch.dtype = torch.float32,
+    block_mib: int | None = None,
 ) -> Builder:
     """This project's classifier; `group_size` None is one group of all ranks."""
 
     def build(problem: Problem, world: Group) -> Running:
         group, replicas = comm.split(world, world.size if group_size is None else group_size)
-        block_bytes, chosen = choose_block_bytes(None, world.device), choose_kernels(kernels, world.device)
+        block_bytes, chosen = (
+            choose_block_bytes(block_mib and block_mib * 2**20, world.device),
+            choose_kernels(kernels, world.device),
+        )
         options = SoftmaxOptions(TEMPERATURE, "mixture", matmul_dtype, block_bytes, chosen)
         shard = ClassifierShard(
             problem.num_classes,
@@ -109,6 +118,8 @@ def streamed(
             smoothing_factor=SMOOTHING,
             momentum=MOMENTUM,
             weight_decay=DECAY,
+            row_dtype=row_dtype,
+            momentum_dtype=momentum_dtype,
         )
         shard.weight.copy_(problem.weight(shard.start, shard.stop))
         rows = problem.rows_of(world)
@@ -235,6 +246,10 @@ VARIANTS: dict[str, Builder] = {
     "streamed": streamed(torch.float32),
     "streamed-bfloat16": streamed(torch.bfloat16),
     "streamed-bfloat16-torch": streamed(torch.bfloat16, kernels="torch"),
+    "streamed-bfloat16-momentum": streamed(torch.bfloat16, momentum_dtype=torch.bfloat16),
+    "streamed-bfloat16-rows": streamed(torch.bfloat16, momentum_dtype=torch.bfloat16, row_dtype=torch.bfloat16),
+    "streamed-bfloat16-1-mib": streamed(torch.bfloat16, block_mib=1),
+    "streamed-bfloat16-64-mib": streamed(torch.bfloat16, block_mib=64),
     "replicated-streamed": streamed(torch.float32, group_size=1),
 }
 

@@ -43,7 +43,10 @@ def measure_steps(
     problem = Problem.draw(num_classes, num_rows, embedding_dim, num_hard_classes, world.device)
     running = {name: VARIANTS[name](problem, world) for name in names}
     times = time_interleaved({name: variant.step for name, variant in running.items()}, repeats, world)
-    own_rows = {name: len(variant.weight) for name, variant in running.items()}
+    kept = {
+        name: variant.weight.nbytes + variant.momentum().nbytes + problem.x_BD.nbytes
+        for name, variant in running.items()
+    }
     running.clear()
     first = Timing.of(times[names[0]]).median
     rate = matmul_rate(torch.bfloat16, world.device)
@@ -51,7 +54,6 @@ def measure_steps(
     for name in names:
         timing = Timing.of(times[name])
         total, sent = measure_memory(name, problem, world)
-        kept = 2 * own_rows[name] * embedding_dim * 4 + num_rows * embedding_dim * 4
         rows.append(
             {
                 "variant": name,
@@ -71,7 +73,7 @@ def measure_steps(
                 / rate,
                 "ns_per_class": timing.median * 1e6 / num_classes,
                 "total_MiB": total / 2**20,
-                "extra_MiB": (total - kept) / 2**20,
+                "extra_MiB": (total - kept[name]) / 2**20,
                 "sent_bytes": sent,
             }
         )

@@ -75,7 +75,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """GFLOP/s of a large square product on this device with these threads, the best of ten: the rate to be judged by."""
+    """GFLOP/s of a large square product on this device with these threads, the best of ten."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out, seconds = torch.empty_like(a), []
