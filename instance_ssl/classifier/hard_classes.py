@@ -16,6 +16,9 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.ordering import LOWEST_KEY, pack_scores, unpack_scores
 
+# Memory for one block of keys where the configuration leaves it open.
+DEFAULT_BLOCK_BYTES = 32 * 2**20
+
 
 def find_hard_classes(
     weight_nD: Tensor,
@@ -39,7 +42,7 @@ def find_hard_classes(
         (n, K) int32, hardest first.
     """
     start, stop = partition.bounds(group.rank)
-    block_rows = max(1, min(4096, int((block_bytes / 8) ** 0.5)))
+    block_rows = tile_edge(block_bytes)
     unit_w_nD, _ = normalise_rows(weight_nD.float())
     best_nK = torch.full((stop - start, num_hard_classes), LOWEST_KEY, dtype=torch.int64, device=weight_nD.device)
     blocks = [
@@ -63,6 +66,11 @@ def find_hard_classes(
         if on_block is not None:
             on_block(done, len(blocks))
     return unpack_scores(best_nK)[1].int()
+
+
+def tile_edge(block_bytes: int) -> int:
+    """Queries, and keys, that are compared at once."""
+    return max(1, min(4096, int((block_bytes / 8) ** 0.5)))
 
 
 def _mask_self(keys_qm: Tensor, first_query: int, first_class: int) -> None:

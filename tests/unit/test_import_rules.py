@@ -21,7 +21,7 @@ RESERVED = {
     "deepspeed": {"instance_ssl/engine.py"},
     "torch.distributed": {"instance_ssl/distributed/comm.py"},
     "torch.utils.tensorboard": {"instance_ssl/run_log.py"},
-    "argparse": {"instance_ssl/stages/context.py"},
+    "argparse": {"instance_ssl/stages/context.py", "instance_ssl/stages/plan.py"},
 }
 
 
