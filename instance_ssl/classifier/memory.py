@@ -192,9 +192,16 @@ def _refresh_bytes(size: ClassifierSize) -> int:
     n, num_hard, width = size.own_classes, size.num_hard_classes, size.embedding_dim
     kept = n * (width * _FLOAT + num_hard * _ID)
     edge = min(tile_edge(size.options.block_bytes or DEFAULT_BLOCK_BYTES), n)
-    # Of every pair in a tile its cosine and key while they are made, and the key and the candidates of the tile before.
-    tile = edge * (edge * 44 + num_hard * _ID + width * _FLOAT)
-    return kept + max(tile, n * num_hard * (_ID + _INT))
+
+    def left(rows: int) -> int:
+        """Of one tile when the next begins, or the search ends: cosines, keys, candidates and class rows."""
+        return rows * (rows * (_FLOAT + 2 * _ID) + num_hard * _ID + width * _FLOAT)
+
+    # Of every pair in a tile: its cosine and the cosine's bits, ordered, and widened, shifted and made a key.
+    in_tile = left(edge) + edge * edge * (_FLOAT + _INT + 2 * _ID)
+    # `unpack_scores`: scores, their bits, and ids that are made of masked keys.
+    at_end = left(n % edge or edge) + n * num_hard * (_FLOAT + _INT + 2 * _ID)
+    return kept + max(in_tile, at_end)
 
 
 def classifier_traffic(size: ClassifierSize) -> Counter[str]:

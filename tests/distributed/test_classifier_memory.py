@@ -1,5 +1,6 @@
 """The planner's classifier against a real one: allocations within 3 %, bytes on the wire exactly."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from instance_ssl.distributed.comm import Group
 
 FLOAT32 = SoftmaxOptions(0.15, "mixture", torch.float32, 2**20)
 BFLOAT16 = replace(FLOAT32, matmul_dtype=torch.bfloat16)
-PLAIN = ClassifierSize(4001, 64, 1, 1, 128, 1, 20, FLOAT32)
+PLAIN = ClassifierSize(8001, 64, 1, 1, 128, 1, 20, FLOAT32)
 # Name → (ranks, size).
 CASES = {
     "one rank": (1, PLAIN),
@@ -29,6 +30,10 @@ CASES = {
     "bfloat16 rows and momentum": (
         1,
         replace(PLAIN, options=BFLOAT16, row_dtype=torch.bfloat16, momentum_dtype=torch.bfloat16),
+    ),
+    "small blocks, many hard classes": (
+        1,
+        replace(PLAIN, num_instances=2048, num_hard_classes=100, options=replace(FLOAT32, block_bytes=2**17)),
     ),
     "no smoothing": (2, replace(PLAIN, group_size=2, num_hard_classes=0)),
     "many features": (1, replace(PLAIN, num_instances=3000, rows_per_rank=1024)),
@@ -63,6 +68,7 @@ def train(world: Group, size: ClassifierSize) -> dict[str, Any]:
             shard.begin_step(positives)
         x_bD = torch.randn(size.rows_per_rank, size.embedding_dim, generator=generator)
         shard.forward(x_bD, own + micro_step, total_rows=size.rows_per_rank * world.size * size.accumulation_steps)
+        time.sleep(0.05)  # gloo's threads let go of the tensors that they have sent
 
     matmul.float32_precision()  # its self-test, once a process, is not the classifier's
     _, built = measure_allocations(build)
