@@ -143,7 +143,7 @@ class LinearConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """What is evaluated, and on which labelled images (None: those of `data`)."""
+    """What is evaluated, and on which labelled images: `data` lists what differs from the experiment's own `data`."""
 
     sources: Annotated[tuple[Literal["pixels", "random", "trained"], ...], Field(min_length=1)] = ("trained",)
     batch_size: PositiveInt = 256
@@ -171,6 +171,24 @@ class ExperimentConfig(_Section):
     optimization: OptimizationConfig = OptimizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluation_data_lists_what_differs(cls, values: Any) -> Any:
+        data, evaluation = (values.get(key) if isinstance(values, dict) else None for key in ("data", "evaluation"))
+        if not (isinstance(data, dict) and isinstance(evaluation, dict) and isinstance(evaluation.get("data"), dict)):
+            return values
+        return {**values, "evaluation": {**evaluation, "data": {**data, **evaluation["data"]}}}
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "ExperimentConfig":
+        epochs, warmup_epochs = self.optimization.epochs, self.optimization.warmup_epochs
+        if warmup_epochs >= epochs:
+            raise ValueError(
+                f"optimization.warmup_epochs {warmup_epochs} must be below optimization.epochs {epochs}: the cosine "
+                "would never begin; 0 is no warm-up"
+            )
+        return self
 
     @model_validator(mode="after")
     def _hard_classes_need_smoothing(self) -> "ExperimentConfig":

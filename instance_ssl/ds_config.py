@@ -21,6 +21,7 @@ _PASSED_ON = (
     "train_micro_batch_size_per_gpu",
     "zero_optimization",
     "torch_autocast",
+    "activation_checkpointing",
     "communication_data_type",
     "wall_clock_breakdown",
 )
@@ -38,7 +39,16 @@ _REFUSED = {
     "bf16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype bfloat16",
     "fp16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype float16",
     "steps_per_print": "the progress bar is ours",
-    "activation_checkpointing": "recomputing a block would update its batch-norm statistics twice",
+}
+# DeepSpeed's keys of this section say how its own checkpointing function, for transformers, keeps activations; nothing
+# here calls it, so each of them would be ignored.
+_REFUSED_ACTIVATION_CHECKPOINTING = {
+    "partition_activations": "it divides activations over model-parallel ranks, and every rank has the whole encoder",
+    "contiguous_memory_optimization": "it needs partition_activations",
+    "number_checkpoints": "the checkpoints are the inputs of the backbone's stages",
+    "cpu_checkpointing": "the peak is the inside of the first stage, when no other stage's input is left to move",
+    "synchronize_checkpoint_boundary": "it times DeepSpeed's own checkpointing function, which is not used",
+    "profile": "it times DeepSpeed's own checkpointing function, which is not used",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,6 +87,8 @@ class DeepSpeedSettings:
         micro_batch_size: images of one forward pass on one rank.
         accumulation_steps: micro-batches of one optimizer step on one rank.
         autocast_dtype: of the encoder's forward pass; None is plain float32.
+        recompute_stages: whether `activation_checkpointing` is there: activations inside the backbone's stages are
+            computed again in the backward pass.
     """
 
     engine: dict[str, Any]
@@ -84,6 +96,7 @@ class DeepSpeedSettings:
     micro_batch_size: int
     accumulation_steps: int
     autocast_dtype: torch.dtype | None
+    recompute_stages: bool = False
 
     @property
     def matmul_dtype(self) -> torch.dtype:
@@ -127,7 +140,7 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
     micro_batch_size = values.get("train_micro_batch_size_per_gpu")
     if not isinstance(values.get("wall_clock_breakdown", False), bool):
         raise UserError(f"{path}: wall_clock_breakdown must be true or false")
-    if values.get("communication_data_type") not in (None, "fp32", "fp16", "bfp16", "bf16"):
+    if values.get("communication_data_type", "fp32") not in ("fp32", "fp16", "bf16"):
         raise UserError(f"{path}: communication_data_type must be fp32, fp16 or bf16")
     if type(micro_batch_size) is not int or micro_batch_size < 1:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of images a rank")
@@ -152,12 +165,12 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
     if zero_stage > 0:
         engine["zero_allow_untested_optimizer"] = True
     autocast_dtype = _autocast_dtype(values.get("torch_autocast", {}), path)
-    if zero_stage > 0 and autocast_dtype == torch.float16:
-        raise UserError(
-            f"{path}: torch_autocast.dtype float16 needs zero_optimization.stage 0: under ZeRO, DeepSpeed skips a step "
-            "that overflows without lowering the loss scale, and so every later one"
-        )
-    return DeepSpeedSettings(engine, classifier, micro_batch_size, accumulation_steps, autocast_dtype)
+    if zero_stage > 0 and autocast_dtype is not None:
+        _check_autocast_under_zero(values, autocast_dtype, path)
+    recompute_stages = "activation_checkpointing" in values
+    if recompute_stages:
+        _check_activation_checkpointing(values["activation_checkpointing"], path)
+    return DeepSpeedSettings(engine, classifier, micro_batch_size, accumulation_steps, autocast_dtype, recompute_stages)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -209,3 +222,27 @@ def _autocast_dtype(section: Any, path: Path) -> torch.dtype | None:
     if section.get("dtype") not in ("bfloat16", "float16"):
         raise UserError(f"{path}: torch_autocast.dtype must be bfloat16 or float16")
     return _DTYPES[section["dtype"]]
+
+
+def _check_autocast_under_zero(values: dict[str, Any], autocast_dtype: torch.dtype, path: Path) -> None:
+    """What DeepSpeed does differently under ZeRO 1 and 2 when it also runs autocast."""
+    if autocast_dtype == torch.float16:
+        raise UserError(
+            f"{path}: torch_autocast.dtype float16 needs zero_optimization.stage 0: under ZeRO, DeepSpeed skips a step "
+            "that overflows without lowering the loss scale, and so every later one"
+        )
+    if "communication_data_type" in values:
+        raise UserError(
+            f"{path}: remove 'communication_data_type': under ZeRO with torch_autocast, DeepSpeed ignores it and "
+            "reduces gradients of convolutions and linear layers in torch_autocast.dtype, of other layers in float32; "
+            "torch_autocast.lower_precision_safe_modules [] has all reduced in float32"
+        )
+
+
+def _check_activation_checkpointing(section: Any, path: Path) -> None:
+    """The section switches it on by being there; it has nothing to say beyond that."""
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: activation_checkpointing must be {{}}, which switches it on, or left out")
+    for key in section:
+        reason = _REFUSED_ACTIVATION_CHECKPOINTING.get(key, "the section takes no keys; {} switches it on")
+        raise UserError(f"{path}: remove 'activation_checkpointing.{key}': {reason}")

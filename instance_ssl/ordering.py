@@ -20,11 +20,15 @@ def pack_scores(scores_qm: Tensor, first_id: int) -> Tensor:
         scores_qm: float32; column c belongs to id first_id + c.
         first_id: ids up to 2**32 - 1.
     """
-    bits_qm = (scores_qm + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: equal scores, equal bits
+    return pack_pairs(scores_qm, torch.arange(first_id, first_id + scores_qm.shape[1], device=scores_qm.device))
+
+
+def pack_pairs(scores: Tensor, ids: Tensor) -> Tensor:
+    """`pack_scores` where every score has its own id; the shapes of both are broadcast."""
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: equal scores, equal bits
     # Of two negative IEEE 754 numbers the one with the smaller magnitude bits is the larger: flip all but the sign.
-    ordered_qm = torch.where(bits_qm < 0, bits_qm ^ _MAGNITUDE, bits_qm)
-    ids_m = torch.arange(first_id, first_id + scores_qm.shape[1], device=scores_qm.device)
-    return (ordered_qm.long() << 32) + (_ALL_ONES - ids_m)
+    ordered = torch.where(bits < 0, bits ^ _MAGNITUDE, bits)
+    return (ordered.long() << 32) + (_ALL_ONES - ids)
 
 
 def unpack_scores(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,27 +87,42 @@ def softmax_sums(unit_x_BD: Tensor, weight_nD: Tensor, labels: SmoothedLabels, o
         labels: the entries of y in this shard.
     """
     num_rows = unit_x_BD.shape[0]
-    z_B, dense_BD = unit_x_BD.new_zeros(num_rows), torch.zeros_like(unit_x_BD)
+    z_B, y_B = unit_x_BD.new_zeros(2, num_rows)
+    dense_BD, sparse_BD = unit_x_BD.new_zeros(2, *unit_x_BD.shape)
+    # A and C share the terms of y's entries, which nearly cancel where a row knows its class. In bfloat16 the dense
+    # product would round them: they are then added to A here, and left out there.
+    is_narrow = options.matmul_dtype.itemsize < unit_x_BD.dtype.itemsize
+    exp_P = torch.empty_like(labels.values)
+    for part, logits_p, unit_w_pD in _entries(unit_x_BD, weight_nD, labels, options):
+        rows_p, values_p = labels.rows[part], labels.values[part]
+        torch.exp(logits_p, out=exp_P[part])
+        weights_p = values_p * exp_P[part] if options.form == "mixture" else values_p
+        y_B.index_add_(0, rows_p, weights_p if options.form == "mixture" else values_p * logits_p)
+        if is_narrow:
+            dense_BD.index_add_(0, rows_p, unit_w_pD * exp_P[part, None])
+        sparse_BD.index_add_(0, rows_p, unit_w_pD.mul_(weights_p[:, None]))
+
     logit_x_BD = (unit_x_BD / options.temperature).to(options.matmul_dtype)
     block = _UnitBlock(weight_nD, unit_x_BD, options)
+    entries = _entry_slices(labels, weight_nD.shape[0], block.length)
     wide = unit_x_BD.new_empty(num_rows * block.length)
     narrow = _narrow(wide, options)
     sum_B, product_BD = torch.empty_like(z_B), torch.empty_like(logit_x_BD)
     with fast_float32_products(options.matmul_dtype):
-        for start, stop in block.bounds():
+        for (start, stop), own in zip(block.bounds(), entries, strict=True):
             unit_mD = block.load(start, stop)
             shape = (num_rows, stop - start)
             exp_Bm, logit_Bm = _shaped(wide, shape), _shaped(narrow, shape)
             torch.mm(logit_x_BD, unit_mD.T, out=logit_Bm)
             torch.exp(_cast(logit_Bm, exp_Bm), out=exp_Bm)
+            # Z holds the very terms that Y holds: their errors cancel in log Z - log Y.
+            places_p = labels.rows[own] * (stop - start) + labels.classes[own] - start
+            exp_Bm.view(-1).index_copy_(0, places_p, exp_P[own])
             z_B.add_(torch.sum(exp_Bm, dim=1, out=sum_B))
-            dense_BD.add_(torch.mm(_cast(exp_Bm, logit_Bm), unit_mD, out=product_BD))
-    y_B, sparse_BD = torch.zeros_like(z_B), torch.zeros_like(dense_BD)
-    for part, logits_p, unit_w_pD in _entries(unit_x_BD, weight_nD, labels, options):
-        rows_p, values_p = labels.rows[part], labels.values[part]
-        weights_p = values_p * logits_p.exp() if options.form == "mixture" else values_p
-        y_B.index_add_(0, rows_p, weights_p if options.form == "mixture" else values_p * logits_p)
-        sparse_BD.index_add_(0, rows_p, unit_w_pD.mul_(weights_p[:, None]))
+            _cast(exp_Bm, logit_Bm)
+            if is_narrow:
+                logit_Bm.view(-1).index_fill_(0, places_p, 0)
+            dense_BD.add_(torch.mm(logit_Bm, unit_mD, out=product_BD))
     return SoftmaxSums(z_B, y_B, dense_BD, sparse_BD)
 
 
@@ -144,16 +159,16 @@ def update_rows(
     wide = unit_x_BD.new_empty(block.length * unit_x_BD.shape[1])
     narrow = _narrow(wide, options)
     rows = _UpdatedRows(weight_nD, momentum_nD, block.length, update)
-    # Where the blocks' (m, B) products hold the entries of y, and Z_i q_ij, which is taken from Z_i p_ij there.
+    # Where the blocks' (m, B) products hold the entries of y, and Z_i (p_ij - q_ij) to put there in place of Z_i p_ij.
     places_P = (labels.classes % block.length) * num_rows + labels.rows
-    minus_zq_P = _label_terms(unit_x_BD, z_B, y_B, labels, weight_nD, options).neg_().to(options.matmul_dtype)
+    terms_P = _label_terms(unit_x_BD, z_B, y_B, labels, weight_nD, options).to(options.matmul_dtype)
     entries = _entry_slices(labels, weight_nD.shape[0], block.length)
     with fast_float32_products(options.matmul_dtype):
         for (start, stop), own in zip(block.bounds(), entries, strict=True):
             unit_mD = block.load(start, stop)
             exp_mB = _shaped(exp_buffer, (stop - start, num_rows))
             torch.mm(unit_mD, logit_x_BD.T, out=exp_mB).exp_()
-            exp_mB.view(-1).index_add_(0, places_P[own], minus_zq_P[own])
+            exp_mB.view(-1).index_copy_(0, places_P[own], terms_P[own])
             product_mD = torch.mm(exp_mB, scaled_x_BD, out=_shaped(narrow, unit_mD.shape))
             gradient_mD = _cast(product_mD, _shaped(wide, unit_mD.shape))
             if sum_gradient_ is not None:
@@ -252,12 +267,13 @@ class _UpdatedRows:
 def _label_terms(
     unit_x_BD: Tensor, z_B: Tensor, y_B: Tensor, labels: SmoothedLabels, weight_nD: Tensor, options: SoftmaxOptions
 ) -> Tensor:
-    """Z_i q_ij of every entry of y in this shard, (P,)."""
-    zq_P = labels.values * z_B[labels.rows]
-    if options.form == "mixture":
-        for part, logits_p, _ in _entries(unit_x_BD, weight_nD, labels, options):
-            zq_P[part] *= logits_p.exp_() / y_B[labels.rows[part]]
-    return zq_P
+    """Z_i (p_ij - q_ij) of every entry of y in this shard, (P,)."""
+    terms_P = torch.empty_like(labels.values)
+    for part, logits_p, _ in _entries(unit_x_BD, weight_nD, labels, options):
+        rows_p, exp_p = labels.rows[part], logits_p.exp_()
+        zq_p = labels.values[part] * z_B[rows_p]
+        terms_P[part] = exp_p - zq_p * (exp_p / y_B[rows_p] if options.form == "mixture" else 1)
+    return terms_P
 
 
 def _entries(

@@ -1,22 +1,47 @@
 """The K most similar other classes of every class, exactly (paper, "Smoothing Labels of Hardest Classes").
 
-Query rows stay with their owner, class blocks travel: each rank in turn broadcasts its rows block by block, and every
-rank merges the block into the running top-K of its own rows. N x N is never stored.
+Query rows stay with their owner, class blocks travel: each rank in turn broadcasts its rows block by block, the next
+block under way while this one is worked on. N x N is never stored. A tile of queries x classes costs
+
+1. one product of unit rows in low precision, whose error is bounded (`screening`); tiles of own rows by own rows
+   serve their rows and their columns;
+2. a look at the maxima of groups of scores, which tells where any reaches what its query's K-th best already reaches;
+3. for those few, the exact cosine, which alone decides (`hard_table`).
+
+A first look at all own rows gives every query a bound to begin with: K groups of classes whose maxima reach a score
+hold K classes that do. It costs a product more, and saves the exact cosines of several hundred candidates a row. Tiles
+where the bounds separate little (no bound yet, or most rows alike) are computed exactly as a whole: slower, with the
+same result.
 
 Equal cosines (duplicate images, say) are settled by the lower id, whatever the block size or the number of ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import normalise_rows
-from instance_ssl.distributed.comm import Group
+from instance_ssl.classifier.hard_table import HardTable, block_keys, pair_keys
+from instance_ssl.classifier.screening import (
+    GROUP,
+    Screen,
+    group_maxima,
+    kth_largest,
+    passing_pairs,
+    passing_pairs_transposed,
+)
+from instance_ssl.distributed.comm import Group, Transfer
 from instance_ssl.distributed.partition import Partition
-from instance_ssl.ordering import LOWEST_KEY, pack_scores, unpack_scores
 
-# Memory for one block of keys where the configuration leaves it open.
+# Longer tiles leave the cache of a CPU core; on a GPU they cost fewer waits of the host.
+_MAX_EDGE = {"cpu": 2048, "cuda": 16384}
+
+# Groups of the first look, for each of the K: with at least 2.5 the bound is that of the 1.3 K-th best or a nearer one.
+_GROUPS_PER_HARD_CLASS = 2.5
+
+# Scratch memory where the configuration leaves it open.
 DEFAULT_BLOCK_BYTES = 32 * 2**20
 
 
@@ -27,54 +52,178 @@ def find_hard_classes(
     group: Group,
     *,
     block_bytes: int,
+    screen_dtype: torch.dtype | None = None,
     on_block: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Top-K of cos(w_i, w_j), j ≠ i, for every own class i.
 
     Args:
-        weight_nD: (n, D) float32 own rows of W.
+        weight_nD: (n, D) own rows of W.
         num_hard_classes: K, 1 … N - 1.
         partition: how the N classes lie on the ranks.
-        block_bytes: memory for one block of keys.
+        block_bytes: scratch memory, beside unit rows and table.
+        screen_dtype: bfloat16 or float32, which changes the time and not the result; None chooses by the device.
         on_block: called with (class blocks done, class blocks in all).
 
     Returns:
         (n, K) int32, hardest first.
     """
-    start, stop = partition.bounds(group.rank)
-    block_rows = tile_edge(block_bytes)
-    unit_w_nD, _ = normalise_rows(weight_nD.float())
-    best_nK = torch.full((stop - start, num_hard_classes), LOWEST_KEY, dtype=torch.int64, device=weight_nD.device)
-    blocks = [
-        (source, first, min(first + block_rows, partition.bounds(source)[1]))
-        for source in range(group.size)
-        for first in range(*partition.bounds(source), block_rows)
-    ]
-    for done, (source, first, last) in enumerate(blocks, start=1):
-        block_mD = unit_w_nD.new_empty(last - first, unit_w_nD.shape[1])
-        if source == group.rank:
-            block_mD.copy_(unit_w_nD[first - start : last - start])
-        group.broadcast_(block_mD, source)
-        for query in range(0, stop - start, block_rows):
-            rows = slice(query, min(query + block_rows, stop - start))
-            # Float64 products rounded to float32 do not depend on the block's shape: equal rows have equal cosines.
-            cosine_qm = (unit_w_nD[rows].double() @ block_mD.double().T).float()
-            keys_qm = pack_scores(cosine_qm, first)
-            _mask_self(keys_qm, start + query, first)
-            merged = torch.cat([best_nK[rows], keys_qm], dim=1)
-            best_nK[rows] = torch.topk(merged, num_hard_classes, dim=1).values
+    search = _Search(weight_nD, num_hard_classes, partition, group, block_bytes, screen_dtype)
+    search.look_first()
+    for done, block in enumerate(search.class_blocks(), start=1):
+        search.take(block)
         if on_block is not None:
-            on_block(done, len(blocks))
-    return unpack_scores(best_nK)[1].int()
+            on_block(done, search.num_blocks)
+    return search.table.ids()
 
 
-def tile_edge(block_bytes: int) -> int:
-    """Queries, and keys, that are compared at once."""
-    return max(1, min(4096, int((block_bytes / 8) ** 0.5)))
+def fast_screen_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where matrices of it are multiplied faster than float32 ones."""
+    has_bfloat16 = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def _mask_self(keys_qm: Tensor, first_query: int, first_class: int) -> None:
-    """A class is not its own neighbour."""
-    both = range(max(first_query, first_class), min(first_query + keys_qm.shape[0], first_class + keys_qm.shape[1]))
-    ids = torch.arange(both.start, max(both.start, both.stop), device=keys_qm.device)
-    keys_qm[ids - first_query, ids - first_class] = LOWEST_KEY
+@dataclass(frozen=True)
+class _Block:
+    """Rows of W beside each other.
+
+    Attributes:
+        first_id: class of the first row.
+        unit_mD: (m, D) float32 unit rows.
+        low_eD: (E, D) the same in the screening's precision, with zeros after them.
+        own_index: which of this rank's blocks it is; None for another rank's.
+    """
+
+    first_id: int
+    unit_mD: Tensor
+    low_eD: Tensor
+    own_index: int | None
+
+
+class _Search:
+    def __init__(
+        self,
+        weight_nD: Tensor,
+        num_hard_classes: int,
+        partition: Partition,
+        group: Group,
+        block_bytes: int,
+        screen_dtype: torch.dtype | None,
+    ) -> None:
+        device, (num_rows, embedding_dim) = weight_nD.device, weight_nD.shape
+        self.partition, self.group, self.block_bytes = partition, group, block_bytes
+        self.start, _ = partition.bounds(group.rank)
+        self.screen = Screen(screen_dtype or fast_screen_dtype(device))
+        self.edge = tile_edge(block_bytes, embedding_dim, max(partition.counts()), device.type)
+        self.unit_nD, _ = normalise_rows(weight_nD.float())
+        errors_n = self.screen.rounding_errors(self.unit_nD)
+        largest = group.all_reduce_max_(errors_n.max())
+        self.margins_n = self.screen.margins(errors_n, largest, embedding_dim)
+        self.table = HardTable(num_rows, num_hard_classes, partition.total, device)
+        self.blocks = [
+            self._block(unit_mD, self.start + index * self.edge, index)
+            for index, unit_mD in enumerate(self.unit_nD.split(self.edge))
+        ]
+        self.num_blocks = sum(-(-count // self.edge) for count in partition.counts())
+        self.scores_ee = torch.empty(self.edge, self.edge, dtype=self.screen.dtype, device=device)
+
+    def look_first(self) -> None:
+        """Gives every own row a bound that its K-th best reaches: that of its K-th best group of own classes."""
+        num_groups = self.edge
+        while num_groups % 2 == 0 and num_groups // 2 >= _GROUPS_PER_HARD_CLASS * self.table.k:
+            num_groups //= 2
+        if num_groups < self.table.k:
+            return
+        for query in self.blocks:
+            best_qg = group_maxima(self._score(query, query), num_groups)
+            for block in self.blocks:
+                if block is not query:
+                    torch.maximum(best_qg, group_maxima(self._score(query, block), num_groups), out=best_qg)
+            own = self._own_rows(query)
+            bits_q = kth_largest(best_qg, self.table.k)[: len(query.unit_mD)]
+            self.table.bounds_n[own] = self.screen.exact_bounds(bits_q, self.margins_n[own])
+
+    def class_blocks(self) -> Iterator[_Block]:
+        """All ranks' blocks, in order of rank; the next one is on its way while one is worked on."""
+        plan = [
+            (source, first, min(self.edge, self.partition.bounds(source)[1] - first))
+            for source in range(self.group.size)
+            for first in range(*self.partition.bounds(source), self.edge)
+        ]
+        following = self._send(*plan[0])
+        for place, (source, first, _) in enumerate(plan):
+            arriving = following
+            if place + 1 < len(plan):
+                following = self._send(*plan[place + 1])
+            unit_mD = arriving.wait()
+            own_index = (first - self.start) // self.edge
+            yield self.blocks[own_index] if source == self.group.rank else self._block(unit_mD, first, None)
+
+    def take(self, block: _Block) -> None:
+        """Enters a class block's candidates for all own queries."""
+        # Own blocks meet each pair of blocks once: the later block's turn serves both.
+        queries = self.blocks if block.own_index is None else self.blocks[: block.own_index + 1]
+        class_double_mD = block.unit_mD.double()
+        for query in queries:
+            query_double_qD = class_double_mD if query is block else query.unit_mD.double()
+            bits_ee = self._score(query, block)
+            pairs = passing_pairs(bits_ee, self._cutoffs(query))
+            self._enter(query, block, query_double_qD, class_double_mD, pairs)
+            if block.own_index is not None and query is not block:
+                pairs = passing_pairs_transposed(bits_ee, self._cutoffs(block))
+                self._enter(block, query, class_double_mD, query_double_qD, pairs)
+
+    def _enter(
+        self, query: _Block, block: _Block, query_qD: Tensor, class_mD: Tensor, pairs: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Enters the pairs that passed, or all when None, with their exact cosines; rows are given in float64."""
+        first_row = query.first_id - self.start
+        if pairs is None:
+            step = max(1, min(256, self.block_bytes // (64 * max(len(class_mD), self.table.k))))
+            for first in range(0, len(query_qD), step):
+                keys_qm = block_keys(query_qD[first : first + step], class_mD, query.first_id + first, block.first_id)
+                self.table.add_block(slice(first_row + first, first_row + first + len(keys_qm)), keys_qm)
+            return
+        rows_P, columns_P = pairs
+        is_other_P = (columns_P < len(class_mD)) & (query.first_id + rows_P != block.first_id + columns_P)
+        rows_P, columns_P = rows_P[is_other_P], columns_P[is_other_P]
+        if len(rows_P):
+            keys_P = pair_keys(query_qD, class_mD, rows_P, columns_P, block.first_id)
+            self.table.add_pairs(first_row, len(query_qD), rows_P, keys_P)
+
+    def _score(self, query: _Block, block: _Block) -> Tensor:
+        """(E, E) screened scores as integers; a class does not score with itself. Overwritten by the next call."""
+        torch.mm(query.low_eD, block.low_eD.T, out=self.scores_ee)
+        if query is block:
+            self.scores_ee.fill_diagonal_(-torch.inf)
+        return self.scores_ee.view(self.screen.bits_dtype)
+
+    def _cutoffs(self, query: _Block) -> Tensor:
+        own = self._own_rows(query)
+        return self.screen.cutoff_bits(self.table.bounds_n[own], self.margins_n[own], self.edge)
+
+    def _own_rows(self, block: _Block) -> slice:
+        first_row = block.first_id - self.start
+        return slice(first_row, first_row + len(block.unit_mD))
+
+    def _block(self, unit_mD: Tensor, first_id: int, own_index: int | None) -> _Block:
+        return _Block(first_id, unit_mD, self.screen.low_rows(unit_mD, self.edge), own_index)
+
+    def _send(self, source: int, first: int, count: int) -> Transfer:
+        rows = slice(first - self.start, first - self.start + count)
+        own = source == self.group.rank
+        unit_mD = self.unit_nD[rows] if own else self.unit_nD.new_empty(count, self.unit_nD.shape[1])
+        return self.group.start_broadcast_(unit_mD, source)
+
+
+def tile_edge(block_bytes: int, embedding_dim: int, longest_part: int, device_type: str) -> int:
+    """E, a multiple of the groups' length: the largest tile whose scratch memory is in the budget."""
+    edge = GROUP
+    while tile_bytes(2 * edge, embedding_dim) <= block_bytes and edge < _MAX_EDGE[device_type]:
+        edge *= 2
+    return min(edge, -(-longest_part // GROUP) * GROUP)
+
+
+def tile_bytes(edge: int, embedding_dim: int) -> int:
+    """Scratch memory of a tile of E x E scores, of what is picked from it, and of a few class blocks."""
+    return edge * (edge * 6 + embedding_dim * 26)

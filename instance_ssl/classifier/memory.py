@@ -6,13 +6,14 @@ the hardest classes, one term a tensor; `tests/unit/test_memory.py` holds them t
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from instance_ssl.classifier.blocked import ENTRIES_AT_ONCE, block_classes, sums_block_bytes, update_block_bytes
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
-from instance_ssl.classifier.hard_classes import DEFAULT_BLOCK_BYTES, tile_edge
+from instance_ssl.classifier.hard_classes import DEFAULT_BLOCK_BYTES, fast_screen_dtype, tile_bytes, tile_edge
+from instance_ssl.classifier.hard_table import ROWS_AT_ONCE
 from instance_ssl.distributed.comm import ring_bytes
 from instance_ssl.distributed.partition import Partition
 
@@ -35,6 +36,7 @@ class ClassifierSize:
         row_dtype: of W.
         momentum_dtype: of its momentum.
         num_sampled_classes: M of Table 3; None: every step's softmax runs over all N.
+        device: type of the device, which decides the tiles and the precision of the search for the hardest classes.
     """
 
     num_instances: int
@@ -48,6 +50,7 @@ class ClassifierSize:
     row_dtype: torch.dtype = torch.float32
     momentum_dtype: torch.dtype = torch.float32
     num_sampled_classes: int | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
 
     @property
     def own_classes(self) -> int:
@@ -165,11 +168,15 @@ def _first_pass_bytes(size: ClassifierSize, block: int) -> int:
     # `own_labels`: ids, values and (B, K) table rows of all entries, masks, or the ids and order of own ones sorted.
     all_entries = rows * (1 + size.num_hard_classes)
     labels = all_entries * (_ID + 2 * _FLOAT) + max(3 * all_entries, entries * (6 * _ID + 2 * _FLOAT))
-    narrow = size.options.matmul_dtype.itemsize
-    # `softmax_sums`: numerators A and C, scaled features and a product in the products' precision, Z, Y and sums.
-    numerators = rows * (2 * width * (_FLOAT + narrow) + 3 * _FLOAT)
+    # `softmax_sums`: A, C, Z, Y; then the entries of y, in bfloat16 with their terms of A; then blocks, with a sum, and
+    # the features scaled and a product in the products' precision. The last entries' rows stay while blocks pass.
     kept_labels = entries * (2 * _ID + _FLOAT)
-    passes = kept_labels + numerators + block + _entries_bytes(size, entries)
+    sums = kept_labels + entries * _FLOAT + 2 * features + 2 * rows * _FLOAT
+    narrow = size.options.matmul_dtype.itemsize
+    entry_rows = min(entries, ENTRIES_AT_ONCE) * width * _FLOAT
+    over_entries = _entries_bytes(size, entries) + (entry_rows if narrow < _FLOAT else 0)
+    over_blocks = 2 * entry_rows + block + rows * (2 * width * narrow + _FLOAT)
+    passes = sums + max(over_entries, over_blocks)
     # `unit_feature_gradient`: A, C and three more of their shape while they are put together.
     gradient = kept_labels + 5 * features
     return gathered + max(labels, passes, gradient)
@@ -188,20 +195,17 @@ def _update_bytes(size: ClassifierSize, block: int) -> int:
 
 
 def _refresh_bytes(size: ClassifierSize) -> int:
-    """`find_hard_classes`: float32 unit rows and int64 keys of all own classes, and a tile or the keys unpacked."""
+    """`find_hard_classes`: unit rows in two precisions, places for 2K keys a class, a tile, and then the new table."""
     n, num_hard, width = size.own_classes, size.num_hard_classes, size.embedding_dim
-    kept = n * (width * _FLOAT + num_hard * _ID)
-    edge = min(tile_edge(size.options.block_bytes or DEFAULT_BLOCK_BYTES), n)
-
-    def left(rows: int) -> int:
-        """Of one tile when the next begins, or the search ends: cosines, keys, candidates and class rows."""
-        return rows * (rows * (_FLOAT + 2 * _ID) + num_hard * _ID + width * _FLOAT)
-
-    # Of every pair in a tile: its cosine and the cosine's bits, ordered, and widened, shifted and made a key.
-    in_tile = left(edge) + edge * edge * (_FLOAT + _INT + 2 * _ID)
-    # `unpack_scores`: scores, their bits, and ids that are made of masked keys.
-    at_end = left(n % edge or edge) + n * num_hard * (_FLOAT + _INT + 2 * _ID)
-    return kept + max(in_tile, at_end)
+    edge = tile_edge(size.options.block_bytes or DEFAULT_BLOCK_BYTES, width, n, size.device.type)
+    padded = math.ceil(n / edge) * edge
+    unit_rows = n * width * _FLOAT + padded * width * fast_screen_dtype(size.device).itemsize
+    # Rounding error and margin, how many keys there are, and the bound that they give.
+    keys = n * (min(2 * num_hard, size.num_instances) * _ID + 2 * _FLOAT + _ID + _FLOAT)
+    scores = edge * edge * fast_screen_dtype(size.device).itemsize
+    # Of the rows taken apart at once: their best keys, scores, the scores' bits, and ids that are made of masked keys.
+    apart = min(n, ROWS_AT_ONCE) * num_hard * (3 * _ID + _FLOAT + _INT)
+    return unit_rows + keys + max(tile_bytes(edge, width), scores + n * num_hard * _INT + apart)
 
 
 def classifier_traffic(size: ClassifierSize) -> Counter[str]:

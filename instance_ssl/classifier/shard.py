@@ -87,6 +87,11 @@ def choose_kernels(wanted: Literal["auto", "torch", "triton"], device: torch.dev
     return "triton" if wanted != "torch" and runs_triton else "torch"
 
 
+def choose_block_bytes(wanted: int | None, device: torch.device) -> int | None:
+    """Memory of a block of classes; where it is left open, a CPU's cache decides (None) and a GPU gets 256 MiB."""
+    return wanted if wanted is not None or device.type == "cpu" else 256 * 2**20
+
+
 class ClassifierShard:
     """Own rows [start, stop) of the N x D classifier, contiguous and uneven over the ranks of a group.
 

@@ -7,6 +7,7 @@ import signal
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -147,6 +148,8 @@ class BatchLoader:
             batch_size=None,  # the sampler's items are batches already
             collate_fn=_keep,
             num_workers=num_workers,
+            # Workers share the list of images only when forked; Python 3.14's default would send each a copy.
+            multiprocessing_context="fork" if num_workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_prepare_worker,
             # Without one of its own, each iteration would draw a base seed from the global generator.
@@ -186,26 +189,50 @@ def view_loader(dataset: ViewDataset, sampler: Sampler[list[Key]], num_workers: 
 
 
 def image_loader(
-    source: ImageSource,
-    transform: Transform,
-    batches: Iterable[Sequence[int]],
-    num_workers: int,
-    *,
-    seed: int = 0,
-    epoch: int = 0,
+    source: ImageSource, transform: Transform, batches: Iterable[Sequence[int]], num_workers: int
 ) -> Iterable[Batch]:
     """Batches (images (b, 3, S, S) float32, ids (b,) int64) of the given lists of images, in order.
 
     Args:
+        transform: the deterministic view.
         batches: image indices of each batch; none is empty.
-        seed: with `epoch` decides what a random transform does to an image.
 
     Raises:
         RankError: from the iteration, when an image cannot be decoded.
     """
-    keys = [[(epoch, int(index)) for index in batch] for batch in batches]
-    dataset = ViewDataset(source, transform, num_views=1, seed=seed)
+    keys = [[(0, int(index)) for index in batch] for batch in batches]
+    dataset = ViewDataset(source, transform, num_views=1, seed=0)
     return _FirstViews(BatchLoader(dataset, keys, num_workers, persistent=False))
+
+
+class PartLoader:
+    """One random view of each image of a part of a global batch, part after part; workers live as long as the loader.
+
+    Args:
+        transform: the view; an image's own depends on (seed, epoch, image) alone.
+        max_batch_size: images that a worker puts together, in shared memory, at a time.
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: Transform, num_workers: int, *, seed: int, max_batch_size: int
+    ) -> None:
+        self._max_batch_size = max_batch_size
+        self._keys: list[list[Key]] = []  # the loader's sampler, which it reads anew at every pass
+        dataset = ViewDataset(source, transform, num_views=1, seed=seed)
+        self._loader = _FirstViews(BatchLoader(dataset, self._keys, num_workers, persistent=True))
+
+    def epoch(self, epoch: int, parts: Iterable[Sequence[int]]) -> Iterator[Iterator[Batch]]:
+        """The batches (images (b, 3, S, S) float32, ids (b,) int64) of each part in turn; an empty part has none.
+
+        Raises:
+            RankError: from the iteration, when an image cannot be decoded.
+        """
+        size = self._max_batch_size
+        pieces = [[part[first : first + size] for first in range(0, len(part), size)] for part in parts]
+        self._keys[:] = [[(epoch, index) for index in piece] for part in pieces for piece in part]
+        batches = iter(self._loader)
+        for part in pieces:
+            yield islice(batches, len(part))
 
 
 class _FirstViews:

@@ -120,6 +120,10 @@ class Group:
         dist.broadcast(tensor, group=self.handle, group_src=source)
         return tensor
 
+    def start_broadcast_(self, tensor: Tensor, source: int) -> "Transfer":
+        """`broadcast_` that returns at once; nobody writes to the tensor, and no receiver reads it, before `wait`."""
+        return Transfer(tensor, dist.broadcast(tensor, group=self.handle, group_src=source, async_op=True))
+
     def all_gather_objects(self, value: Any) -> list[Any]:
         """Every rank's (picklable, small) object, in order of rank."""
         out: list[Any] = [None] * self.size
@@ -142,6 +146,24 @@ class Group:
 
     def _count(self, collective: Collective, tensor: Tensor) -> None:
         self.sent_bytes[collective] += ring_bytes(collective, tensor.numel() * tensor.element_size(), self.size)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective that is under way.
+
+    Attributes:
+        tensor: what arrives; kept alive until it has.
+        work: the handle of `torch.distributed`.
+    """
+
+    tensor: Tensor
+    work: Any
+
+    def wait(self) -> Tensor:
+        """The tensor, once it has arrived (on a GPU: once the work queued from here on may use it)."""
+        self.work.wait()
+        return self.tensor
 
 
 def launched_rank() -> int:
@@ -172,6 +194,8 @@ def initialize() -> Group:
                 f"this machine has {torch.cuda.device_count()} GPUs: launch no more ranks (--num_gpus) on it"
             )
         torch.cuda.set_device(device)
+        # bfloat16 products are summed in float32 throughout: the hard-class search relies on their error bound.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if "MASTER_ADDR" in os.environ:
         return _join("env://", launched_rank(), launched_world_size(), device)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
@@ -207,6 +231,12 @@ def split(world: Group, group_size: int) -> tuple[Group, Group | None]:
     if len(groups) == 1:
         return own, None
     return own, _new_group(world, [list(range(place, world.size, group_size)) for place in range(group_size)])
+
+
+def first_ranks(world: Group, size: int) -> Group | None:
+    """A new group of ranks 0 … size - 1; None on the others, which call this too."""
+    handle = dist.new_group(ranks=list(range(size)), timeout=_TIMEOUT)
+    return Group(handle, world.rank, size, world.device) if world.rank < size else None
 
 
 def _new_group(world: Group, groups: list[list[int]]) -> Group:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
-from instance_ssl.evaluation.features import evaluation_mode, forward_frozen
+from instance_ssl.evaluation.features import evaluation_mode, extract_features, forward_frozen
 
 _BLOCK_ROWS = 65536
 _HISTORY = 10
@@ -95,7 +95,7 @@ def probe_cached_features(
 
 def train_linear_classifier(
     features: Callable[[Tensor], Tensor],
-    train_batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    train_parts: Callable[[int], Iterable[Iterable[tuple[Tensor, Tensor]]]],
     test_batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     group: Group,
     *,
@@ -118,8 +118,8 @@ def train_linear_classifier(
 
     Args:
         features: images (b, …) to features (b, F), never given gradients.
-        train_batches: for an epoch 0, 1, … this rank's (images, ids) of each of the `steps_per_epoch`
-            global batches; parts may be uneven or empty, and a rank out of batches adds none.
+        train_parts: for an epoch 0, 1, … this rank's part of each of the `steps_per_epoch` global batches, itself as
+            many (images, ids) as it likes, whose features make one step; parts may be uneven or empty.
         test_batches: this rank's (images, ids) of the test set, as many batches as it likes.
         feature_dim, num_classes: F and C.
         labels, test_labels: classes of all training and of all test images, by id.
@@ -144,8 +144,8 @@ def train_linear_classifier(
     with evaluation_mode(features):
         for epoch in range(epochs):
             rates = [_cosine(learning_rate, epoch + step / steps_per_epoch, epochs) for step in range(steps_per_epoch)]
-            rows = _labelled_features(train_batches(epoch), features, feature_dim, labels, group.device)
-            train_loss = _train_epoch(optimizer, theta, rates, rows, group)
+            parts = _labelled_parts(train_parts(epoch), features, feature_dim, labels, group.device)
+            train_loss = _train_epoch(optimizer, theta, rates, parts, group)
             if on_epoch is not None:
                 on_epoch(epoch + 1, train_loss)
         rows = _labelled_features(test_batches(), features, feature_dim, test_labels, group.device)
@@ -259,19 +259,32 @@ def _labelled_features(
         yield forward_frozen(features, images_b, feature_dim, device), labels[ids_b.to(device)]
 
 
+def _labelled_parts(
+    parts: Iterable[Iterable[tuple[Tensor, Tensor]]],
+    features: Callable[[Tensor], Tensor],
+    feature_dim: int,
+    labels: Tensor,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features (n, F) and classes (n,) of each part; small beside its images, they are put together."""
+    labels = labels.long().to(device)
+    for batches in parts:
+        features_nF, ids_n = extract_features(features, batches, feature_dim, device)
+        yield features_nF, labels[ids_n]
+
+
 def _train_epoch(
     optimizer: torch.optim.SGD,
     theta: Tensor,
     rates: Sequence[float],
-    rows: Iterator[tuple[Tensor, Tensor]],
+    parts: Iterator[tuple[Tensor, Tensor]],
     group: Group,
 ) -> float:
     """One step per learning rate; the mean loss of the epoch's images."""
-    none_left = (theta.new_empty(0, theta.shape[1] - 1), torch.empty(0, dtype=torch.int64, device=theta.device))
     totals = torch.zeros(2, dtype=torch.float64, device=theta.device)
-    for rate in rates:
+    for rate, (rows_bF, labels_b) in zip(rates, parts, strict=True):
         optimizer.param_groups[0]["lr"] = rate
-        totals += _step(optimizer, theta, *next(rows, none_left), group)
+        totals += _step(optimizer, theta, rows_bF, labels_b, group)
     loss_sum, images = totals.tolist()
     if images == 0:
         raise ValueError("no training images")

@@ -9,6 +9,8 @@ from typing import Literal
 import torchvision
 from torch import Tensor, nn
 
+from instance_ssl.models.recomputation import run_stages
+
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "small_cnn"]
 StemName = Literal["auto", "imagenet", "small"]
 
@@ -23,10 +25,12 @@ class ResNet(nn.Module):
     Args:
         name: resnet18, resnet34, resnet50 or resnet101.
         small_stem: 3x3 convolution with stride 1 and no max-pool (SimCLR, appendix B.9) instead of ImageNet's stem.
+        recompute_stages: compute the activations inside layer1 … layer4 again in the backward pass.
     """
 
-    def __init__(self, name: str, *, small_stem: bool) -> None:
+    def __init__(self, name: str, *, small_stem: bool, recompute_stages: bool = False) -> None:
         super().__init__()
+        self.recompute_stages = recompute_stages
         self.network = getattr(torchvision.models, name)(weights=None)
         self.feature_dim: int = self.network.fc.in_features
         self.network.fc = nn.Identity()
@@ -37,14 +41,22 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (b, F) of images (b, 3, S, S)."""
-        return self.network(images)
+        network = self.network
+        stem = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+        stages = (network.layer1, network.layer2, network.layer3, network.layer4)
+        return network.avgpool(run_stages(stages, stem, recompute=self.recompute_stages)).flatten(1)
 
 
 class SmallCnn(nn.Module):
-    """Three convolution blocks with batch norm, for images of about 16 pixels; F = 4 times `width`."""
+    """Three convolution blocks with batch norm, for images of about 16 pixels; F = 4 times `width`.
 
-    def __init__(self, width: int = 32) -> None:
+    Args:
+        recompute_stages: compute the activations inside a block again in the backward pass.
+    """
+
+    def __init__(self, width: int = 32, *, recompute_stages: bool = False) -> None:
         super().__init__()
+        self.recompute_stages = recompute_stages
         self.feature_dim = 4 * width
         channels = [3, width, 2 * width, 4 * width]
         blocks: list[nn.Module] = []
@@ -56,7 +68,9 @@ class SmallCnn(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (b, F) of images (b, 3, S, S)."""
-        return self.pool(self.blocks(images)).flatten(1)
+        # A block is four of `blocks`, the last three: nested, they would have other keys in a checkpoint.
+        stages = [self.blocks[first : first + 4] for first in range(0, len(self.blocks), 4)]
+        return self.pool(run_stages(stages, images, recompute=self.recompute_stages)).flatten(1)
 
 
 def choose_stem(name: BackboneName, stem: StemName, image_size: int) -> StemName:
@@ -68,8 +82,11 @@ def choose_stem(name: BackboneName, stem: StemName, image_size: int) -> StemName
     return stem
 
 
-def build_backbone(name: BackboneName, stem: StemName, image_size: int) -> ResNet | SmallCnn:
+def build_backbone(
+    name: BackboneName, stem: StemName, image_size: int, *, recompute_stages: bool = False
+) -> ResNet | SmallCnn:
     """The named backbone, randomly initialised from torch's global generator."""
     if name == "small_cnn":
-        return SmallCnn()
-    return ResNet(name, small_stem=choose_stem(name, stem, image_size) == "small")
+        return SmallCnn(recompute_stages=recompute_stages)
+    small_stem = choose_stem(name, stem, image_size) == "small"
+    return ResNet(name, small_stem=small_stem, recompute_stages=recompute_stages)

@@ -51,7 +51,13 @@ def build_encoder(
     projection: ProjectionName,
     projection_hidden_dim: int | None,
     embedding_dim: int,
+    recompute_stages: bool = False,
 ) -> Encoder:
-    """A randomly initialised encoder; the caller seeds torch's global generator."""
-    network = build_backbone(backbone, stem, image_size)
+    """A randomly initialised encoder; the caller seeds torch's global generator.
+
+    Args:
+        recompute_stages: trade time for memory: activations inside the backbone's stages are not kept, but computed
+            again in the backward pass.
+    """
+    network = build_backbone(backbone, stem, image_size, recompute_stages=recompute_stages)
     return Encoder(network, build_projection(projection, network.feature_dim, projection_hidden_dim, embedding_dim))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.sampling import ClassSampler
-from instance_ssl.classifier.shard import ClassifierShard, choose_kernels
+from instance_ssl.classifier.shard import ClassifierShard, choose_block_bytes, choose_kernels
 from instance_ssl.config import AugmentationConfig, DataConfig, ExperimentConfig
 from instance_ssl.data.augmentations import Transform, digit_view, simclr_view
 from instance_ssl.distributed import comm
@@ -16,7 +16,7 @@ from instance_ssl.models.encoder import Encoder, build_encoder
 from instance_ssl.stages.context import Stage
 
 
-def seeded_encoder(config: ExperimentConfig) -> Encoder:
+def seeded_encoder(config: ExperimentConfig, *, recompute_stages: bool = False) -> Encoder:
     """The random encoder of the experiment's seed, the same on every rank."""
     torch.manual_seed(config.seed)
     return build_encoder(
@@ -26,6 +26,7 @@ def seeded_encoder(config: ExperimentConfig) -> Encoder:
         projection=config.model.projection,
         projection_hidden_dim=config.model.projection_hidden_dim,
         embedding_dim=config.model.embedding_dim,
+        recompute_stages=recompute_stages,
     )
 
 
@@ -46,7 +47,7 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
         temperature=classifier.temperature,
         form=classifier.loss_form,
         matmul_dtype=stage.ds.matmul_dtype,
-        block_bytes=stage.ds.block_bytes,
+        block_bytes=choose_block_bytes(stage.ds.block_bytes, stage.world.device),
         kernels=choose_kernels(stage.ds.classifier.kernels, stage.world.device),
     )
     sampler = None

@@ -82,16 +82,36 @@ def run_stages(stages: Sequence[StageSpec], after: Callable[[Stage], None] | Non
     Stages already complete in the run directory are skipped. `after` is called once all are complete.
     """
     log = RunLog(is_main=comm.launched_rank() == 0)
-    try:
+
+    def work() -> None:
         context = _open(_parse_arguments(), log, needs_labels=any(spec.needs_labels for spec in stages))
         for spec in stages:
             _run_stage(replace(context, name=spec.name), spec.run)
         if after is not None:
             after(context)
         context.world.barrier()
+
+    return _exit_code(work)
+
+
+def run_measurement(measure: Callable[[Group], None]) -> int:
+    """Runs a measurement, which needs a world but no run directory, and returns the process's exit code."""
+
+    def work() -> None:
+        world = comm.initialize()
+        measure(world)
+        world.barrier()
+
+    return _exit_code(work)
+
+
+def _exit_code(work: Callable[[], None]) -> int:
+    """0 when the work is done; a user's mistake is one line and exit code 2, a lost peer another."""
+    try:
+        work()
         comm.finalize()
     except UserError as error:
-        if log.is_main or isinstance(error, RankError):
+        if comm.launched_rank() == 0 or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         if not isinstance(error, RankError):  # then all ranks are here, and leave together
             comm.finalize()

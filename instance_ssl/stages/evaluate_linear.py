@@ -1,13 +1,11 @@
 """Stage: linear classification on frozen features of each source, by the paper's protocol or on cached features."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
 from instance_ssl.data.augmentations import centre_view, probe_view
-from instance_ssl.data.loaders import epoch_order, image_loader
+from instance_ssl.data.loaders import Batch, PartLoader, epoch_order
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.linear import probe_cached_features, train_linear_classifier
 from instance_ssl.stages.build import own_parts
@@ -59,18 +57,23 @@ def _probe_cached(stage: Stage, representation: Representation, images: Labelled
 
 def _train(stage: Stage, representation: Representation, images: LabelledImages) -> dict[str, float]:
     linear, data, seed = stage.config.evaluation.linear, evaluation_data(stage), stage.config.seed
-    view = probe_view(data.image_size)
     steps_per_epoch = math.ceil(len(images.train) / linear.global_batch_size)
+    loader = PartLoader(
+        images.train,
+        probe_view(data.image_size),
+        data.num_workers,
+        seed=seed,
+        max_batch_size=stage.config.evaluation.batch_size,
+    )
 
-    def train_batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def train_parts(epoch: int) -> Iterator[Iterator[Batch]]:
         order = epoch_order(len(images.train), seed, epoch)
-        parts = [part for part in own_parts(order, linear.global_batch_size, stage.world) if part]
-        return image_loader(images.train, view, parts, data.num_workers, seed=seed, epoch=epoch)
+        return loader.epoch(epoch, own_parts(order, linear.global_batch_size, stage.world))
 
     with stage.log.progress(f"{TITLES[representation.source]}: linear classifier", linear.epochs, "epochs") as progress:
         return train_linear_classifier(
             representation.features,
-            train_batches,
+            train_parts,
             lambda: own_batches(stage, images.test, centre_view(data.image_size)),
             stage.world,
             feature_dim=representation.feature_dim,

@@ -6,9 +6,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from instance_ssl import engine
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.memory import ClassifierSize
+from instance_ssl.classifier.shard import choose_block_bytes
 from instance_ssl.config import DataConfig, ExperimentConfig, load_config
 from instance_ssl.data.datasets import open_source
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
@@ -19,6 +22,7 @@ from instance_ssl.stages.build import describe_encoder, seeded_encoder
 from instance_ssl.stages.context import EXIT_USER_ERROR, add_config_arguments, check_size
 
 _CIFAR_IMAGES = 50_000
+_PLANNED = torch.device("cuda")
 _WORLD_SIZES = tuple(2**exponent for exponent in range(11))  # of the picture
 
 
@@ -57,7 +61,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     engine.check_zero_section(ds)
     # The micro-batch is the JSON's, whatever the number of ranks: one measurement serves all of them.
     cost = measure_encoder(
-        lambda: seeded_encoder(config),
+        lambda: seeded_encoder(config, recompute_stages=ds.recompute_stages),
         image_size=config.data.image_size,
         num_views=ds.micro_batch_size * config.augmentation.num_views,
         autocast_dtype=ds.autocast_dtype,
@@ -115,7 +119,9 @@ def _training(
     config: ExperimentConfig, ds: DeepSpeedSettings, cost: EncoderCost, world_size: int, num_instances: int
 ) -> Training:
     classifier, group_size = config.classifier, ds.group_size(world_size)
-    options = SoftmaxOptions(classifier.temperature, classifier.loss_form, ds.matmul_dtype, ds.block_bytes)
+    options = SoftmaxOptions(
+        classifier.temperature, classifier.loss_form, ds.matmul_dtype, choose_block_bytes(ds.block_bytes, _PLANNED)
+    )
     size = ClassifierSize(
         num_instances=num_instances,
         embedding_dim=config.model.embedding_dim,
@@ -128,6 +134,7 @@ def _training(
         row_dtype=ds.row_dtype,
         momentum_dtype=ds.momentum_dtype,
         num_sampled_classes=None if classifier.sampling == "full" else classifier.num_sampled_classes,
+        device=_PLANNED,
     )
     around = engine_size(
         ds.engine,

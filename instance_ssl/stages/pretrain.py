@@ -90,7 +90,7 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
 
 def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engine:
     optimization = stage.config.optimization
-    encoder = seeded_encoder(stage.config)
+    encoder = seeded_encoder(stage.config, recompute_stages=stage.ds.recompute_stages)
     state, momentum = load_encoder(start)
     encoder.load_state_dict(state)
 
@@ -159,6 +159,10 @@ class _EpochWriter:
             self._stage.log.metrics(self._first_step + step + 1, self._since_log.read(self._stage.world.device))
 
     def summary(self) -> dict[str, float | None]:
-        """The epoch's means, by plain name."""
+        """The epoch's means, by plain name; says aloud what should not have been."""
         figures = self._epoch.read(self._stage.world.device)
+        if figures["train/zero_features"]:
+            self._stage.log.say(
+                f"warning: {figures['train/zero_features']:.0f} embeddings of this epoch were 0 and got no gradient"
+            )
         return {name.split("/")[1]: value for name, value in figures.items()}

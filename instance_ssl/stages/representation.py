@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from instance_ssl.checkpoint import Checkpoint, load_encoder, newest_checkpoint
@@ -87,7 +86,7 @@ def represent(stage: Stage, source: str) -> Representation:
 
     def features(images: Tensor) -> Tensor:
         with stage.autocast():
-            return torch.cat([encoder.features(part) for part in images.split(stage.config.evaluation.batch_size)])
+            return encoder.features(images)
 
     return Representation(source, features, encoder.feature_dim, encoder, checkpoint.position.epoch, "backbone output")
 

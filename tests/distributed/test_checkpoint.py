@@ -10,7 +10,9 @@ from torch import Tensor
 
 from instance_ssl.checkpoint import TrainingPosition, load_encoder, load_rows, newest_checkpoint, save_checkpoint
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
+from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 
@@ -125,6 +127,56 @@ def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     directory = tmp_path / "step_000000010"
     manifest = json.loads((directory / "MANIFEST.json").read_text())
     assert set(manifest) == {path.name for path in directory.iterdir()} - {"MANIFEST.json"}
+
+
+def make_copied_shard(world: Group, group_size: int) -> ClassifierShard:
+    """bfloat16 rows, recent classes, and T / group_size copies of W."""
+    group, replicas = comm.split(world, group_size)
+    options = SoftmaxOptions(temperature=0.15, form="mixture", block_bytes=1000, matmul_dtype=torch.float32)
+    sampler = ClassSampler("recent", N, 20, seed=0)
+    types = {"row_dtype": torch.bfloat16, "momentum_dtype": torch.bfloat16}
+    shard = ClassifierShard(N, D, group, options, replicas=replicas, sampler=sampler, **types)
+    generator = torch.Generator().manual_seed(1)
+    shard.weight.copy_(torch.randn(N, D, generator=generator)[shard.start : shard.stop])
+    return shard
+
+
+def step_copied_shard(world: Group, shard: ClassifierShard, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids, x_BD = torch.randperm(N, generator=generator)[:12], torch.randn(12, D, generator=generator)
+    own = torch.arange(12).chunk(world.size)[world.rank]
+    shard.begin_step(ids)
+    shard.forward(x_BD[own], ids[own], total_rows=12)
+    shard.step(0.3)
+
+
+def write_copies(world: Group, parent: Path) -> Tensor:
+    shard = make_copied_shard(world, group_size=2)
+    for step in range(3):
+        step_copied_shard(world, shard, step)
+    save_checkpoint(parent, TrainingPosition(3, 1, N, D), {}, {}, shard, world, keep=1)
+    step_copied_shard(world, shard, 3)
+    shard.settle()
+    return shard.weight
+
+
+def resume_copies(world: Group, parent: Path) -> Tensor:
+    shard = make_copied_shard(world, group_size=2)
+    checkpoint = newest_checkpoint(parent, world)
+    assert checkpoint is not None
+    load_rows(checkpoint, shard)
+    step_copied_shard(world, shard, 3)
+    shard.settle()
+    return shard.weight
+
+
+def test_copies_are_written_once_and_training_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """Step count (the seed of stochastic rounding) and recent classes are part of the state."""
+    unbroken = run_ranks(write_copies, 4, tmp_path)
+    rows = [path.name for path in sorted((tmp_path / "step_000000003").glob("rows_*"))]
+    assert rows == ["rows_000000000_000000033.pt", "rows_000000033_000000065.pt"]
+    for ours, theirs in zip(run_ranks(resume_copies, 4, tmp_path), unbroken, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def read_another_size(group: Group, parent: Path) -> str:

@@ -1,20 +1,40 @@
 """The exact top-K of W Wᵀ by blocks over ranks against a full sort."""
 
+import functools
+
 import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor
 
+from instance_ssl.classifier.cosine_softmax import normalise_rows
 from instance_ssl.classifier.hard_classes import find_hard_classes
 from instance_ssl.classifier.reference import dense_hard_classes
+from instance_ssl.classifier.screening import Screen
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 
 
-def sharded_table(group: Group, weight_ND: Tensor, k: int, block_bytes: int) -> Tensor:
+def sharded_table(
+    group: Group, weight_ND: Tensor, k: int, block_bytes: int, screen_dtype: torch.dtype | None = None
+) -> Tensor:
     partition = Partition(len(weight_ND), group.size)
     start, stop = partition.bounds(group.rank)
-    return find_hard_classes(weight_ND[start:stop], k, partition, group, block_bytes=block_bytes)
+    return find_hard_classes(
+        weight_ND[start:stop], k, partition, group, block_bytes=block_bytes, screen_dtype=screen_dtype
+    )
+
+
+def tables_of(group: Group, cases: list[tuple[Tensor, int]], block_bytes: int) -> list[list[Tensor]]:
+    """Every case in both precisions, on one set of ranks."""
+    return [[sharded_table(group, w, k, block_bytes, t) for t in (torch.bfloat16, torch.float32)] for w, k in cases]
+
+
+def exact_table(weight_ND: Tensor, k: int) -> Tensor:
+    """Brute force over exact cosines: float64 sums of float32 unit rows, rounded to float32."""
+    unit_ND = normalise_rows(weight_ND)[0].double()
+    cosine_NN = torch.stack([(row * unit_ND).sum(dim=1).float() for row in unit_ND]).fill_diagonal_(-torch.inf)
+    return torch.sort(cosine_NN, dim=1, descending=True, stable=True).indices[:, :k].int()
 
 
 def tied_weights(num_rows: int) -> Tensor:
@@ -57,3 +77,80 @@ def test_all_other_classes_can_be_asked_for(world_size: int) -> None:
     table = torch.cat(run_ranks(sharded_table, world_size, weight_ND, 22, 8 * 5 * 5))
     assert torch.equal(table, dense_hard_classes(weight_ND, 22))
     assert all(sorted([*row, i]) == list(range(23)) for i, row in enumerate(table.tolist()))
+
+
+def adversarial_cases() -> dict[str, tuple[Tensor, int]]:
+    """Rows that a screening could fail on, and K."""
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(500, 32, generator=generator)
+    centre = torch.randn(1, 32, generator=generator)
+    scale = 10.0 ** torch.randint(-6, 7, (500, 1), generator=generator)
+    mixed = rows.clone()
+    mixed[100:150] = mixed[:1]  # more twins than a table row holds
+    mixed[200::50] = 0
+    half = torch.full((500, 32), 1 + 2.0**-8)  # halfway between two bfloat16 numbers: the worst rounding
+    return {
+        "random": (rows, 10),
+        "near ties": (centre + 1e-3 * rows, 10),
+        "nearer than float32 tells apart": (centre + 1e-7 * rows, 10),
+        "worst rounding": (half + 1e-2 * rows, 10),
+        "norms from 1e-6 to 1e6": (rows * scale, 10),
+        "twins and zero rows": (mixed, 10),
+        "all equal": (centre.expand(500, 32).contiguous(), 10),
+        "all zero": (torch.zeros(300, 32), 5),
+        "opposite": (torch.cat([rows[:300], -rows[:300]]) * centre.sign(), 10),
+        "negative cosines only": (torch.eye(40) - 1 / 40, 10),
+        "clusters in order": (rows[::50].repeat_interleave(50, dim=0) + 0.3 * rows, 10),
+        "nearest come last": (centre + rows * torch.linspace(3, 0.1, 500)[:, None], 10),
+        "one hard class": (rows, 1),
+        "most classes": (rows[:150], 140),
+    }
+
+
+@functools.cache
+def expected_tables() -> dict[str, Tensor]:
+    return {name: exact_table(weight_ND, k) for name, (weight_ND, k) in adversarial_cases().items()}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "block_bytes"), [(1, 60_000), (1, 8 << 20), (2, 60_000), (3, 8 << 20), (4, 60_000)]
+)
+def test_screening_loses_nothing(world_size: int, block_bytes: int) -> None:
+    cases = adversarial_cases()
+    results = run_ranks(tables_of, world_size, list(cases.values()), block_bytes)
+    for i, (name, expected) in enumerate(expected_tables().items()):
+        for tables in zip(*(result[i] for result in results), strict=True):
+            assert torch.equal(torch.cat(tables), expected), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_screened_score_errs_by_more_than_its_margin(dtype: torch.dtype) -> None:
+    screen = Screen(dtype)
+    for weight_ND, _ in adversarial_cases().values():
+        unit_ND, _ = normalise_rows(weight_ND)
+        errors_N = screen.rounding_errors(unit_ND)
+        margins_N = screen.margins(errors_N, errors_N.max(), unit_ND.shape[1])
+        exact_NN = unit_ND.double() @ unit_ND.double().T
+        low_ND = screen.low_rows(unit_ND, len(unit_ND))
+        screened_NN = (low_ND @ low_ND.T).double()
+        unit_roundoff = 2.0**-8 if dtype == torch.bfloat16 else 0.0
+        assert bool(((screened_NN - exact_NN).abs() <= margins_N[:, None] + screened_NN.abs() * unit_roundoff).all())
+
+
+def progress_of(group: Group, weight_ND: Tensor, block_bytes: int) -> list[tuple[int, int]]:
+    partition = Partition(len(weight_ND), group.size)
+    start, stop = partition.bounds(group.rank)
+    seen: list[tuple[int, int]] = []
+    find_hard_classes(
+        weight_ND[start:stop], 3, partition, group, block_bytes=block_bytes, on_block=lambda *at: seen.append(at)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_progress_counts_every_class_block_once(world_size: int) -> None:
+    seen, *others = run_ranks(progress_of, world_size, tied_weights(131), 1)  # one byte: the smallest tiles
+    assert all(other == seen for other in others)
+    total = len(seen)
+    assert seen == [(done, total) for done in range(1, total + 1)]
+    assert total == {1: 9, 4: 11}[world_size]  # 131 rows, and 33 + 33 + 33 + 32, in blocks of 16

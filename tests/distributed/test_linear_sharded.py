@@ -42,13 +42,12 @@ def _probe(group: Group, noise: float) -> dict[str, float]:
 def _train(group: Group, images: int) -> dict[str, float]:
     (train, labels), (test, test_labels) = _blobs(0.5, 0), _blobs(0.5, 1)
 
-    def train_batches(epoch: int) -> list[tuple[Tensor, Tensor]]:
+    def train_parts(epoch: int) -> list[list[tuple[Tensor, Tensor]]]:
         order = torch.randperm(images, generator=torch.Generator().manual_seed(epoch))
         parts = []
         for batch in order.split(BATCH):
             ids = batch[slice(*Partition(len(batch), group.size).bounds(group.rank))]
-            if len(ids):  # a rank without images of the last batch may leave it out
-                parts.append((train[ids], ids))
+            parts.append([(train[piece], piece) for piece in ids.split(5) if len(piece)])
         return parts
 
     def test_batches() -> list[tuple[Tensor, Tensor]]:
@@ -57,7 +56,7 @@ def _train(group: Group, images: int) -> dict[str, float]:
 
     return train_linear_classifier(
         lambda rows: rows,
-        train_batches,
+        train_parts,
         test_batches,
         group,
         feature_dim=8,

@@ -1,5 +1,6 @@
 """The experiment YAML: defaults, files that ship, --set, and one-line errors that name the key."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_shipped_files_load_and_open_with_their_purpose(path: Path) -> None:
 
 
 def test_set_parses_yaml_values(tmp_path: Path) -> None:
-    path = write(tmp_path, "optimization: {epochs: 3}")
+    path = write(tmp_path, "optimization: {epochs: 30}")
     config = load_config(
         path,
         ["optimization.epochs=1000", "model.stem=small", "evaluation.knn.neighbours=[7, 9]", "augmentation.blur=yes"],
@@ -59,6 +60,21 @@ def test_set_reaches_sections_that_are_absent_by_default(tmp_path: Path) -> None
     assert config.evaluation.data.root == Path("/images")
 
 
+def test_evaluation_data_lists_only_what_differs_from_data(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {kind: cifar10, root: /c, image_size: 32, num_workers: 3, limit_train: 9}")
+    config = load_config(path, ["evaluation.data.limit_train=null", "evaluation.data.limit_test=7"])
+    assert config.evaluation.data == config.data.model_copy(update={"limit_train": None, "limit_test": 7})
+    assert load_config(path).evaluation.data is None
+    # The config that a run records says it in full, and is read back as it was.
+    recorded = write(tmp_path, json.dumps(config.model_dump(mode="json")))
+    assert load_config(recorded) == config
+
+
+def test_a_single_epoch_without_warm_up_is_allowed(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "optimization: {epochs: 1, warmup_epochs: 0}"))
+    assert config.optimization.epochs == 1
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -72,6 +88,8 @@ def test_set_reaches_sections_that_are_absent_by_default(tmp_path: Path) -> None
         ("classifier.temperature=.nan", "classifier.temperature"),
         ("classifier.num_hard_classes=0", "smoothing_factor"),
         ("classifier.loss_form=sum", "classifier.loss_form"),
+        ("optimization.epochs=10", "optimization.warmup_epochs 10 must be below optimization.epochs 10"),
+        ("optimization.warmup_epochs=300", "optimization.warmup_epochs 300"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_it(tmp_path: Path, override: str, expected: str) -> None:

@@ -11,6 +11,7 @@ from instance_ssl import engine
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import UserError
 
+AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
 
@@ -50,12 +51,34 @@ def test_the_derived_keys_are_injected(tmp_path: Path) -> None:
 
 
 def test_matmul_precision_follows_autocast_unless_set(tmp_path: Path) -> None:
-    autocast = {"enabled": True, "dtype": "bfloat16"}
-    assert load(written(tmp_path, torch_autocast=autocast)).matmul_dtype == torch.bfloat16
+    assert load(written(tmp_path, torch_autocast=AUTOCAST)).matmul_dtype == torch.bfloat16
     section = {"matmul_dtype": "float32", "block_mib": 8}
-    settings = load(written(tmp_path, torch_autocast=autocast, instance_classifier=section))
+    settings = load(written(tmp_path, torch_autocast=AUTOCAST, instance_classifier=section))
     assert settings.matmul_dtype == torch.float32
     assert settings.block_bytes == 8 * 2**20
+
+
+def test_the_classifier_s_memory_is_the_json_s(tmp_path: Path) -> None:
+    default = load(written(tmp_path))
+    assert default.block_bytes is None
+    assert (default.row_dtype, default.momentum_dtype, default.group_size(8)) == (torch.float32, torch.float32, 8)
+    section = {"row_dtype": "bfloat16", "momentum_dtype": "bfloat16", "group_size": 1, "kernels": "torch"}
+    settings = load(written(tmp_path, instance_classifier=section))
+    assert (settings.row_dtype, settings.momentum_dtype, settings.group_size(8)) == (torch.bfloat16, torch.bfloat16, 1)
+
+
+def test_activation_checkpointing_is_on_when_its_section_is_there(tmp_path: Path) -> None:
+    assert not load(written(tmp_path)).recompute_stages
+    settings = load(written(tmp_path, activation_checkpointing={}))
+    assert settings.recompute_stages
+    assert settings.engine["activation_checkpointing"] == {}  # and ds_config.json of the run says so
+
+
+@pytest.mark.parametrize("keys", [{"torch_autocast": AUTOCAST}, {"zero_optimization": {"stage": 2}}])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_reductions_precision_can_be_set_where_it_counts(tmp_path: Path, keys: dict[str, Any], dtype: str) -> None:
+    settings = load(written(tmp_path, communication_data_type=dtype, **keys))
+    assert settings.engine["communication_data_type"] == dtype
 
 
 @pytest.mark.parametrize(
@@ -80,7 +103,23 @@ def test_matmul_precision_follows_autocast_unless_set(tmp_path: Path) -> None:
         ({"torch_autocast": {"enabled": True, "dtype": "int8"}}, "torch_autocast.dtype"),
         ({"torch_autocast": {"enable": True}}, "did you mean 'enabled'"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}, "zero_optimization": {"stage": 1}}, "stage 0"),
+        (
+            {"torch_autocast": AUTOCAST, "zero_optimization": {"stage": 1}, "communication_data_type": "fp32"},
+            "lower_precision_safe_modules",
+        ),
+        ({"communication_data_type": None}, "communication_data_type must be"),
+        ({"activation_checkpointing": True}, "activation_checkpointing must be {}"),
+        ({"activation_checkpointing": {"partition_activations": True}}, "every rank has the whole encoder"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "'activation_checkpointing.cpu_checkpointing'"),
+        ({"activation_checkpointing": {"enabled": True}}, "the section takes no keys"),
         ({"instance_classifier": {"block_mb": 3}}, "instance_classifier.block_mb"),
+        ({"instance_classifier": {"block_mib": 0}}, "instance_classifier.block_mib"),
+        ({"instance_classifier": {"block_mib": "big"}}, "instance_classifier.block_mib"),
+        ({"instance_classifier": {"row_dtype": "float16"}}, "instance_classifier.row_dtype"),
+        ({"instance_classifier": {"momentum_dtype": "int8"}}, "instance_classifier.momentum_dtype"),
+        ({"instance_classifier": {"kernels": "cuda"}}, "instance_classifier.kernels"),
+        ({"instance_classifier": {"group_size": 0}}, "instance_classifier.group_size"),
+        ({"instance_classifier": {"group_size": 3}}, "does not divide the 2 ranks"),
         ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu"),
         ({"train_micro_batch_size_per_gpu": 48}, "optimization.global_batch_size 4096 is not a multiple"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from instance_ssl.distributed import comm
@@ -63,7 +63,8 @@ def test_probe_refuses_a_single_training_image(group: Group) -> None:
         probe_cached_features(row, label, row, label, group, num_classes=2, l2_penalties=[1.0], seed=0)
 
 
-def test_training_loss_follows_plain_torch(group: Group) -> None:
+@pytest.mark.parametrize("pieces", [4, 3, 1])
+def test_training_loss_follows_plain_torch(group: Group, pieces: int) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(10, 6, generator=generator)
     labels = torch.randint(0, 3, (10,), generator=generator)
@@ -71,7 +72,7 @@ def test_training_loss_follows_plain_torch(group: Group) -> None:
     losses: list[float] = []
     train_linear_classifier(
         lambda batch: 2 * batch,
-        lambda epoch: [(images[part], part) for part in parts],
+        lambda epoch: [[(images[piece], piece) for piece in part.split(pieces)] for part in parts],
         lambda: [(images, torch.arange(10))],
         group,
         feature_dim=6,
@@ -111,13 +112,10 @@ def test_the_encoder_stays_bit_equal(group: Group) -> None:
     images, labels = torch.randn(8, 4), torch.arange(8) % 2
     ids = torch.arange(8)
 
-    def batches(epoch: int = 0) -> list[tuple[Tensor, Tensor]]:
-        return [(images, ids)]
-
     train_linear_classifier(
         encoder,
-        batches,
-        batches,
+        lambda epoch: [[(images, ids)]],
+        lambda: [(images, ids)],
         group,
         feature_dim=5,
         num_classes=2,
@@ -137,7 +135,7 @@ def test_divergence_is_the_users_to_mend(group: Group) -> None:
     with pytest.raises(UserError, match="lower its learning rate"):
         train_linear_classifier(
             lambda batch: batch,
-            lambda epoch: [(images, torch.arange(2))],
+            lambda epoch: [[(images, torch.arange(2))]],
             lambda: [(images, torch.arange(2))],
             group,
             feature_dim=1,

@@ -16,6 +16,7 @@ from instance_ssl.data.augmentations import centre_view, simclr_view
 from instance_ssl.data.datasets import ArrayImages, ImageSource, open_source
 from instance_ssl.data.loaders import (
     GlobalBatchSampler,
+    PartLoader,
     ViewDataset,
     epoch_order,
     image_loader,
@@ -189,13 +190,38 @@ def test_image_loader_yields_the_given_batches_in_order() -> None:
     assert list(image_loader(source, centre_view(SIZE), [], 1)) == []
 
 
-def test_image_loader_draws_random_views_from_seed_and_epoch() -> None:
-    def load(seed: int, epoch: int) -> torch.Tensor:
-        return next(iter(image_loader(images(3), simclr_view(SIZE), [[2, 0]], 0, seed=seed, epoch=epoch)))[0]
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_part_loader_draws_views_of_its_epoch_in_pieces(num_workers: int) -> None:
+    source, parts = images(9), [[7, 1, 4], [], [2, 8, 0, 5], [3]]
+    loader = PartLoader(source, simclr_view(SIZE), num_workers, seed=6, max_batch_size=2)
+    dataset = ViewDataset(source, simclr_view(SIZE), 1, seed=6)
+    for epoch in (0, 1):
+        loaded = [list(batches) for batches in loader.epoch(epoch, parts)]
+        assert [[ids.tolist() for _, ids in part] for part in loaded] == [[[7, 1], [4]], [], [[2, 8], [0, 5]], [[3]]]
+        for pixels, ids in (batch for part in loaded for batch in part):
+            assert torch.equal(pixels, torch.stack([dataset[(epoch, index)][0][0] for index in ids.tolist()]))
 
-    assert torch.equal(load(1, 2), load(1, 2))
-    assert not torch.equal(load(1, 2), load(1, 3))
-    assert not torch.equal(load(1, 2), load(2, 2))
+
+def test_part_loader_keeps_its_workers() -> None:
+    loader = PartLoader(images(4), settings_of_a_worker, 1, seed=0, max_batch_size=2)
+    workers = set()
+    for epoch in range(3):
+        for part in loader.epoch(epoch, [[0, 1, 2], [3]]):
+            workers |= {int(pixels[0, 2]) for pixels, _ in part}
+    assert len(workers) == 1
+
+
+def test_workers_fork_whatever_python_prefers() -> None:
+    class Local(ArrayImages):
+        """Cannot be pickled, as a start method other than fork would have to."""
+
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        [(_, ids)] = image_loader(broken(Local), centre_view(SIZE), [[2, 0]], num_workers=1)
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+    assert ids.tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -205,6 +231,7 @@ def test_a_broken_image_is_the_same_one_line_error_from_any_process(num_workers:
     for loader in (
         view_loader(ViewDataset(source, centre_view(SIZE), 1, 0), sampler, num_workers),
         image_loader(source, centre_view(SIZE), [[0, 1], [2, 3]], num_workers),
+        next(PartLoader(source, centre_view(SIZE), num_workers, seed=0, max_batch_size=2).epoch(0, [[0, 1, 3]])),
     ):
         with pytest.raises(RankError, match=r"^cannot decode three\.jpg: cut short; repair or replace the file$"):
             list(loader)

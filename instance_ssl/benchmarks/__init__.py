@@ -1,0 +1,1 @@
+"""Measurements of the project's own parts beside what people would use instead."""

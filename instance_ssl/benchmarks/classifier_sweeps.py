@@ -1,0 +1,183 @@
+"""What `runners/benchmark_classifier.py` measures: steps over N and B, memory, the largest N, and weak scaling."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instance_ssl.benchmarks.classifier import VARIANTS, Problem, Running, gradient_error
+from instance_ssl.benchmarks.measure import Timing, matmul_rate, peak_bytes, time_interleaved
+from instance_ssl.distributed import comm
+from instance_ssl.distributed.comm import Group
+from instance_ssl.errors import UserError
+
+Row = dict[str, Any]
+
+
+def check_gradients(names: Sequence[str], world: Group) -> list[Row]:
+    """Relative errors against float64.
+
+    Raises:
+        UserError: where one is too large to be rounding: nothing wrong is worth timing.
+    """
+    rows = []
+    for name in names:
+        errors = gradient_error(VARIANTS[name], world)
+        if max(errors.values()) > (2e-2 if "bfloat16" in name or "compiled" in name else 2e-5):
+            raise UserError(f"{name} has wrong gradients: {errors}")
+        rows.append({"variant": name, **errors})
+    return rows
+
+
+def measure_steps(
+    names: Sequence[str],
+    num_classes: int,
+    num_rows: int,
+    embedding_dim: int,
+    num_hard_classes: int,
+    repeats: int,
+    world: Group,
+) -> list[Row]:
+    """Time of a step, interleaved over the variants; then each alone for its memory and what it sends."""
+    problem = Problem.draw(num_classes, num_rows, embedding_dim, num_hard_classes, world.device)
+    running = {name: VARIANTS[name](problem, world) for name in names}
+    times = time_interleaved({name: variant.step for name, variant in running.items()}, repeats, world)
+    own_rows = {name: len(variant.weight) for name, variant in running.items()}
+    running.clear()
+    first = Timing.of(times[names[0]]).median
+    rate = matmul_rate(torch.bfloat16, world.device)
+    rows = []
+    for name in names:
+        timing = Timing.of(times[name])
+        total, sent = measure_memory(name, problem, world)
+        kept = 2 * own_rows[name] * embedding_dim * 4 + num_rows * embedding_dim * 4
+        rows.append(
+            {
+                "variant": name,
+                "N": num_classes,
+                "B": num_rows,
+                "T": world.size,
+                "median_ms": timing.median,
+                "quartiles_ms": f"{timing.low:.4g}-{timing.high:.4g}",
+                "speed": first / timing.median,
+                "share_of_bf16_rate": 8
+                * num_rows
+                * num_classes
+                / world.size
+                * embedding_dim
+                / timing.median
+                / 1e6
+                / rate,
+                "ns_per_class": timing.median * 1e6 / num_classes,
+                "total_MiB": total / 2**20,
+                "extra_MiB": (total - kept) / 2**20,
+                "sent_bytes": sent,
+            }
+        )
+    return rows
+
+
+def _flop(num_rows: int, num_classes: int, embedding_dim: int) -> int:
+    """8BND: forward, forward once more, and both gradients, whatever a variant really does."""
+    return 8 * num_rows * num_classes * embedding_dim
+
+
+def measure_memory(name: str, problem: Problem, world: Group) -> tuple[int, int]:
+    """Bytes that W, its momentum and two steps take at their peak on this rank, and bytes sent in a step."""
+    sent = 0
+
+    def work() -> None:
+        nonlocal sent
+        running = VARIANTS[name](problem, world)
+        running.step()
+        before = _sent_bytes(running)
+        running.step()
+        sent = _sent_bytes(running) - before
+
+    world.barrier()
+    return peak_bytes(work, world.device), sent
+
+
+def _sent_bytes(running: Running) -> int:
+    return sum(sum(group.sent_bytes.values()) for group in running.groups)
+
+
+def largest_problem(
+    name: str, budget_bytes: int, num_rows: int, embedding_dim: int, num_hard_classes: int, world: Group
+) -> Row:
+    """The largest N whose steps keep every rank within the budget: extrapolated from two sizes, then tried.
+
+    The row holds the peak that was measured at that N, and the one at 1.05 N, which exceeds the budget.
+    """
+
+    def peak(num_classes: int) -> int:
+        problem = Problem.draw(num_classes, num_rows, embedding_dim, num_hard_classes, world.device)
+        measured, _ = measure_memory(name, problem, world)
+        slowest = world.all_reduce_max_(torch.tensor([measured], device=world.device))
+        return int(slowest.item())
+
+    small, large = 100_000 * world.size, 300_000 * world.size
+    at_small, at_large = peak(small), peak(large)
+    bytes_per_class = (at_large - at_small) / (large - small)
+    num_classes = int((budget_bytes - at_large) / bytes_per_class) + large
+    fitting = peak(num_classes)
+    while fitting > budget_bytes:  # the two sizes were not quite on a line
+        num_classes = int(num_classes * 0.99)
+        fitting = peak(num_classes)
+    beyond = peak(int(1.05 * num_classes))
+    return {
+        "variant": name,
+        "T": world.size,
+        "B": num_rows,
+        "largest_N": num_classes,
+        "peak_MiB": fitting / 2**20,
+        "peak_at_1.05N_MiB": beyond / 2**20,
+        "bytes_per_class": bytes_per_class * world.size,
+    }
+
+
+def weak_scaling(
+    name: str,
+    classes_per_rank: int,
+    num_rows: int,
+    embedding_dim: int,
+    num_hard_classes: int,
+    repeats: int,
+    world: Group,
+) -> list[Row]:
+    """Time of a step on the first 1, 2, 4 … ranks, each with as many classes and all with the same batch."""
+    rows: list[Row] = []
+    for size in sorted({2**power for power in range(world.size.bit_length())} | {world.size}):
+        if size > world.size:
+            continue
+        part = comm.first_ranks(world, size)
+        if part is not None:
+            problem = Problem.draw(classes_per_rank * size, num_rows, embedding_dim, num_hard_classes, world.device)
+            running = VARIANTS[name](problem, part)
+            timing = Timing.of(time_interleaved({name: running.step}, repeats, part)[name])
+            row = {"variant": name, "T": size, "N": problem.num_classes, "B": num_rows, "median_ms": timing.median}
+            rows.append({**row, "efficiency": rows[0]["median_ms"] / timing.median if rows else 1.0})
+        world.barrier()
+    return rows
+
+
+def plot_steps(rows: Sequence[Row], path: Path) -> None:
+    """Time of a step and memory beyond W and momentum against N, one line a variant, both axes logarithmic."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError('the plot needs matplotlib: pip install -e ".[plots]", or leave out --plot') from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for column, label, axis in (("median_ms", "ms a step", axes[0]), ("extra_MiB", "MiB beyond W, momentum", axes[1])):
+        for name in dict.fromkeys(row["variant"] for row in rows):
+            own = sorted((row["N"], row[column]) for row in rows if row["variant"] == name)
+            axis.plot(*zip(*own, strict=True), marker="o", markersize=4, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="classes N", ylabel=label)
+        axis.grid(True, which="both", alpha=0.2)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,134 @@
+"""Time and memory of steps, measured so that a noisy machine cannot favour anyone."""
+
+import csv
+import ctypes
+import gc
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instance_ssl.distributed.comm import Group
+
+_WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one step over the repeats: median, and the quarter and three-quarter points."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(milliseconds: Sequence[float]) -> "Timing":
+        """The quartiles of at least two values."""
+        low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
+        return Timing(median, low, high)
+
+
+def time_interleaved(steps: Mapping[str, Callable[[], object]], repeats: int, group: Group) -> dict[str, list[float]]:
+    """Milliseconds of every step: one of each in turn, `repeats` times, so that all meet the same disturbances.
+
+    All ranks start a step together; its time is that of the slowest.
+    """
+    results: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(_WARM_UP_STEPS + repeats):
+        for name, step in steps.items():
+            group.barrier()
+            started = time.perf_counter()
+            step()
+            if group.device.type == "cuda":
+                torch.cuda.synchronize(group.device)
+            elapsed = torch.tensor([time.perf_counter() - started], device=group.device)
+            milliseconds = group.all_reduce_max_(elapsed).item() * 1e3
+            if turn >= _WARM_UP_STEPS:
+                results[name].append(milliseconds)
+    return results
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Most memory that `work` holds at once, beyond what was held before: allocated on the GPU, or resident in RAM.
+
+    In RAM it is the kernel's own count (Linux), libraries' workspaces included, after free memory has been given back.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _resident_bytes("VmRSS")
+    work()
+    return _resident_bytes("VmHWM") - before
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """GFLOP/s of a large square product on this device with these threads, the best of ten: the rate to be judged by."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out, seconds = torch.empty_like(a), []
+    for _ in range(10):
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def _resident_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def describe_machine(group: Group) -> str:
+    """Hardware and versions, in one line."""
+    if group.device.type == "cuda":
+        device = f"{group.size} x {torch.cuda.get_device_name(group.device)}"
+    else:
+        device = f"{group.size} ranks x {torch.get_num_threads()} threads, {_processor()}"
+    return f"{device}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A header and one line a row; the columns are all keys in order of their first place."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as text in columns; floats to four figures."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[_format(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

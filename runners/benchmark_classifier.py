@@ -1,0 +1,71 @@
+"""Times a step of the classifier and takes its peak memory, beside what one would write in plain PyTorch.
+
+deepspeed --num_gpus T runners/benchmark_classifier.py --num-classes 65536 262144 --batch 256 --output DIR
+"""
+
+import argparse
+from pathlib import Path
+
+from instance_ssl.benchmarks import classifier_sweeps as sweeps
+from instance_ssl.benchmarks.classifier import VARIANTS
+from instance_ssl.benchmarks.measure import describe_machine, format_table, write_csv
+from instance_ssl.distributed.comm import Group
+from instance_ssl.stages.context import run_measurement
+
+_DEFAULT = ["replicated-dense", "sharded-dense", "streamed", "streamed-bfloat16"]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=_DEFAULT, help="the first is the reference")
+    parser.add_argument("--num-classes", type=int, nargs="+", default=[65_536], metavar="N", help="over all ranks")
+    parser.add_argument("--batch", type=int, nargs="+", default=[256], metavar="B", help="rows of the global batch")
+    parser.add_argument("--embedding-dim", type=int, default=128)
+    parser.add_argument("--num-hard-classes", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=11, help="steps of each variant, interleaved")
+    parser.add_argument("--memory-budget-gib", type=float, help="instead: the largest N whose step fits into it")
+    parser.add_argument("--weak-scaling", action="store_true", help="instead: 1, 2, 4 … ranks with N classes each")
+    parser.add_argument("--output", type=Path, help="directory for steps.csv and steps.png (needs the plots extra)")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
+    return parser.parse_args()
+
+
+def _measure(arguments: argparse.Namespace, world: Group) -> list[sweeps.Row]:
+    shape = (arguments.embedding_dim, arguments.num_hard_classes)
+    if arguments.memory_budget_gib is not None:
+        budget = int(arguments.memory_budget_gib * 2**30)
+        return [
+            sweeps.largest_problem(v, budget, b, *shape, world) for b in arguments.batch for v in arguments.variants
+        ]
+    sizes = [(n, b) for b in arguments.batch for n in arguments.num_classes]
+    if arguments.weak_scaling:
+        return [
+            row
+            for n, b in sizes
+            for v in arguments.variants
+            for row in sweeps.weak_scaling(v, n, b, *shape, arguments.repeats, world)
+        ]
+    return [
+        row
+        for n, b in sizes
+        for row in sweeps.measure_steps(arguments.variants, n, b, *shape, arguments.repeats, world)
+    ]
+
+
+def _run(world: Group) -> None:
+    arguments = _arguments()
+    errors = sweeps.check_gradients(arguments.variants, world)
+    rows = _measure(arguments, world)
+    if world.rank > 0:
+        return
+    print(f"{describe_machine(world)}; D = {arguments.embedding_dim}, K = {arguments.num_hard_classes}")
+    print("\nrelative errors against float64, checked first\n" + format_table(errors))
+    print("\n" + format_table(rows))
+    if arguments.output is not None:
+        write_csv(arguments.output / "steps.csv", rows)
+        if not arguments.weak_scaling and arguments.memory_budget_gib is None:
+            sweeps.plot_steps(rows, arguments.output / "steps.png")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_measurement(_run))
