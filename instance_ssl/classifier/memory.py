@@ -156,8 +156,9 @@ def _pending_bytes(size: ClassifierSize) -> int:
 
 
 def _entries_bytes(size: ClassifierSize, entries: int) -> int:
-    """The buffers of `blocked._entries`."""
-    return min(entries, ENTRIES_AT_ONCE) * size.embedding_dim * (2 * _FLOAT + size.row_dtype.itemsize)
+    """The buffers of `blocked._entries`, and the norms, logits and weights of the entries at hand."""
+    numbers = 8 * _FLOAT
+    return min(entries, ENTRIES_AT_ONCE) * (size.embedding_dim * (2 * _FLOAT + size.row_dtype.itemsize) + numbers)
 
 
 def _first_pass_bytes(size: ClassifierSize, block: int) -> int:
