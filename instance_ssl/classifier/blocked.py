@@ -27,7 +27,7 @@ from instance_ssl.classifier.matmul import cache_bytes, fast_float32_products
 from instance_ssl.classifier.rounding import round_stochastically_
 
 # Entries of y handled at once; their two (entries, D) buffers are 4 MiB each for D = 128.
-_ENTRIES_AT_ONCE = 8192
+ENTRIES_AT_ONCE = 8192
 
 # A block chosen by the cache: a shorter one spends its time between operations and in small products, a longer one
 # leaves the cache. Twice the second level was the fastest of 1/4 to 8 times (runners/benchmark_classifier.py).
@@ -45,11 +45,37 @@ def block_classes(options: SoftmaxOptions, num_rows: int, embedding_dim: int) ->
 
 def block_bytes(options: SoftmaxOptions, num_classes: int, num_rows: int, embedding_dim: int) -> int:
     """Memory of the buffers of a block, the larger of the two passes, for float32 embeddings and rows."""
-    narrow = 0 if options.matmul_dtype.itemsize >= 4 else options.matmul_dtype.itemsize
-    wide = max(4, options.matmul_dtype.itemsize)
-    sums = (num_rows + embedding_dim) * (wide + narrow)
-    update = num_rows * (narrow or wide) + embedding_dim * (3 * wide + 2 * narrow)
-    return num_classes * (max(sums, update) + wide + 1)
+    shape = (num_classes, num_rows, embedding_dim)
+    return max(sums_block_bytes(options, *shape), update_block_bytes(options, *shape))
+
+
+def sums_block_bytes(options: SoftmaxOptions, num_classes: int, num_rows: int, embedding_dim: int) -> int:
+    """The same of `softmax_sums` alone."""
+    wide, narrow = _widths(options)
+    return num_classes * ((num_rows + embedding_dim) * (wide + narrow) + 2 * wide + 1)
+
+
+def update_block_bytes(
+    options: SoftmaxOptions,
+    num_classes: int,
+    num_rows: int,
+    embedding_dim: int,
+    *,
+    row_dtype: torch.dtype = torch.float32,
+    momentum_dtype: torch.dtype = torch.float32,
+) -> int:
+    """The same of `update_rows` alone."""
+    wide, narrow = _widths(options)
+    # Narrow rows are updated in a float32 copy and rounded by random bits, narrow momentum in a copy.
+    copies = (8 if row_dtype.itemsize < 4 else 0) + (4 if momentum_dtype.itemsize < 4 else 0)
+    row = num_rows * (narrow or wide) + embedding_dim * (2 * wide + 2 * narrow + copies)
+    return num_classes * (row + 2 * wide + 1)
+
+
+def _widths(options: SoftmaxOptions) -> tuple[int, int]:
+    """Bytes of a number of the embeddings' precision, and of one in `matmul_dtype` where that is another one."""
+    size = options.matmul_dtype.itemsize
+    return max(4, size), 0 if size >= 4 else size
 
 
 def softmax_sums(unit_x_BD: Tensor, weight_nD: Tensor, labels: SmoothedLabels, options: SoftmaxOptions) -> SoftmaxSums:
@@ -255,11 +281,11 @@ def _entries(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The entries of y, some at a time: which, their logits (p,) and their classes' unit rows (p, D)."""
     count, embedding_dim = labels.rows.shape[0], unit_x_BD.shape[1]
-    length = min(count, _ENTRIES_AT_ONCE)
+    length = min(count, ENTRIES_AT_ONCE)
     stored = weight_nD.new_empty(length, embedding_dim)
     unit_w, x = unit_x_BD.new_empty(2, length, embedding_dim)
-    for first in range(0, count, _ENTRIES_AT_ONCE):
-        part = slice(first, min(first + _ENTRIES_AT_ONCE, count))
+    for first in range(0, count, ENTRIES_AT_ONCE):
+        part = slice(first, min(first + ENTRIES_AT_ONCE, count))
         size = part.stop - part.start
         rows_pD = torch.index_select(weight_nD, 0, labels.classes[part], out=stored[:size])
         rows_pD = _cast(rows_pD, unit_w[:size])

@@ -41,6 +41,9 @@ _MAX_EDGE = {"cpu": 2048, "cuda": 16384}
 # Groups of the first look, for each of the K: with at least 2.5 the bound is that of the 1.3 K-th best or a nearer one.
 _GROUPS_PER_HARD_CLASS = 2.5
 
+# Scratch memory where the configuration leaves it open.
+DEFAULT_BLOCK_BYTES = 32 * 2**20
+
 
 def find_hard_classes(
     weight_nD: Tensor,
@@ -111,7 +114,7 @@ class _Search:
         self.partition, self.group, self.block_bytes = partition, group, block_bytes
         self.start, _ = partition.bounds(group.rank)
         self.screen = Screen(screen_dtype or fast_screen_dtype(device))
-        self.edge = _tile_edge(block_bytes, embedding_dim, max(partition.counts()), device)
+        self.edge = tile_edge(block_bytes, embedding_dim, max(partition.counts()), device.type)
         self.unit_nD, _ = normalise_rows(weight_nD.float())
         errors_n = self.screen.rounding_errors(self.unit_nD)
         largest = group.all_reduce_max_(errors_n.max())
@@ -213,9 +216,14 @@ class _Search:
         return self.group.start_broadcast_(unit_mD, source)
 
 
-def _tile_edge(block_bytes: int, embedding_dim: int, longest_part: int, device: torch.device) -> int:
-    """E, a multiple of the groups' length: a tile of E x E scores, what is picked from it, and a few class blocks."""
+def tile_edge(block_bytes: int, embedding_dim: int, longest_part: int, device_type: str) -> int:
+    """E, a multiple of the groups' length: the largest tile whose scratch memory is in the budget."""
     edge = GROUP
-    while edge * 2 * (edge * 2 * 6 + embedding_dim * 26) <= block_bytes and edge < _MAX_EDGE[device.type]:
+    while tile_bytes(2 * edge, embedding_dim) <= block_bytes and edge < _MAX_EDGE[device_type]:
         edge *= 2
     return min(edge, -(-longest_part // GROUP) * GROUP)
+
+
+def tile_bytes(edge: int, embedding_dim: int) -> int:
+    """Scratch memory of a tile of E x E scores, of what is picked from it, and of a few class blocks."""
+    return edge * (edge * 6 + embedding_dim * 26)

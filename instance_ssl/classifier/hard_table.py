@@ -11,6 +11,9 @@ from torch import Tensor
 
 from instance_ssl.ordering import LOWEST_KEY, pack_pairs, pack_scores, unpack_scores
 
+# Rows whose keys are taken apart at once: 26 MB for K = 100.
+ROWS_AT_ONCE = 8192
+
 
 class HardTable:
     """At most `capacity` candidates a row in any order; a full row is cut back to its best K.
@@ -55,8 +58,11 @@ class HardTable:
 
     def ids(self) -> Tensor:
         """(n, K) int32 ids, hardest first."""
-        best = torch.topk(self.keys_nC, self.k, dim=1).values
-        return unpack_scores(best)[1].int()
+        ids_nK = torch.empty(len(self.keys_nC), self.k, dtype=torch.int32, device=self.keys_nC.device)
+        for first in range(0, len(ids_nK), ROWS_AT_ONCE):  # of all rows, the keys apart would be larger than W
+            best = torch.topk(self.keys_nC[first : first + ROWS_AT_ONCE], self.k, dim=1).values
+            ids_nK[first : first + ROWS_AT_ONCE] = unpack_scores(best)[1]
+        return ids_nK
 
     def _cut_back(self, rows: Tensor) -> None:
         self._keep(rows, torch.topk(self.keys_nC[rows], self.k, dim=1, sorted=False).values)

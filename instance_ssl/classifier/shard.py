@@ -31,7 +31,7 @@ from instance_ssl.classifier.cosine_softmax import (
     row_losses,
     unit_feature_gradient,
 )
-from instance_ssl.classifier.hard_classes import find_hard_classes
+from instance_ssl.classifier.hard_classes import DEFAULT_BLOCK_BYTES, find_hard_classes
 from instance_ssl.classifier.sampling import ClassSampler, RowClock
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
@@ -262,7 +262,7 @@ class ClassifierShard:
             num_hard_classes,
             self.partition,
             self.group,
-            block_bytes=self.options.block_bytes or 32 * 2**20,
+            block_bytes=self.options.block_bytes or DEFAULT_BLOCK_BYTES,
             on_block=on_block,
         )
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,24 @@ from torch import Tensor
 
 from instance_ssl.errors import UserError
 
+Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
+
 _TIMEOUT = timedelta(minutes=30)
+
+
+def ring_bytes(collective: Collective, tensor_bytes: int, size: int) -> int:
+    """What one of `size` ranks puts on the wire when the collective runs as a ring.
+
+    Args:
+        tensor_bytes: of what one rank gives (all-gather), gets (reduce-scatter) or both (all-reduce, broadcast).
+    """
+    times = {
+        "all_gather": size - 1,
+        "reduce_scatter": size - 1,
+        "all_reduce": 2 * (size - 1) / size,
+        "broadcast": min(1, size - 1),
+    }
+    return round(tensor_bytes * times[collective])
 
 
 @dataclass(frozen=True)
@@ -55,14 +72,14 @@ class Group:
         rows = rows.contiguous()
         if counts is None or len(set(counts)) == 1:
             out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
-            self._count("all_gather", rows, self.size - 1)
+            self._count("all_gather", rows)
             dist.all_gather_into_tensor(out, rows, group=self.handle)
             return out
         longest = max(counts)
         padded = rows.new_zeros((longest, *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         out = rows.new_empty((self.size * longest, *rows.shape[1:]))
-        self._count("all_gather", padded, self.size - 1)
+        self._count("all_gather", padded)
         dist.all_gather_into_tensor(out, padded, group=self.handle)
         return torch.cat([out[r * longest : r * longest + count] for r, count in enumerate(counts)])
 
@@ -70,7 +87,7 @@ class Group:
         """Sums (B, …) over the ranks and returns this rank's rows (b, …); the transpose of `all_gather_rows`."""
         if counts is None or len(set(counts)) == 1:
             out = rows.new_empty((rows.shape[0] // self.size, *rows.shape[1:]))
-            self._count("reduce_scatter", out, self.size - 1)
+            self._count("reduce_scatter", out)
             dist.reduce_scatter_tensor(out, rows.contiguous(), group=self.handle)
             return out
         longest = max(counts)
@@ -78,7 +95,7 @@ class Group:
         for r, part in enumerate(torch.split(rows, list(counts))):
             padded[r * longest : r * longest + part.shape[0]] = part
         out = rows.new_empty((longest, *rows.shape[1:]))
-        self._count("reduce_scatter", out, self.size - 1)
+        self._count("reduce_scatter", out)
         dist.reduce_scatter_tensor(out, padded, group=self.handle)
         return out[: counts[self.rank]]
 
@@ -99,7 +116,7 @@ class Group:
 
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
         """Copies rank `source`'s tensor to all ranks, in place."""
-        self._count("broadcast", tensor, 1 if self.size > 1 else 0)
+        self._count("broadcast", tensor)
         dist.broadcast(tensor, group=self.handle, group_src=source)
         return tensor
 
@@ -124,11 +141,11 @@ class Group:
         self.all_reduce_sum_(torch.zeros(1, device=self.device)).item()
 
     def _all_reduce(self, tensor: Tensor, operation: Any) -> None:
-        self._count("all_reduce", tensor, 2 * (self.size - 1) / self.size)
+        self._count("all_reduce", tensor)
         dist.all_reduce(tensor, op=operation, group=self.handle)
 
-    def _count(self, collective: str, tensor: Tensor, times: float) -> None:
-        self.sent_bytes[collective] += round(tensor.numel() * tensor.element_size() * times)
+    def _count(self, collective: Collective, tensor: Tensor) -> None:
+        self.sent_bytes[collective] += ring_bytes(collective, tensor.numel() * tensor.element_size(), self.size)
 
 
 @dataclass(frozen=True)

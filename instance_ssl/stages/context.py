@@ -125,9 +125,9 @@ def _exit_code(work: Callable[[], None]) -> int:
     return 0
 
 
-def _parse_arguments() -> argparse.Namespace:
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what an experiment is."""
     root = Path(__file__).resolve().parents[2]
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--config",
         type=Path,
@@ -140,8 +140,13 @@ def _parse_arguments() -> argparse.Namespace:
         default=root / "ds_configs/cpu_float32.json",
         help="DeepSpeed JSON: engine, precision, memory",
     )
-    parser.add_argument("--run-dir", type=Path, default=None, help="where the run lies (default: runs/<config name>)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=v", help="override config keys")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument("--run-dir", type=Path, default=None, help="where the run lies (default: runs/<config name>)")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     return parser.parse_args()
 
@@ -162,7 +167,7 @@ def _open(arguments: argparse.Namespace, log: RunLog, *, needs_labels: bool) -> 
     _check_unchanged(config, run_directory)
     world = comm.initialize()
     source = _open_images(config.data, "train", world)
-    _check_size(config, len(source))
+    check_size(config, len(source))
     evaluation_sources = _open_evaluation(config, source, world) if needs_labels else None
     _record_instances(source, run_directory, world)
     log.say(
@@ -214,7 +219,8 @@ def _open_evaluation(config: ExperimentConfig, source: ImageSource, world: Group
     return train, test
 
 
-def _check_size(config: ExperimentConfig, num_images: int) -> None:
+def check_size(config: ExperimentConfig, num_images: int) -> None:
+    """Refuses what this many images are too few for."""
     if config.classifier.num_hard_classes >= num_images:
         raise UserError(
             f"classifier.num_hard_classes {config.classifier.num_hard_classes} must be below the number of images "

@@ -24,6 +24,7 @@ RESERVED = {
     "torch.utils.tensorboard": {"instance_ssl/run_log.py"},
     "argparse": {
         "instance_ssl/stages/context.py",
+        "instance_ssl/stages/plan.py",
         "runners/benchmark_classifier.py",
         "runners/benchmark_hard_classes.py",
     },

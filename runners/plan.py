@@ -1,0 +1,10 @@
+"""Prints what a training would take on every rank, before anything is allocated: bytes, traffic, FLOPs, the largest N.
+
+python runners/plan.py --config F --deepspeed_config F --world-size T [--num-instances N] [--gpu-memory-gib G]
+    [--output D] [--set key=value …]
+"""
+
+from instance_ssl.stages.plan import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,118 @@
+"""The planner's encoder against a real engine: allocations within 10 %, bytes on the wire as torch is asked to send."""
+
+import functools
+import gc
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from memory import measure_allocations
+from ranks import run_ranks
+from torch import nn
+
+from instance_ssl import planning
+from instance_ssl.distributed.comm import Group
+from instance_ssl.ds_config import DeepSpeedSettings, InstanceClassifierSection
+from instance_ssl.engine import Engine
+from instance_ssl.models.backbones import BackboneName
+from instance_ssl.models.encoder import build_encoder
+
+BUCKET = 2_000_000
+# Backbone, image size, views of a micro-batch, ranks, ZeRO stage, micro-batches, autocast.
+CASES = [
+    ("small_cnn", 16, 64, 1, 0, 2, torch.bfloat16),
+    ("resnet18", 32, 16, 2, 1, 1, torch.bfloat16),
+    ("resnet18", 32, 12, 2, 2, 2, None),
+    ("resnet50", 32, 8, 1, 0, 1, None),
+]
+
+
+def encoder_of(backbone: BackboneName, image_size: int) -> nn.Module:
+    return build_encoder(
+        backbone=backbone,
+        stem="auto",
+        image_size=image_size,
+        projection="mlp",
+        projection_hidden_dim=None,
+        embedding_dim=128,
+    )
+
+
+def settings_of(zero_stage: int, accumulation: int, dtype: torch.dtype | None) -> DeepSpeedSettings:
+    engine: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": zero_stage},
+        "gradient_clipping": 0.0,
+        "gradient_allreduce_op": "sum",
+        "steps_per_print": 2**31,
+    }
+    if zero_stage:
+        engine["zero_allow_untested_optimizer"] = True
+        engine["zero_optimization"] |= {"reduce_bucket_size": BUCKET, "overlap_comm": True}
+    if dtype is not None:
+        engine["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
+    return DeepSpeedSettings(engine, InstanceClassifierSection(), 1, accumulation, dtype)
+
+
+def count_calls() -> dict[str, int]:
+    """Bytes handed to torch's collectives from now on, by collective."""
+    given = {"all_reduce": 0, "all_gather": 0}
+
+    def counted(name: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = [*args, *kwargs.values()]
+            own = [value for value in tensors if isinstance(value, torch.Tensor)][-1]
+            given[name] += own.numel() * own.element_size()
+            return function(*args, **kwargs)
+
+        return call
+
+    torch.distributed.all_reduce = counted("all_reduce", torch.distributed.all_reduce)
+    torch.distributed.all_gather_into_tensor = counted("all_gather", torch.distributed.all_gather_into_tensor)
+    return given
+
+
+def train(group: Group, case: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
+    """The largest of two steps above what there was before the encoder; what the second one sent."""
+    backbone, image_size, views, _, zero_stage, accumulation, dtype = case
+    engines: list[Engine] = []
+
+    def build() -> None:
+        settings = settings_of(zero_stage, accumulation, dtype)
+        encoder = encoder_of(backbone, image_size)
+        engines.append(Engine(encoder, lambda step: 0.1, settings, group, momentum=0.9, weight_decay=1e-4))
+
+    def step() -> None:
+        for _ in range(accumulation):
+            x_bD = engines[0](torch.rand(views, 3, image_size, image_size))
+            engines[0].backward(x_bD, torch.ones_like(x_bD))
+            engines[0].end_micro_batch()
+        gc.collect()  # DeepSpeed leaves gradients in reference cycles
+
+    given = count_calls()
+    _, built = measure_allocations(build)
+    first_peak, first_kept = measure_allocations(step)
+    given.update(all_reduce=0, all_gather=0)
+    second_peak, _ = measure_allocations(step)
+    return built + max(first_peak, first_kept + second_peak), given
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case))
+def test_memory_within_ten_percent(case: tuple[Any, ...]) -> None:
+    backbone, image_size, views, ranks, zero_stage, accumulation, dtype = case
+    measured, given = run_ranks(train, ranks, case)[0]
+    cost = planning.measure_encoder(
+        lambda: encoder_of(backbone, image_size), image_size=image_size, num_views=views, autocast_dtype=dtype
+    )
+    settings = settings_of(zero_stage, accumulation, dtype)
+    size = planning.engine_size(
+        settings.engine, world_size=ranks, accumulation_steps=accumulation, autocast_dtype=dtype
+    )
+    assert planning.encoder_memory(cost, size).peak == pytest.approx(measured, rel=0.1)
+    sent = planning.encoder_traffic(cost, size)
+    expected = {name: planning.ring_bytes(name, value, ranks) for name, value in given.items()}
+    for name, value in expected.items():
+        assert sent[name] == pytest.approx(value, rel=1e-3), name

@@ -1,0 +1,65 @@
+"""`runners/plan.py`: the paper's setting, and mistakes in one line."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from processes import ROOT, run_bare
+
+from instance_ssl.stages import plan
+
+PAPER = ["--config", str(ROOT / "runners/configs/pipeline_imagenet_resnet50.yaml")]
+PAPER += ["--deepspeed_config", str(ROOT / "ds_configs/v100_fp16.json"), "--world-size", "64"]
+
+
+def test_the_papers_setting_is_planned_and_drawn(tmp_path: Path) -> None:
+    finished = run_bare("plan", *PAPER, "--num-instances", "1281167", "--output", str(tmp_path / "plan"))
+    assert finished.returncode == 0, finished.stderr
+    rows = [re.split(r"\s{2,}", line.strip()) for line in finished.stdout.splitlines()]
+    cells = {name: others for name, *others in rows}
+    # 28 M float32 gradients in a ring of 64, and 24.3 GFLOP a view (NVIDIA's ResNet-50 and the head).
+    assert cells["encoder: all_reduce, MB sent"] == ["220.24", "220.24"]
+    assert float(cells["encoder: TFLOP"][0]) == pytest.approx(128 * 24.3e9 / 1e12, rel=0.01)
+    # The paper says neither what its GB are nor its encoder's precision: this is a check of the size, not the digits.
+    assert float(cells["ImageNet-21K, 14.20 M"][2]) == pytest.approx(21.51, rel=0.15)
+    assert float(cells["most classes in 32 GiB"][2].split()[0]) == pytest.approx(30, rel=0.15)
+    assert float(cells["most classes in 32 GiB"][0].split()[0]) > 300
+    with Image.open(tmp_path / "plan/figure3.png") as picture:
+        assert picture.width > 1000
+
+
+def test_images_of_the_demo_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--world-size", "2"]) == 0
+    output = capsys.readouterr().out
+    assert "1,437 images" in output
+    assert "Table 1" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (PAPER, "--num-instances"),
+        (["--world-size", "0"], "--world-size 0"),
+        (["--world-size", "3"], "optimization.global_batch_size"),
+        (["--world-size", "2", "--gpu-memory-gib", "-1"], "--gpu-memory-gib"),
+        (["--world-size", "2", "--num-instances", "100"], "exceeds the 100 images"),
+        (["--world-size", "2", "--set", "model.width=3"], "model.width"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert len(printed.err.strip().splitlines()) == 1
+    assert expected in printed.err
+
+
+def test_a_picture_without_matplotlib_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert plan.main(["--world-size", "2", "--output", str(tmp_path / "plan")]) == 2
+    assert "instance_ssl[plots]" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "plan").exists()
