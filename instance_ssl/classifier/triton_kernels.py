@@ -1,9 +1,9 @@
 """`softmax_sums` and `update_rows` of `cosine_softmax` as fused Triton kernels: same contract, same maths, for GPUs.
 
-Nothing of B x n exists, not even a block of it: tiles of exp(s) stay in registers. Of the normalised rows there is only a
-chunk that fits into the L2 cache; of ∂J/∂w only the tile a program is working on. The one workspace besides is the
-sums of the forward pass, (splits, B, D) float32: splits is 2 when B = 8192 and grows to about one per multiprocessor as
-the batch shrinks to one tile.
+Nothing of B x n exists, not even a block of it: tiles of exp(s) stay in registers. Of the normalised rows there is
+only a chunk that fits into the L2 cache; of ∂J/∂w only the tile a program is working on. The one workspace besides is
+the sums of the forward pass, (splits, B, D) float32: two splits when B = 8192, and more for smaller batches, up to one
+tile of rows for every multiprocessor.
 
 Rows and momentum may be bfloat16 as well as float32. Momentum is rounded to nearest. Rows are rounded stochastically:
 a step of less than half a unit in the last place would otherwise be lost every time.
@@ -11,21 +11,21 @@ a step of less than half a unit in the last place would otherwise be lost every 
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import RowUpdate, SmoothedLabels, SoftmaxOptions, SoftmaxSums
 
-# A chunk of unit rows: larger ones would not stay in the L2 cache (50 MB on an H100, shared with everything else).
+# A chunk of unit rows: a larger one would not stay in the L2 cache (50 MB on an H100, shared with all the rest).
 _CHUNK_BYTES = 16 * 2**20
 
-# The chunk's normalisation and the label entries: small against the dense part, so not worth a table.
+# The chunk's normalisation and the label entries: small against the dense part, so not worth tuning.
 _UNIT_ROWS_AT_ONCE = 32
 _ENTRIES_AT_ONCE = 32
 
-# float32 products as three TF32 products each (Ootomo & Yokota 2022): about float32's precision, on matrix units.
+# float32 products as three TF32 products each, about float32's precision; plain float32 would miss the matrix units.
 _PRECISION = "tf32x3"
 
 # Cost of starting and ending a program of `dense_sums_kernel`, in tiles of classes: it reads and writes its sums.
@@ -49,28 +49,44 @@ class Tile:
     num_stages: int
 
 
-def available(device: torch.device) -> bool:
-    """Whether the kernels run on `device`: a GPU with Triton, or any device when Triton's interpreter is on."""
+# Shapes for `softmax_sums` by type of the products and largest padded D; `update_rows` takes them with rows and classes
+# exchanged. Chosen for sm_90 because the compiler then spills no register in a dense loop (float32 at D = 256: a few)
+# and two or three stages fit into shared memory. Not measured on a GPU yet.
+_TILES = (
+    (torch.bfloat16, 128, Tile(rows=128, classes=128, num_warps=8, num_stages=3)),
+    (torch.bfloat16, 256, Tile(rows=64, classes=64, num_warps=8, num_stages=2)),
+    (torch.bfloat16, 512, Tile(rows=32, classes=32, num_warps=8, num_stages=2)),
+    (torch.bfloat16, 1024, Tile(rows=16, classes=32, num_warps=8, num_stages=2)),
+    (torch.float32, 128, Tile(rows=32, classes=32, num_warps=8, num_stages=1)),
+    (torch.float32, 256, Tile(rows=16, classes=32, num_warps=8, num_stages=1)),
+)
+
+
+def forward_tile(embedding_dim: int, matmul_dtype: torch.dtype) -> Tile:
+    """Default shape for `softmax_sums`."""
+    for dtype, largest_dim, tile in _TILES:
+        if dtype == matmul_dtype and embedding_dim <= largest_dim:
+            return tile
+    raise ValueError(f"no Triton kernels for products in {matmul_dtype} at D = {embedding_dim}")
+
+
+def update_tile(embedding_dim: int, matmul_dtype: torch.dtype) -> Tile:
+    """Default shape for `update_rows`, where a program keeps classes and streams rows."""
+    forward = forward_tile(embedding_dim, matmul_dtype)
+    return replace(forward, rows=forward.classes, classes=forward.rows)
+
+
+def available(device: torch.device, embedding_dim: int = 128, matmul_dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the kernels run on `device`: an NVIDIA GPU from sm_80 with Triton, or anything under its interpreter."""
     if importlib.util.find_spec("triton") is None:  # CPU-only builds of PyTorch come without it
+        return False
+    if not any(dtype == matmul_dtype and embedding_dim <= dim for dtype, dim, _ in _TILES):
         return False
     import triton
 
-    return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
-
-
-def forward_tile(padded_dim: int, matmul_dtype: torch.dtype) -> Tile:
-    """Default shape for `softmax_sums`. Chosen by registers and shared memory; not measured on a GPU yet."""
-    if matmul_dtype == torch.bfloat16 and padded_dim <= 128:
-        return Tile(rows=128, classes=128, num_warps=8, num_stages=3)
-    if matmul_dtype == torch.bfloat16 and padded_dim <= 256:
-        return Tile(rows=128, classes=64, num_warps=8, num_stages=2)
-    return Tile(rows=64, classes=32, num_warps=8, num_stages=1)
-
-
-def update_tile(padded_dim: int, matmul_dtype: torch.dtype) -> Tile:
-    """Default shape for `update_rows`, where the tile of classes is what a program keeps."""
-    kept = forward_tile(padded_dim, matmul_dtype)
-    return Tile(rows=kept.classes, classes=kept.rows, num_warps=kept.num_warps, num_stages=kept.num_stages)
+    if triton.knobs.runtime.interpret:
+        return True
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def softmax_sums(
@@ -90,42 +106,48 @@ def softmax_sums(
     """
     from instance_ssl.classifier import triton_programs as programs
 
-    padded_dim = _checked_padding(unit_x_BD, weight_nD, options)
-    tile = tile or forward_tile(padded_dim, options.matmul_dtype)
-    (num_rows, dim), num_classes = unit_x_BD.shape, weight_nD.shape[0]
-    x_PD = _padded(unit_x_BD, tile.rows, padded_dim, options.matmul_dtype)
+    num_rows, dim = unit_x_BD.shape
+    tile = tile or forward_tile(dim, options.matmul_dtype)
+    _check_rows(weight_nD)
+    x_PD = _padded(unit_x_BD, tile.rows, options.matmul_dtype)
+    row_entries, classes, values = _entries_by_row(labels, num_rows)
+    y_B, sparse_BD = unit_x_BD.new_empty(num_rows), unit_x_BD.new_empty(num_rows, x_PD.shape[1])
+    with torch.cuda.device_of(weight_nD):  # Triton launches on the current device
+        z_SP, dense_SPD = _dense_sums(x_PD, weight_nD, options, tile)
+        programs.sparse_sums_kernel[(num_rows,)](
+            x_PD, weight_nD, row_entries, classes, values, y_B, sparse_BD, dense_SPD[0], _log2_scale(options),
+            DIM=dim, PADDED_DIM=x_PD.shape[1], ENTRIES=_ENTRIES_AT_ONCE, MIXTURE=options.form == "mixture",
+        )  # fmt: skip
+    dense_BD = dense_SPD.sum(dim=0)[:num_rows, :dim].contiguous()
+    return SoftmaxSums(z_SP.sum(dim=0)[:num_rows], y_B, dense_BD, sparse_BD[:, :dim].contiguous())
+
+
+def _dense_sums(x_PD: Tensor, weight_nD: Tensor, options: SoftmaxOptions, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Z (S, P) and A (S, P, D) of padded rows in S parts that are still to be added up."""
+    from instance_ssl.classifier import triton_programs as programs
+
+    padded_rows, padded_dim = x_PD.shape
+    num_classes, dim = weight_nD.shape
     chunk_rows = _chunk_rows(options, padded_dim, tile.classes)
     unit_w_mD = x_PD.new_empty(min(chunk_rows, _round_up(num_classes, tile.classes)), padded_dim)
-    row_tiles = x_PD.shape[0] // tile.rows
+    row_tiles = padded_rows // tile.rows
     splits = _splits(row_tiles, unit_w_mD.shape[0] // tile.classes, _program_slots(weight_nD.device, tile))
-    z_SP = unit_x_BD.new_zeros(splits, x_PD.shape[0], dtype=torch.float32)
-    dense_SPD = z_SP.new_zeros(splits, *x_PD.shape)
-    scale = math.log2(math.e) / options.temperature
-
-    with torch.cuda.device_of(weight_nD):  # Triton launches on the current device
-        for start in range(0, num_classes, chunk_rows):
-            chunk_mD = weight_nD[start : start + chunk_rows]
-            padded_classes = _round_up(chunk_mD.shape[0], tile.classes)
-            programs.unit_rows_kernel[(_tiles(padded_classes, _UNIT_ROWS_AT_ONCE),)](
-                chunk_mD, unit_w_mD, chunk_mD.shape[0], padded_classes,
-                DIM=dim, PADDED_DIM=padded_dim, CLASSES=_UNIT_ROWS_AT_ONCE,
-            )  # fmt: skip
-            programs.dense_sums_kernel[(row_tiles, splits)](
-                x_PD, unit_w_mD, z_SP, dense_SPD, x_PD.shape[0], chunk_mD.shape[0],
-                _tiles(padded_classes // tile.classes, splits) * tile.classes, scale,
-                D=padded_dim, ROWS=tile.rows, CLASSES=tile.classes, PRECISION=_PRECISION,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
-        y_B, sparse_BD = z_SP.new_empty(num_rows), z_SP.new_empty(num_rows, padded_dim)
-        row_entries, classes, values = _entries_by_row(labels, num_rows)
-        programs.sparse_sums_kernel[(num_rows,)](
-            x_PD, weight_nD, row_entries, classes, values, y_B, sparse_BD, dense_SPD[0], scale,
-            DIM=dim, PADDED_DIM=padded_dim, ENTRIES=_ENTRIES_AT_ONCE, MIXTURE=options.form == "mixture",
+    z_SP = x_PD.new_zeros(splits, padded_rows, dtype=torch.float32)
+    dense_SPD = z_SP.new_zeros(splits, padded_rows, padded_dim)
+    for start in range(0, num_classes, chunk_rows):
+        chunk_mD = weight_nD[start : start + chunk_rows]
+        padded_classes = _round_up(chunk_mD.shape[0], tile.classes)
+        programs.unit_rows_kernel[(_tiles(padded_classes, _UNIT_ROWS_AT_ONCE),)](
+            chunk_mD, unit_w_mD, chunk_mD.shape[0], padded_classes,
+            DIM=dim, PADDED_DIM=padded_dim, CLASSES=_UNIT_ROWS_AT_ONCE,
         )  # fmt: skip
-    return SoftmaxSums(
-        z_SP.sum(dim=0)[:num_rows], y_B, dense_SPD.sum(dim=0)[:num_rows, :dim].contiguous(),
-        sparse_BD[:, :dim].contiguous(),
-    )  # fmt: skip
+        programs.dense_sums_kernel[(row_tiles, splits)](
+            x_PD, unit_w_mD, z_SP, dense_SPD, padded_rows, chunk_mD.shape[0],
+            _tiles(padded_classes // tile.classes, splits) * tile.classes, _log2_scale(options),
+            D=padded_dim, ROWS=tile.rows, CLASSES=tile.classes, PRECISION=_PRECISION,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return z_SP, dense_SPD
 
 
 def update_rows(
@@ -152,10 +174,11 @@ def update_rows(
     """
     from instance_ssl.classifier import triton_programs as programs
 
-    padded_dim = _checked_padding(unit_x_BD, weight_nD, options)
-    tile = tile or update_tile(padded_dim, options.matmul_dtype)
     num_classes, dim = weight_nD.shape
-    x_PD = _padded(unit_x_BD, tile.rows, padded_dim, options.matmul_dtype)
+    tile = tile or update_tile(dim, options.matmul_dtype)
+    _check_rows(weight_nD)
+    _check_rows(momentum_nD)
+    x_PD = _padded(unit_x_BD, tile.rows, options.matmul_dtype)
     log2_z_P = _padded_log2(z_B, x_PD.shape[0])
     log2_y_P = _padded_log2(y_B, x_PD.shape[0]) if options.form == "mixture" else log2_z_P
     num_tiles = _tiles(num_classes, tile.classes)
@@ -164,30 +187,32 @@ def update_rows(
     with torch.cuda.device_of(weight_nD):
         programs.update_kernel[(num_tiles,)](
             weight_nD, momentum_nD, x_PD, log2_z_P, log2_y_P, labels.rows, labels.classes, labels.values, tile_entries,
-            num_classes, x_PD.shape[0], math.log2(math.e) / options.temperature,
+            num_classes, x_PD.shape[0], _log2_scale(options),
             1 / (options.temperature * unit_x_BD.shape[0]),
             update.learning_rate, update.momentum, update.weight_decay, update.seed % 2**31,
-            DIM=dim, PADDED_DIM=padded_dim, ROWS=tile.rows, CLASSES=tile.classes, ENTRIES=_ENTRIES_AT_ONCE,
+            DIM=dim, PADDED_DIM=x_PD.shape[1], ROWS=tile.rows, CLASSES=tile.classes, ENTRIES=_ENTRIES_AT_ONCE,
             MIXTURE=options.form == "mixture", PRECISION=_PRECISION,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
 
-def _checked_padding(unit_x_BD: Tensor, weight_nD: Tensor, options: SoftmaxOptions) -> int:
-    """D rounded up to what tiles need; refuses what the kernels cannot do."""
-    if options.matmul_dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"Triton kernels multiply in float32 or bfloat16, not {options.matmul_dtype}")
-    if weight_nD.dtype not in (torch.float32, torch.bfloat16) or not weight_nD.is_contiguous():
-        raise ValueError(f"rows must be contiguous float32 or bfloat16, not {weight_nD.dtype}")
-    return max(16, _next_power_of_two(unit_x_BD.shape[1]))
+def _check_rows(rows_nD: Tensor) -> None:
+    """The kernels know two formats and no strides."""
+    if rows_nD.dtype not in (torch.float32, torch.bfloat16) or not rows_nD.is_contiguous():
+        raise ValueError(f"rows and momentum must be contiguous float32 or bfloat16, not {rows_nD.dtype}")
 
 
-def _padded(unit_x_BD: Tensor, multiple: int, padded_dim: int, dtype: torch.dtype) -> Tensor:
-    """X in the type of the products, zero-padded to whole tiles: the kernels' loops then need no masks."""
+def _padded(unit_x_BD: Tensor, row_multiple: int, dtype: torch.dtype) -> Tensor:
+    """X in the type of the products, zero-padded to whole tiles and a power of two of at least 16 columns."""
     num_rows, dim = unit_x_BD.shape
-    x_PD = unit_x_BD.new_zeros(_round_up(num_rows, multiple), padded_dim, dtype=dtype)
+    x_PD = unit_x_BD.new_zeros(_round_up(num_rows, row_multiple), max(16, 1 << (dim - 1).bit_length()), dtype=dtype)
     x_PD[:num_rows, :dim] = unit_x_BD
     return x_PD
+
+
+def _log2_scale(options: SoftmaxOptions) -> float:
+    """log2(e)/τ: exp(cos/τ) = exp2(cos · scale)."""
+    return math.log2(math.e) / options.temperature
 
 
 def _padded_log2(sums_B: Tensor, padded_rows: int) -> Tensor:
@@ -232,7 +257,3 @@ def _tiles(count: int, size: int) -> int:
 
 def _round_up(count: int, multiple: int) -> int:
     return _tiles(count, multiple) * multiple
-
-
-def _next_power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
