@@ -27,16 +27,17 @@ def interpreting_process() -> Iterator[ProcessPoolExecutor]:
 
 
 def _prepare() -> None:
-    """Makes the interpreter treat bfloat16 as a GPU does.
+    """Makes the interpreter treat bfloat16 as a GPU does, and lets it loop.
 
     As of Triton 3.9 it truncates where the hardware rounds to nearest even, and its products take the bit patterns of
-    bfloat16 operands for integers.
+    bfloat16 operands for integers. Triton 3.6 takes no tensor as a loop's bound with NumPy ≥ 2.4.
     """
     from triton import language as tl
     from triton.runtime import interpreter
 
     torch.set_num_threads(1)
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    patch_tensor = interpreter._patch_lang_tensor
 
     def convert_float(values: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -48,4 +49,9 @@ def _prepare() -> None:
         a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, *args)
 
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter._convert_float, interpreter.InterpreterBuilder.create_dot = convert_float, create_dot

@@ -216,8 +216,8 @@ def _log2_scale(options: SoftmaxOptions) -> float:
 
 
 def _padded_log2(sums_B: Tensor, padded_rows: int) -> Tensor:
-    """log2 of Z or Y; infinity for padding, which makes exp2(s - log2 Z) vanish there."""
-    log2_P = sums_B.new_full((padded_rows,), torch.inf, dtype=torch.float32)
+    """log2 of Z or Y, with zeros for padding."""
+    log2_P = sums_B.new_zeros(padded_rows, dtype=torch.float32)
     log2_P[: sums_B.shape[0]] = sums_B.log2()
     return log2_P
 

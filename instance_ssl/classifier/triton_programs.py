@@ -7,8 +7,8 @@ tile, so it goes into momentum and rows right there.
 
 Conventions. Tiles are written M (rows of X), C (classes), E (label entries), D (padded embedding). Operands of matrix
 products come zero-padded to whole tiles and to a power of two of at least 16 columns, so the inner loops need no
-masks. exp(s) is exp2(dot · log2(e)/τ), scaled in float32 after the product, where rounding has already happened.
-Offsets into W are 64-bit: n · D passes 2³¹ at 17 million classes.
+masks: whatever exp(s) is for a padding row, it multiplies zeros. exp(s) is exp2(dot · log2(e)/τ), scaled in float32
+after the product, where rounding has already happened. Offsets into W are 64-bit: n · D passes 2³¹ at 17 million.
 
 Precision. Z sums exp(s) in float32, before it is rounded for the second product: the loss sees no rounding of exp(s)
 at all, and over many classes the roundings in A = Σ exp(s) ŵ average out. They do not where one class has most of the
@@ -149,12 +149,12 @@ def sparse_sums_kernel(
         inside_E = entries_E < last
         classes_E = tl.load(classes_ptr + entries_E, mask=inside_E, other=0).to(tl.int64)
         values_E = tl.load(values_ptr + entries_E, mask=inside_E, other=0.0).to(tl.float32)
-        inside_ED = inside_E[:, None] & (dims_D[None, :] < DIM)
+        inside_ED = inside_E[:, None] & (dims_D[None, :] < DIM)  # beyond: y = 0 and ŵ = 0, so nothing is added
         rows_ED = tl.load(weight_ptr + classes_E[:, None] * DIM + dims_D[None, :], mask=inside_ED, other=0.0)
         unit_ED, _ = _normalise(rows_ED.to(tl.float32))
         rounded_unit_ED = unit_ED.to(rounded_x_D.dtype).to(tl.float32)
         log2_E = tl.sum(rounded_unit_ED * rounded_x_D.to(tl.float32)[None, :], axis=1) * scale
-        exp_E = tl.where(inside_E, tl.exp2(log2_E), 0.0)
+        exp_E = tl.exp2(log2_E)
         rounded_exp_E = exp_E.to(rounded_x_D.dtype).to(tl.float32)
         correction_D += tl.sum(exp_E[:, None] * unit_ED - rounded_exp_E[:, None] * rounded_unit_ED, axis=0)
         weights_E = values_E * exp_E if MIXTURE else values_E
@@ -177,7 +177,7 @@ def _dense_gradient(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Σ_i p_ij x̂_i of a tile of classes (C, D): log2 Z in the exponent makes exp2 give p itself, and 0 for padding."""
+    """Σ_i p_ij x̂_i of a tile of classes (C, D): log2 Z in the exponent makes exp2 give p itself."""
     rows_M = tl.arange(0, ROWS)
     x_ptrs_MD = x_ptr + rows_M[:, None] * D + tl.arange(0, D)[None, :]
     gradient_CD = tl.zeros([unit_CD.shape[0], D], tl.float32)
@@ -217,7 +217,7 @@ def _add_sparse_gradient(
         entries_E = first + tl.arange(0, ENTRIES)
         inside_E = entries_E < last_entry
         rows_E = tl.load(rows_ptr + entries_E, mask=inside_E, other=0)
-        classes_E = tl.load(classes_ptr + entries_E, mask=inside_E, other=0)
+        classes_E = tl.load(classes_ptr + entries_E, mask=inside_E, other=-1)
         values_E = tl.load(values_ptr + entries_E, mask=inside_E, other=0.0).to(tl.float32)
         x_ED = tl.load(x_ptr + rows_E[:, None] * D + tl.arange(0, D)[None, :])
         log2_CE = tl.dot(unit_CD, tl.trans(x_ED), input_precision=PRECISION) * scale
@@ -228,7 +228,7 @@ def _add_sparse_gradient(
             q_CE = tl.broadcast_to(values_E[None, :], p_CE.shape)
         own_CE = (first_class + tl.arange(0, unit_CD.shape[0]))[:, None] == classes_E[None, :]
         change_CE = p_CE - p_CE.to(x_ED.dtype).to(tl.float32) - q_CE
-        change_CE = tl.where(own_CE & inside_E[None, :], change_CE, 0.0)
+        change_CE = tl.where(own_CE, change_CE, 0.0)
         high_CE = change_CE.to(x_ED.dtype)
         gradient_CD = tl.dot(high_CE, x_ED, gradient_CD, input_precision=PRECISION)
         if x_ED.dtype == tl.bfloat16:  # two halves: one bfloat16 would round q by as much as was put back
@@ -242,7 +242,7 @@ def update_kernel(
     weight_ptr: tl.tensor,  # (n, DIM) float32 or bfloat16, updated
     momentum_ptr: tl.tensor,  # (n, DIM) float32 or bfloat16, updated
     x_ptr: tl.tensor,  # (padded_rows, PADDED_DIM), the type of the matrix products
-    log2_z_ptr: tl.tensor,  # (padded_rows,) float32, infinity for padding
+    log2_z_ptr: tl.tensor,  # (padded_rows,) float32
     log2_y_ptr: tl.tensor,  # likewise; read for the mixture only
     rows_ptr: tl.tensor,  # entries sorted by class
     classes_ptr: tl.tensor,
