@@ -179,16 +179,16 @@ def update_rows(
     _check_rows(weight_nD)
     _check_rows(momentum_nD)
     x_PD = _padded(unit_x_BD, tile.rows, options.matmul_dtype)
-    log2_z_P = _padded_log2(z_B, x_PD.shape[0])
-    log2_y_P = _padded_log2(y_B, x_PD.shape[0]) if options.form == "mixture" else log2_z_P
+    minus_log2_z_P = _padded_minus_log2(z_B, x_PD.shape[0])
+    minus_log2_y_P = _padded_minus_log2(y_B, x_PD.shape[0]) if options.form == "mixture" else minus_log2_z_P
     num_tiles = _tiles(num_classes, tile.classes)
     edges = torch.arange(num_tiles + 1, device=weight_nD.device) * tile.classes
     tile_entries = torch.searchsorted(labels.classes, edges, out_int32=True)
     with torch.cuda.device_of(weight_nD):
         programs.update_kernel[(num_tiles,)](
-            weight_nD, momentum_nD, x_PD, log2_z_P, log2_y_P, labels.rows, labels.classes, labels.values, tile_entries,
-            num_classes, x_PD.shape[0], _log2_scale(options),
-            1 / (options.temperature * unit_x_BD.shape[0]),
+            weight_nD, momentum_nD, x_PD, minus_log2_z_P, minus_log2_y_P,
+            labels.rows, labels.classes, labels.values, tile_entries, num_classes, x_PD.shape[0],
+            _log2_scale(options), 1 / (options.temperature * unit_x_BD.shape[0]),
             update.learning_rate, update.momentum, update.weight_decay, update.seed % 2**31,
             DIM=dim, PADDED_DIM=x_PD.shape[1], ROWS=tile.rows, CLASSES=tile.classes, ENTRIES=_ENTRIES_AT_ONCE,
             MIXTURE=options.form == "mixture", PRECISION=_PRECISION,
@@ -215,10 +215,10 @@ def _log2_scale(options: SoftmaxOptions) -> float:
     return math.log2(math.e) / options.temperature
 
 
-def _padded_log2(sums_B: Tensor, padded_rows: int) -> Tensor:
-    """log2 of Z or Y, with zeros for padding."""
+def _padded_minus_log2(sums_B: Tensor, padded_rows: int) -> Tensor:
+    """-log2 of Z or Y, with zeros for padding."""
     log2_P = sums_B.new_zeros(padded_rows, dtype=torch.float32)
-    log2_P[: sums_B.shape[0]] = sums_B.log2()
+    log2_P[: sums_B.shape[0]] = -sums_B.log2()
     return log2_P
 
 

@@ -170,21 +170,25 @@ def sparse_sums_kernel(
 def _dense_gradient(
     unit_CD: tl.tensor,
     x_ptr: tl.tensor,
-    log2_z_ptr: tl.tensor,
+    minus_log2_z_ptr: tl.tensor,
     padded_rows: tl.tensor,
     scale: tl.tensor,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Σ_i p_ij x̂_i of a tile of classes (C, D): log2 Z in the exponent makes exp2 give p itself."""
+    """Σ_i p_ij x̂_i of a tile of classes (C, D): -log2 Z in the exponent makes exp2 give p itself.
+
+    The multiply-add is spelt out because Triton means to stop fusing by default.
+    """
     rows_M = tl.arange(0, ROWS)
     x_ptrs_MD = x_ptr + rows_M[:, None] * D + tl.arange(0, D)[None, :]
     gradient_CD = tl.zeros([unit_CD.shape[0], D], tl.float32)
     for start in range(0, padded_rows, ROWS):
         x_MD = tl.load(x_ptrs_MD + start * D)
-        log2_z_M = tl.load(log2_z_ptr + start + rows_M)
-        p_CM = tl.exp2(tl.dot(unit_CD, tl.trans(x_MD), input_precision=PRECISION) * scale - log2_z_M[None, :])
+        minus_log2_z_M = tl.load(minus_log2_z_ptr + start + rows_M)
+        cosine_CM = tl.dot(unit_CD, tl.trans(x_MD), input_precision=PRECISION)
+        p_CM = tl.exp2(tl.fma(cosine_CM, scale, minus_log2_z_M[None, :]))
         gradient_CD = tl.dot(p_CM.to(x_MD.dtype), x_MD, gradient_CD, input_precision=PRECISION)
     return gradient_CD
 
@@ -195,8 +199,8 @@ def _add_sparse_gradient(
     unit_CD: tl.tensor,
     first_class: tl.tensor,
     x_ptr: tl.tensor,
-    log2_z_ptr: tl.tensor,
-    log2_y_ptr: tl.tensor,
+    minus_log2_z_ptr: tl.tensor,
+    minus_log2_y_ptr: tl.tensor,
     rows_ptr: tl.tensor,
     classes_ptr: tl.tensor,
     values_ptr: tl.tensor,
@@ -220,10 +224,11 @@ def _add_sparse_gradient(
         classes_E = tl.load(classes_ptr + entries_E, mask=inside_E, other=-1)
         values_E = tl.load(values_ptr + entries_E, mask=inside_E, other=0.0).to(tl.float32)
         x_ED = tl.load(x_ptr + rows_E[:, None] * D + tl.arange(0, D)[None, :])
-        log2_CE = tl.dot(unit_CD, tl.trans(x_ED), input_precision=PRECISION) * scale
-        p_CE = tl.exp2(log2_CE - tl.load(log2_z_ptr + rows_E)[None, :])
+        cosine_CE = tl.dot(unit_CD, tl.trans(x_ED), input_precision=PRECISION)
+        p_CE = tl.exp2(tl.fma(cosine_CE, scale, tl.load(minus_log2_z_ptr + rows_E)[None, :]))
         if MIXTURE:
-            q_CE = values_E[None, :] * tl.exp2(log2_CE - tl.load(log2_y_ptr + rows_E)[None, :])
+            minus_log2_y_E = tl.load(minus_log2_y_ptr + rows_E)
+            q_CE = values_E[None, :] * tl.exp2(tl.fma(cosine_CE, scale, minus_log2_y_E[None, :]))
         else:
             q_CE = tl.broadcast_to(values_E[None, :], p_CE.shape)
         own_CE = (first_class + tl.arange(0, unit_CD.shape[0]))[:, None] == classes_E[None, :]
@@ -242,8 +247,8 @@ def update_kernel(
     weight_ptr: tl.tensor,  # (n, DIM) float32 or bfloat16, updated
     momentum_ptr: tl.tensor,  # (n, DIM) float32 or bfloat16, updated
     x_ptr: tl.tensor,  # (padded_rows, PADDED_DIM), the type of the matrix products
-    log2_z_ptr: tl.tensor,  # (padded_rows,) float32
-    log2_y_ptr: tl.tensor,  # likewise; read for the mixture only
+    minus_log2_z_ptr: tl.tensor,  # (padded_rows,) float32
+    minus_log2_y_ptr: tl.tensor,  # likewise; read for the mixture only
     rows_ptr: tl.tensor,  # entries sorted by class
     classes_ptr: tl.tensor,
     values_ptr: tl.tensor,
@@ -275,12 +280,12 @@ def update_kernel(
     unit_CD, _ = _normalise(rows_CD.to(tl.float32))
     unit_CD = unit_CD.to(x_ptr.dtype.element_ty)
     gradient_CD = _dense_gradient(
-        unit_CD, x_ptr, log2_z_ptr, padded_rows, scale, D=PADDED_DIM, ROWS=ROWS, PRECISION=PRECISION
+        unit_CD, x_ptr, minus_log2_z_ptr, padded_rows, scale, D=PADDED_DIM, ROWS=ROWS, PRECISION=PRECISION
     )
     gradient_CD = _add_sparse_gradient(
-        gradient_CD, unit_CD, tile * CLASSES, x_ptr, log2_z_ptr, log2_y_ptr, rows_ptr, classes_ptr, values_ptr,
-        tl.load(tile_entries_ptr + tile), tl.load(tile_entries_ptr + tile + 1), scale,
-        D=PADDED_DIM, ENTRIES=ENTRIES, MIXTURE=MIXTURE, PRECISION=PRECISION,
+        gradient_CD, unit_CD, tile * CLASSES, x_ptr, minus_log2_z_ptr, minus_log2_y_ptr,
+        rows_ptr, classes_ptr, values_ptr, tl.load(tile_entries_ptr + tile), tl.load(tile_entries_ptr + tile + 1),
+        scale, D=PADDED_DIM, ENTRIES=ENTRIES, MIXTURE=MIXTURE, PRECISION=PRECISION,
     )  # fmt: skip
 
     # Read again rather than kept: held through the loop, the float32 rows would take a quarter of all registers.

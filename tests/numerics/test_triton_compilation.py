@@ -62,8 +62,9 @@ def test_forward_compiles(matmul: torch.dtype, dim: int) -> None:
 def test_update_compiles(matmul: torch.dtype, rows: torch.dtype, momentum: torch.dtype, dim: int) -> None:
     tile = update_tile(dim, matmul)
     types = {
-        "weight_ptr": NAMES[rows], "momentum_ptr": NAMES[momentum], "x_ptr": NAMES[matmul], "log2_z_ptr": "fp32",
-        "log2_y_ptr": "fp32", "rows_ptr": "i64", "classes_ptr": "i64", "values_ptr": "fp32", "tile_entries_ptr": "i32",
+        "weight_ptr": NAMES[rows], "momentum_ptr": NAMES[momentum], "x_ptr": NAMES[matmul],
+        "minus_log2_z_ptr": "fp32", "minus_log2_y_ptr": "fp32", "rows_ptr": "i64", "classes_ptr": "i64",
+        "values_ptr": "fp32", "tile_entries_ptr": "i32",
     }  # fmt: skip
     compiled = compile_kernel(
         "update_kernel",

@@ -1,6 +1,6 @@
 """The Triton kernels against the blocked PyTorch path, float64 and the dense twin, in Triton's interpreter.
 
-`python tests/numerics/test_triton_kernels.py` runs the same checks compiled, on a GPU.
+`PYTHONPATH=.:tests python tests/numerics/test_triton_kernels.py` runs the same checks compiled, on a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,6 +31,7 @@ from instance_ssl.classifier.triton_kernels import Tile
 pytest.importorskip("triton", reason="triton is not installed")
 
 UPDATE = RowUpdate(learning_rate=0.3, momentum=0.9, weight_decay=1e-2, seed=7)
+FORMS: tuple[LossForm, ...] = ("mixture", "cross_entropy")
 SUMS = ("z_B", "y_B", "dense_BD", "sparse_BD")
 
 
@@ -238,6 +239,22 @@ def check_zero_rows(device: str) -> None:
     assert buffer.isfinite().all()
 
 
+def check_shard_without_labels(device: str) -> None:
+    """A shard may own no class of any label: its Y and C are zero, its rows still move away."""
+    case = Case(37, 61, 16, 0, device=device)
+    unit_x_BD, weight_nD, labels, _ = case.problem()
+    none = SmoothedLabels(labels.rows[:0], labels.classes[:0], labels.values[:0])
+    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, none, case.options, case.tile)
+    theirs = cosine_softmax.softmax_sums(unit_x_BD, weight_nD, none, case.options)
+    for name in SUMS:
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-5)
+    y_B = torch.ones_like(ours.y_B)
+    rows, buffer, their_rows, their_buffer = (torch.clone(weight_nD) for _ in range(4))
+    triton_kernels.update_rows(unit_x_BD, ours.z_B, y_B, none, rows, buffer, case.options, UPDATE, case.tile)
+    blocked_update(case, unit_x_BD, ours.z_B, y_B, none, their_rows, their_buffer, UPDATE)
+    torch.testing.assert_close((rows, buffer), (their_rows, their_buffer), rtol=1e-5, atol=1e-5)
+
+
 def check_available(device: str) -> None:
     assert triton_kernels.available(torch.device(device), 128, torch.bfloat16)
     assert not triton_kernels.available(torch.device(device), 128, torch.float64)
@@ -253,6 +270,7 @@ CHECKS: list[tuple[Callable[..., None], Any]] = [
     (check_confident_rows, "cpu"),
     (check_stochastic_rounding, "cpu"),
     (check_zero_rows, "cpu"),
+    (check_shard_without_labels, "cpu"),
     (check_available, "cpu"),
 ]
 
@@ -268,8 +286,15 @@ def test_interpreted(interpreter: ProcessPoolExecutor, check: Callable[..., None
     interpreter.submit(check, case).result()
 
 
+# Too long for the interpreter.
+GPU_CASES = [
+    Case(1000, 20_003, 128, 100, form, matmul, tile=None)
+    for form in FORMS
+    for matmul in (torch.float32, torch.bfloat16)
+]
+
 if __name__ == "__main__":
-    for check, case in CHECKS:
+    for check, case in [*CHECKS, *((check, case) for case in GPU_CASES for check in (check_sums, check_update))]:
         case = replace(case, device="cuda") if isinstance(case, Case) else "cuda"
         try:
             check(case)
