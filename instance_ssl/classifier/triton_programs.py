@@ -1,0 +1,304 @@
+"""The programs that `triton_kernels` starts on a GPU; the maths and its notation are `cosine_softmax`'s.
+
+Both passes are flash attention (Dao et al. 2022, "FlashAttention", Algorithm 1) without its running maximum, which
+bounded logits make needless: a tile of exp(s) lives in registers only. Forward: queries x̂, keys = values = ŵ. Update:
+queries ŵ, keys = values = x̂; the gradient of a tile of classes ends in the registers of the program that owns the
+tile, so it goes into momentum and rows right there.
+
+Conventions. Tiles are written M (rows of X), C (classes), E (label entries), D (padded embedding). Operands of matrix
+products come zero-padded to whole tiles and to a power of two of at least 16 columns, so the inner loops need no
+masks: whatever exp(s) is for a padding row, it multiplies zeros. exp(s) is exp2(dot · log2(e)/τ), scaled in float32
+after the product, where rounding has already happened. Offsets into W are 64-bit: n · D passes 2³¹ at 17 million.
+
+Precision. Z sums exp(s) in float32, before it is rounded for the second product: the loss sees no rounding of exp(s)
+at all, and over many classes the roundings in A = Σ exp(s) ŵ average out. They do not where one class has most of the
+mass, which is always a labelled one: there p - q is the small difference of two large numbers. So the programs for
+the entries put back exactly what rounding took from the dense part of their own entry.
+
+This module needs triton; only `triton_kernels` imports it, when a kernel is about to run.
+"""
+
+import triton
+import triton.language as tl
+
+from instance_ssl.classifier.cosine_softmax import NORM_EPSILON
+
+_NORM_EPSILON = tl.constexpr(NORM_EPSILON)
+
+# Philox4x32 with 7 rounds passes BigCrush (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+_PHILOX_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def _normalise(rows_CD: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Unit rows and norms (C, 1), bounded below as in `cosine_softmax.normalise_rows`."""
+    norms_C1 = tl.maximum(tl.sqrt(tl.sum(rows_CD * rows_CD, axis=1)), _NORM_EPSILON)[:, None]
+    return rows_CD / norms_C1, norms_C1
+
+
+@triton.jit
+def _round_stochastically(value: tl.tensor, seed: tl.tensor, index: tl.tensor) -> tl.tensor:
+    """float32 → bfloat16, up or down with probabilities that make the expectation exact.
+
+    bfloat16 is the upper half of a float32: uniform bits added to the lower half carry with just that probability.
+    """
+    random = tl.randint(seed, index, n_rounds=_PHILOX_ROUNDS).to(tl.uint32) & 0xFFFF
+    bits = (value.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def unit_rows_kernel(
+    weight_ptr: tl.tensor,  # (num_classes, DIM)
+    unit_ptr: tl.tensor,  # (whole tiles, PADDED_DIM), the type of the matrix products
+    num_classes: int,
+    padded_classes: int,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    CLASSES: tl.constexpr,
+) -> None:
+    """Unit rows of a chunk of W; zeros beyond its end. One program per CLASSES rows."""
+    classes_C = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
+    dims_D = tl.arange(0, PADDED_DIM)
+    inside_CD = (classes_C[:, None] < num_classes) & (dims_D[None, :] < DIM)
+    rows_CD = tl.load(weight_ptr + classes_C[:, None] * DIM + dims_D[None, :], mask=inside_CD, other=0.0)
+    unit_CD, _ = _normalise(rows_CD.to(tl.float32))
+    unit_ptrs_CD = unit_ptr + classes_C[:, None] * PADDED_DIM + dims_D[None, :]
+    tl.store(unit_ptrs_CD, unit_CD.to(unit_ptr.dtype.element_ty), mask=classes_C[:, None] < padded_classes)
+
+
+@triton.jit
+def dense_sums_kernel(
+    x_ptr: tl.tensor,  # (whole tiles, D)
+    unit_ptr: tl.tensor,  # (whole tiles, D)
+    z_ptr: tl.tensor,  # (splits, padded_rows) float32, added to
+    dense_ptr: tl.tensor,  # (splits, padded_rows, D) float32, added to
+    padded_rows: int,
+    num_classes: int,
+    classes_per_split: int,
+    scale: float,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Z and A of a tile of rows over one split of a chunk of classes. Grid: (tiles of rows, splits).
+
+    A split has its own slot of the sums, so that no two programs write to one place and the result is the same every
+    time. Only the last split can end in a partial tile; its padding is masked outside of the loop.
+    """
+    rows_M = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    dims_D = tl.arange(0, D)
+    classes_C = tl.arange(0, CLASSES)
+    first = tl.program_id(1) * classes_per_split
+    last = tl.minimum(first + classes_per_split, num_classes)
+    whole = first + tl.maximum(last - first, 0) // CLASSES * CLASSES
+
+    x_MD = tl.load(x_ptr + rows_M[:, None] * D + dims_D[None, :])
+    unit_ptrs_CD = unit_ptr + classes_C[:, None] * D + dims_D[None, :]
+    z_M = tl.zeros([ROWS], tl.float32)
+    dense_MD = tl.zeros([ROWS, D], tl.float32)
+    for start in range(first, whole, CLASSES):
+        unit_CD = tl.load(unit_ptrs_CD + start * D)
+        exp_MC = tl.exp2(tl.dot(x_MD, tl.trans(unit_CD), input_precision=PRECISION) * scale)
+        z_M += tl.sum(exp_MC, axis=1)
+        dense_MD = tl.dot(exp_MC.to(unit_CD.dtype), unit_CD, dense_MD, input_precision=PRECISION)
+    if whole < last:
+        unit_CD = tl.load(unit_ptrs_CD + whole * D)
+        exp_MC = tl.exp2(tl.dot(x_MD, tl.trans(unit_CD), input_precision=PRECISION) * scale)
+        exp_MC = tl.where((whole + classes_C)[None, :] < last, exp_MC, 0.0)
+        z_M += tl.sum(exp_MC, axis=1)
+        dense_MD = tl.dot(exp_MC.to(unit_CD.dtype), unit_CD, dense_MD, input_precision=PRECISION)
+
+    slot_rows_M = tl.program_id(1).to(tl.int64) * padded_rows + rows_M
+    slot_MD = dense_ptr + slot_rows_M[:, None] * D + dims_D[None, :]
+    tl.store(z_ptr + slot_rows_M, tl.load(z_ptr + slot_rows_M) + z_M)
+    tl.store(slot_MD, tl.load(slot_MD) + dense_MD)
+
+
+@triton.jit
+def sparse_sums_kernel(
+    x_ptr: tl.tensor,  # (≥ rows, PADDED_DIM)
+    weight_ptr: tl.tensor,  # (n, DIM)
+    row_entries_ptr: tl.tensor,  # (rows + 1,) where each row's entries begin
+    classes_ptr: tl.tensor,  # entries sorted by row
+    values_ptr: tl.tensor,
+    y_ptr: tl.tensor,  # (rows,) float32
+    sparse_ptr: tl.tensor,  # (rows, PADDED_DIM) float32
+    dense_ptr: tl.tensor,  # (≥ rows, PADDED_DIM) float32, corrected
+    scale: float,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    MIXTURE: tl.constexpr,
+) -> None:
+    """Y and C of one row, and the rounding of its labelled entries put back into A. One program per row.
+
+    Rows of W are gathered and multiplied without matrix units: K + 1 of them per row are about one in ten thousand
+    of the dense part's products, and reading them is the whole cost.
+    """
+    row = tl.program_id(0)
+    dims_D = tl.arange(0, PADDED_DIM)
+    rounded_x_D = tl.load(x_ptr + row * PADDED_DIM + dims_D)
+    y_E = tl.zeros([ENTRIES], tl.float32)
+    sparse_D = tl.zeros([PADDED_DIM], tl.float32)
+    correction_D = tl.zeros([PADDED_DIM], tl.float32)
+    last = tl.load(row_entries_ptr + row + 1)
+    for first in range(tl.load(row_entries_ptr + row), last, ENTRIES):
+        entries_E = first + tl.arange(0, ENTRIES)
+        inside_E = entries_E < last
+        classes_E = tl.load(classes_ptr + entries_E, mask=inside_E, other=0).to(tl.int64)
+        values_E = tl.load(values_ptr + entries_E, mask=inside_E, other=0.0).to(tl.float32)
+        inside_ED = inside_E[:, None] & (dims_D[None, :] < DIM)  # beyond: y = 0 and ŵ = 0, so nothing is added
+        rows_ED = tl.load(weight_ptr + classes_E[:, None] * DIM + dims_D[None, :], mask=inside_ED, other=0.0)
+        unit_ED, _ = _normalise(rows_ED.to(tl.float32))
+        rounded_unit_ED = unit_ED.to(rounded_x_D.dtype).to(tl.float32)
+        log2_E = tl.sum(rounded_unit_ED * rounded_x_D.to(tl.float32)[None, :], axis=1) * scale
+        exp_E = tl.exp2(log2_E)
+        rounded_exp_E = exp_E.to(rounded_x_D.dtype).to(tl.float32)
+        correction_D += tl.sum(exp_E[:, None] * unit_ED - rounded_exp_E[:, None] * rounded_unit_ED, axis=0)
+        weights_E = values_E * exp_E if MIXTURE else values_E
+        y_E += weights_E if MIXTURE else values_E * log2_E * 0.6931471805599453
+        sparse_D += tl.sum(weights_E[:, None] * unit_ED, axis=0)
+    dense_ptrs_D = dense_ptr + row * PADDED_DIM + dims_D
+    tl.store(dense_ptrs_D, tl.load(dense_ptrs_D) + correction_D)
+    tl.store(sparse_ptr + row * PADDED_DIM + dims_D, sparse_D)
+    tl.store(y_ptr + row, tl.sum(y_E, axis=0))
+
+
+@triton.jit
+def _dense_gradient(
+    unit_CD: tl.tensor,
+    x_ptr: tl.tensor,
+    minus_log2_z_ptr: tl.tensor,
+    padded_rows: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Σ_i p_ij x̂_i of a tile of classes (C, D): -log2 Z in the exponent makes exp2 give p itself.
+
+    The multiply-add is spelt out because Triton means to stop fusing by default.
+    """
+    rows_M = tl.arange(0, ROWS)
+    x_ptrs_MD = x_ptr + rows_M[:, None] * D + tl.arange(0, D)[None, :]
+    gradient_CD = tl.zeros([unit_CD.shape[0], D], tl.float32)
+    for start in range(0, padded_rows, ROWS):
+        x_MD = tl.load(x_ptrs_MD + start * D)
+        minus_log2_z_M = tl.load(minus_log2_z_ptr + start + rows_M)
+        cosine_CM = tl.dot(unit_CD, tl.trans(x_MD), input_precision=PRECISION)
+        p_CM = tl.exp2(tl.fma(cosine_CM, scale, minus_log2_z_M[None, :]))
+        gradient_CD = tl.dot(p_CM.to(x_MD.dtype), x_MD, gradient_CD, input_precision=PRECISION)
+    return gradient_CD
+
+
+@triton.jit
+def _add_sparse_gradient(
+    gradient_CD: tl.tensor,
+    unit_CD: tl.tensor,
+    first_class: tl.tensor,
+    x_ptr: tl.tensor,
+    minus_log2_z_ptr: tl.tensor,
+    minus_log2_y_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    classes_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    first_entry: tl.tensor,
+    last_entry: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Subtracts Σ_i q_ij x̂_i over the tile's entries and puts the rounding of their p_ij back.
+
+    The entries' rows of X are gathered, multiplied with all classes of the tile, and a mask keeps each entry's own
+    class: a matrix product with few nonzeros is cheaper than sums over scattered rows of a register tile.
+    """
+    for first in range(first_entry, last_entry, ENTRIES):
+        entries_E = first + tl.arange(0, ENTRIES)
+        inside_E = entries_E < last_entry
+        rows_E = tl.load(rows_ptr + entries_E, mask=inside_E, other=0)
+        classes_E = tl.load(classes_ptr + entries_E, mask=inside_E, other=-1)
+        values_E = tl.load(values_ptr + entries_E, mask=inside_E, other=0.0).to(tl.float32)
+        x_ED = tl.load(x_ptr + rows_E[:, None] * D + tl.arange(0, D)[None, :])
+        cosine_CE = tl.dot(unit_CD, tl.trans(x_ED), input_precision=PRECISION)
+        p_CE = tl.exp2(tl.fma(cosine_CE, scale, tl.load(minus_log2_z_ptr + rows_E)[None, :]))
+        if MIXTURE:
+            minus_log2_y_E = tl.load(minus_log2_y_ptr + rows_E)
+            q_CE = values_E[None, :] * tl.exp2(tl.fma(cosine_CE, scale, minus_log2_y_E[None, :]))
+        else:
+            q_CE = tl.broadcast_to(values_E[None, :], p_CE.shape)
+        own_CE = (first_class + tl.arange(0, unit_CD.shape[0]))[:, None] == classes_E[None, :]
+        change_CE = p_CE - p_CE.to(x_ED.dtype).to(tl.float32) - q_CE
+        change_CE = tl.where(own_CE, change_CE, 0.0)
+        high_CE = change_CE.to(x_ED.dtype)
+        gradient_CD = tl.dot(high_CE, x_ED, gradient_CD, input_precision=PRECISION)
+        if x_ED.dtype == tl.bfloat16:  # two halves: one bfloat16 would round q by as much as was put back
+            low_CE = (change_CE - high_CE.to(tl.float32)).to(x_ED.dtype)
+            gradient_CD = tl.dot(low_CE, x_ED, gradient_CD, input_precision=PRECISION)
+    return gradient_CD
+
+
+@triton.jit
+def update_kernel(
+    weight_ptr: tl.tensor,  # (n, DIM) float32 or bfloat16, updated
+    momentum_ptr: tl.tensor,  # (n, DIM) float32 or bfloat16, updated
+    x_ptr: tl.tensor,  # (padded_rows, PADDED_DIM), the type of the matrix products
+    minus_log2_z_ptr: tl.tensor,  # (padded_rows,) float32
+    minus_log2_y_ptr: tl.tensor,  # likewise; read for the mixture only
+    rows_ptr: tl.tensor,  # entries sorted by class
+    classes_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    tile_entries_ptr: tl.tensor,  # (tiles + 1,) where each tile's entries begin
+    num_classes: int,
+    padded_rows: int,
+    scale: float,
+    gradient_scale: float,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    seed: int,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """∂J/∂w of a tile of classes, its momentum and its SGD step. One program per CLASSES rows of W."""
+    tile = tl.program_id(0)
+    classes_C = tile * CLASSES + tl.arange(0, CLASSES)
+    dims_D = tl.arange(0, PADDED_DIM)
+    inside_CD = (classes_C[:, None] < num_classes) & (dims_D[None, :] < DIM)
+    index_CD = classes_C.to(tl.int64)[:, None] * DIM + dims_D[None, :]
+
+    rows_CD = tl.load(weight_ptr + index_CD, mask=inside_CD, other=0.0, eviction_policy="evict_last")
+    unit_CD, _ = _normalise(rows_CD.to(tl.float32))
+    unit_CD = unit_CD.to(x_ptr.dtype.element_ty)
+    gradient_CD = _dense_gradient(
+        unit_CD, x_ptr, minus_log2_z_ptr, padded_rows, scale, D=PADDED_DIM, ROWS=ROWS, PRECISION=PRECISION
+    )
+    gradient_CD = _add_sparse_gradient(
+        gradient_CD, unit_CD, tile * CLASSES, x_ptr, minus_log2_z_ptr, minus_log2_y_ptr,
+        rows_ptr, classes_ptr, values_ptr, tl.load(tile_entries_ptr + tile), tl.load(tile_entries_ptr + tile + 1),
+        scale, D=PADDED_DIM, ENTRIES=ENTRIES, MIXTURE=MIXTURE, PRECISION=PRECISION,
+    )  # fmt: skip
+
+    # Read again rather than kept: held through the loop, the float32 rows would take a quarter of all registers.
+    # (The other eviction hint also keeps the compiler from merging the two loads.)
+    rows_CD = tl.load(weight_ptr + index_CD, mask=inside_CD, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    unit_CD, norms_C1 = _normalise(rows_CD)
+    gradient_CD *= gradient_scale
+    along_C1 = tl.sum(gradient_CD * unit_CD, axis=1)[:, None]
+    gradient_CD = (gradient_CD - along_C1 * unit_CD) / norms_C1 + weight_decay * rows_CD
+    buffer_CD = tl.load(momentum_ptr + index_CD, mask=inside_CD, other=0.0).to(tl.float32)
+    buffer_CD = momentum * buffer_CD + gradient_CD
+    tl.store(momentum_ptr + index_CD, buffer_CD.to(momentum_ptr.dtype.element_ty), mask=inside_CD)
+    rows_CD -= learning_rate * buffer_CD
+    if weight_ptr.dtype.element_ty == tl.bfloat16:
+        rows_CD = _round_stochastically(rows_CD, seed, index_CD)
+    tl.store(weight_ptr + index_CD, rows_CD, mask=inside_CD)
