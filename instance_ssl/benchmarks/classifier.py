@@ -106,7 +106,7 @@ def streamed(
         group, replicas = comm.split(world, world.size if group_size is None else group_size)
         block_bytes, chosen = (
             choose_block_bytes(block_mib and block_mib * 2**20, world.device),
-            choose_kernels(kernels, world.device),
+            choose_kernels(kernels, world.device, problem.x_BD.shape[1], matmul_dtype),
         )
         options = SoftmaxOptions(TEMPERATURE, "mixture", matmul_dtype, block_bytes, chosen)
         shard = ClassifierShard(

@@ -116,23 +116,6 @@ class SoftmaxSums:
     sparse_BD: Tensor
 
 
-@dataclass(frozen=True)
-class RowUpdate:
-    """One SGD step of the rows: buf ← μ buf + (∂J/∂w + λ w);  w ← w - η buf.
-
-    Attributes:
-        learning_rate: η.
-        momentum: μ.
-        weight_decay: λ.
-        seed: of the stochastic rounding of bfloat16 rows; another one every step.
-    """
-
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    seed: int
-
-
 def own_labels(
     labels_B: Tensor, hard_BK: Tensor | None, smoothing_factor: float, start: int, stop: int, dtype: torch.dtype
 ) -> SmoothedLabels:

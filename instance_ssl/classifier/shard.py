@@ -10,7 +10,6 @@ of W, and ∂J/∂w is summed over the replicas block by block, so that all copi
 replicated classifier that the paper's Table 1 compares with.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -19,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier import blocked
+from instance_ssl.classifier import blocked, triton_kernels
 from instance_ssl.classifier.cosine_softmax import (
     Kernels,
     RowUpdate,
@@ -75,16 +74,24 @@ class _SampledRows:
     momentum: Tensor
 
 
-def choose_kernels(wanted: Literal["auto", "torch", "triton"], device: torch.device) -> Kernels:
-    """The implementation of the two passes on this device.
+def choose_kernels(
+    wanted: Literal["auto", "torch", "triton"],
+    device: torch.device,
+    embedding_dim: int = 128,
+    matmul_dtype: torch.dtype = torch.bfloat16,
+) -> Kernels:
+    """The implementation of the two passes on this device: Triton on CUDA, PyTorch elsewhere.
 
     Raises:
         UserError: when Triton is asked for where it cannot run.
     """
-    runs_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    runs_triton = wanted != "torch" and triton_kernels.available(device, embedding_dim, matmul_dtype)
     if wanted == "triton" and not runs_triton:
-        raise UserError("instance_classifier.kernels triton needs a CUDA GPU and the triton package: use auto or torch")
-    return "triton" if wanted != "torch" and runs_triton else "torch"
+        raise UserError(
+            "instance_classifier.kernels triton needs an NVIDIA GPU of compute capability 8.0 or higher, the triton "
+            f"package, and no wider embeddings than it has kernels for (here {embedding_dim}): use auto or torch"
+        )
+    return "triton" if runs_triton else "torch"
 
 
 def choose_block_bytes(wanted: int | None, device: torch.device) -> int | None:
@@ -221,7 +228,11 @@ class ClassifierShard:
         weight, momentum = self.weight, self.momentum_buffer
         if sampled is not None:
             weight, momentum = sampled.weight, sampled.momentum
-        self._passes.update_rows(
+        # Copies of W must agree on a gradient, which only the passes in PyTorch ever hold.
+        passes, sum_over = self._passes, {}
+        if self.replicas is not None:
+            passes, sum_over = blocked, {"sum_gradient_": self.replicas.all_reduce_sum_}
+        passes.update_rows(
             torch.cat([p.unit_x_BD for p in pending]),
             torch.cat([p.z_B for p in pending]),
             torch.cat([p.y_B for p in pending]),
@@ -231,8 +242,7 @@ class ClassifierShard:
             self.options,
             update,
             total_rows=pending[0].total_rows,
-            # The fused update needs no gradient in memory; only copies of W must agree on one.
-            sum_gradient_=None if self.replicas is None else self.replicas.all_reduce_sum_,
+            **sum_over,
         )
         if sampled is not None and self._clock is not None:
             self.weight[sampled.places], self.momentum_buffer[sampled.places] = weight, momentum
@@ -298,11 +308,7 @@ class ClassifierShard:
     @property
     def _passes(self) -> ModuleType:
         """The module that has both passes."""
-        if self.options.kernels == "torch":
-            return blocked
-        from instance_ssl.classifier import triton_kernels  # its import needs Triton
-
-        return triton_kernels
+        return blocked if self.options.kernels == "torch" else triton_kernels
 
     @property
     def _rounding_seed(self) -> int:

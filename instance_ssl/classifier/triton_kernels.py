@@ -94,6 +94,7 @@ def softmax_sums(
     weight_nD: Tensor,
     labels: SmoothedLabels,
     options: SoftmaxOptions,
+    *,
     tile: Tile | None = None,
 ) -> SoftmaxSums:
     """First pass over the shard; see `cosine_softmax.softmax_sums`.
@@ -159,6 +160,8 @@ def update_rows(
     momentum_nD: Tensor,
     options: SoftmaxOptions,
     update: RowUpdate,
+    *,
+    total_rows: int | None = None,
     tile: Tile | None = None,
 ) -> None:
     """Second pass over the shard, in place; see `cosine_softmax.update_rows`.
@@ -170,6 +173,7 @@ def update_rows(
         labels: the entries of y in this shard.
         weight_nD: (n, D) float32 or bfloat16 own rows, updated.
         momentum_nD: (n, D) float32 or bfloat16, updated.
+        total_rows: rows that J is the mean over; None: B.
         tile: block shape, for benchmarks.
     """
     from instance_ssl.classifier import triton_programs as programs
@@ -188,7 +192,7 @@ def update_rows(
         programs.update_kernel[(num_tiles,)](
             weight_nD, momentum_nD, x_PD, minus_log2_z_P, minus_log2_y_P,
             labels.rows, labels.classes, labels.values, tile_entries, num_classes, x_PD.shape[0],
-            _log2_scale(options), 1 / (options.temperature * unit_x_BD.shape[0]),
+            _log2_scale(options), 1 / (options.temperature * (total_rows or unit_x_BD.shape[0])),
             update.learning_rate, update.momentum, update.weight_decay, update.seed % 2**31,
             DIM=dim, PADDED_DIM=x_PD.shape[1], ROWS=tile.rows, CLASSES=tile.classes, ENTRIES=_ENTRIES_AT_ONCE,
             MIXTURE=options.form == "mixture", PRECISION=_PRECISION,
@@ -231,7 +235,7 @@ def _entries_by_row(labels: SmoothedLabels, num_rows: int) -> tuple[Tensor, Tens
 
 def _chunk_rows(options: SoftmaxOptions, padded_dim: int, tile_classes: int) -> int:
     """Classes that are normalised at once: whole tiles of them in `block_bytes`, at least one tile."""
-    rows = min(options.block_bytes, _CHUNK_BYTES) // (padded_dim * options.matmul_dtype.itemsize)
+    rows = min(options.block_bytes or _CHUNK_BYTES, _CHUNK_BYTES) // (padded_dim * options.matmul_dtype.itemsize)
     return max(1, rows // tile_classes) * tile_classes
 
 

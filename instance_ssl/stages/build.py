@@ -48,7 +48,9 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
         form=classifier.loss_form,
         matmul_dtype=stage.ds.matmul_dtype,
         block_bytes=choose_block_bytes(stage.ds.block_bytes, stage.world.device),
-        kernels=choose_kernels(stage.ds.classifier.kernels, stage.world.device),
+        kernels=choose_kernels(
+            stage.ds.classifier.kernels, stage.world.device, stage.config.model.embedding_dim, stage.ds.matmul_dtype
+        ),
     )
     sampler = None
     if classifier.sampling != "full":

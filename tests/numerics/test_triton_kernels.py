@@ -13,7 +13,7 @@ import torch
 from interpreter import interpreting_process
 from torch import Tensor
 
-from instance_ssl.classifier import cosine_softmax, triton_kernels
+from instance_ssl.classifier import blocked, cosine_softmax, triton_kernels
 from instance_ssl.classifier.cosine_softmax import (
     LossForm,
     RowUpdate,
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def options(self) -> SoftmaxOptions:
-        return SoftmaxOptions(self.temperature, self.form, 128 * max(16, self.dim) * self.matmul.itemsize, self.matmul)
+        return SoftmaxOptions(self.temperature, self.form, self.matmul, 128 * max(16, self.dim) * self.matmul.itemsize)
 
     def problem(self) -> tuple[Tensor, Tensor, SmoothedLabels, Tensor]:
         """Unit x (B, D), w (n, D) in the rows' format, entries and dense y (B, n); rows near their class."""
@@ -97,8 +97,7 @@ def blocked_update(
     case: Case, x: Tensor, z: Tensor, y: Tensor, labels: SmoothedLabels, w: Tensor, m: Tensor, update: RowUpdate
 ) -> None:
     """The blocked PyTorch path's second pass."""
-    settings = {"learning_rate": update.learning_rate, "momentum": update.momentum, "weight_decay": update.weight_decay}
-    cosine_softmax.update_rows(x, z, y, labels, w, m, case.options, **settings)
+    blocked.update_rows(x, z, y, labels, w, m, case.options, update)
 
 
 def in_float64(case: Case, labels: SmoothedLabels) -> tuple[Case, SmoothedLabels]:
@@ -114,10 +113,10 @@ def assert_no_worse(name: str, ours: Tensor, theirs: Tensor, truth: Tensor, tole
 
 def check_sums(case: Case) -> None:
     unit_x_BD, weight_nD, labels, y_Bn = case.problem()
-    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, case.tile)
-    theirs = cosine_softmax.softmax_sums(unit_x_BD, weight_nD.float(), labels, case.options)
+    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
+    theirs = blocked.softmax_sums(unit_x_BD, weight_nD.float(), labels, case.options)
     exact, exact_labels = in_float64(case, labels)
-    truth = cosine_softmax.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
+    truth = blocked.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
     for name in SUMS:
         assert_no_worse(name, getattr(ours, name), getattr(theirs, name), getattr(truth, name), 1e-6)
 
@@ -125,7 +124,7 @@ def check_sums(case: Case) -> None:
         return unit_feature_gradient(sums, sums.z_B, sums.y_B, case.options, case.rows)
 
     assert_no_worse("dx", gradient(ours), gradient(theirs), gradient(truth), 2e-6 if case.classes > 1 else 1)
-    again = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, case.tile)
+    again = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
     assert all(torch.equal(getattr(ours, name), getattr(again, name)) for name in SUMS), "not deterministic"
     twin_x_BD = unit_x_BD.double().cpu().requires_grad_()
     loss = dense_loss(twin_x_BD, weight_nD.double().cpu(), y_Bn, case.temperature, case.form)
@@ -138,7 +137,7 @@ def check_update(case: Case) -> None:
     unit_x_BD, weight_nD, labels, y_Bn = case.problem()
     momentum_nD = (1e-2 * torch.randn(weight_nD.shape, generator=torch.Generator().manual_seed(0))).to(case.momentum)
     exact, exact_labels = in_float64(case, labels)
-    sums = cosine_softmax.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
+    sums = blocked.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
     exact_rows, exact_momentum = weight_nD.double(), momentum_nD.double().to(case.device)
     twin_nD = weight_nD.double().cpu().requires_grad_()
     dense_loss(unit_x_BD.double().cpu(), twin_nD, y_Bn, case.temperature, case.form).backward()
@@ -148,7 +147,7 @@ def check_update(case: Case) -> None:
 
     z_B, y_B = sums.z_B.float(), sums.y_B.float()
     rows, buffer = weight_nD.clone(), momentum_nD.to(case.device)
-    triton_kernels.update_rows(unit_x_BD, z_B, y_B, labels, rows, buffer, case.options, UPDATE, case.tile)
+    triton_kernels.update_rows(unit_x_BD, z_B, y_B, labels, rows, buffer, case.options, UPDATE, tile=case.tile)
     their_rows, their_buffer = weight_nD.float(), momentum_nD.to(case.device).float()
     blocked_update(case, unit_x_BD, z_B, y_B, labels, their_rows, their_buffer, UPDATE)
     assert_no_worse("momentum", buffer, their_buffer, exact_momentum, 1e-6 if buffer.dtype == torch.float32 else 2**-8)
@@ -165,9 +164,9 @@ def check_confident_rows(device: str) -> None:
     unit_x_BD = torch.empty(case.rows, case.dim, device=device)
     unit_x_BD[labels.rows] = normalise_rows((weight_nD + noise_nD)[labels.classes])[0]
     exact, exact_labels = in_float64(case, labels)
-    truth = cosine_softmax.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
+    truth = blocked.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
     assert (truth.y_B / truth.z_B).mean() > 0.98
-    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, case.tile)
+    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
 
     def gradient(sums: SoftmaxSums) -> Tensor:
         gradient_BD = unit_feature_gradient(sums, sums.z_B, sums.y_B, case.options, case.rows).double()
@@ -190,7 +189,7 @@ def check_confident_rows(device: str) -> None:
         buffer,
         case.options,
         still,
-        case.tile,
+        tile=case.tile,
     )
     blocked_update(
         exact, unit_x_BD.double(), truth.z_B, truth.y_B, exact_labels, weight_nD.double(), true_buffer, still
@@ -202,13 +201,13 @@ def check_stochastic_rounding(device: str) -> None:
     """Rows land on the two bfloat16 neighbours of the float32 result, on average on the result itself."""
     case = Case(4, 61, 16, 0, weight=torch.bfloat16, tile=Tile(16, 64, 4, 1), device=device)
     unit_x_BD, weight_nD, labels, _ = case.problem()
-    sums = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, case.tile)
+    sums = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
 
     def step(rows: Tensor, seed: int, learning_rate: float) -> Tensor:
         buffer = torch.full_like(rows, 0.01, dtype=torch.float32)
         update = RowUpdate(learning_rate, 0.9, 0.0, seed)
-        args = (unit_x_BD, sums.z_B, sums.y_B, labels, rows, buffer, case.options, update, case.tile)
-        triton_kernels.update_rows(*args)
+        args = (unit_x_BD, sums.z_B, sums.y_B, labels, rows, buffer, case.options, update)
+        triton_kernels.update_rows(*args, tile=case.tile)
         return rows.float()
 
     assert torch.equal(step(weight_nD.clone(), 1, 0.0), weight_nD.float()), "a bfloat16 number must stay itself"
@@ -229,12 +228,14 @@ def check_zero_rows(device: str) -> None:
     unit_x_BD, weight_nD, labels, _ = case.problem()
     unit_x_BD[2], weight_nD[3] = 0, 0
     weight_nD[labels.classes[0]] = 0
-    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, case.tile)
-    theirs = cosine_softmax.softmax_sums(unit_x_BD, weight_nD, labels, case.options)
+    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
+    theirs = blocked.softmax_sums(unit_x_BD, weight_nD, labels, case.options)
     for name in SUMS:
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-5)
     rows, buffer = weight_nD.clone(), torch.zeros_like(weight_nD)
-    triton_kernels.update_rows(unit_x_BD, ours.z_B, ours.y_B, labels, rows, buffer, case.options, UPDATE, case.tile)
+    triton_kernels.update_rows(
+        unit_x_BD, ours.z_B, ours.y_B, labels, rows, buffer, case.options, UPDATE, tile=case.tile
+    )
     assert rows.isfinite().all()
     assert buffer.isfinite().all()
 
@@ -244,13 +245,13 @@ def check_shard_without_labels(device: str) -> None:
     case = Case(37, 61, 16, 0, device=device)
     unit_x_BD, weight_nD, labels, _ = case.problem()
     none = SmoothedLabels(labels.rows[:0], labels.classes[:0], labels.values[:0])
-    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, none, case.options, case.tile)
-    theirs = cosine_softmax.softmax_sums(unit_x_BD, weight_nD, none, case.options)
+    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, none, case.options, tile=case.tile)
+    theirs = blocked.softmax_sums(unit_x_BD, weight_nD, none, case.options)
     for name in SUMS:
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-5)
     y_B = torch.ones_like(ours.y_B)
     rows, buffer, their_rows, their_buffer = (torch.clone(weight_nD) for _ in range(4))
-    triton_kernels.update_rows(unit_x_BD, ours.z_B, y_B, none, rows, buffer, case.options, UPDATE, case.tile)
+    triton_kernels.update_rows(unit_x_BD, ours.z_B, y_B, none, rows, buffer, case.options, UPDATE, tile=case.tile)
     blocked_update(case, unit_x_BD, ours.z_B, y_B, none, their_rows, their_buffer, UPDATE)
     torch.testing.assert_close((rows, buffer), (their_rows, their_buffer), rtol=1e-5, atol=1e-5)
 
