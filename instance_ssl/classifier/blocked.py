@@ -1,17 +1,18 @@
 """Both passes over the shard (see `cosine_softmax.py`) in PyTorch, one block of classes after another.
 
 The readable reference of the Triton kernels, and what runs on CPUs. Every buffer is made before the loop over blocks
-and reused in it: no tensor of B x n (rows x own classes) exists, and the loop allocates nothing.
+and reused in it: no tensor of B x n (rows x own classes) exists, and the loop allocates nothing but the few numbers of
+the entries of y that fall into the block.
 
 Precision: the matrix products take and give `matmul_dtype`. The first pass widens bfloat16 logits before exp, so that
 Z is a float32 sum of float32 terms; sums over blocks, Y, the gradient's projection and the update are in the
 embeddings' precision (float32; float64 in the tests).
 """
 
-import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,12 +27,9 @@ from instance_ssl.classifier.cosine_softmax import (
 from instance_ssl.classifier.matmul import cache_bytes, fast_float32_products
 from instance_ssl.classifier.rounding import round_stochastically_
 
-# Entries of y handled at once; their two (entries, D) buffers are 4 MiB each for D = 128.
-ENTRIES_AT_ONCE = 8192
-
 # A block chosen by the cache: a shorter one spends its time between operations and in small products, a longer one
 # leaves the cache. Twice the second level was the fastest of 1/4 to 8 times (runners/benchmark_classifier.py).
-_CACHES_A_BLOCK = 2
+_CACHES_A_BLOCK = 6
 _FEWEST_CLASSES, _MOST_CLASSES = 256, 8192
 
 
@@ -89,40 +87,32 @@ def softmax_sums(unit_x_BD: Tensor, weight_nD: Tensor, labels: SmoothedLabels, o
     num_rows = unit_x_BD.shape[0]
     z_B, y_B = unit_x_BD.new_zeros(2, num_rows)
     dense_BD, sparse_BD = unit_x_BD.new_zeros(2, *unit_x_BD.shape)
-    # A and C share the terms of y's entries, which nearly cancel where a row knows its class. In bfloat16 the dense
-    # product would round them: they are then added to A here, and left out there.
-    is_narrow = options.matmul_dtype.itemsize < unit_x_BD.dtype.itemsize
-    exp_P = torch.empty_like(labels.values)
-    for part, logits_p, unit_w_pD in _entries(unit_x_BD, weight_nD, labels, options):
-        rows_p, values_p = labels.rows[part], labels.values[part]
-        torch.exp(logits_p, out=exp_P[part])
-        weights_p = values_p * exp_P[part] if options.form == "mixture" else values_p
-        y_B.index_add_(0, rows_p, weights_p if options.form == "mixture" else values_p * logits_p)
-        if is_narrow:
-            dense_BD.index_add_(0, rows_p, unit_w_pD * exp_P[part, None])
-        sparse_BD.index_add_(0, rows_p, unit_w_pD.mul_(weights_p[:, None]))
-
     logit_x_BD = (unit_x_BD / options.temperature).to(options.matmul_dtype)
     block = _UnitBlock(weight_nD, unit_x_BD, options)
-    entries = _entry_slices(labels, weight_nD.shape[0], block.length)
     wide = unit_x_BD.new_empty(num_rows * block.length)
     narrow = _narrow(wide, options)
     sum_B, product_BD = torch.empty_like(z_B), torch.empty_like(logit_x_BD)
     with fast_float32_products(options.matmul_dtype):
-        for (start, stop), own in zip(block.bounds(), entries, strict=True):
-            unit_mD = block.load(start, stop)
+        for (start, stop), entries in zip(block.bounds(), _label_blocks(labels, block, num_rows), strict=True):
+            matmul_w_mD = block.load(start, stop)
             shape = (num_rows, stop - start)
             exp_Bm, logit_Bm = _shaped(wide, shape), _shaped(narrow, shape)
-            torch.mm(logit_x_BD, unit_mD.T, out=logit_Bm)
+            torch.mm(logit_x_BD, matmul_w_mD.T, out=logit_Bm)
             torch.exp(_cast(logit_Bm, exp_Bm), out=exp_Bm)
+            logit_p = entries.products(unit_x_BD, block.unit_mD) / options.temperature
+            exp_p, places_p = logit_p.exp(), entries.rows * shape[1] + entries.columns
             # Z holds the very terms that Y holds: their errors cancel in log Z - log Y.
-            places_p = labels.rows[own] * (stop - start) + labels.classes[own] - start
-            exp_Bm.view(-1).index_copy_(0, places_p, exp_P[own])
+            exp_Bm.view(-1).index_copy_(0, places_p, exp_p)
             z_B.add_(torch.sum(exp_Bm, dim=1, out=sum_B))
             _cast(exp_Bm, logit_Bm)
-            if is_narrow:
+            if logit_Bm.dtype != exp_Bm.dtype:
+                # So do A and C, which nearly cancel where a row knows its class: their common terms are not rounded.
                 logit_Bm.view(-1).index_fill_(0, places_p, 0)
-            dense_BD.add_(torch.mm(logit_Bm, unit_mD, out=product_BD))
+                dense_BD.add_(entries.matrix(exp_p) @ block.unit_mD)
+            dense_BD.add_(torch.mm(logit_Bm, matmul_w_mD, out=product_BD))
+            weight_p = entries.values * exp_p if options.form == "mixture" else entries.values
+            y_B.index_add_(0, entries.rows, weight_p if options.form == "mixture" else weight_p * logit_p)
+            sparse_BD.add_(entries.matrix(weight_p) @ block.unit_mD)
     return SoftmaxSums(z_B, y_B, dense_BD, sparse_BD)
 
 
@@ -159,22 +149,21 @@ def update_rows(
     wide = unit_x_BD.new_empty(block.length * unit_x_BD.shape[1])
     narrow = _narrow(wide, options)
     rows = _UpdatedRows(weight_nD, momentum_nD, block.length, update)
-    # Where the blocks' (m, B) products hold the entries of y, and Z_i (p_ij - q_ij) to put there in place of Z_i p_ij.
-    places_P = (labels.classes % block.length) * num_rows + labels.rows
-    terms_P = _label_terms(unit_x_BD, z_B, y_B, labels, weight_nD, options).to(options.matmul_dtype)
-    entries = _entry_slices(labels, weight_nD.shape[0], block.length)
     with fast_float32_products(options.matmul_dtype):
-        for (start, stop), own in zip(block.bounds(), entries, strict=True):
-            unit_mD = block.load(start, stop)
+        for (start, stop), entries in zip(block.bounds(), _label_blocks(labels, block, num_rows), strict=True):
+            matmul_w_mD = block.load(start, stop)
             exp_mB = _shaped(exp_buffer, (stop - start, num_rows))
-            torch.mm(unit_mD, logit_x_BD.T, out=exp_mB).exp_()
-            exp_mB.view(-1).index_copy_(0, places_P[own], terms_P[own])
-            product_mD = torch.mm(exp_mB, scaled_x_BD, out=_shaped(narrow, unit_mD.shape))
-            gradient_mD = _cast(product_mD, _shaped(wide, unit_mD.shape))
+            torch.mm(matmul_w_mD, logit_x_BD.T, out=exp_mB).exp_()
+            # Z_i (p_ij - q_ij) in place of Z_i p_ij: one product then serves the dense and the sparse part.
+            exp_p = (entries.products(unit_x_BD, block.unit_mD) / options.temperature).exp_()
+            zq_p = entries.values * z_B[entries.rows]
+            term_p = exp_p - zq_p * (exp_p / y_B[entries.rows] if options.form == "mixture" else 1)
+            exp_mB.view(-1).index_copy_(0, entries.columns * num_rows + entries.rows, term_p.to(exp_mB.dtype))
+            shape = matmul_w_mD.shape
+            gradient_mD = _cast(torch.mm(exp_mB, scaled_x_BD, out=_shaped(narrow, shape)), _shaped(wide, shape))
             if sum_gradient_ is not None:
                 sum_gradient_(gradient_mD)
-            block.project_(gradient_mD)
-            rows.step(start, stop, gradient_mD)
+            rows.step(start, stop, gradient_mD, block)
 
 
 def best_classes(unit_x_BD: Tensor, weight_nD: Tensor, options: SoftmaxOptions) -> tuple[Tensor, Tensor]:
@@ -219,20 +208,28 @@ class _UnitBlock:
     def load(self, start: int, stop: int) -> Tensor:
         """Unit rows of classes start … stop - 1 in matmul_dtype (m, D), 0 where a row has no direction."""
         size = self._size = stop - start
-        unit_mD, inverse_m1 = self._unit[:size], self._inverse_norms[:size]
-        rows_mD = _cast(self._weight_nD[start:stop], unit_mD)
-        torch.linalg.vector_norm(rows_mD, dim=1, keepdim=True, out=inverse_m1)
-        torch.le(inverse_m1, NORM_EPSILON, out=self._without_direction[:size])
-        inverse_m1.reciprocal_().masked_fill_(self._without_direction[:size], 0)
-        torch.mul(rows_mD, inverse_m1, out=unit_mD)
-        return _cast(unit_mD, self._matmul[:size])
+        rows_mD = _cast(self._weight_nD[start:stop], self.unit_mD)
+        torch.linalg.vector_norm(rows_mD, dim=1, keepdim=True, out=self.inverse_norms_m1)
+        torch.le(self.inverse_norms_m1, NORM_EPSILON, out=self._without_direction[:size])
+        self.inverse_norms_m1.reciprocal_().masked_fill_(self._without_direction[:size], 0)
+        torch.mul(rows_mD, self.inverse_norms_m1, out=self.unit_mD)
+        return _cast(self.unit_mD, self._matmul[:size])
 
-    def project_(self, gradient_mD: Tensor) -> None:
-        """From ∂J/∂ŵ to ∂J/∂w of the loaded rows, in place: (I - ŵŵᵀ)/‖w‖ · g."""
-        unit_mD, inverse_m1 = self._unit[: self._size], self._inverse_norms[: self._size]
+    @property
+    def unit_mD(self) -> Tensor:
+        """The loaded unit rows in the embeddings' precision."""
+        return self._unit[: self._size]
+
+    @property
+    def inverse_norms_m1(self) -> Tensor:
+        """1/‖w‖ of the loaded rows, 0 where a row has no direction."""
+        return self._inverse_norms[: self._size]
+
+    def along(self, gradient_mD: Tensor) -> Tensor:
+        """ŵᵀg of each loaded row, (m, 1)."""
         along_m1 = self._along[: self._size]
-        torch.bmm(gradient_mD[:, None], unit_mD[:, :, None], out=along_m1[:, :, None])
-        gradient_mD.addcmul_(unit_mD, along_m1, value=-1).mul_(inverse_m1)
+        torch.bmm(gradient_mD[:, None], self.unit_mD[:, :, None], out=along_m1[:, :, None])
+        return along_m1
 
 
 class _UpdatedRows:
@@ -250,13 +247,19 @@ class _UpdatedRows:
         if momentum_nD.dtype != wide:
             self._momentum = momentum_nD.new_empty(shape, dtype=wide)
 
-    def step(self, start: int, stop: int, gradient_mD: Tensor) -> None:
-        """Moves rows start … stop - 1 by their gradient."""
+    def step(self, start: int, stop: int, gradient_mD: Tensor, block: _UnitBlock) -> None:
+        """Moves rows start … stop - 1, which `block` holds, by ∂J/∂ŵ (m, D), which is overwritten.
+
+        (I - ŵŵᵀ)/‖w‖ g + λ w is put together as g/‖w‖ + c w with c = λ - ŵᵀg/‖w‖²: two passes over the block, not four.
+        """
         update, size = self._update, stop - start
         stored_rows, stored_momentum = self._weight_nD[start:stop], self._momentum_nD[start:stop]
         rows = stored_rows if self._rows is None else self._rows[:size].copy_(stored_rows)
         momentum = stored_momentum if self._momentum is None else self._momentum[:size].copy_(stored_momentum)
-        momentum.mul_(update.momentum).add_(gradient_mD).add_(rows, alpha=update.weight_decay)
+        inverse_m1, factor_m1 = block.inverse_norms_m1, block.along(gradient_mD)
+        factor_m1.mul_(inverse_m1).mul_(inverse_m1).neg_().add_(update.weight_decay)
+        gradient_mD.mul_(inverse_m1).addcmul_(rows, factor_m1)
+        torch.add(gradient_mD, momentum, alpha=update.momentum, out=momentum)
         rows.add_(momentum, alpha=-update.learning_rate)
         if self._momentum is not None:
             stored_momentum.copy_(momentum)
@@ -264,43 +267,53 @@ class _UpdatedRows:
             stored_rows.copy_(round_stochastically_(rows, self._bits[:size], self._generator))
 
 
-def _label_terms(
-    unit_x_BD: Tensor, z_B: Tensor, y_B: Tensor, labels: SmoothedLabels, weight_nD: Tensor, options: SoftmaxOptions
-) -> Tensor:
-    """Z_i (p_ij - q_ij) of every entry of y in this shard, (P,)."""
-    terms_P = torch.empty_like(labels.values)
-    for part, logits_p, _ in _entries(unit_x_BD, weight_nD, labels, options):
-        rows_p, exp_p = labels.rows[part], logits_p.exp_()
-        zq_p = labels.values[part] * z_B[rows_p]
-        terms_P[part] = exp_p - zq_p * (exp_p / y_B[rows_p] if options.form == "mixture" else 1)
-    return terms_P
+@dataclass(frozen=True)
+class _BlockLabels:
+    """The entries of y in one block of classes, ascending by row of the batch.
+
+    Attributes:
+        rows: (p,) int64.
+        columns: (p,) int64, class counted from the block's first.
+        values: (p,) y_ij.
+        row_starts: (B + 1,) where each row's entries begin.
+        num_classes: m, classes in the block.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+    row_starts: Tensor
+    num_classes: int
+
+    def matrix(self, values_p: Tensor) -> Tensor:
+        """A sparse (B, m) with these values at the entries."""
+        size = (len(self.row_starts) - 1, self.num_classes)
+        with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.sparse_csr_tensor(self.row_starts, self.columns, values_p, size, check_invariants=False)
+
+    def products(self, x_BD: Tensor, unit_mD: Tensor) -> Tensor:
+        """x_i · ŵ_j of every entry, (p,): the product of two dense matrices only where the sparse one has entries."""
+        return torch.sparse.sampled_addmm(self.matrix(self.values), x_BD, unit_mD.T, beta=0.0).values()
 
 
-def _entries(
-    unit_x_BD: Tensor, weight_nD: Tensor, labels: SmoothedLabels, options: SoftmaxOptions
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The entries of y, some at a time: which, their logits (p,) and their classes' unit rows (p, D)."""
-    count, embedding_dim = labels.rows.shape[0], unit_x_BD.shape[1]
-    length = min(count, ENTRIES_AT_ONCE)
-    stored = weight_nD.new_empty(length, embedding_dim)
-    unit_w, x = unit_x_BD.new_empty(2, length, embedding_dim)
-    for first in range(0, count, ENTRIES_AT_ONCE):
-        part = slice(first, min(first + ENTRIES_AT_ONCE, count))
-        size = part.stop - part.start
-        rows_pD = torch.index_select(weight_nD, 0, labels.classes[part], out=stored[:size])
-        rows_pD = _cast(rows_pD, unit_w[:size])
-        norms_p1 = torch.linalg.vector_norm(rows_pD, dim=1, keepdim=True)
-        inverse_p1 = norms_p1.reciprocal().masked_fill_(norms_p1 <= NORM_EPSILON, 0)
-        unit_w_pD = torch.mul(rows_pD, inverse_p1, out=unit_w[:size])
-        x_pD = torch.index_select(unit_x_BD, 0, labels.rows[part], out=x[:size])
-        yield part, x_pD.mul_(unit_w_pD).sum(dim=1) / options.temperature, unit_w_pD
+def _label_blocks(labels: SmoothedLabels, block: _UnitBlock, num_rows: int) -> Iterator[_BlockLabels]:
+    """The entries of y in each block of classes, in order."""
+    bounds = list(block.bounds())
+    block_P = labels.classes // block.length
+    order = _argsort(block_P * num_rows + labels.rows)
+    ends = torch.bincount(block_P, minlength=len(bounds)).cumsum(0).tolist()
+    rows_P, classes_P, values_P = labels.rows[order], labels.classes[order], labels.values[order]
+    all_rows = torch.arange(num_rows + 1, device=rows_P.device)
+    for (start, stop), first, last in zip(bounds, [0, *ends[:-1]], ends, strict=True):
+        rows_p = rows_P[first:last]
+        row_starts = torch.searchsorted(rows_p, all_rows)
+        yield _BlockLabels(rows_p, classes_P[first:last] - start, values_P[first:last], row_starts, stop - start)
 
 
-def _entry_slices(labels: SmoothedLabels, num_classes: int, length: int) -> list[slice]:
-    """The entries of y in each block of classes."""
-    edges = torch.arange(0, num_classes + length, length, device=labels.classes.device)
-    places = torch.searchsorted(labels.classes, edges.clamp_(max=num_classes)).tolist()
-    return [slice(first, last) for first, last in itertools.pairwise(places)]
+def _argsort(keys_P: Tensor) -> Tensor:
+    """Ascending order; on a CPU by NumPy, whose vectorised sort is four times as fast as torch's."""
+    return torch.from_numpy(keys_P.numpy().argsort()) if keys_P.device.type == "cpu" else keys_P.argsort()
 
 
 def _narrow(wide: Tensor, options: SoftmaxOptions) -> Tensor:
