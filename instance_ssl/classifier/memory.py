@@ -1,7 +1,7 @@
 """What one rank of the classifier holds, sends and computes, from the numbers that decide it; nothing is allocated.
 
 The counts follow the tensors of `shard.py`, `blocked.py` and `hard_classes.py` through a step and an epoch's search for
-the hardest classes, one term a tensor; `tests/unit/test_memory.py` holds them to what the allocator sees.
+the hardest classes, one term a tensor; `tests/distributed/test_classifier_memory.py` holds them to what the allocator sees.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from instance_ssl.classifier.blocked import ENTRIES_AT_ONCE, block_classes, sums_block_bytes, update_block_bytes
+from instance_ssl.classifier.blocked import block_classes, sums_block_bytes, update_block_bytes
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.hard_classes import DEFAULT_BLOCK_BYTES, fast_screen_dtype, tile_bytes, tile_edge
 from instance_ssl.classifier.hard_table import ROWS_AT_ONCE
@@ -155,10 +155,9 @@ def _pending_bytes(size: ClassifierSize) -> int:
     return rows + size.own_entries * (2 * _ID + _FLOAT)
 
 
-def _entries_bytes(size: ClassifierSize, entries: int) -> int:
-    """The buffers of `blocked._entries`, and the norms, logits and weights of the entries at hand."""
-    numbers = 8 * _FLOAT
-    return min(entries, ENTRIES_AT_ONCE) * (size.embedding_dim * (2 * _FLOAT + size.row_dtype.itemsize) + numbers)
+def _ordered_entries_bytes(entries: int) -> int:
+    """`blocked._label_blocks`: the block of each entry, their order, and ids and values in that order."""
+    return entries * (4 * _ID + _FLOAT)
 
 
 def _first_pass_bytes(size: ClassifierSize, block: int) -> int:
@@ -169,15 +168,12 @@ def _first_pass_bytes(size: ClassifierSize, block: int) -> int:
     # `own_labels`: ids, values and (B, K) table rows of all entries, masks, or the ids and order of own ones sorted.
     all_entries = rows * (1 + size.num_hard_classes)
     labels = all_entries * (_ID + 2 * _FLOAT) + max(3 * all_entries, entries * (6 * _ID + 2 * _FLOAT))
-    # `softmax_sums`: A, C, Z, Y; then the entries of y, in bfloat16 with their terms of A; then blocks, with a sum, and
-    # the features scaled and a product in the products' precision. The last entries' rows stay while blocks pass.
+    # `softmax_sums`: A, C, Z, Y; then blocks, with a sum, the features scaled and a product in the products' precision,
+    # and two products with the block's entries.
     kept_labels = entries * (2 * _ID + _FLOAT)
-    sums = kept_labels + entries * _FLOAT + 2 * features + 2 * rows * _FLOAT
+    sums = kept_labels + 2 * features + 2 * rows * _FLOAT
     narrow = size.options.matmul_dtype.itemsize
-    entry_rows = min(entries, ENTRIES_AT_ONCE) * width * _FLOAT
-    over_entries = _entries_bytes(size, entries) + (entry_rows if narrow < _FLOAT else 0)
-    over_blocks = 2 * entry_rows + block + rows * (2 * width * narrow + _FLOAT)
-    passes = sums + max(over_entries, over_blocks)
+    passes = sums + _ordered_entries_bytes(entries) + block + rows * (2 * width * narrow + 2 * width * _FLOAT + _FLOAT)
     # `unit_feature_gradient`: A, C and three more of their shape while they are put together.
     gradient = kept_labels + 5 * features
     return gathered + max(labels, passes, gradient)
@@ -190,9 +186,7 @@ def _update_bytes(size: ClassifierSize, block: int) -> int:
     # All micro-batches in one tensor each, and the features twice more in the precision of the products.
     features = rows * (size.embedding_dim * (_FLOAT + 2 * narrow) + 2 * _FLOAT)
     joined = entries * (2 * _ID + _FLOAT) if size.accumulation_steps > 1 else 0
-    # Where the entries lie in their blocks, and Z q while it is computed.
-    places = entries * (_ID + 2 * _FLOAT)
-    return features + joined + places + block + _entries_bytes(size, entries)
+    return features + joined + _ordered_entries_bytes(entries) + block
 
 
 def _refresh_bytes(size: ClassifierSize) -> int:
