@@ -63,12 +63,17 @@ class Problem:
     def weight(self, start: int, stop: int) -> Tensor:
         """(stop - start, D) rows of W, the same whoever draws them."""
         weight = torch.empty(stop - start, self.x_BD.shape[1], device=self.x_BD.device)
+        self.fill(weight, start)
+        return weight
+
+    def fill(self, weight: Tensor, start: int) -> None:
+        """Fills (n, D) with the rows of W from `start` on, with no second copy of them."""
+        stop = start + len(weight)
         for first in range(start - start % _WEIGHT_ROWS, stop, _WEIGHT_ROWS):
             generator = torch.Generator(weight.device).manual_seed(first)
             rows = torch.randn(_WEIGHT_ROWS, weight.shape[1], generator=generator, device=weight.device)
             low, high = max(first, start), min(first + _WEIGHT_ROWS, stop)
             weight[low - start : high - start] = rows[low - first : high - first]
-        return weight
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def streamed(
             row_dtype=row_dtype,
             momentum_dtype=momentum_dtype,
         )
-        shard.weight.copy_(problem.weight(shard.start, shard.stop))
+        problem.fill(shard.weight, shard.start)
         rows = problem.rows_of(world)
         x_bD, labels_b, total_rows = problem.x_BD[rows], problem.labels_B[rows], len(problem.labels_B)
         shard.hard_classes = problem.hard_NK[shard.start : shard.stop]

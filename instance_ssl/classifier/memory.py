@@ -1,7 +1,8 @@
 """What one rank of the classifier holds, sends and computes, from the numbers that decide it; nothing is allocated.
 
 The counts follow the tensors of `shard.py`, `blocked.py` and `hard_classes.py` through a step and an epoch's search for
-the hardest classes, one term a tensor; `tests/distributed/test_classifier_memory.py` holds them to what the allocator sees.
+the hardest classes, one term a tensor; `tests/distributed/test_classifier_memory.py` holds them to what the allocator
+sees.
 """
 
 import math
