@@ -21,7 +21,7 @@ from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 
 TEMPERATURE, SMOOTHING, MOMENTUM, DECAY, RATE = 0.15, 0.2, 0.9, 1e-4, 0.1
-_WEIGHT_ROWS = 65_536
+_WEIGHT_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ def streamed(
     momentum_dtype: torch.dtype = torch.float32,
     block_mib: int | None = None,
 ) -> Builder:
-    """This project's classifier; `group_size` None is one group of all ranks."""
+    """This project's classifier; `group_size` None is one group of all ranks, which may be some of the world's."""
 
     def build(problem: Problem, world: Group) -> Running:
-        group, replicas = comm.split(world, world.size if group_size is None else group_size)
+        group, replicas = (world, None) if group_size is None else comm.split(world, group_size)
         block_bytes, chosen = (
             choose_block_bytes(block_mib and block_mib * 2**20, world.device),
             choose_kernels(kernels, world.device, problem.x_BD.shape[1], matmul_dtype),

@@ -64,3 +64,18 @@ def test_the_benchmark_times_every_layout(tmp_path: Path) -> None:
     assert sent["replicated-dense"] >= 6002 * 128 * 4
     assert sent["streamed"] < sent["replicated-dense"] / 50
     assert (tmp_path / "steps.png").stat().st_size > 10_000
+
+
+def test_the_benchmark_s_other_questions(tmp_path: Path) -> None:
+    """Weak scaling and the largest N: on 2 ranks, for which the groups of fewer ranks must not wait for the others."""
+    common = ["--variants", "streamed", "--batch", "32", "--num-hard-classes", "10", "--output", str(tmp_path)]
+    arguments = [*common, "--num-classes", "3001", "--repeats", "2", "--weak-scaling"]
+    finished = run_launched("benchmark_classifier", 2, *arguments)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    with (tmp_path / "steps.csv").open() as file:
+        assert [(row["T"], row["N"]) for row in csv.DictReader(file)] == [("1", "3001"), ("2", "6002")]
+    finished = run_launched("benchmark_classifier", 2, *common, "--memory-budget-gib", "0.3")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    with (tmp_path / "steps.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["peak_MiB"]) <= 0.3 * 1024 < float(row["peak_at_1.05N_MiB"])
