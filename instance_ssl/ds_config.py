@@ -57,8 +57,8 @@ class InstanceClassifierSection(BaseModel):
     """Where and how the classifier is computed.
 
     Attributes:
-        block_mib: memory of everything that one block of classes needs; `auto` is twice the second-level cache on a
-            CPU, 256 MiB on a GPU.
+        block_mib: memory of everything that one block of classes needs; `auto` is ten second-level caches of a
+            core on a CPU, 256 MiB on a GPU.
         matmul_dtype: precision of the logits' matrix products; `auto` follows torch_autocast when that is bfloat16.
             float16 is not offered: exp(cos/τ) spans more than its range.
         row_dtype: of the rows of W; bfloat16 rows are rounded stochastically at each update.

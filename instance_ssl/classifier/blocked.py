@@ -28,8 +28,9 @@ from instance_ssl.classifier.matmul import cache_bytes, fast_float32_products
 from instance_ssl.classifier.rounding import round_stochastically_
 
 # A block chosen by the cache: a shorter one spends its time between operations and in small products, a longer one
-# leaves the cache. Twice the second level was the fastest of 1/4 to 8 times (runners/benchmark_classifier.py).
-_CACHES_A_BLOCK = 6
+# leaves the cache. Ten of a core's second-level caches were as fast as any size with one thread and with two
+# (runners/results/classifier_cpu_202611.md).
+_CACHES_A_BLOCK = 10
 _FEWEST_CLASSES, _MOST_CLASSES = 256, 8192
 
 

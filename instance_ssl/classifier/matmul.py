@@ -18,7 +18,7 @@ _DEFAULT_CACHE_BYTES = 2**20
 
 @functools.cache
 def cache_bytes() -> int:
-    """Second-level cache of the cores this process may use, as the kernel reports it; 1 MiB a core where it does not.
+    """Second-level cache of one core, as the kernel reports it; 1 MiB where it does not.
 
     The third level is left out: it is shared with whatever else runs on the machine.
     """
@@ -27,7 +27,7 @@ def cache_bytes() -> int:
         with contextlib.suppress(OSError, ValueError):
             if (index / "level").read_text().strip() == "2":
                 size = int((index / "size").read_text().strip().removesuffix("K")) * 1024
-    return size * torch.get_num_threads()
+    return size
 
 
 @contextlib.contextmanager
