@@ -1,4 +1,4 @@
-"""`softmax_sums` and `update_rows` of `cosine_softmax` as fused Triton kernels: same contract, same maths, for GPUs.
+"""`softmax_sums` and `update_rows` of `blocked` as fused Triton kernels: same contract, same maths, for GPUs.
 
 Nothing of B x n exists, not even a block of it: tiles of exp(s) stay in registers. Of the normalised rows there is
 only a chunk that fits into the L2 cache; of ∂J/∂w only the tile a program is working on. The one workspace besides is
@@ -97,7 +97,7 @@ def softmax_sums(
     *,
     tile: Tile | None = None,
 ) -> SoftmaxSums:
-    """First pass over the shard; see `cosine_softmax.softmax_sums`.
+    """First pass over the shard; see `blocked.softmax_sums`.
 
     Args:
         unit_x_BD: (B, D) float32, normalised embeddings of the global batch.
@@ -164,7 +164,7 @@ def update_rows(
     total_rows: int | None = None,
     tile: Tile | None = None,
 ) -> None:
-    """Second pass over the shard, in place; see `cosine_softmax.update_rows`.
+    """Second pass over the shard, in place; see `blocked.update_rows`.
 
     Args:
         unit_x_BD: (B, D) float32, normalised embeddings of the whole optimizer step.
