@@ -1,7 +1,9 @@
 """What a piece of code really allocates on the CPU, from the profiler's record of every allocation and release."""
 
+import gc
 from collections.abc import Callable
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -17,3 +19,11 @@ def measure_allocations(work: Callable[[], object]) -> tuple[int, int]:
         peak = max(peak, live)
     del result
     return peak, live
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python knows, each storage once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

@@ -18,7 +18,7 @@ from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 
-REPEATS = 3
+REPEATS = 10
 FLOAT32 = SoftmaxOptions(0.15, "mixture", torch.float32, 2**20)
 BFLOAT16 = replace(FLOAT32, matmul_dtype=torch.bfloat16)
 PLAIN = ClassifierSize(4001, 64, 1, 1, 128, 1, 20, FLOAT32, device=torch.device("cpu"))

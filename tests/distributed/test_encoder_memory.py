@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from memory import measure_allocations
+from memory import live_bytes, measure_allocations
 from ranks import run_ranks
 from torch import nn
 
@@ -26,6 +26,7 @@ CASES = [
     ("resnet18", 32, 12, 2, 2, 2, None),
     ("resnet50", 32, 8, 1, 0, 1, None),
 ]
+STEPS = 5
 
 
 def encoder_of(backbone: BackboneName, image_size: int) -> nn.Module:
@@ -76,7 +77,11 @@ def count_calls() -> dict[str, int]:
 
 
 def train(group: Group, case: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
-    """The largest of two steps above what there was before the encoder; what the second one sent."""
+    """A step's peak above what there was before the encoder, and what it sent.
+
+    What stays is counted tensor by tensor, and of the steps' peaks the least is taken: the profiler misses a release
+    when one of the backend's threads makes it, and it may make it only after the step.
+    """
     backbone, image_size, views, _, zero_stage, accumulation, dtype = case
     engines: list[Engine] = []
 
@@ -88,16 +93,18 @@ def train(group: Group, case: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
     def step() -> None:
         for _ in range(accumulation):
             x_bD = engines[0](torch.rand(views, 3, image_size, image_size))
-            engines[0].backward(x_bD, torch.ones_like(x_bD))
+            engines[0].backward(x_bD, torch.full_like(x_bD, 1e-4))  # small: a step that overflows sends less
             engines[0].end_micro_batch()
         gc.collect()  # DeepSpeed leaves gradients in reference cycles
 
     given = count_calls()
-    _, built = measure_allocations(build)
-    first_peak, first_kept = measure_allocations(step)
+    before = live_bytes()
+    build()
+    step()  # makes the momentum
     given.update(all_reduce=0, all_gather=0)
-    second_peak, _ = measure_allocations(step)
-    return built + max(first_peak, first_kept + second_peak), given
+    stays = live_bytes() - before
+    peaks = [measure_allocations(step)[0] for _ in range(STEPS)]
+    return stays + min(peaks), {name: value // STEPS for name, value in given.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case))
