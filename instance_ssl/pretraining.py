@@ -87,9 +87,10 @@ def train_step(
         shard.step(learning_rate)
     else:
         shard.discard()
-    log_z = torch.stack([output.log_z for output in outputs]).mean().item()
-    num_zero_features = int(torch.stack([output.num_zero_features for output in outputs]).sum().item())
-    return StepReport(loss, log_z, learning_rate, applied, data_wait_seconds, num_zero_features, accuracy, cosine)
+    figures = torch.stack([torch.stack([output.log_z, output.num_zero_features]) for output in outputs])
+    log_z, zero_features = figures.sum(dim=0).tolist()  # read together: each reading makes the host wait for its GPU
+    log_z /= accumulation_steps
+    return StepReport(loss, log_z, learning_rate, applied, data_wait_seconds, int(zero_features), accuracy, cosine)
 
 
 def flatten_views(views: Tensor, instance_id_b: Tensor, device: torch.device) -> MicroBatch:

@@ -8,6 +8,7 @@ import torch
 
 from instance_ssl.benchmarks.classifier import VARIANTS, Problem, Running, gradient_error
 from instance_ssl.benchmarks.measure import Timing, matmul_rate, peak_bytes, time_interleaved
+from instance_ssl.classifier.memory import step_flops
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
@@ -50,6 +51,7 @@ def measure_steps(
     running.clear()
     first = Timing.of(times[names[0]]).median
     rate = matmul_rate(torch.bfloat16, world.device)
+    flop = step_flops(num_rows, num_classes, embedding_dim) / world.size
     rows = []
     for name in names:
         timing = Timing.of(times[name])
@@ -63,14 +65,7 @@ def measure_steps(
                 "median_ms": timing.median,
                 "quartiles_ms": f"{timing.low:.4g}-{timing.high:.4g}",
                 "speed": first / timing.median,
-                "share_of_bf16_rate": 8
-                * num_rows
-                * num_classes
-                / world.size
-                * embedding_dim
-                / timing.median
-                / 1e6
-                / rate,
+                "share_of_bf16_rate": flop / timing.median / 1e6 / rate,
                 "ns_per_class": timing.median * 1e6 / num_classes,
                 "total_MiB": total / 2**20,
                 "extra_MiB": (total - kept[name]) / 2**20,
@@ -78,11 +73,6 @@ def measure_steps(
             }
         )
     return rows
-
-
-def _flop(num_rows: int, num_classes: int, embedding_dim: int) -> int:
-    """8BND: forward, forward once more, and both gradients, whatever a variant really does."""
-    return 8 * num_rows * num_classes * embedding_dim
 
 
 def measure_memory(name: str, problem: Problem, world: Group) -> tuple[int, int]:
@@ -151,8 +141,6 @@ def weak_scaling(
     """Time of a step on the first 1, 2, 4 … ranks, each with as many classes and all with the same batch."""
     rows: list[Row] = []
     for size in sorted({2**power for power in range(world.size.bit_length())} | {world.size}):
-        if size > world.size:
-            continue
         part = comm.first_ranks(world, size)
         if part is not None:
             problem = Problem.draw(classes_per_rank * size, num_rows, embedding_dim, num_hard_classes, world.device)
@@ -167,13 +155,11 @@ def weak_scaling(
 def plot_steps(rows: Sequence[Row], path: Path) -> None:
     """Time of a step and memory beyond W and momentum against N, one line a variant, both axes logarithmic."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        raise UserError('the plot needs matplotlib: pip install -e ".[plots]", or leave out --plot') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+        raise UserError('the picture needs matplotlib: pip install -e ".[plots]", or leave out --output') from None
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2)
     for column, label, axis in (("median_ms", "ms a step", axes[0]), ("extra_MiB", "MiB beyond W, momentum", axes[1])):
         for name in dict.fromkeys(row["variant"] for row in rows):
             own = sorted((row["N"], row[column]) for row in rows if row["variant"] == name)
@@ -182,4 +168,3 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         axis.grid(True, which="both", alpha=0.2)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

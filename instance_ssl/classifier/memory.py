@@ -225,5 +225,10 @@ def classifier_traffic(size: ClassifierSize) -> Counter[str]:
 
 
 def classifier_flops(size: ClassifierSize) -> int:
-    """Of one rank in one optimizer step: logits and numerators, logits again and ∂W; 8 a row, class and dimension."""
-    return 8 * size.gathered_rows * size.accumulation_steps * size.stepped_classes * size.embedding_dim
+    """Of one rank in one optimizer step."""
+    return step_flops(size.gathered_rows * size.accumulation_steps, size.stepped_classes, size.embedding_dim)
+
+
+def step_flops(num_rows: int, num_classes: int, embedding_dim: int) -> int:
+    """8BND: logits and numerators, logits again and ∂W; 2 a row, class and dimension each."""
+    return 8 * num_rows * num_classes * embedding_dim

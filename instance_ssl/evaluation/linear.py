@@ -13,7 +13,7 @@ from torch import Tensor
 
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
-from instance_ssl.evaluation.features import evaluation_mode, extract_features, forward_frozen
+from instance_ssl.evaluation.features import evaluation_mode, extract_features
 
 _BLOCK_ROWS = 65536
 _HISTORY = 10
@@ -148,7 +148,8 @@ def train_linear_classifier(
             train_loss = _train_epoch(optimizer, theta, rates, parts, group)
             if on_epoch is not None:
                 on_epoch(epoch + 1, train_loss)
-        rows = _labelled_features(test_batches(), features, feature_dim, test_labels, group.device)
+        one_by_one = ([batch] for batch in test_batches())
+        rows = _labelled_parts(one_by_one, features, feature_dim, test_labels, group.device)
         accuracy = _accuracy(theta, rows, group)
     settings = {"epochs": epochs, "learning_rate": learning_rate, "global_batch_size": global_batch_size}
     return {**accuracy, "train_loss": train_loss, **settings}
@@ -244,19 +245,6 @@ def _initial_weights(num_classes: int, feature_dim: int, seed: int) -> Tensor:
 
 def _cosine(learning_rate: float, epochs_done: float, epochs: int) -> float:
     return learning_rate * 0.5 * (1 + math.cos(math.pi * epochs_done / epochs))
-
-
-def _labelled_features(
-    batches: Iterable[tuple[Tensor, Tensor]],
-    features: Callable[[Tensor], Tensor],
-    feature_dim: int,
-    labels: Tensor,
-    device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features (b, F) and classes (b,) of each batch of (images, ids)."""
-    labels = labels.long().to(device)
-    for images_b, ids_b in batches:
-        yield forward_frozen(features, images_b, feature_dim, device), labels[ids_b.to(device)]
 
 
 def _labelled_parts(

@@ -82,7 +82,7 @@ def test_update_compiles(matmul: torch.dtype, rows: torch.dtype, momentum: torch
 
 @pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
 def test_small_kernels_compile(rows: torch.dtype) -> None:
-    compile_kernel(
+    unit_rows = compile_kernel(
         "unit_rows_kernel",
         {"weight_ptr": f"*{NAMES[rows]}", "unit_ptr": "*bf16"},
         {"DIM": 100, "PADDED_DIM": 128, "CLASSES": 32},
@@ -91,8 +91,9 @@ def test_small_kernels_compile(rows: torch.dtype) -> None:
         "x_ptr": "bf16", "weight_ptr": NAMES[rows], "row_entries_ptr": "i32", "classes_ptr": "i64",
         "values_ptr": "fp32", "y_ptr": "fp32", "sparse_ptr": "fp32", "dense_ptr": "fp32",
     }  # fmt: skip
-    compile_kernel(
+    sparse_sums = compile_kernel(
         "sparse_sums_kernel",
         {name: f"*{kind}" for name, kind in types.items()},
         {"DIM": 100, "PADDED_DIM": 128, "ENTRIES": 32, "MIXTURE": False},
     )
+    assert max(unit_rows.metadata.shared, sparse_sums.metadata.shared) <= SHARED_MEMORY
