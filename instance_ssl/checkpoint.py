@@ -1,20 +1,20 @@
-"""Checkpoints free of the world size, each a directory that exists only when it is whole.
+"""The state of a training as files free of the world size, and back.
 
     checkpoints/step_000000440/
-        encoder.pt            encoder state and momentum by name, float32, whole (whatever the ZeRO stage)
-        rows_000000000_000000719.pt …   rows [start, stop) of W, their momentum and hard classes, by global row
-        sampling.pt           recent classes of sampled instance classification, where a run samples
-        training.json         step, epoch, N, D, figures of the last epoch
+        encoder.pt            encoder state and momentum by name, float32, whole (whatever the ZeRO stage); batch-norm
+                              statistics are the ranks' mean
+        rows_000000000_000000719.pt …   rows [start, stop) of W, their momentum, hard classes and clock, by global row
+        rank_00000.pt …       what is a rank's own: its batch-norm statistics and random generators
+        sampling.pt           what sampled instance classification remembers, where a run samples
+        training.json         step, epoch, world size, digests of config and images, figures of the last epoch
         MANIFEST.json         size and SHA-256 of every file
 
-Ranks write into a temporary directory, agree that all went well, and rank 0 renames it. A reader takes the newest
-directory whose manifest verifies. Rows are found by number, so any number of ranks can read what any other wrote.
+Rows are found by number, so any number of ranks reads what any other wrote; at the same number of ranks a run goes on
+to the bit. `torch.distributed.checkpoint` would do the first too, but its index is a pickle, it has no hashes, and
+each of its files is read whole; rows that are written in order of number need none of it.
 """
 
-import hashlib
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,108 +22,123 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from instance_ssl.checkpoint_files import Content, committed_directories, read_tensors, verify
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 
-_MANIFEST = "MANIFEST.json"
-_SAMPLING = "sampling.pt"
+_ENCODER, _SAMPLING, _TRAINING = "encoder.pt", "sampling.pt", "training.json"
+# What a reader of the encoder alone has to verify.
+ENCODER_FILES = (_ENCODER, _TRAINING)
 
 
 @dataclass(frozen=True)
 class TrainingPosition:
-    """Where training stands: optimizer steps and whole epochs done, the size of the problem, the last epoch's means."""
+    """Where training stands.
+
+    Attributes:
+        step: global batches of data done, skipped ones included.
+        epoch: whole epochs done.
+        num_instances: N.
+        embedding_dim: D.
+        world_size: ranks that wrote.
+        figures: means of the last whole epoch.
+        digests: of the configuration and of the images, which a run that goes on must share.
+        loss_scale: state of float16's loss scale.
+        skipped_in_a_row: steps that have not moved anything, counted back from this one.
+        loss_level: what the next loss is compared with, for spikes.
+    """
 
     step: int
     epoch: int
     num_instances: int
     embedding_dim: int
+    world_size: int = 1
     figures: dict[str, float | None] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    loss_scale: dict[str, Any] | None = None
+    skipped_in_a_row: int = 0
+    loss_level: float | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint's directory and position."""
+    """A verified checkpoint's directory and position, and what was wrong with newer ones."""
 
     directory: Path
     position: TrainingPosition
+    passed_over: tuple[str, ...] = ()
 
 
-def save_checkpoint(
-    parent: Path,
+def checkpoint_files(
     position: TrainingPosition,
     encoder_state: dict[str, Tensor],
     encoder_momentum: dict[str, Tensor],
+    own_buffers: dict[str, Tensor],
     shard: ClassifierShard,
     world: Group,
-    *,
-    keep: int,
-) -> Path:
-    """Writes `parent`/step_… on all ranks together, then removes all but the newest `keep`.
+) -> dict[str, Content]:
+    """This rank's files, by name: a copy of the state as it is now, so that training may go on.
 
     Raises:
-        UserError: when any rank could not write; nothing new is left then and older checkpoints stay.
+        UserError: when rows of W are not finite, on any rank: such a state must not displace a good one.
     """
-    final = parent / f"step_{position.step:09d}"
-    temporary = parent / f".{final.name}.tmp"
+    problem = None if shard.is_finite() else f"rank {world.rank} holds rows of W that are not finite"
+    problem = next((text for text in world.all_gather_objects(problem) if text is not None), None)
+    if problem is not None:
+        raise UserError(f"no checkpoint was written at step {position.step}: {problem}; older ones are untouched")
+    files: dict[str, Content] = {}
+    if shard.replicas is None or shard.replicas.rank == 0:
+        files[f"rows_{shard.start:09d}_{shard.stop:09d}.pt"] = shard.own_state()
+    files[f"rank_{world.rank:05d}.pt"] = {"buffers": own_buffers, "random": _random_state(world.device)}
     if world.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    world.barrier()
-    shard.settle()
-    problem = None
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        if shard.replicas is None or shard.replicas.rank == 0:
-            rows = {"weight": shard.weight, "momentum": shard.momentum_buffer, "hard_classes": shard.hard_classes}
-            _save(temporary / f"rows_{shard.start:09d}_{shard.stop:09d}.pt", rows)
-        if world.rank == 0:
-            _save(temporary / "encoder.pt", {"state": encoder_state, "momentum": encoder_momentum})
-            if shard.sampler is not None:
-                _save(temporary / _SAMPLING, {"recent_classes": shard.sampler.recent_classes})
-            (temporary / "training.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        problem = f"rank {world.rank}: {' '.join(str(error).split())}"
-    problems = [text for text in world.all_gather_objects(problem) if text is not None]
-    if not problems:
-        problems = [text for text in [world.broadcast_object(_commit(temporary, final, world))] if text is not None]
-    if problems:
-        if world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"checkpoint {final} could not be written ({problems[0]}); older checkpoints are untouched")
-    if world.rank == 0:
-        for old in _directories(parent)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    return final
+        files[_ENCODER] = {"state": encoder_state, "momentum": encoder_momentum}
+        files[_TRAINING] = json.dumps(asdict(position), indent=2) + "\n"
+        if shard.sampler is not None:
+            files[_SAMPLING] = shard.sampling_state()
+    return files
 
 
-def newest_checkpoint(parent: Path, group: Group) -> Checkpoint | None:
-    """The newest checkpoint that verifies; None where there is none at all. Rank 0 looks, all ranks agree.
+def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies; None where there is none at all. Collective.
+
+    Args:
+        names: the only files whose content matters, `ENCODER_FILES` say; None: all.
 
     Raises:
         UserError: when there are checkpoints but not one is whole: training never starts over in silence.
     """
-    found: Checkpoint | str | None = None
-    if group.rank == 0:
-        damage = []
-        for directory in _directories(parent):
-            problem = _verify(directory)
-            if problem is None:
-                position = TrainingPosition(**json.loads((directory / "training.json").read_text()))
-                found = Checkpoint(directory, position)
-                break
-            damage.append(f"{directory}: {problem}")
-        if found is None and damage:
-            found = f"no checkpoint in {parent} is whole ({damage[0]}); restore one or remove the directory"
-    found = group.broadcast_object(found)
-    if isinstance(found, str):
-        raise UserError(found)
-    return found
+    directories = group.broadcast_object(committed_directories(parent) if group.rank == 0 else None)
+    damage: list[str] = []
+    for directory in directories:
+        problem = verify(directory, group, names)
+        if problem is None:
+            values = json.loads((directory / _TRAINING).read_text())
+            return Checkpoint(directory, TrainingPosition(**values), tuple(damage))
+        damage.append(f"{directory}: {problem}")
+    if damage:
+        raise UserError(f"no checkpoint in {parent} is whole ({damage[0]}); restore one or remove the directory")
+    return None
 
 
 def load_encoder(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Encoder state and momentum by name, on the CPU."""
-    content = _load(checkpoint.directory / "encoder.pt")
+    content = read_tensors(checkpoint.directory / _ENCODER)
     return content["state"], content["momentum"]
+
+
+def load_own_buffers(checkpoint: Checkpoint, world: Group) -> dict[str, Tensor] | None:
+    """This rank's buffers, and its random generators restored; None when another number of ranks wrote."""
+    if checkpoint.position.world_size != world.size:
+        return None
+    path = checkpoint.directory / f"rank_{world.rank:05d}.pt"
+    if not path.exists():
+        return None
+    content = read_tensors(path)
+    torch.set_rng_state(content["random"]["cpu"])
+    if world.device.type == "cuda" and "cuda" in content["random"]:
+        torch.cuda.set_rng_state(content["random"]["cuda"], world.device)
+    return content["buffers"]
 
 
 def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
@@ -139,71 +154,28 @@ def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
         raise UserError(f"{checkpoint.directory} holds {found[0]} x {found[1]} weights, this run needs {expected}")
     shard.steps_taken = position.step
     if shard.sampler is not None and (checkpoint.directory / _SAMPLING).exists():
-        shard.sampler.recent_classes = _load(checkpoint.directory / _SAMPLING)["recent_classes"]
+        shard.restore_sampling(read_tensors(checkpoint.directory / _SAMPLING))
     filled = 0
     for path in sorted(checkpoint.directory.glob("rows_*.pt")):
         first, last = (int(part) for part in path.stem.split("_")[1:])
-        start, stop = max(first, shard.start), min(last, shard.stop)
-        if start >= stop:
-            continue
-        filled += stop - start
-        content = _load(path)
-        theirs, own = slice(start - first, stop - first), slice(start - shard.start, stop - shard.start)
-        shard.weight[own] = content["weight"][theirs].to(shard.weight)
-        shard.momentum_buffer[own] = content["momentum"][theirs].to(shard.momentum_buffer)
-        hard = content["hard_classes"]
-        if hard is not None:
-            if shard.hard_classes is None:
-                shard.hard_classes = torch.empty(
-                    len(shard.weight), hard.shape[1], dtype=hard.dtype, device=shard.weight.device
-                )
-            shard.hard_classes[own] = hard[theirs].to(shard.weight.device)
+        if max(first, shard.start) < min(last, shard.stop):
+            filled += shard.restore_rows(first, last, read_tensors(path))
     if filled != len(shard.weight):
         raise UserError(f"{checkpoint.directory} lacks rows of the classifier: {filled} of {len(shard.weight)} found")
 
 
-def _save(path: Path, content: dict[str, Any]) -> None:
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+def checkpoint_bytes(shard: ClassifierShard, num_hard_classes: int, encoder_bytes: int) -> int:
+    """What one checkpoint of all ranks takes on disk, within a few per cent.
+
+    Args:
+        encoder_bytes: of the encoder's parameters and buffers; their momentum is as large.
+    """
+    row = shard.weight.shape[1] * (shard.weight.element_size() + shard.momentum_buffer.element_size())
+    return shard.partition.total * (row + 4 * num_hard_classes) + 2 * encoder_bytes
 
 
-def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _commit(temporary: Path, final: Path, group: Group) -> str | None:
-    """Rank 0 writes the manifest and renames; returns what went wrong, if anything."""
-    if group.rank != 0:
-        return None
-    try:
-        files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-        (temporary / _MANIFEST).write_text(json.dumps(files, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-    except OSError as error:
-        return f"rank 0: {error}"
-    return None
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _directories(parent: Path) -> list[Path]:
-    """Committed checkpoints, newest first."""
-    return sorted(parent.glob("step_*"), reverse=True)
-
-
-def _verify(directory: Path) -> str | None:
-    """None when every file of the manifest is there with its size and digest, else the first problem."""
-    try:
-        manifest = json.loads((directory / _MANIFEST).read_text())
-        for name, expected in manifest.items():
-            if _describe(directory / name) != expected:
-                return f"{name} has changed since it was written"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states

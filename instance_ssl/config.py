@@ -153,11 +153,43 @@ class EvaluationConfig(_Section):
 
 
 class LogConfig(_Section):
-    """How often things are written."""
+    """How often figures are written."""
 
     every_steps: PositiveInt = 50
-    checkpoint_every_epochs: PositiveInt = 1
-    keep_checkpoints: PositiveInt = 2
+
+
+class CheckpointConfig(_Section):
+    """When the state is written: at the end of the training and when it is told to stop in any case.
+
+    Attributes:
+        every_epochs: at the end of every so many epochs.
+        every_steps: every so many steps as well, for epochs of hours.
+        keep: newest ones that stay.
+        keep_every_epochs: those at the end of every so many epochs stay for good, to be evaluated later.
+        tolerated_failures: saves that may fail one after another (the disk is full, say) before the run stops.
+    """
+
+    every_epochs: PositiveInt = 1
+    every_steps: PositiveInt | None = None
+    keep: PositiveInt = 2
+    keep_every_epochs: PositiveInt | None = None
+    tolerated_failures: NonNegativeInt = 2
+
+
+class SafetyConfig(_Section):
+    """What a run does when something goes wrong.
+
+    Attributes:
+        hang_seconds: a rank on which nothing moves for so long writes its stacks and exits; collectives give up then.
+        max_skipped_steps: steps in a row that may be skipped because a number in them is not finite.
+        spike_nats: a loss higher than its running mean by more than this is a spike; None: no step is.
+        rollback: goes back to the newest checkpoint at a spike, and leaves that batch out from then on.
+    """
+
+    hang_seconds: PositiveFloat = 1800.0
+    max_skipped_steps: PositiveInt = 10
+    spike_nats: PositiveFloat | None = 1.0
+    rollback: bool = False
 
 
 class ExperimentConfig(_Section):
@@ -171,6 +203,8 @@ class ExperimentConfig(_Section):
     optimization: OptimizationConfig = OptimizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    safety: SafetyConfig = SafetyConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -120,6 +120,10 @@ class DeepSpeedSettings:
         """Of the rows' momentum."""
         return _DTYPES[self.classifier.momentum_dtype]
 
+    def describe(self) -> str:
+        """All of it, as JSON."""
+        return json.dumps({**self.engine, _OWN: self.classifier.model_dump()}, sort_keys=True)
+
     def group_size(self, world_size: int) -> int:
         """Ranks that hold W once between them."""
         return world_size if self.classifier.group_size == "world" else self.classifier.group_size

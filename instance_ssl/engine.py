@@ -12,6 +12,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings
@@ -39,7 +40,7 @@ class Engine:
         encoder: float32, equal on all ranks.
         schedule: step → learning rate.
         settings: the resolved DeepSpeed JSON.
-        first_step: optimizer steps already taken, for a resumed run.
+        first_step: optimizer steps already taken, skipped ones included, for a resumed run.
     """
 
     def __init__(
@@ -56,13 +57,14 @@ class Engine:
         _quieten()
         self.encoder = encoder.to(group.device)
         self.group = group
+        self.steps_taken = first_step
+        self._schedule = schedule
+        self._accumulation_steps = settings.accumulation_steps
+        self._micro_batches_seen = 0
         optimizer = torch.optim.SGD(
             self.encoder.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay, fused=True
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(first_step + step))
-        self._engine, *_ = deepspeed.initialize(
-            model=self.encoder, optimizer=optimizer, lr_scheduler=scheduler, config=settings.engine
-        )
+        self._engine, *_ = deepspeed.initialize(model=self.encoder, optimizer=optimizer, config=settings.engine)
         self._zero_stage = self._engine.zero_optimization_stage()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -80,31 +82,84 @@ class Engine:
     def end_micro_batch(self) -> bool:
         """Closes a micro-batch; at the last one of a step updates the encoder. True when it moved.
 
-        False at the last one means that the gradients were not finite, or overflowed the float16 loss scale.
+        False at the last one means that the gradients were not finite, or overflowed the float16 loss scale, on any
+        rank: then nothing has moved. The schedule goes on all the same, for steps count batches of data.
         """
+        self._micro_batches_seen += 1
+        if self._micro_batches_seen < self._accumulation_steps:
+            self._engine.step()
+            return False
+        self._micro_batches_seen = 0
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.steps_taken += 1
         scaler = self._engine.torch_autocast_z0_gradscaler
+        if self._zero_stage == 0 and scaler is None and not self._gradients_are_finite():
+            self._drop_gradients()
+            return False
         scale = None if scaler is None else scaler.get_scale()
         self._engine.step()
         # Without ZeRO, DeepSpeed calls a step applied that its gradient scaler has skipped; only the scale tells.
         return self._engine.was_step_applied() and (scaler is None or scaler.get_scale() >= scale)
 
+    def abandon_step(self, x_bD: Tensor) -> None:
+        """In place of the last micro-batch's `backward` and `end_micro_batch`: the step's gradients are dropped.
+
+        Weights and momentum stay as they are. ZeRO keeps gradients in buffers of its own, and clears them when it
+        meets one that is not finite: so it is given one.
+        """
+        self._micro_batches_seen = 0
+        self.steps_taken += 1
+        if self._zero_stage == 0:
+            self._drop_gradients()
+            return
+        self.backward(x_bD, torch.full_like(x_bD, torch.nan))
+        self._engine.step()
+
+    def _gradients_are_finite(self) -> bool:
+        """Whether the summed gradients, which are equal on all ranks, are: plain DeepSpeed would apply any."""
+        gradients = [parameter.grad for parameter in self.encoder.parameters() if parameter.grad is not None]
+        return bool(get_total_norm(gradients).isfinite())
+
+    def _drop_gradients(self) -> None:
+        self._engine.zero_grad()
+        self._engine.micro_steps += 1  # what its own `step` would have counted
+
     @property
     def learning_rate(self) -> float:
         """The rate of the next step, which the classifier's shard follows."""
-        return float(self._engine.get_lr()[0])
+        return self._schedule(self.steps_taken)
+
+    @property
+    def loss_scale(self) -> dict[str, Any] | None:
+        """State of float16's loss scale, which a resumed run needs; None where nothing is scaled."""
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        return None if scaler is None else scaler.state_dict()
+
+    @loss_scale.setter
+    def loss_scale(self, state: dict[str, Any] | None) -> None:
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        if scaler is not None and state:
+            scaler.load_state_dict(state)
+
+    def own_buffers(self) -> dict[str, Tensor]:
+        """This rank's buffers by name, on the CPU: batch-norm statistics are local in training."""
+        return {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.encoder.named_buffers()}
 
     @torch.no_grad()
-    def average_buffers(self) -> None:
-        """Sets floating-point buffers (batch-norm statistics, local in training) to their mean over the ranks."""
-        for buffer in self.encoder.buffers():
-            if buffer.is_floating_point():
-                self.group.all_reduce_sum_(buffer).div_(self.group.size)
-
     def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Encoder state (parameters and buffers) and momentum by parameter name, whole, on the CPU. Collective."""
-        state = {name: value.detach().cpu().clone() for name, value in self.encoder.state_dict().items()}
+        """Encoder state and momentum by name, whole, on the CPU. Collective.
+
+        Floating-point buffers are the ranks' mean. The training itself is not touched: it goes on alike whether or not
+        it is saved.
+        """
+        state = {name: value.detach().to("cpu", copy=True) for name, value in self.encoder.state_dict().items()}
+        for name, buffer in self.encoder.named_buffers():
+            if buffer.is_floating_point():
+                mean = self.group.all_reduce_sum_(buffer.detach().clone()).div_(self.group.size)
+                state[name] = mean.to("cpu", copy=True)
         momentum = {name: self._momentum_of(parameter) for name, parameter in self.encoder.named_parameters()}
-        return state, {name: value.detach().cpu().clone() for name, value in momentum.items()}
+        return state, {name: value.detach().to("cpu", copy=True) for name, value in momentum.items()}
 
     def _momentum_of(self, parameter: nn.Parameter) -> Tensor:
         if self._zero_stage == 0:

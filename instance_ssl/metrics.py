@@ -1,8 +1,10 @@
 """Running figures of training between two log lines, and the memory in use."""
 
+import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -35,11 +37,12 @@ class TrainingMeter:
             "train/log_z": _mean([report.log_z for report in reports]),
             "train/positive_cosine": _mean([report.positive_cosine for report in reports]),
             "train/instance_accuracy": _mean([report.instance_accuracy for report in reports]),
-            "train/learning_rate": reports[-1].learning_rate,
+            "train/learning_rate": reports[-1].learning_rate if reports else None,
             "train/zero_features": float(sum(report.num_zero_features for report in reports)),
             "train/skipped_steps": float(sum(not report.applied for report in reports)),
             "speed/images_per_second": len(reports) * self._images_per_step / seconds,
             "speed/data_wait_share": waited / seconds,
+            "speed/own_seconds": _mean([report.own_seconds for report in reports]),
             "memory/peak_gib": peak_memory_gib(device),
         }
 
@@ -52,6 +55,28 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _mean(values: list[float] | list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+class LossLevel:
+    """A running mean of the loss, and whether a step's loss stands out of it.
+
+    Args:
+        spike_nats: a loss that much above the mean is a spike; None: none is.
+        level: the mean so far, of a run that goes on.
+    """
+
+    _WEIGHT = 0.05
+
+    def __init__(self, spike_nats: float | None, level: float | None) -> None:
+        self.level = level
+        self._spike_nats = spike_nats
+
+    def add(self, loss: float) -> bool:
+        """Whether this loss, which is finite, is a spike; it counts for the mean either way."""
+        before = loss if self.level is None else self.level
+        self.level = before + self._WEIGHT * (loss - before)
+        return self._spike_nats is not None and loss > before + self._spike_nats
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of the values that are there and finite."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else None

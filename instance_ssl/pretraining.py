@@ -2,15 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from instance_ssl import faults
 from instance_ssl.classifier.shard import ClassifierShard, ShardOutput
 from instance_ssl.engine import Engine
-from instance_ssl.errors import UserError
+from instance_ssl.stopwatch import Stopwatch
 
 # (views (b, V, 3, S, S), instance ids (b,)) of one micro-batch.
 MicroBatch = tuple[Tensor, Tensor]
@@ -24,9 +25,12 @@ class StepReport:
         loss: J, the mean over the global batch, equal on all ranks.
         log_z: mean of log Z.
         learning_rate: of this step.
-        applied: False when the encoder's gradients overflowed and neither optimizer moved.
+        applied: False when a number was not finite on any rank (or overflowed float16's loss scale): then neither
+            optimizer has moved.
         data_wait_seconds: time this rank waited for its loader.
+        own_seconds: time of this rank's own work before the collectives: loading and the encoder's forward passes.
         num_zero_features: rows of the global batch whose embedding was 0 and got no gradient.
+        embeddings: this rank's last micro-batch (b, D) and its ids (b,), where the loss is not finite.
         instance_accuracy: of the last micro-batch against all N classes, a fraction, where it was measured.
         positive_cosine: mean cos(w_i, x_i) of the last micro-batch, where it was measured.
     """
@@ -36,7 +40,9 @@ class StepReport:
     learning_rate: float
     applied: bool
     data_wait_seconds: float
+    own_seconds: float
     num_zero_features: int
+    embeddings: tuple[Tensor, Tensor] | None = None
     instance_accuracy: float | None = None
     positive_cosine: float | None = None
 
@@ -53,44 +59,53 @@ def train_step(
     """One optimizer step of encoder and classifier: the eight steps of the paper's "Hybrid Parallelism".
 
     `positives` are the instance ids of the whole global batch, int64 on the CPU.
-
-    Raises:
-        UserError: when the loss is not finite; nothing has moved then.
     """
-    learning_rate = engine.learning_rate
+    learning_rate, rank = engine.learning_rate, engine.group.rank
     outputs: list[ShardOutput] = []
-    data_wait_seconds, applied = 0.0, False
+    data_wait_seconds, applied, watch = 0.0, False, Stopwatch(engine.group.device)
     shard.begin_step(positives)
     for micro_step in range(accumulation_steps):
+        watch.start()
         started = time.perf_counter()
         views, instance_id_b = next(micro_batches)
         data_wait_seconds += time.perf_counter() - started
         images, ids = flatten_views(views, instance_id_b, shard.group.device)
+        if faults.reach("step", rank, engine.steps_taken) == "nan":
+            images = torch.full_like(images, torch.nan)
         total_rows = len(ids) * shard.world_size * accumulation_steps
         x_bD = engine(images)  # 1: features of own rows
+        watch.stop()
         output = shard.forward(x_bD.detach(), ids, total_rows=total_rows)  # 2-7: gather … gradient of own features
-        engine.backward(x_bD, output.feature_gradient_bD)
         outputs.append(output)
         if micro_step == accumulation_steps - 1:
             # Summed from all-reduced Z and Y, the loss is the same number on every rank: so is this decision.
             loss = torch.stack([output.loss for output in outputs]).sum().item()
             if not math.isfinite(loss):
-                shard.discard()
-                raise UserError(
-                    "the loss is not finite; neither the encoder nor the classifier has moved. Lower "
-                    "optimization.learning_rate or lengthen optimization.warmup_epochs, then run the same command "
-                    "with another --run-dir"
-                )
+                break
+        engine.backward(x_bD, output.feature_gradient_bD)
         applied = engine.end_micro_batch()
-    accuracy, cosine = shard.measure(x_bD.detach(), ids) if measure else (None, None)
+    finite = math.isfinite(loss)
+    if not finite:
+        engine.abandon_step(x_bD)
+    accuracy, cosine = shard.measure(x_bD.detach(), ids) if measure and finite else (None, None)
     if applied:  # 8: the engine has updated encoder and head; now the rows of W
         shard.step(learning_rate)
     else:
         shard.discard()
     figures = torch.stack([torch.stack([output.log_z, output.num_zero_features]) for output in outputs])
     log_z, zero_features = figures.sum(dim=0).tolist()  # read together: each reading makes the host wait for its GPU
-    log_z /= accumulation_steps
-    return StepReport(loss, log_z, learning_rate, applied, data_wait_seconds, int(zero_features), accuracy, cosine)
+    return StepReport(
+        loss,
+        log_z / accumulation_steps,
+        learning_rate,
+        applied,
+        data_wait_seconds,
+        watch.seconds(),
+        0 if math.isnan(zero_features) else int(zero_features),
+        embeddings=None if finite else (x_bD.detach(), ids),
+        instance_accuracy=accuracy,
+        positive_cosine=cosine,
+    )
 
 
 def flatten_views(views: Tensor, instance_id_b: Tensor, device: torch.device) -> MicroBatch:
@@ -105,19 +120,28 @@ def train_epoch(
     shard: ClassifierShard,
     micro_batches: Iterable[MicroBatch],
     *,
-    steps: int,
+    steps: range,
     accumulation_steps: int,
     positives_of: Callable[[int], Tensor],
     measure_every_steps: int,
-    on_step: Callable[[int, StepReport], None],
+    on_step: Callable[[int, StepReport | None], None],
+    left_out: Container[int] = (),
 ) -> None:
-    """`steps` optimizer steps over one epoch's micro-batches; `on_step(step in epoch, report)` follows each.
+    """These optimizer steps of one epoch, whose micro-batches begin with the first of them.
 
-    `positives_of(step)` are the instance ids of a whole global batch.
+    `positives_of(step)` are the instance ids of a whole global batch. `on_step(step, report)` follows each step; of one
+    that is `left_out` the data are passed over, nothing moves, and there is no report.
     Instance accuracy and positive cosine are measured every `measure_every_steps` steps and at the last.
     """
     engine.encoder.train()
     iterator = iter(micro_batches)
-    for step in range(steps):
-        measure = (step + 1) % measure_every_steps == 0 or step == steps - 1
+    for step in steps:
+        if step in left_out:
+            for _ in range(accumulation_steps):
+                next(iterator)
+            engine.steps_taken += 1
+            shard.discard()
+            on_step(step, None)
+            continue
+        measure = (step + 1) % measure_every_steps == 0 or step == steps[-1]
         on_step(step, train_step(engine, shard, iterator, accumulation_steps, positives_of(step), measure=measure))

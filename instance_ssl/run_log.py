@@ -1,9 +1,10 @@
 """What a run writes as it goes: console (rank 0), metrics.jsonl, TensorBoard, and a progress bar."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,21 @@ _SECONDS_BETWEEN_LINES = 10.0
 class RunLog:
     """Console lines of rank 0, and the run directory's metrics once there is one. Other ranks stay silent.
 
-    Lines go through tqdm, so that they never break into a progress bar.
+    Lines go through tqdm, so that they never break into a progress bar. Metrics that cannot be written (a full disk,
+    say) are said once and left out: they never end a run.
+
+    Args:
+        is_main: whether this is rank 0.
+        on_progress: called on every rank whenever its work moves on.
     """
 
-    def __init__(self, *, is_main: bool) -> None:
+    def __init__(self, *, is_main: bool, on_progress: Callable[[], None] = lambda: None) -> None:
         self.is_main = is_main
-        self._metrics_path: Path | None = None
+        self.on_progress = on_progress
+        self._directory: Path | None = None
+        self._resumed_at: int | None = None
         self._writer: Any = None
+        self._complained = False
 
     def say(self, line: str) -> None:
         """One line on standard output."""
@@ -33,32 +42,60 @@ class RunLog:
     @contextmanager
     def metrics_in(self, directory: Path) -> Iterator[None]:
         """Metrics go to `directory`/metrics.jsonl and `directory`/tensorboard while this lasts."""
-        if not self.is_main:
-            yield
-            return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-
-        self._metrics_path = directory / "metrics.jsonl"
-        self._writer = SummaryWriter(str(directory / "tensorboard"))
+        self._directory = directory if self.is_main else None
         try:
             yield
         finally:
-            self._writer.close()
-            self._metrics_path = self._writer = None
+            if self._writer is not None:
+                self._unless_broken(self._writer.close)
+            self._directory = self._resumed_at = self._writer = None
 
-    def metrics(self, step: int, values: dict[str, float | None]) -> None:
-        """Appends the values that are there to metrics.jsonl and TensorBoard."""
-        if self._metrics_path is None:
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics of steps that a resumed run does again."""
+        if self._directory is None:
             return
-        known = {name: value for name, value in values.items() if value is not None}
-        with self._metrics_path.open("a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **known}) + "\n")
-        for name, value in known.items():
-            self._writer.add_scalar(name, value, step)
+        self._resumed_at = step
+        path = self._directory / "metrics.jsonl"
+        if path.exists():
+            self._unless_broken(lambda: _cut_metrics(path, step))
+
+    def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Appends the values that are there to metrics.jsonl and TensorBoard."""
+        if self._directory is not None:
+            known = {name: value for name, value in values.items() if value is not None}
+            self._unless_broken(lambda: self._write(step, known))
 
     def progress(self, label: str, total: int, unit: str, initial: int = 0) -> "Progress":
         """A bar on a terminal, a plain line now and then elsewhere; nothing on ranks other than 0."""
         return Progress(self, label, total, unit, initial)
+
+    def _write(self, step: int, known: dict[str, float]) -> None:
+        assert self._directory is not None
+        with (self._directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **known}) + "\n")
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+            purge_step = None if self._resumed_at is None else self._resumed_at + 1
+            self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge_step)
+        for name, value in known.items():
+            self._writer.add_scalar(name, value, step)
+
+    def _unless_broken(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except (OSError, RuntimeError, ValueError) as error:
+            if not self._complained:
+                self.say(f"warning: metrics are not written ({error}); the run goes on without them")
+            self._complained = True
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
 
 
 class Progress:
@@ -80,6 +117,7 @@ class Progress:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Adds `count` done units; `note` stands beside the rate."""
+        self._log.on_progress()
         self._done += count
         self._note = note
         if note:

@@ -30,16 +30,19 @@ _GAUSSIAN_ROWS = 4096
 
 
 @contextmanager
-def batch_norm_statistics(network: nn.Module, mode: InitializationMode, group: Group) -> Iterator[None]:
+def batch_norm_statistics(
+    network: nn.Module, mode: InitializationMode, group: Group, batches_done: int = 0
+) -> Iterator[None]:
     """Runs `network` in eval mode, with its batch-norm statistics moved before every layer as `mode` says.
 
     A running average needs a first value: as in Adam's bias correction, update t weighs the batch by
-    max(momentum, 1/t), so that early images are normalised by real statistics and not by the initial 0 and 1.
+    max(momentum, 1/t), so that early images are normalised by real statistics and not by the initial 0 and 1. A pass
+    that goes on after `batches_done` batches counts on from there.
     """
     was_training = network.training
     network.eval()
     layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    hooks = [layer.register_forward_pre_hook(_statistics_hook(mode, group)) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(_statistics_hook(mode, group, batches_done)) for layer in layers]
     try:
         yield
     finally:
@@ -48,8 +51,9 @@ def batch_norm_statistics(network: nn.Module, mode: InitializationMode, group: G
         network.train(was_training)
 
 
-def _statistics_hook(mode: InitializationMode, group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    updates = 0
+def _statistics_hook(
+    mode: InitializationMode, group: Group, updates: int
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
 
     def update(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal updates
@@ -90,6 +94,7 @@ def initialize_from_features(
     mode: InitializationMode,
     world: Group,
     *,
+    batches_done: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> None:
     """w_i ← x_i: row i becomes the embedding of image i.
@@ -98,9 +103,10 @@ def initialize_from_features(
         encoder: images (b, 3, S, S) → embeddings (b, D); its batch-norm statistics end as the pass left them.
         batches: this rank's part of every global batch, (images, instance ids), equally many batches on all ranks
             and every image once over all of them; a part may be empty.
+        batches_done: how many an earlier part of the pass has done, for the weight of the next statistics.
         on_batch: called with the number of images of each global batch.
     """
-    with batch_norm_statistics(encoder, mode, world):
+    with batch_norm_statistics(encoder, mode, world, batches_done):
         for images, instance_id_b in batches:
             counts = world.row_counts(len(instance_id_b))
             x_bD = encoder(images.to(world.device, non_blocking=True))

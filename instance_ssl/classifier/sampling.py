@@ -87,26 +87,30 @@ class RowClock:
     Args:
         weight_nD: (n, D) rows, brought up to date in place.
         momentum_nD: (n, D) their momentum.
+
+    Attributes:
+        seen_n: (n,) int64, which of the maps each row has yet to follow.
+        maps: (S + 1, 2, 2) float64; entry s takes (w, m) from before step s to now; the last one, the identity, is for
+            rows that are up to date.
     """
 
     def __init__(self, weight_nD: Tensor, momentum_nD: Tensor) -> None:
         self._weight_nD, self._momentum_nD = weight_nD, momentum_nD
-        self._seen_n = torch.zeros(weight_nD.shape[0], dtype=torch.int64, device=weight_nD.device)
-        # Entry s takes (w, m) from before step s to now; the last one, the identity, is for rows that are up to date.
-        self._maps = torch.eye(2, dtype=torch.float64)[None]
+        self.seen_n = torch.zeros(weight_nD.shape[0], dtype=torch.int64, device=weight_nD.device)
+        self.maps = torch.eye(2, dtype=torch.float64)[None]
 
     def settle(self, rows: Tensor | None, seed: int) -> None:
         """Brings these rows (int64), or all, to now, as dense SGD with zero gradients would have.
 
         `seed` is that of the stochastic rounding of bfloat16 rows.
         """
-        steps = self._maps.shape[0] - 1
+        steps = self.maps.shape[0] - 1
         if steps == 0:
             return
-        rows = torch.nonzero(self._seen_n < steps).squeeze(1) if rows is None else rows
+        rows = torch.nonzero(self.seen_n < steps).squeeze(1) if rows is None else rows
         generator = torch.Generator(self._weight_nD.device).manual_seed(seed)
         for part in rows.split(65_536):  # bounds the workspace
-            maps = self._maps.to(self._weight_nD.device)[self._seen_n[part]]
+            maps = self.maps.to(self._weight_nD.device)[self.seen_n[part]]
             a, b, c, d = maps.to(torch.promote_types(self._weight_nD.dtype, torch.float32)).flatten(1).T[:, :, None]
             weight, momentum = self._weight_nD[part], self._momentum_nD[part]
             settled = a * weight + b * momentum
@@ -114,17 +118,17 @@ class RowClock:
                 round_stochastically_(settled, torch.empty_like(settled, dtype=torch.int32), generator)
             self._weight_nD[part] = settled.to(weight.dtype)
             self._momentum_nD[part] = (c * weight + d * momentum).to(momentum.dtype)
-        self._seen_n[rows] = steps
+        self.seen_n[rows] = steps
 
     def settle_all(self, seed: int) -> None:
         """Brings all rows to now and forgets the maps."""
         self.settle(None, seed)
-        self._seen_n.zero_()
-        self._maps = self._maps[-1:]
+        self.seen_n.zero_()
+        self.maps = self.maps[-1:]
 
     def advance(self, stepped: Tensor, update: RowUpdate) -> None:
         """Counts one optimizer step, which the rows `stepped` (int64, settled before) have already made."""
         eta, mu, decay = update.learning_rate, update.momentum, update.weight_decay
         step_map = torch.tensor([[1 - eta * decay, -eta * mu], [decay, mu]], dtype=torch.float64)
-        self._maps = torch.cat([step_map @ self._maps, torch.eye(2, dtype=torch.float64)[None]])
-        self._seen_n[stepped] = self._maps.shape[0] - 1
+        self.maps = torch.cat([step_map @ self.maps, torch.eye(2, dtype=torch.float64)[None]])
+        self.seen_n[stepped] = self.maps.shape[0] - 1

@@ -250,9 +250,10 @@ class ClassifierShard:
         self.steps_taken += 1
 
     def discard(self) -> None:
-        """Forgets the rows seen since the last step: W and its momentum stay as they are."""
+        """In place of `step`: forgets the rows seen since the last one; W and its momentum stay as they are."""
         self._pending = []
         self._sampled = None
+        self.steps_taken += 1
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -281,6 +282,56 @@ class ClassifierShard:
         """Writes w_i ← x_i for those of the gathered rows that this rank owns."""
         own_B = self._owns(instance_id_B)
         self.weight[instance_id_B[own_B] - self.start] = x_BD[own_B].to(self.weight.dtype)
+
+    def is_finite(self) -> bool:
+        """Whether all own rows and their momentum are.
+
+        A finite loss makes them so: ‖∂J/∂w‖ ≤ 2/(τ ‖w‖) with ‖w‖ > `NORM_EPSILON`, far below float32's largest. What
+        is left is broken memory.
+        """
+        largest = [torch.linalg.vector_norm(values, ord=torch.inf) for values in (self.weight, self.momentum_buffer)]
+        return bool(torch.stack(largest).isfinite().all())
+
+    def own_state(self) -> dict[str, Tensor | None]:
+        """Own rows and what belongs to each of them, copied to the CPU: what `restore_rows` takes."""
+        clock = None if self._clock is None else self._clock.seen_n
+        values = {
+            "weight": self.weight,
+            "momentum": self.momentum_buffer,
+            "hard_classes": self.hard_classes,
+            "steps_seen": clock,
+        }
+        return {name: None if value is None else value.to("cpu", copy=True) for name, value in values.items()}
+
+    def restore_rows(self, first: int, last: int, state: dict[str, Tensor | None]) -> int:
+        """Takes over those of the rows first … last - 1 that are own ones, from any shard's `own_state`; how many."""
+        start, stop = max(first, self.start), min(last, self.stop)
+        theirs, own = slice(start - first, stop - first), slice(start - self.start, stop - self.start)
+        weight, momentum, hard, seen = (state[name] for name in ("weight", "momentum", "hard_classes", "steps_seen"))
+        assert weight is not None
+        assert momentum is not None
+        self.weight[own] = weight[theirs].to(self.weight)
+        self.momentum_buffer[own] = momentum[theirs].to(self.momentum_buffer)
+        if hard is not None:
+            if self.hard_classes is None:
+                shape = len(self.weight), hard.shape[1]
+                self.hard_classes = torch.empty(shape, dtype=hard.dtype, device=self.weight.device)
+            self.hard_classes[own] = hard[theirs].to(self.weight.device)
+        if seen is not None and self._clock is not None:
+            self._clock.seen_n[own] = seen[theirs].to(self.weight.device)
+        return stop - start
+
+    def sampling_state(self) -> dict[str, Tensor]:
+        """What sampled classification remembers beside the rows, equal on all ranks; nothing without sampling."""
+        if self.sampler is None or self._clock is None:
+            return {}
+        return {"recent_classes": self.sampler.recent_classes.clone(), "clock_maps": self._clock.maps.clone()}
+
+    def restore_sampling(self, state: dict[str, Tensor]) -> None:
+        """Takes over a `sampling_state`."""
+        if self.sampler is not None and self._clock is not None:
+            self.sampler.recent_classes = state["recent_classes"].clone()
+            self._clock.maps = state["clock_maps"].clone()
 
     @torch.no_grad()
     def measure(self, x_bD: Tensor, instance_id_b: Tensor) -> tuple[float, float]:

@@ -19,6 +19,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP")
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _DIGITS_TEST_SIZE = 360
 _HEADERS_PER_TASK = 256
+_PROBED_FILES = 64
 
 
 class ImageSource(ABC):
@@ -41,6 +42,10 @@ class ImageSource(ABC):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def missing_here(self) -> str | None:
+        """What this machine lacks of the images, after another machine has opened them; None when nothing."""
+        return None
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
@@ -100,10 +105,24 @@ class FileImages(ImageSource):
     ) -> None:
         self.root = root
         self.names, self.labels, self.class_names = names, labels, class_names
-        digest = hashlib.sha256()
-        for name, size in zip(names, _check_headers(root, names), strict=True):
+        digest, sizes = hashlib.sha256(), _check_headers(root, names)
+        for name, size in zip(names, sizes, strict=True):
             digest.update(os.fsencode(name) + b"\0%d\0" % size)
         self.digest = digest.hexdigest()
+        step = max(1, len(names) // _PROBED_FILES)
+        self._probes = list(zip(names[::step], sizes[::step], strict=True))
+
+    def missing_here(self) -> str | None:
+        """The first of some files, evenly spread, that is absent or of another size on this machine."""
+        for name, size in self._probes:
+            path = self.root / name
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                return f"{_escape(str(path))}: {_reason(error)}"
+            if found != size:
+                return f"{_escape(str(path))} has {found} bytes, not {size} as on rank 0"
+        return None
 
     def load(self, index: int) -> Image.Image:
         """Image `index` in RGB mode: transparency is dropped, 16-bit grey keeps its upper 8 bits.

@@ -21,6 +21,11 @@ Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
 
 _TIMEOUT = timedelta(minutes=30)
 
+# Their names from torch 2.14 on, and before.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+
 
 def ring_bytes(collective: Collective, tensor_bytes: int, size: int) -> int:
     """What one of `size` ranks puts on the wire when the collective runs as a ring.
@@ -60,7 +65,7 @@ class Group:
         """Every rank's `count`, in order of rank (one small all-gather)."""
         own = torch.tensor([count], dtype=torch.int64, device=self.device)
         out = torch.empty(self.size, dtype=torch.int64, device=self.device)
-        dist.all_gather_into_tensor(out, own, group=self.handle)
+        _all_gather_single(out, own, group=self.handle)
         return [int(value) for value in out.tolist()]
 
     def all_gather_rows(self, rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
@@ -73,14 +78,14 @@ class Group:
         if counts is None or len(set(counts)) == 1:
             out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
             self._count("all_gather", rows)
-            dist.all_gather_into_tensor(out, rows, group=self.handle)
+            _all_gather_single(out, rows, group=self.handle)
             return out
         longest = max(counts)
         padded = rows.new_zeros((longest, *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         out = rows.new_empty((self.size * longest, *rows.shape[1:]))
         self._count("all_gather", padded)
-        dist.all_gather_into_tensor(out, padded, group=self.handle)
+        _all_gather_single(out, padded, group=self.handle)
         return torch.cat([out[r * longest : r * longest + count] for r, count in enumerate(counts)])
 
     def reduce_scatter_rows(self, rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
@@ -88,7 +93,7 @@ class Group:
         if counts is None or len(set(counts)) == 1:
             out = rows.new_empty((rows.shape[0] // self.size, *rows.shape[1:]))
             self._count("reduce_scatter", out)
-            dist.reduce_scatter_tensor(out, rows.contiguous(), group=self.handle)
+            _reduce_scatter_single(out, rows.contiguous(), group=self.handle)
             return out
         longest = max(counts)
         padded = rows.new_zeros((self.size * longest, *rows.shape[1:]))
@@ -96,7 +101,7 @@ class Group:
             padded[r * longest : r * longest + part.shape[0]] = part
         out = rows.new_empty((longest, *rows.shape[1:]))
         self._count("reduce_scatter", out)
-        dist.reduce_scatter_tensor(out, padded, group=self.handle)
+        _reduce_scatter_single(out, padded, group=self.handle)
         return out[: counts[self.rank]]
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
@@ -248,6 +253,12 @@ def _new_group(world: Group, groups: list[list[int]]) -> Group:
             mine = Group(handle, ranks.index(world.rank), len(ranks), world.device)
     assert mine is not None  # the groups cover the world
     return mine
+
+
+def set_timeouts(seconds: float) -> None:
+    """Bounds the collectives of every group there is, those that DeepSpeed has made for itself included."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        _set_timeout(timedelta(seconds=seconds), group)
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -3,8 +3,8 @@
 import argparse
 import contextlib
 import json
-import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -12,27 +12,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torchvision
 import yaml
 
 from instance_ssl import engine
-from instance_ssl.config import DataConfig, ExperimentConfig, flatten, load_config
-from instance_ssl.data.datasets import ImageSource, open_source, write_instances
+from instance_ssl.config import ExperimentConfig, flatten, load_config
+from instance_ssl.data.datasets import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import RankError, UserError
+from instance_ssl.guard import Guard, ProcessId, Stopped, own_process_id
+from instance_ssl.run_directory import State, locked, write_json, write_status
 from instance_ssl.run_log import RunLog
+from instance_ssl.stages import checks
 
 EXIT_USER_ERROR = 2
 EXIT_LOST_PEER = 3
-
-# Sections that a finished or half-finished run may see changed: they do not touch what was learned.
-_FREE_KEYS = ("evaluation", "log", "data.num_workers", "data.limit_test", "data.root")
-_BOUND_STAGES = ("initialize_classifier", "pretrain")
+EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Stage:
     ds: DeepSpeedSettings
     world: Group
     log: RunLog
+    guard: Guard
     source: ImageSource
     evaluation_sources: tuple[ImageSource, ImageSource] | None = None
 
@@ -61,6 +62,26 @@ class Stage:
     def checkpoints_of(self, stage: str) -> Path:
         """Where a stage of this run keeps its checkpoints."""
         return self.run_directory / stage / "checkpoints"
+
+    def check_together(self) -> None:
+        """For work of all ranks in step: ends it on all of them when any was asked to end. Collective.
+
+        Raises:
+            Stopped: on all ranks.
+        """
+        self.guard.beat()
+        wanted = torch.tensor([int(self.guard.reason is not None)], device=self.world.device)
+        if self.world.all_reduce_max_(wanted).item():
+            self.stop_together()
+
+    def stop_together(self) -> NoReturn:
+        """Ends the work on all ranks, for the reason that one of them has. Collective.
+
+        Raises:
+            Stopped: always.
+        """
+        reasons = [reason for reason in self.world.all_gather_objects(self.guard.reason) if reason is not None]
+        raise Stopped(reasons[0])
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The JSON's precision, for forward passes outside the engine."""
@@ -81,17 +102,19 @@ def run_stages(stages: Sequence[StageSpec], after: Callable[[Stage], None] | Non
 
     Stages already complete in the run directory are skipped. `after` is called once all are complete.
     """
-    log = RunLog(is_main=comm.launched_rank() == 0)
+    process = _Process()
+    process.guard.start()
 
     def work() -> None:
-        context = _open(_parse_arguments(), log, needs_labels=any(spec.needs_labels for spec in stages))
+        needs_labels = any(spec.needs_labels for spec in stages)
+        context = _open(_parse_arguments(), process, needs_labels=needs_labels)
         for spec in stages:
-            _run_stage(replace(context, name=spec.name), spec.run)
+            _run_stage(replace(context, name=spec.name), spec.run, process)
         if after is not None:
             after(context)
         context.world.barrier()
 
-    return _exit_code(work)
+    return _exit_code(work, process)
 
 
 def run_measurement(measure: Callable[[Group], None]) -> int:
@@ -102,26 +125,66 @@ def run_measurement(measure: Callable[[Group], None]) -> int:
         measure(world)
         world.barrier()
 
-    return _exit_code(work)
+    return _exit_code(work, _Process())
 
 
-def _exit_code(work: Callable[[], None]) -> int:
-    """0 when the work is done; a user's mistake is one line and exit code 2, a lost peer another."""
+class _Process:
+    """This process: how it is watched, where it works now, and which processes are the other ranks."""
+
+    def __init__(self) -> None:
+        self.rank = comm.launched_rank()
+        self.guard = Guard(self.rank, on_hang=lambda line: self.end("failed", line))
+        self.log = RunLog(is_main=self.rank == 0, on_progress=self.guard.beat)
+        self.directory: Path | None = None
+        self.peers: list[tuple[str, ProcessId]] = []
+
+    def meet(self, world: Group) -> None:
+        """Learns the other ranks' hosts and processes."""
+        self.peers = world.all_gather_objects((socket.gethostname(), own_process_id()))
+
+    def end(self, state: State, reason: str) -> None:
+        """Says in the stage's status.json how it ended."""
+        if self.directory is not None:
+            write_status(self.directory, state, reason)
+
+    def describe_loss(self) -> str:
+        """Which rank on this host has died, if one of them has."""
+        host = socket.gethostname()
+        dead = [rank for rank, (where, peer) in enumerate(self.peers) if where == host and not peer.is_alive()]
+        return f"rank {dead[0]} on {host} has died" if dead else "another rank has stopped"
+
+
+def _exit_code(work: Callable[[], None], process: _Process) -> int:
+    """0 when the work is done; a user's mistake is one line and exit code 2, a lost peer and a stop have their own."""
     try:
         work()
         comm.finalize()
     except UserError as error:
-        if comm.launched_rank() == 0 or isinstance(error, RankError):
+        if process.rank == 0 or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+            process.end("failed", str(error))
         if not isinstance(error, RankError):  # then all ranks are here, and leave together
             comm.finalize()
         return EXIT_USER_ERROR
+    except Stopped as stop:
+        if process.rank == 0:
+            process.log.say(f"stopped ({stop}); the same command goes on from here")
+            process.end("stopped", str(stop))
+        return EXIT_STOPPED
     except RuntimeError as error:
         if not comm.lost_peer(error):
+            process.end("failed", f"rank {process.rank}: {type(error).__name__}: {error}")
             raise
-        print(f"rank {comm.launched_rank()}: another rank has stopped; stopping too", file=sys.stderr, flush=True)
-        time.sleep(5)  # the launcher reports the first exit it sees: let it be the other rank's
-        return EXIT_LOST_PEER
+        time.sleep(1)  # what has died may still be there for a moment
+        reason = process.describe_loss()
+        print(f"rank {process.rank}: {reason}; stopping too", file=sys.stderr, flush=True)
+        if process.guard.reason is None:
+            process.end("failed", reason)
+        time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
+        return EXIT_LOST_PEER if process.guard.reason is None else EXIT_STOPPED
+    except Exception as error:
+        process.end("failed", f"rank {process.rank}: {type(error).__name__}: {error}")
+        raise
     return 0
 
 
@@ -151,8 +214,9 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _open(arguments: argparse.Namespace, log: RunLog, *, needs_labels: bool) -> Stage:
+def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: bool) -> Stage:
     """Everything that can be refused is refused here, before a file is written."""
+    checks.check_hostfile()
     config = load_config(arguments.config, arguments.set)
     ds = load_ds_config(
         arguments.deepspeed_config,
@@ -162,159 +226,101 @@ def _open(arguments: argparse.Namespace, log: RunLog, *, needs_labels: bool) -> 
     )
     engine.check_zero_section(ds)
     if needs_labels:
-        _check_labels(config)
+        checks.check_labels(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
-    _check_unchanged(config, run_directory)
+    checks.check_unchanged(config, run_directory)
     world = comm.initialize()
-    source = _open_images(config.data, "train", world)
-    check_size(config, len(source))
-    evaluation_sources = _open_evaluation(config, source, world) if needs_labels else None
-    _record_instances(source, run_directory, world)
-    log.say(
+    process.meet(world)
+    checks.check_ranks_agree(
+        {
+            "configuration (--config, --set)": config.model_dump_json(),
+            "DeepSpeed configuration": ds.describe(),
+            "run directory": str(run_directory),
+            "version": checks.versions_in_use(),
+        },
+        world,
+    )
+    source = checks.open_images(config.data, "train", world)
+    checks.check_size(config, len(source))
+    evaluation_sources = checks.open_evaluation(config, source, world) if needs_labels else None
+    checks.record_instances(source, run_directory, world)
+    process.log.say(
         f"{len(source):,} images, {world.size} x {world.device.type}; global batch "
         f"{config.optimization.global_batch_size} = {ds.micro_batch_size} images x {ds.accumulation_steps} "
         f"micro-batches x {world.size} ranks, {config.augmentation.num_views} views each; run in {run_directory}"
     )
-    return Stage("", run_directory, config, ds, world, log, source, evaluation_sources)
+    return Stage("", run_directory, config, ds, world, process.log, process.guard, source, evaluation_sources)
 
 
-def _open_images(data: DataConfig, split: str, world: Group) -> ImageSource:
-    """The images of a split, opened by rank 0 and sent to all: every rank sees the same list."""
-    opened: ImageSource | UserError | None = None
-    if world.rank == 0:
-        limit = data.limit_train if split == "train" else data.limit_test
-        try:
-            opened = open_source(data.kind, split, root=data.root, list_file=data.list_file, limit=limit)
-        except UserError as error:
-            opened = UserError(str(error))
-    opened = world.broadcast_object(opened)
-    if isinstance(opened, UserError):
-        raise opened
-    assert opened is not None
-    return opened
-
-
-def _check_labels(config: ExperimentConfig) -> None:
-    kind = (config.evaluation.data or config.data).kind
-    if kind in ("folder", "list"):
-        raise UserError(
-            f"data.kind {kind} has no labels to evaluate with: point evaluation.data at a labelled set (kind tree), "
-            "or run runners/initialize_classifier.py and runners/pretrain.py alone"
-        )
-
-
-def _open_evaluation(config: ExperimentConfig, source: ImageSource, world: Group) -> tuple[ImageSource, ImageSource]:
-    """Opens what evaluation will read, so that its mistakes show before the training and not after it."""
-    data = config.evaluation.data or config.data
-    if data.image_size != config.data.image_size:
-        raise UserError(
-            f"evaluation.data.image_size {data.image_size} differs from data.image_size {config.data.image_size}, "
-            "which the encoder is trained at: set both alike"
-        )
-    train = source if config.evaluation.data is None else _open_images(data, "train", world)
-    test = _open_images(data, "test", world)
-    largest = max(config.evaluation.knn.neighbours)
-    if largest > len(train):
-        raise UserError(f"evaluation.knn.neighbours asks for {largest} of {len(train)} training images")
-    return train, test
-
-
-def check_size(config: ExperimentConfig, num_images: int) -> None:
-    """Refuses what this many images are too few for."""
-    if config.classifier.num_hard_classes >= num_images:
-        raise UserError(
-            f"classifier.num_hard_classes {config.classifier.num_hard_classes} must be below the number of images "
-            f"{num_images}: a class has only {num_images - 1} others"
-        )
-    if config.optimization.global_batch_size > num_images:
-        raise UserError(
-            f"optimization.global_batch_size {config.optimization.global_batch_size} exceeds the {num_images} images"
-        )
-
-
-def _check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
-    """A run directory belongs to one experiment; what was learned under another is not mixed in."""
-    for stage in _BOUND_STAGES:
-        path = run_directory / stage / "config.yaml"
-        if not path.exists():
-            continue
-        then, now = flatten(load_config(path)), flatten(config)
-        for key, value in now.items():
-            if then.get(key) != value and not key.startswith(_FREE_KEYS):
-                raise UserError(
-                    f"{run_directory} holds a run with {key} = {then.get(key)}, not {value}; "
-                    "give another --run-dir or the same value"
-                )
-
-
-def _record_instances(source: ImageSource, run_directory: Path, world: Group) -> None:
-    """instances.txt and data.json: which image is which class. A run goes on only with the very same list."""
-    problem = None
-    if world.rank == 0:
-        record = {"num_instances": len(source), "digest": source.digest}
-        path = run_directory / "data.json"
-        try:
-            if path.exists() and json.loads(path.read_text()) != record:
-                problem = (
-                    f"the images have changed since {run_directory} was begun ({path} has another digest): instance "
-                    "ids would no longer match the classifier's rows; restore the images or give another --run-dir"
-                )
-            elif not path.exists():
-                run_directory.mkdir(parents=True, exist_ok=True)
-                write_instances(source, run_directory / "instances.txt")
-                write_json(path, record)
-        except OSError as error:
-            problem = f"--run-dir {run_directory}: {error.strerror}"
-        except ValueError:
-            problem = f"{path} is damaged: restore it or give another --run-dir"
-    problem = world.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
-
-
-def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]]) -> None:
+def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], process: _Process) -> None:
     result_path = stage.directory / "result.json"
-    config_path = stage.directory / "config.yaml"
-    done = None
-    if stage.world.rank == 0 and result_path.exists():
-        same = config_path.exists() and flatten(load_config(config_path)) == flatten(stage.config)
-        evaluated = json.loads(result_path.read_text()).get("newest_checkpoint")
-        done = stage.name in _BOUND_STAGES or (same and evaluated == _newest_checkpoint_name(stage))
+    done = _is_complete(stage) if stage.world.rank == 0 else None
     if stage.world.broadcast_object(done):
         stage.log.say(f"{stage.name}: already complete, see {result_path}")
         return
-    if stage.world.rank == 0:
-        stage.directory.mkdir(parents=True, exist_ok=True)
-        config_path.write_text(yaml.safe_dump(stage.config.model_dump(mode="json"), sort_keys=False))
-        section = stage.ds.classifier.model_dump()
-        write_json(stage.directory / "ds_config.json", {**stage.ds.engine, "instance_classifier": section})
-        write_json(stage.directory / "environment.json", _environment(stage.world))
-    started = time.perf_counter()
-    with stage.log.metrics_in(stage.directory):
+    with contextlib.ExitStack() as held:
+        _enter(stage, held)
+        process.directory = stage.directory
+        held.enter_context(process.guard.hangs_after(stage.config.safety.hang_seconds, stage.directory))
+        held.enter_context(stage.log.metrics_in(stage.directory))
+        started = time.perf_counter()
         figures = function(stage)
+        if stage.world.rank == 0:
+            data = {"kind": stage.config.data.kind, "num_instances": len(stage.source), "digest": stage.source.digest}
+            record = {
+                "stage": stage.name,
+                **figures,
+                "newest_checkpoint": _newest_checkpoint_name(stage),
+                "data": data,
+                "seconds": round(time.perf_counter() - started, 3),
+                **_environment(stage.world),
+            }
+            write_json(result_path, record)
+            write_status(stage.directory, "complete")
+        stage.world.barrier()
+        process.directory = None
+
+
+def _is_complete(stage: Stage) -> bool:
+    result_path, config_path = stage.directory / "result.json", stage.directory / "config.yaml"
+    if not result_path.exists():
+        return False
+    if stage.name in checks.BOUND_STAGES:
+        return True
+    same = config_path.exists() and flatten(load_config(config_path)) == flatten(stage.config)
+    evaluated = json.loads(result_path.read_text()).get("newest_checkpoint")
+    return same and evaluated == _newest_checkpoint_name(stage)
+
+
+def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
+    """Takes the stage's directory for this run and writes down what is run there.
+
+    Raises:
+        UserError: when another run has it, or it cannot be written to.
+    """
+    problem = None
     if stage.world.rank == 0:
-        record = {
-            "stage": stage.name,
-            **figures,
-            "newest_checkpoint": _newest_checkpoint_name(stage),
-            "data": {"kind": stage.config.data.kind, "num_instances": len(stage.source), "digest": stage.source.digest},
-            "seconds": round(time.perf_counter() - started, 3),
-            **_environment(stage.world),
-        }
-        write_json(result_path, record)
-    stage.world.barrier()
+        try:
+            stage.directory.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(stage.directory))
+            config = yaml.safe_dump(stage.config.model_dump(mode="json"), sort_keys=False)
+            (stage.directory / "config.yaml").write_text(config)
+            section = stage.ds.classifier.model_dump()
+            write_json(stage.directory / "ds_config.json", {**stage.ds.engine, "instance_classifier": section})
+            write_json(stage.directory / "environment.json", _environment(stage.world))
+            write_status(stage.directory, "running")
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{stage.directory}: {error.strerror}"
+    problem = stage.world.broadcast_object(problem)
+    if problem is not None:
+        raise UserError(problem)
 
 
 def _newest_checkpoint_name(stage: Stage) -> str | None:
     """What an evaluation was of: it is done again when training has gone on since."""
     return max((path.name for path in stage.checkpoints_of("pretrain").glob("step_*")), default=None)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def _environment(world: Group) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def _train(stage: Stage, representation: Representation, images: LabelledImages)
 
     def train_parts(epoch: int) -> Iterator[Iterator[Batch]]:
         order = epoch_order(len(images.train), seed, epoch)
-        return loader.epoch(epoch, own_parts(order, linear.global_batch_size, stage.world))
+        for part in loader.epoch(epoch, own_parts(order, linear.global_batch_size, stage.world)):
+            stage.guard.check()
+            yield part
 
     with stage.log.progress(f"{TITLES[representation.source]}: linear classifier", linear.epochs, "epochs") as progress:
         return train_linear_classifier(

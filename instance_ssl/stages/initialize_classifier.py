@@ -1,17 +1,30 @@
 """Stage 1: the classifier's weights from a fixed random network (the contrastive prior)."""
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from instance_ssl.checkpoint import TrainingPosition, save_checkpoint
+from instance_ssl import faults
+from instance_ssl.checkpoint import (
+    TrainingPosition,
+    checkpoint_files,
+    load_encoder,
+    load_rows,
+    newest_checkpoint,
+)
+from instance_ssl.checkpoint_files import DirectoryWriter, clear_leftovers
 from instance_ssl.classifier.initialization import initialize_from_features, initialize_gaussian
+from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.loaders import epoch_order, image_loader
+from instance_ssl.guard import Stopped
+from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.build import classifier_shard, describe_encoder, own_parts, seeded_encoder
 from instance_ssl.stages.context import Stage
+from instance_ssl.stages.session import require_same_run, run_digests
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -21,30 +34,80 @@ def run(stage: Stage) -> dict[str, Any]:
     encoder = seeded_encoder(config).to(stage.world.device)
     shard = classifier_shard(stage)
     mode = config.classifier.initialization
+    if stage.world.rank == 0:
+        clear_leftovers(stage.checkpoints_of(stage.name))
     if mode == "gaussian":
         initialize_gaussian(shard, config.seed)
     else:
-        batches = _own_batches(stage)
-        with stage.log.progress(f"initialise ({mode})", len(stage.source), "images") as progress, stage.autocast():
-            initialize_from_features(shard, encoder, batches, mode, stage.world, on_batch=progress.advance)
-    position = TrainingPosition(0, 0, len(stage.source), config.model.embedding_dim)
-    state = {name: value.cpu() for name, value in encoder.state_dict().items()}
-    momentum = {name: torch.zeros_like(value, device="cpu") for name, value in encoder.named_parameters()}
-    path = save_checkpoint(stage.checkpoints_of(stage.name), position, state, momentum, shard, stage.world, keep=1)
+        _pass_over_images(stage, encoder, shard)
+    path = _save(stage, encoder, shard, "checkpoints", 0)
+    if stage.world.rank == 0:
+        shutil.rmtree(stage.directory / "partial", ignore_errors=True)
     norms = torch.linalg.vector_norm(shard.weight.float(), dim=1)
     mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / len(stage.source)).item()
-    checkpoint = str(path.relative_to(stage.run_directory))
-    return {"initialization": mode, "mean_row_norm": mean_norm, "checkpoint": checkpoint}
+    return {"initialization": mode, "mean_row_norm": mean_norm, "checkpoint": path}
 
 
-def _own_batches(stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of every global batch, in an order shuffled by the seed.
+def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard) -> None:
+    """The pass, from where it was stopped; at a stop, what has been done is kept.
+
+    Batches done are the `step` of what is kept: they are the same global batches on any number of ranks.
+    """
+    mode = stage.config.classifier.initialization
+    done = 0
+    partial = newest_checkpoint(stage.directory / "partial", stage.world)
+    if partial is not None:
+        require_same_run(partial, stage)
+        load_rows(partial, shard)
+        encoder.load_state_dict(load_encoder(partial)[0])
+        done = partial.position.step
+        stage.log.say(f"resuming from {partial.directory}: {done} batches done")
+    size = stage.config.classifier.initialization_batch_size
+    images_done = min(done * size, len(stage.source))
+    progress = stage.log.progress(f"initialise ({mode})", len(stage.source), "images", initial=images_done)
+
+    def on_batch(num_images: int) -> None:
+        nonlocal done
+        faults.reach("initialize", stage.world.rank, done)
+        done += 1
+        progress.advance(num_images)
+        stage.check_together()
+
+    try:
+        with progress, stage.autocast():
+            initialize_from_features(
+                shard, encoder, _own_batches(stage, done), mode, stage.world, batches_done=done, on_batch=on_batch
+            )
+    except Stopped:
+        _save(stage, encoder, shard, "partial", done)
+        raise
+
+
+def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, step: int) -> str:
+    position = TrainingPosition(
+        step,
+        0,
+        len(stage.source),
+        stage.config.model.embedding_dim,
+        stage.world.size,
+        digests=run_digests(stage),
+    )
+    state = {name: value.cpu() for name, value in encoder.state_dict().items()}
+    momentum = {name: torch.zeros_like(value, device="cpu") for name, value in encoder.named_parameters()}
+    buffers = {name: value.cpu() for name, value in encoder.named_buffers()}
+    writer = DirectoryWriter(stage.directory / folder, stage.world, keep=1, is_permanent=lambda step: False)
+    writer.start(step, checkpoint_files(position, state, momentum, buffers, shard, stage.world))
+    return str(writer.commit().relative_to(stage.run_directory))
+
+
+def _own_batches(stage: Stage, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of every global batch from `first` on, in an order shuffled by the seed.
 
     Folders come sorted by class, and a batch's statistics should not.
     """
     data = stage.config.data
     order = epoch_order(len(stage.source), stage.config.seed, epoch=0)
-    parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)
+    parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]
     view = centre_view(data.image_size)
     loaded = iter(image_loader(stage.source, view, [part for part in parts if part], data.num_workers))
     nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)

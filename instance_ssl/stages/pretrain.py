@@ -1,31 +1,48 @@
 """Stage 2: epochs of instance classification, with the hardest classes found anew before each."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+from instance_ssl import faults
 from instance_ssl.checkpoint import (
     Checkpoint,
-    TrainingPosition,
+    checkpoint_bytes,
     load_encoder,
+    load_own_buffers,
     load_rows,
     newest_checkpoint,
-    save_checkpoint,
 )
+from instance_ssl.checkpoint_files import clear_leftovers
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.loaders import GlobalBatchSampler, ViewDataset, view_loader
+from instance_ssl.distributed import comm
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError
-from instance_ssl.metrics import TrainingMeter
-from instance_ssl.pretraining import StepReport, train_epoch
-from instance_ssl.run_log import Progress
+from instance_ssl.pretraining import train_epoch
+from instance_ssl.run_directory import require_space, write_json
 from instance_ssl.schedules import warmup_cosine
 from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_view
 from instance_ssl.stages.context import Stage
+from instance_ssl.stages.session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
 
 
 def run(stage: Stage) -> dict[str, Any]:
     """Trains from the newest checkpoint of this stage, or else from the initialised classifier, to the last epoch."""
-    config = stage.config
-    optimization = config.optimization
+    if stage.world.rank == 0:
+        clear_leftovers(stage.checkpoints_of(stage.name))
+    while True:
+        left_out = _left_out_steps(stage)
+        try:
+            return _train(stage, left_out)
+        except Rollback as rollback:
+            stage.log.say(f"going back to the newest checkpoint; step {rollback.step} is left out from now on")
+            if stage.world.rank == 0:
+                write_json(_left_out_path(stage), {"steps": sorted({*left_out, rollback.step})})
+
+
+def _train(stage: Stage, left_out: frozenset[int]) -> dict[str, Any]:
+    config, optimization = stage.config, stage.config.optimization
     sampler = GlobalBatchSampler(
         len(stage.source),
         optimization.global_batch_size,
@@ -39,31 +56,33 @@ def run(stage: Stage) -> dict[str, Any]:
     shard = classifier_shard(stage)
     load_rows(start, shard)
     engine = _build_engine(stage, start, sampler.steps_per_epoch)
+    _require_space(stage, engine, shard)
+    # Beyond the guard's own patience, so that a hang ends with stacks and not with an error of a collective.
+    comm.set_timeouts(2 * config.safety.hang_seconds)
     view = training_view(config.augmentation, config.data)
     dataset = ViewDataset(stage.source, view, config.augmentation.num_views, config.seed)
     loader = view_loader(dataset, sampler, config.data.num_workers)
-    total_steps = optimization.epochs * sampler.steps_per_epoch
-    figures = start.position.figures
+    total_steps, per_epoch = optimization.epochs * sampler.steps_per_epoch, sampler.steps_per_epoch
+    stage.log.forget_after(start.position.step)
     with stage.log.progress("pretrain", total_steps, "steps", initial=start.position.step) as progress:
-        for epoch in range(start.position.epoch, optimization.epochs):
-            _refresh_hard_classes(stage, shard)
-            sampler.epoch = epoch
-            writer = _EpochWriter(stage, epoch, sampler.steps_per_epoch, progress)
+        session = TrainingSession(stage, engine, shard, sampler, start, progress)
+        for epoch in range(session.step // per_epoch, optimization.epochs):
+            sampler.epoch, sampler.start_step = epoch, session.step % per_epoch
+            if sampler.start_step == 0:
+                _refresh_hard_classes(stage, shard, session)
             train_epoch(
                 engine,
                 shard,
                 loader,
-                steps=sampler.steps_per_epoch,
+                steps=range(sampler.start_step, per_epoch),
                 accumulation_steps=sampler.accumulation_steps,
                 positives_of=sampler.global_batch,
                 measure_every_steps=config.log.every_steps,
-                on_step=writer.write,
+                on_step=session.after_step,
+                left_out={step - epoch * per_epoch for step in left_out},
             )
-            figures = writer.summary()
-            if (epoch + 1) % config.log.checkpoint_every_epochs == 0 or epoch + 1 == optimization.epochs:
-                steps_done = (epoch + 1) * sampler.steps_per_epoch
-                _save(stage, engine, shard, steps_done, epoch + 1, figures)
-    return {"epochs": optimization.epochs, "steps": total_steps, **figures}
+        session.finish()
+    return {"epochs": optimization.epochs, "steps": total_steps, **session.figures}
 
 
 def _describe(stage: Stage, sampler: GlobalBatchSampler) -> None:
@@ -77,7 +96,10 @@ def _describe(stage: Stage, sampler: GlobalBatchSampler) -> None:
 def _starting_checkpoint(stage: Stage) -> Checkpoint:
     found = newest_checkpoint(stage.checkpoints_of(stage.name), stage.world)
     if found is not None:
-        stage.log.say(f"resuming from {found.directory}: {found.position.epoch} epochs done")
+        say_what_was_passed_over(stage, found)
+        require_same_run(found, stage)
+        position = found.position
+        stage.log.say(f"resuming from {found.directory}: {position.epoch} epochs done, {position.step} steps in all")
         return found
     found = newest_checkpoint(stage.checkpoints_of("initialize_classifier"), stage.world)
     if found is None:
@@ -85,6 +107,7 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
             f"{stage.run_directory} has no initialised classifier: run runners/initialize_classifier.py "
             "with the same flags first, or runners/pipeline.py for all stages"
         )
+    require_same_run(found, stage)
     return found
 
 
@@ -112,57 +135,47 @@ def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engi
         first_step=start.position.step,
     )
     engine.load_momentum(momentum)
+    engine.loss_scale = start.position.loss_scale
+    own_buffers = load_own_buffers(start, stage.world)
+    if own_buffers is not None:
+        engine.encoder.load_state_dict(own_buffers, strict=False)
     return engine
 
 
-def _refresh_hard_classes(stage: Stage, shard: ClassifierShard) -> None:
+def _require_space(stage: Stage, engine: Engine, shard: ClassifierShard) -> None:
+    tensors = engine.encoder.state_dict().values()
+    encoder_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    size = checkpoint_bytes(shard, stage.config.classifier.num_hard_classes, encoder_bytes)
+    problem = None
+    if stage.world.rank == 0:
+        try:
+            require_space(stage.checkpoints_of(stage.name), size, stage.config.checkpoint.keep)
+        except UserError as error:
+            problem = str(error)
+    problem = stage.world.broadcast_object(problem)
+    if problem is not None:
+        raise UserError(problem)
+
+
+def _refresh_hard_classes(stage: Stage, shard: ClassifierShard, session: TrainingSession) -> None:
+    """At the beginning of an epoch; a run that is stopped in it begins the epoch with it again."""
     num_hard_classes = stage.config.classifier.num_hard_classes
     with stage.log.progress("hardest classes", 1, "passes") as progress:
-        shard.refresh_hard_classes(num_hard_classes, on_block=lambda done, blocks: progress.set(done, blocks))
+
+        def on_block(done: int, blocks: int) -> None:
+            faults.reach("hard_classes", stage.world.rank, session.step)
+            progress.set(done, blocks)
+            session.check_together()
+
+        shard.refresh_hard_classes(num_hard_classes, on_block=on_block)
 
 
-def _save(
-    stage: Stage,
-    engine: Engine,
-    shard: ClassifierShard,
-    steps_done: int,
-    epochs_done: int,
-    figures: dict[str, float | None],
-) -> None:
-    # Averaged in place, so that a run that goes on and one that resumes hold the same statistics.
-    engine.average_buffers()
-    state, momentum = engine.full_state()
-    embedding_dim = stage.config.model.embedding_dim
-    position = TrainingPosition(steps_done, epochs_done, len(stage.source), embedding_dim, figures)
-    directory = stage.checkpoints_of(stage.name)
-    save_checkpoint(directory, position, state, momentum, shard, stage.world, keep=stage.config.log.keep_checkpoints)
+def _left_out_path(stage: Stage) -> Path:
+    return stage.directory / "left_out_steps.json"
 
 
-class _EpochWriter:
-    """Carries each step's report to metrics, progress bar and the epoch's summary."""
-
-    def __init__(self, stage: Stage, epoch: int, steps_per_epoch: int, progress: Progress) -> None:
-        self._stage, self._progress = stage, progress
-        self._first_step = epoch * steps_per_epoch
-        self._steps_per_epoch = steps_per_epoch
-        images_per_step = stage.config.optimization.global_batch_size
-        self._images_per_step = images_per_step
-        self._since_log, self._epoch = TrainingMeter(images_per_step), TrainingMeter(images_per_step)
-
-    def write(self, step: int, report: StepReport) -> None:
-        """Takes the report of a step of this epoch."""
-        self._since_log.add(report)
-        self._epoch.add(report)
-        rate = self._progress.rate * self._images_per_step
-        self._progress.advance(note=f"loss {report.loss:.3f}, {rate:.0f} images/s")
-        if (step + 1) % self._stage.config.log.every_steps == 0 or step + 1 == self._steps_per_epoch:
-            self._stage.log.metrics(self._first_step + step + 1, self._since_log.read(self._stage.world.device))
-
-    def summary(self) -> dict[str, float | None]:
-        """The epoch's means, by plain name; says aloud what should not have been."""
-        figures = self._epoch.read(self._stage.world.device)
-        if figures["train/zero_features"]:
-            self._stage.log.say(
-                f"warning: {figures['train/zero_features']:.0f} embeddings of this epoch were 0 and got no gradient"
-            )
-        return {name.split("/")[1]: value for name, value in figures.items()}
+def _left_out_steps(stage: Stage) -> frozenset[int]:
+    """Steps of the whole training that an earlier rollback has left out."""
+    path = _left_out_path(stage)
+    steps = json.loads(path.read_text())["steps"] if stage.world.rank == 0 and path.exists() else []
+    return frozenset(stage.world.broadcast_object(steps))

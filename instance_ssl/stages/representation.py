@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
-from instance_ssl.checkpoint import Checkpoint, load_encoder, newest_checkpoint
+from instance_ssl import faults
+from instance_ssl.checkpoint import ENCODER_FILES, Checkpoint, load_encoder, newest_checkpoint
 from instance_ssl.config import DataConfig
 from instance_ssl.data.augmentations import Transform, centre_view
 from instance_ssl.data.datasets import ImageSource
@@ -17,6 +17,7 @@ from instance_ssl.evaluation.features import extract_features
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.build import seeded_encoder
 from instance_ssl.stages.context import Stage
+from instance_ssl.stages.session import say_what_was_passed_over
 
 TITLES = {"pixels": "raw pixels", "random": "random network", "trained": "trained"}
 
@@ -79,9 +80,10 @@ def represent(stage: Stage, source: str) -> Representation:
         feature_dim = 3 * evaluation_data(stage).image_size ** 2
         return Representation(source, _pixels, feature_dim, None, None, "pixels, normalised by channel")
     made_by = {"random": "initialize_classifier", "trained": "pretrain"}[source]
-    checkpoint = newest_checkpoint(stage.checkpoints_of(made_by), stage.world)
+    checkpoint = newest_checkpoint(stage.checkpoints_of(made_by), stage.world, ENCODER_FILES)
     if checkpoint is None:
         raise UserError(f"{stage.run_directory} has no {TITLES[source]} encoder: run runners/{made_by}.py first")
+    say_what_was_passed_over(stage, checkpoint)
     encoder = _load_frozen(stage, checkpoint)
 
     def features(images: Tensor) -> Tensor:
@@ -103,9 +105,14 @@ def cached_features(stage: Stage, representation: Representation, images: ImageS
     """Features (n, F) of this rank's contiguous part of the images, of the evaluation view."""
     batches = own_batches(stage, images, centre_view(evaluation_data(stage).image_size))
     with stage.log.progress(label, len(images), "images") as progress:
-        advance = partial(_advance_all, progress.advance, stage.world.size)
+
+        def on_batch(count: int) -> None:
+            faults.reach("evaluate", stage.world.rank)
+            progress.advance(count * stage.world.size)  # rank 0 speaks for all: the others are as far as it is
+            stage.guard.check()
+
         features_nF, _ = extract_features(
-            representation.features, batches, representation.feature_dim, stage.world.device, on_batch=advance
+            representation.features, batches, representation.feature_dim, stage.world.device, on_batch=on_batch
         )
     return features_nF
 
@@ -114,11 +121,6 @@ def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:
     """The labels of this rank's contiguous part."""
     start, stop = Partition(len(labels_N), stage.world.size).bounds(stage.world.rank)
     return labels_N[start:stop]
-
-
-def _advance_all(advance: Callable[[int], None], world_size: int, count: int) -> None:
-    """Rank 0 speaks for all: the others are as far as it is."""
-    advance(count * world_size)
 
 
 def _load_frozen(stage: Stage, checkpoint: Checkpoint) -> Encoder:

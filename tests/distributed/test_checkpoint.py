@@ -8,7 +8,8 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from instance_ssl.checkpoint import TrainingPosition, load_encoder, load_rows, newest_checkpoint, save_checkpoint
+from instance_ssl.checkpoint import TrainingPosition, checkpoint_files, load_encoder, load_rows, newest_checkpoint
+from instance_ssl.checkpoint_files import DirectoryWriter
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
@@ -26,6 +27,15 @@ def make_shard(group: Group, num_instances: int = N) -> ClassifierShard:
     shard.weight.copy_(rows[shard.start : shard.stop])
     shard.momentum_buffer.copy_(-rows[shard.start : shard.stop])
     return shard
+
+
+def save_checkpoint(
+    parent: Path, position: TrainingPosition, state: dict[str, Tensor], momentum: dict[str, Tensor],
+    shard: ClassifierShard, world: Group, *, keep: int,
+) -> Path:  # fmt: skip
+    writer = DirectoryWriter(parent, world, keep=keep, is_permanent=lambda step: step % 70 == 0)
+    writer.start(position.step, checkpoint_files(position, state, momentum, {}, shard, world))
+    return writer.commit()
 
 
 def write(group: Group, parent: Path, steps: list[int], keep: int = 2) -> None:
@@ -101,7 +111,7 @@ def write_where_one_rank_cannot(group: Group, parent: Path) -> str:
     shard = make_shard(group)
     if group.rank == 1:
         # A directory where the file should go: an error on this rank alone, whoever runs the test.
-        blocked = parent / ".step_000000020.tmp" / f"rows_{shard.start:09d}_{shard.stop:09d}.pt"
+        blocked = parent / ".writing-step_000000020" / f"rows_{shard.start:09d}_{shard.stop:09d}.pt"
         original = Path.mkdir
 
         def mkdir(self: Path, *args: object, **kwargs: object) -> None:
@@ -126,7 +136,7 @@ def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     run_ranks(write, 2, tmp_path, [10])
     directory = tmp_path / "step_000000010"
     manifest = json.loads((directory / "MANIFEST.json").read_text())
-    assert set(manifest) == {path.name for path in directory.iterdir()} - {"MANIFEST.json"}
+    assert set(manifest["files"]) == {path.name for path in directory.iterdir()} - {"MANIFEST.json"}
 
 
 def make_copied_shard(world: Group, group_size: int) -> ClassifierShard:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from processes import ROOT, run_bare, run_launched
 
-SHORT = ["--set", "optimization.epochs=12", "optimization.warmup_epochs=2", "log.checkpoint_every_epochs=1"]
+SHORT = ["--set", "optimization.epochs=12", "optimization.warmup_epochs=2", "checkpoint.every_epochs=1"]
 # Evaluated with 200 labels: with all 1437 a linear classifier on random features leaves next to nothing to learn.
 SHORT += ["evaluation.data.limit_train=200"]
 

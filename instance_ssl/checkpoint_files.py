@@ -1,0 +1,297 @@
+"""Directories of files that are there only when they are whole, written by all ranks together.
+
+Each rank writes its files into one temporary directory, from a thread of its own and hashing what passes by. Once all
+ranks have finished well, rank 0 writes MANIFEST.json (size and SHA-256 of every file) and renames the directory: that
+is the commit. Readers take the newest directory that its manifest describes; damage is found before anything is
+loaded. The hashes guard against accidents, not against someone who can rewrite them; but no file of a checkpoint can
+execute code either way (`read_tensors`).
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+
+from instance_ssl import faults
+from instance_ssl.distributed.comm import Group
+from instance_ssl.errors import UserError
+
+MANIFEST = "MANIFEST.json"
+_REMOVED = ".removed-"
+_TEMPORARY = ".writing-"
+
+# A file's content: tensors and plain values for `torch.save`, or text.
+Content = dict[str, Any] | str
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256, in hexadecimal, of one file."""
+
+    bytes: int
+    sha256: str
+
+
+class DirectoryWriter:
+    """Writes one directory after another below `parent`, while its caller goes on.
+
+    Args:
+        parent: of the directories; removed leftovers in it are those of runs that have ended.
+        world: all ranks; every one calls `start` and `commit`, in the same order.
+        keep: newest directories that a commit leaves.
+        is_permanent: step → whether its directory is never removed.
+    """
+
+    def __init__(self, parent: Path, world: Group, *, keep: int, is_permanent: Callable[[int], bool]) -> None:
+        self.parent = parent
+        self._world = world
+        self._keep, self._is_permanent = keep, is_permanent
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._records: dict[str, FileRecord] = {}
+        self._problem: str | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Between `start` and `commit`, on all ranks alike."""
+        return self._thread is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's files are still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, step: int, files: Mapping[str, Content]) -> None:
+        """Begins to write this rank's files of `parent`/step_…; the caller does not change their content any more."""
+        assert not self.is_busy
+        self._step, self._records, self._problem = step, {}, None
+        self._thread = threading.Thread(target=self._write, args=(files,), name="checkpoint")
+        self._thread.start()
+
+    def commit(self) -> Path:
+        """Waits for every rank's files and makes the directory appear.
+
+        Raises:
+            UserError: when any rank could not write; nothing new is left then and older directories stay.
+        """
+        assert self._thread is not None
+        self._thread.join()
+        self._thread = None
+        results = self._world.all_gather_objects((self._records, self._problem))
+        problem = next((text for _, text in results if text is not None), None)
+        if self._world.rank == 0 and problem is None:
+            problem = self._publish({name: record for records, _ in results for name, record in records.items()})
+        problem = self._world.broadcast_object(problem)
+        if problem is not None:
+            if self._world.rank == 0:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise UserError(
+                f"checkpoint {self._final} could not be written ({problem}); older checkpoints are untouched"
+            )
+        return self._final
+
+    @property
+    def _final(self) -> Path:
+        return self.parent / f"step_{self._step:09d}"
+
+    @property
+    def _temporary(self) -> Path:
+        return self.parent / f"{_TEMPORARY}{self._final.name}"
+
+    def _write(self, files: Mapping[str, Content]) -> None:
+        rank, step = self._world.rank, self._step
+        try:
+            faults.reach("save.before", rank, step)
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                path = self._temporary / name
+                self._records[name] = write_file(path, content, lambda: faults.reach("save.mid", rank, step))
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            self._problem = f"rank {rank}: {' '.join(str(error).split())}"
+
+    def _publish(self, records: dict[str, FileRecord]) -> str | None:
+        """Manifest, rename, retention; returns what went wrong, if anything."""
+        try:
+            faults.reach("save.before_commit", 0, self._step)
+            write_file(self._temporary / MANIFEST, _manifest_text(records))
+            _sync_directory(self._temporary)
+            if self._final.exists():  # damaged, or resolution would have begun after it
+                remove_directory(self._final)
+            self._temporary.rename(self._final)
+            faults.reach("commit.mid", 0, self._step)
+            _sync_directory(self.parent)
+        except OSError as error:
+            return f"rank 0: {error}"
+        retain(self.parent, self._keep, self._is_permanent)
+        return None
+
+
+def write_file(path: Path, content: Content, on_begun: Callable[[], object] = lambda: None) -> FileRecord:
+    """Writes a file through to the disk and says what was written. `on_begun` is called once part of it is there."""
+    with path.open("wb") as file:
+        hashing = _HashingFile(file, on_begun)
+        if isinstance(content, str):
+            hashing.write(content.encode())
+        else:
+            torch.save(content, cast(BinaryIO, hashing))
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(hashing.size, hashing.digest.hexdigest())
+
+
+class _HashingFile:
+    """What `torch.save` needs of a file: bytes pass through once, so that hashing costs no second reading."""
+
+    def __init__(self, file: BinaryIO, on_begun: Callable[[], object]) -> None:
+        self._file, self._on_begun = file, on_begun
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.digest.update(data)
+        self._file.write(data)
+        if self.size == 0:
+            self._file.flush()
+            self._on_begun()
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Content of a file of tensors, on the CPU and mapped, so that slices cost what they hold.
+
+    Only tensors and plain containers are ever built: a file that asks for more is refused, and runs nothing.
+
+    Raises:
+        UserError: for such a file, or one that cannot be read.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError) as error:
+        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _one_line(error)
+        raise UserError(f"{path} cannot be loaded: {reason}; nothing in it was run, give an intact one") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be loaded: it holds a {type(content).__name__}, not named tensors")
+    return content
+
+
+def committed_directories(parent: Path) -> list[Path]:
+    """Committed directories, whole or damaged since, newest first."""
+    return sorted(parent.glob("step_*"), reverse=True)
+
+
+def step_of(directory: Path) -> int:
+    """The step in the name of a committed directory."""
+    return int(directory.name.removeprefix("step_"))
+
+
+def verify(directory: Path, group: Group, names: tuple[str, ...] | None = None) -> str | None:
+    """None when the directory is what its manifest says, else the first problem. Collective; the ranks share the work.
+
+    Args:
+        names: the only files whose content matters; None: all, and no others may be there.
+    """
+    outcome = _read_manifest(directory) if group.rank == 0 else None
+    outcome = group.broadcast_object(outcome)
+    if isinstance(outcome, str):
+        return outcome
+    assert outcome is not None
+    unknown = {path.name for path in directory.iterdir()} - {*outcome, MANIFEST}
+    if unknown and names is None:
+        return f"{min(unknown)} is not in {MANIFEST}"
+    chosen = sorted(name for name in outcome if names is None or name in names)
+    problem = None
+    for name in chosen[group.rank :: group.size]:
+        problem = problem or _compare(directory / name, outcome[name])
+    return next((text for text in group.all_gather_objects(problem) if text is not None), None)
+
+
+def retain(parent: Path, keep: int, is_permanent: Callable[[int], bool]) -> None:
+    """Removes all but the newest `keep` intact directories and the permanent ones.
+
+    Damaged ones (by size: hashing all at every save would take longer than the save) are neither counted nor removed.
+    """
+    intact = [directory for directory in committed_directories(parent) if _has_right_sizes(directory)]
+    for directory in intact[keep:]:
+        if not is_permanent(step_of(directory)):
+            remove_directory(directory)
+
+
+def remove_directory(directory: Path) -> None:
+    """Removes a committed directory so that what an interruption leaves of it is none."""
+    hidden = directory.with_name(_REMOVED + directory.name)
+    shutil.rmtree(hidden, ignore_errors=True)
+    directory.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Removes what interrupted saves and removals have left. Only for the one run that has the directory locked."""
+    for pattern in (_TEMPORARY, _REMOVED):
+        for directory in parent.glob(pattern + "*"):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _manifest_text(records: dict[str, FileRecord]) -> str:
+    files = {name: asdict(records[name]) for name in sorted(records)}
+    return json.dumps({"files": files, "checksum": _checksum(files)}, indent=2) + "\n"
+
+
+def _checksum(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(directory: Path) -> dict[str, FileRecord] | str:
+    """The manifest's records, or what is wrong with it."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        files = manifest["files"]
+        if manifest["checksum"] != _checksum(files):
+            return f"{MANIFEST} has changed since it was written"
+        records = {name: FileRecord(**record) for name, record in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST}: {_one_line(error)}"
+    if any(Path(name).name != name for name in records):
+        return f"{MANIFEST} names files outside its directory"
+    return records
+
+
+def _compare(path: Path, expected: FileRecord) -> str | None:
+    try:
+        with path.open("rb") as file:
+            found = FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+    return None if found == expected else f"{path.name} has changed since it was written"
+
+
+def _has_right_sizes(directory: Path) -> bool:
+    records = _read_manifest(directory)
+    if isinstance(records, str):
+        return False
+    try:
+        return all((directory / name).stat().st_size == record.bytes for name, record in records.items())
+    except OSError:
+        return False
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

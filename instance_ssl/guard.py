@@ -1,0 +1,155 @@
+"""What ends a run from outside: signals, a launcher that has died, and work that hangs.
+
+A signal or a dead launcher only leaves a request; whoever works asks for it between two pieces of work, when a
+checkpoint can be written. Only a hang is acted on here, for nothing else would.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+EXIT_HANG = 4
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Stopped(Exception):
+    """The run ends early on request, and goes on when the same command is given again."""
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process of this machine: its number, which is used again, and when it began."""
+
+    pid: int
+    began: float
+
+    @staticmethod
+    def of(process: psutil.Process) -> "ProcessId":
+        """Of a process that is there."""
+        return ProcessId(process.pid, process.create_time())
+
+    def is_alive(self) -> bool:
+        """Whether this very process still runs."""
+        try:
+            process = psutil.Process(self.pid)
+            return process.create_time() == self.began and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+
+class Guard:
+    """Watches over this process from a thread of its own.
+
+    DeepSpeed's launcher leaves its ranks behind when it is killed, or when its own parent is (on one machine no signal
+    reaches them), so each rank looks after the launchers above it itself.
+
+    Args:
+        rank: for messages.
+        on_hang: called with one line before the process exits with `EXIT_HANG`.
+    """
+
+    def __init__(self, rank: int, on_hang: Callable[[str], None] = lambda line: None) -> None:
+        self.rank = rank
+        self.reason: str | None = None
+        self._on_hang = on_hang
+        self._launchers: list[ProcessId] = []
+        self._hang_seconds: float | None = None
+        self._stacks = Path(os.devnull)
+        self._last_beat = time.monotonic()
+
+    def start(self) -> None:
+        """Installs the handlers and starts looking; call it once, from the main thread."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        self._launchers = [ProcessId.of(process) for process in launchers_of(psutil.Process())]
+        threading.Thread(target=self._look, name="guard", daemon=True).start()
+
+    def request(self, reason: str) -> None:
+        """Asks for an end; the first reason stays."""
+        if self.reason is None:
+            self.reason = reason
+
+    def check(self) -> None:
+        """For work that has nothing to save.
+
+        Raises:
+            Stopped: when an end was asked for on this rank.
+        """
+        self.beat()
+        if self.reason is not None:
+            raise Stopped(self.reason)
+
+    def beat(self) -> None:
+        """Says that work goes on."""
+        self._last_beat = time.monotonic()
+
+    @contextmanager
+    def hangs_after(self, seconds: float, directory: Path) -> Iterator[None]:
+        """While this lasts, a process without a beat for so long writes its stacks below `directory` and exits."""
+        self.beat()
+        self._stacks = directory / f"stacks_rank_{self.rank:05d}.txt"
+        self._hang_seconds = seconds
+        try:
+            yield
+        finally:
+            self._hang_seconds = None
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self.request(signal.Signals(number).name)
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            for launcher in self._launchers:
+                if not launcher.is_alive():
+                    self.request(f"the launcher (process {launcher.pid}) has died")
+            silent = time.monotonic() - self._last_beat
+            if self._hang_seconds is not None and silent > self._hang_seconds:
+                self._end_hang(silent)
+
+    def _end_hang(self, seconds: float) -> None:
+        line = (
+            f"rank {self.rank}: nothing has moved for {seconds:.0f} s (safety.hang_seconds); stacks in {self._stacks}"
+        )
+        try:
+            with self._stacks.open("w") as file:
+                faulthandler.dump_traceback(file)
+            self._on_hang(line)
+        except OSError:
+            faulthandler.dump_traceback(sys.stderr)
+        print(line, file=sys.stderr, flush=True)
+        os._exit(EXIT_HANG)  # the main thread cannot be asked
+
+
+def launchers_of(process: psutil.Process) -> list[psutil.Process]:
+    """The DeepSpeed launchers above a process, nearest first; none when it was started bare."""
+    found = []
+    parent = process.parent()
+    while parent is not None and _is_launcher(parent):
+        found.append(parent)
+        parent = parent.parent()
+    return found
+
+
+def own_process_id() -> ProcessId:
+    """Of this process."""
+    return ProcessId.of(psutil.Process())
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    try:
+        arguments = process.cmdline()
+    except psutil.Error:
+        return False
+    return any(Path(argument).name in ("deepspeed", "deepspeed.launcher.launch") for argument in arguments)

@@ -1,0 +1,87 @@
+"""Who works in a stage's directory, and how that ended: a lock that no crash leaves behind, and status.json.
+
+A launcher's exit code proves little (DeepSpeed's is 0 when its ranks were orphaned); `status.json` says what came of
+it: `running`, `complete`, `stopped` (the same command goes on) or `failed`, with the reason.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from instance_ssl.errors import UserError
+
+State = Literal["running", "complete", "stopped", "failed"]
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds a directory for one process: an advisory lock on a file in it, which ends with the process in any case.
+
+    Raises:
+        UserError: when another process holds it, naming that one.
+    """
+    path = directory / "lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another run"
+            raise UserError(f"{directory} is in use by {holder}: wait for it, or give another --run-dir") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def write_status(directory: Path, state: State, reason: str | None = None) -> None:
+    """Writes status.json, whole; a directory that cannot be written to is not what ends a run."""
+    status = {
+        "state": state,
+        "reason": reason,
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with contextlib.suppress(OSError):
+        write_json(directory / "status.json", status)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def require_space(directory: Path, checkpoint_bytes: int, keep: int) -> None:
+    """Refuses a disk on which the checkpoints of a run will not find room.
+
+    Args:
+        directory: where they go; those already in it will make room for new ones.
+        checkpoint_bytes: of one of them.
+        keep: how many stay; one more is written before the oldest goes.
+
+    Raises:
+        UserError: saying how much is missing.
+    """
+    there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if directory.exists() else 0
+    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    free, needed = shutil.disk_usage(existing).free + there, (keep + 1) * checkpoint_bytes
+    if free < needed:
+        raise UserError(
+            f"{directory}: {keep + 1} checkpoints of {_gib(checkpoint_bytes)} need {_gib(needed)}, and {_gib(free)} "
+            "are free: make room, lower checkpoint.keep, or give a --run-dir on another disk"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"

@@ -1,0 +1,187 @@
+"""What is refused before anything is written: mistakes in what was asked for, and ranks that were asked differently."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from instance_ssl import engine
+from instance_ssl.config import DataConfig, ExperimentConfig, flatten, load_config
+from instance_ssl.data.datasets import ImageSource, open_source, write_instances
+from instance_ssl.distributed.comm import Group
+from instance_ssl.errors import UserError
+from instance_ssl.guard import launchers_of
+from instance_ssl.run_directory import write_json
+
+# Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
+FREE_KEYS = ("evaluation", "log", "checkpoint", "safety", "data.num_workers", "data.limit_test", "data.root")
+BOUND_STAGES = ("initialize_classifier", "pretrain")
+
+
+def check_hostfile() -> None:
+    """Refuses a hostfile that is not there, with which DeepSpeed would train on this machine alone.
+
+    Raises:
+        UserError: naming it.
+    """
+    for launcher in launchers_of(psutil.Process()):
+        arguments = launcher.cmdline()
+        for place, argument in enumerate(arguments[:-1]):
+            if argument in ("--hostfile", "-H", "--hostfile=") or argument.startswith("--hostfile="):
+                name = argument.partition("=")[2] or arguments[place + 1]
+                if not (Path(launcher.cwd()) / name).is_file():
+                    raise UserError(
+                        f"--hostfile {name} does not exist: DeepSpeed would train on this machine alone; give the "
+                        "right path, or leave the flag out for one machine"
+                    )
+
+
+def check_ranks_agree(fields: dict[str, str], world: Group) -> None:
+    """Refuses ranks that were started with different things, as a node with an old copy of the project is.
+
+    Args:
+        fields: by name, what must be equal on all ranks.
+
+    Raises:
+        UserError: naming the field and the rank.
+    """
+    by_rank = world.all_gather_objects(fields)
+    for rank, theirs in enumerate(by_rank):
+        for name, value in theirs.items():
+            if value != by_rank[0][name]:
+                there, here = _shorten(value), _shorten(by_rank[0][name])
+                raise UserError(
+                    f"rank {rank} has another {name} than rank 0 ({there}, not {here}): start all "
+                    "ranks from the same files with the same flags"
+                )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def config_digest(config: ExperimentConfig) -> str:
+    """SHA-256 of all keys that a run is bound to."""
+    bound = {key: value for key, value in flatten(config).items() if not key.startswith(FREE_KEYS)}
+    return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+
+
+def open_images(data: DataConfig, split: str, world: Group) -> ImageSource:
+    """The images of a split, opened by rank 0 and sent to all: every rank sees the same list.
+
+    Raises:
+        UserError: for what cannot be opened, or where another rank's disk does not hold the same files.
+    """
+    opened: ImageSource | UserError | None = None
+    if world.rank == 0:
+        limit = data.limit_train if split == "train" else data.limit_test
+        try:
+            opened = open_source(data.kind, split, root=data.root, list_file=data.list_file, limit=limit)
+        except UserError as error:
+            opened = UserError(str(error))
+    opened = world.broadcast_object(opened)
+    if isinstance(opened, UserError):
+        raise opened
+    assert opened is not None
+    problem = opened.missing_here()
+    problems = [f"rank {rank}: {text}" for rank, text in enumerate(world.all_gather_objects(problem)) if text]
+    if problems:
+        raise UserError(f"data.root: {problems[0]}; every node needs the same images at the same path")
+    return opened
+
+
+def check_labels(config: ExperimentConfig) -> None:
+    """Refuses to evaluate with images that have no labels."""
+    kind = (config.evaluation.data or config.data).kind
+    if kind in ("folder", "list"):
+        raise UserError(
+            f"data.kind {kind} has no labels to evaluate with: point evaluation.data at a labelled set (kind tree), "
+            "or run runners/initialize_classifier.py and runners/pretrain.py alone"
+        )
+
+
+def open_evaluation(config: ExperimentConfig, source: ImageSource, world: Group) -> tuple[ImageSource, ImageSource]:
+    """Opens what evaluation will read, so that its mistakes show before the training and not after it."""
+    data = config.evaluation.data or config.data
+    if data.image_size != config.data.image_size:
+        raise UserError(
+            f"evaluation.data.image_size {data.image_size} differs from data.image_size {config.data.image_size}, "
+            "which the encoder is trained at: set both alike"
+        )
+    train = source if config.evaluation.data is None else open_images(data, "train", world)
+    test = open_images(data, "test", world)
+    largest = max(config.evaluation.knn.neighbours)
+    if largest > len(train):
+        raise UserError(f"evaluation.knn.neighbours asks for {largest} of {len(train)} training images")
+    return train, test
+
+
+def check_size(config: ExperimentConfig, num_images: int) -> None:
+    """Refuses what this many images are too few for."""
+    if config.classifier.num_hard_classes >= num_images:
+        raise UserError(
+            f"classifier.num_hard_classes {config.classifier.num_hard_classes} must be below the number of images "
+            f"{num_images}: a class has only {num_images - 1} others"
+        )
+    if config.optimization.global_batch_size > num_images:
+        raise UserError(
+            f"optimization.global_batch_size {config.optimization.global_batch_size} exceeds the {num_images} images"
+        )
+
+
+def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
+    """A run directory belongs to one experiment; what was learned under another is not mixed in."""
+    for stage in BOUND_STAGES:
+        path = run_directory / stage / "config.yaml"
+        if not path.exists():
+            continue
+        then, now = flatten(load_config(path)), flatten(config)
+        changed = [key for key, value in now.items() if then.get(key) != value and not key.startswith(FREE_KEYS)]
+        if changed:
+            key, others = changed[0], changed[1:]
+            more = f" (and {', '.join(others)})" if others else ""
+            raise UserError(
+                f"{run_directory} holds a run with {key} = {then.get(key)}, not {now[key]}{more}; give another "
+                f"--run-dir or the same value (only {', '.join(FREE_KEYS)} may change in a run)"
+            )
+
+
+def record_instances(source: ImageSource, run_directory: Path, world: Group) -> None:
+    """instances.txt and data.json: which image is which class. A run goes on only with the very same list."""
+    problem = _record_instances(source, run_directory) if world.rank == 0 else None
+    problem = world.broadcast_object(problem)
+    if problem is not None:
+        raise UserError(problem)
+
+
+def _record_instances(source: ImageSource, run_directory: Path) -> str | None:
+    record: dict[str, Any] = {"num_instances": len(source), "digest": source.digest}
+    path = run_directory / "data.json"
+    try:
+        if path.exists():
+            if json.loads(path.read_text()) != record:
+                return (
+                    f"the images have changed since {run_directory} was begun ({path} has another digest): instance "
+                    "ids would no longer match the classifier's rows; restore the images or give another --run-dir"
+                )
+            return None
+        run_directory.mkdir(parents=True, exist_ok=True)
+        write_instances(source, run_directory / "instances.txt")
+        write_json(path, record)
+    except OSError as error:
+        return f"--run-dir {run_directory}: {error.strerror}"
+    except ValueError:
+        return f"{path} is damaged: restore it or give another --run-dir"
+    return None
+
+
+def versions_in_use() -> str:
+    """What must be alike on all nodes: the libraries, and this project's own code."""
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    libraries = ", ".join(f"{name} {version}" for name, version in engine.versions().items())
+    return f"{libraries}, instance_ssl {digest.hexdigest()[:12]}"

@@ -1,0 +1,263 @@
+"""What surrounds the steps of a training: figures, checkpoints, requests to end, and steps that went wrong."""
+
+import socket
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from instance_ssl.checkpoint import Checkpoint, TrainingPosition, checkpoint_files
+from instance_ssl.checkpoint_files import DirectoryWriter
+from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.data.loaders import GlobalBatchSampler
+from instance_ssl.engine import Engine
+from instance_ssl.errors import UserError
+from instance_ssl.metrics import LossLevel, TrainingMeter
+from instance_ssl.pretraining import StepReport
+from instance_ssl.run_log import Progress
+from instance_ssl.stages.checks import config_digest
+from instance_ssl.stages.context import Stage
+
+# A rank is named when its own work takes so many times the median's, and so many seconds a step more.
+_STRAGGLER_RATIO, _STRAGGLER_SECONDS = 1.5, 0.01
+
+
+class Rollback(Exception):
+    """The training goes back to its newest checkpoint, and leaves out one step.
+
+    Attributes:
+        step: the one that is left out, counted over the whole training.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"step {step}")
+        self.step = step
+
+
+class TrainingSession:
+    """One process's view of a training from where it starts: told of every step, it decides what follows.
+
+    Every rank calls the same methods in the same order. What ranks decide together is either equal on all of them (the
+    loss) or agreed on once a step, in one small all-reduce.
+
+    Args:
+        start: where the training starts.
+        progress: counts steps.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        engine: Engine,
+        shard: ClassifierShard,
+        sampler: GlobalBatchSampler,
+        start: Checkpoint,
+        progress: Progress,
+    ) -> None:
+        self._stage, self._engine, self._shard, self._progress = stage, engine, shard, progress
+        self._checkpoint, self._safety = stage.config.checkpoint, stage.config.safety
+        self._steps_per_epoch = sampler.steps_per_epoch
+        self.step = start.position.step
+        self._saved_step = self.step if start.directory.parent == stage.checkpoints_of(stage.name) else -1
+        self.figures = start.position.figures
+        self._skipped_in_a_row = start.position.skipped_in_a_row
+        self._loss = LossLevel(self._safety.spike_nats, start.position.loss_level)
+        self._was_spike = False
+        self._failed_saves = 0
+        self._pause_seconds: float | None = None
+        images_per_step = stage.config.optimization.global_batch_size
+        self._since_log, self._epoch = TrainingMeter(images_per_step), TrainingMeter(images_per_step)
+        self._images_per_step = images_per_step
+        self._writer = DirectoryWriter(
+            stage.checkpoints_of(stage.name),
+            stage.world,
+            keep=self._checkpoint.keep,
+            is_permanent=self._is_permanent,
+        )
+
+    def after_step(self, step: int, report: StepReport | None) -> None:
+        """Takes the report of a step of this epoch (None: it was left out); saves and logs where that is due.
+
+        Raises:
+            Stopped: when an end was asked for on any rank; the state has been saved.
+            Rollback: at a spike of the loss, where the configuration says so.
+            UserError: when too many steps in a row were skipped, or too many saves failed.
+        """
+        self.step += 1
+        is_last = step + 1 == self._steps_per_epoch
+        if report is not None:
+            self._since_log.add(report)
+            self._epoch.add(report)
+            self._judge(report)
+            rate = self._progress.rate * self._images_per_step
+            self._progress.advance(note=f"loss {report.loss:.3f}, {rate:.0f} images/s")
+        if (step + 1) % self._stage.config.log.every_steps == 0 or is_last:
+            self._log()
+        if is_last:
+            self.figures = self._epoch_figures()
+        if self._is_due(is_last):
+            self.save()
+        self._look_around()
+
+    def save(self) -> None:
+        """Begins a checkpoint of the state as it is; the files are written while training goes on."""
+        if self._writer.is_busy:
+            self._commit()
+        started = time.perf_counter()
+        position = TrainingPosition(
+            step=self.step,
+            epoch=self.step // self._steps_per_epoch,
+            num_instances=len(self._stage.source),
+            embedding_dim=self._stage.config.model.embedding_dim,
+            world_size=self._stage.world.size,
+            figures=self.figures,
+            digests=run_digests(self._stage),
+            loss_scale=self._engine.loss_scale,
+            skipped_in_a_row=self._skipped_in_a_row,
+            loss_level=self._loss.level,
+        )
+        state, momentum = self._engine.full_state()
+        files = checkpoint_files(position, state, momentum, self._engine.own_buffers(), self._shard, self._stage.world)
+        self._writer.start(self.step, files)
+        self._saved_step = self.step
+        self._pause_seconds = time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Waits until the state is on the disk; what cannot be written now is lost, so a failure ends the run.
+
+        Raises:
+            UserError: when it could not be written.
+        """
+        self._failed_saves = self._checkpoint.tolerated_failures
+        if self._writer.is_busy:
+            self._commit()
+        if self._saved_step != self.step:
+            self.save()
+            self._commit()
+
+    def check_together(self) -> None:
+        """Between steps, for long work that is not training (the search for the hardest classes).
+
+        Raises:
+            Stopped: when an end was asked for on any rank; the state has been saved.
+        """
+        self._stage.guard.beat()
+        self._look_around()
+
+    def _look_around(self) -> None:
+        """One all-reduce: is an end asked for anywhere, is anyone still writing?"""
+        flags = [self._stage.guard.reason is not None, self._writer.is_writing]
+        agreed = torch.tensor(flags, dtype=torch.int64, device=self._stage.world.device)
+        stop, writing = self._stage.world.all_reduce_max_(agreed).tolist()
+        if self._writer.is_busy and not writing:
+            self._commit()
+        if stop:
+            self.finish()
+            self._stage.stop_together()
+
+    def _commit(self) -> None:
+        try:
+            self._writer.commit()
+            self._failed_saves = 0
+        except UserError as error:
+            self._failed_saves += 1
+            self._saved_step = -1
+            if self._failed_saves > self._checkpoint.tolerated_failures:
+                raise
+            self._stage.log.say(f"warning: {error}; training goes on and tries again")
+
+    def _is_due(self, is_last: bool) -> bool:
+        every_steps = self._checkpoint.every_steps
+        if every_steps is not None and self.step % every_steps == 0:
+            return True
+        epochs_done = self.step // self._steps_per_epoch
+        return is_last and epochs_done % self._checkpoint.every_epochs == 0
+
+    def _is_permanent(self, step: int) -> bool:
+        every, (epochs, rest) = self._checkpoint.keep_every_epochs, divmod(step, self._steps_per_epoch)
+        return every is not None and rest == 0 and epochs % every == 0
+
+    def _judge(self, report: StepReport) -> None:
+        if not report.applied:
+            self._skipped_in_a_row += 1
+            self._stage.log.say(
+                f"warning: step {self.step} has numbers that are not finite: skipped, nothing has moved"
+            )
+            if self._skipped_in_a_row >= self._safety.max_skipped_steps:
+                self._give_up(report)
+            return
+        self._skipped_in_a_row = 0
+        level = self._loss.level
+        is_spike = self._loss.add(report.loss)
+        if is_spike and not self._was_spike:
+            self._stage.log.say(f"warning: step {self.step}: the loss is {report.loss:.3f} after a mean of {level:.3f}")
+            self._stage.log.metrics(self.step, {"train/loss_spike": report.loss})
+            if self._safety.rollback:
+                if self._writer.is_busy:
+                    self._commit()
+                raise Rollback(self.step - 1)
+        self._was_spike = is_spike
+
+    def _give_up(self, report: StepReport) -> None:
+        """Writes down the batch that cannot be trained on, and ends the run."""
+        rank = self._stage.world.rank
+        path = self._stage.directory / f"not_finite_step_{self.step:09d}_rank_{rank:05d}.pt"
+        if report.embeddings is not None:
+            embeddings, ids = report.embeddings
+            torch.save({"embeddings": embeddings.cpu(), "instance_ids": ids.cpu()}, path)
+        if self._writer.is_busy:
+            self._commit()
+        raise UserError(
+            f"{self._skipped_in_a_row} steps in a row had numbers that are not finite; neither the encoder nor the "
+            f"classifier has moved, and the last batch lies in {path.parent}/not_finite_*. Lower "
+            "optimization.learning_rate or lengthen optimization.warmup_epochs, with another --run-dir"
+        )
+
+    def _log(self) -> None:
+        figures = self._since_log.read(self._stage.world.device)
+        figures["speed/checkpoint_pause_seconds"], self._pause_seconds = self._pause_seconds, None
+        own = figures["speed/own_seconds"] or 0.0
+        seconds = self._stage.world.all_gather_objects((own, socket.gethostname()))
+        median = statistics.median(value for value, _ in seconds)
+        slowest = max(range(len(seconds)), key=lambda rank: seconds[rank][0])
+        worst, host = seconds[slowest]
+        figures["speed/slowest_rank_seconds"] = worst
+        if worst > _STRAGGLER_RATIO * median and worst - median > _STRAGGLER_SECONDS:
+            self._stage.log.say(
+                f"warning: rank {slowest} on {host} takes {worst:.3f} s a step for its own work, the median rank "
+                f"{median:.3f} s: all wait for it"
+            )
+            figures["speed/straggler_rank"] = float(slowest)
+        self._stage.log.metrics(self.step, figures)
+
+    def _epoch_figures(self) -> dict[str, float | None]:
+        """The epoch's means, by plain name; says aloud what should not have been."""
+        figures = self._epoch.read(self._stage.world.device)
+        if figures["train/zero_features"]:
+            self._stage.log.say(
+                f"warning: {figures['train/zero_features']:.0f} embeddings of this epoch were 0 and got no gradient"
+            )
+        return {name.split("/")[1]: value for name, value in figures.items()}
+
+
+def run_digests(stage: Stage) -> dict[str, str]:
+    """What a checkpoint is bound to."""
+    return {"configuration": config_digest(stage.config), "images": stage.source.digest}
+
+
+def require_same_run(checkpoint: Checkpoint, stage: Stage) -> None:
+    """Refuses a checkpoint of another run.
+
+    Raises:
+        UserError: saying which of configuration and images differs.
+    """
+    for name, digest in run_digests(stage).items():
+        if checkpoint.position.digests.get(name, digest) != digest:
+            raise UserError(f"{checkpoint.directory} is of a run with other {name}: give that run's own --run-dir")
+
+
+def say_what_was_passed_over(stage: Stage, checkpoint: Checkpoint) -> None:
+    """Says aloud that newer checkpoints are damaged."""
+    for problem in checkpoint.passed_over:
+        stage.log.say(f"warning: damaged checkpoint {problem}; going back to {Path(checkpoint.directory).name}")
