@@ -2,13 +2,11 @@
 
 import contextlib
 import functools
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 Float32Precision = Literal["highest", "medium"]
 
@@ -49,23 +47,19 @@ def fast_float32_products(matmul_dtype: torch.dtype) -> Iterator[None]:
 
 @functools.cache
 def float32_precision() -> Float32Precision:
-    """Self-test, once a process: `medium` when its error is no more than twice that of `highest` and it is faster."""
+    """Self-test, once a process: `medium` when its error is no more than twice that of `highest`.
+
+    Their speed is not asked for: where they are close, noise would decide, and no run would be like another to the bit.
+    oneDNN in float32 has been as fast as MKL or faster wherever it was measured.
+    """
     generator = torch.Generator().manual_seed(0)
     rows, classes = torch.randn(256, 128, generator=generator), torch.randn(2048, 128, generator=generator)
     truth = rows.double() @ classes.double().T
-    errors, seconds = {}, {}
+    errors = {}
     before = torch.get_float32_matmul_precision()
     candidates: tuple[Float32Precision, Float32Precision] = ("highest", "medium")
     for precision in candidates:
         torch.set_float32_matmul_precision(precision)
         errors[precision] = (rows @ classes.T - truth).abs().max().item()
-        seconds[precision] = min(_time(rows, classes) for _ in range(5))
     torch.set_float32_matmul_precision(before)
-    good = errors["medium"] <= 2 * errors["highest"] and seconds["medium"] < 0.9 * seconds["highest"]
-    return "medium" if good else "highest"
-
-
-def _time(rows: Tensor, classes: Tensor) -> float:
-    started = time.perf_counter()
-    torch.mm(rows, classes.T)
-    return time.perf_counter() - started
+    return "medium" if errors["medium"] <= 2 * errors["highest"] else "highest"
