@@ -18,9 +18,12 @@ from types import FrameType
 
 import psutil
 
+from instance_ssl.console import complain
+
 EXIT_HANG = 4
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_FOR_WORDS = 10.0
 
 
 class Stopped(Exception):
@@ -122,13 +125,17 @@ class Guard:
         line = (
             f"rank {self.rank}: nothing has moved for {seconds:.0f} s (safety.hang_seconds); stacks in {self._stacks}"
         )
+        # Writing can hang too, on a dead file system or a pipe that nobody empties.
+        last_resort = threading.Timer(_SECONDS_FOR_WORDS, os._exit, [EXIT_HANG])
+        last_resort.daemon = True
+        last_resort.start()
         try:
             with self._stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
             self._on_hang(line)
         except OSError:
             faulthandler.dump_traceback(sys.stderr)
-        print(line, file=sys.stderr, flush=True)
+        complain(line)
         os._exit(EXIT_HANG)  # the main thread cannot be asked
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from instance_ssl.console import heard_or_not
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -36,8 +38,8 @@ class RunLog:
     def say(self, line: str) -> None:
         """One line on standard output."""
         if self.is_main:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            with heard_or_not(sys.stdout):
+                tqdm.write(line, file=sys.stdout)
 
     @contextmanager
     def metrics_in(self, directory: Path) -> Iterator[None]:

@@ -6,7 +6,6 @@ import json
 import platform
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import yaml
 
 from instance_ssl import engine
 from instance_ssl.config import ExperimentConfig, flatten, load_config
+from instance_ssl.console import complain
 from instance_ssl.data.datasets import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
@@ -161,7 +161,7 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
         comm.finalize()
     except UserError as error:
         if process.rank == 0 or isinstance(error, RankError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            complain(f"error: {error}")
             process.end("failed", str(error))
         if not isinstance(error, RankError):  # then all ranks are here, and leave together
             comm.finalize()
@@ -177,7 +177,7 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
             raise
         time.sleep(1)  # what has died may still be there for a moment
         reason = process.describe_loss()
-        print(f"rank {process.rank}: {reason}; stopping too", file=sys.stderr, flush=True)
+        complain(f"rank {process.rank}: {reason}; stopping too")
         if process.guard.reason is None:
             process.end("failed", reason)
         time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
