@@ -229,7 +229,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
         checks.check_labels(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
     checks.check_unchanged(config, run_directory)
-    world = comm.initialize()
+    world = comm.initialize(config.safety.join_seconds)
     process.meet(world)
     checks.check_ranks_agree(
         {
