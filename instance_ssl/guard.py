@@ -136,7 +136,7 @@ def launchers_of(process: psutil.Process) -> list[psutil.Process]:
     """The DeepSpeed launchers above a process, nearest first; none when it was started bare."""
     found = []
     parent = process.parent()
-    while parent is not None and _is_launcher(parent):
+    while parent is not None and is_launcher(parent):
         found.append(parent)
         parent = parent.parent()
     return found
@@ -147,7 +147,8 @@ def own_process_id() -> ProcessId:
     return ProcessId.of(psutil.Process())
 
 
-def _is_launcher(process: psutil.Process) -> bool:
+def is_launcher(process: psutil.Process) -> bool:
+    """Whether a process is DeepSpeed's launcher, one that starts it or one that it starts ranks from."""
     try:
         arguments = process.cmdline()
     except psutil.Error:
