@@ -75,6 +75,11 @@ class Guard:
         self._launchers = [ProcessId.of(process) for process in launchers_of(psutil.Process())]
         threading.Thread(target=self._look, name="guard", daemon=True).start()
 
+    @property
+    def is_launched(self) -> bool:
+        """Whether a DeepSpeed launcher started this process."""
+        return bool(self._launchers)
+
     def request(self, reason: str) -> None:
         """Asks for an end; the first reason stays."""
         if self.reason is None:

@@ -30,6 +30,7 @@ from instance_ssl.run_directory import State, locked, write_json, write_status
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages import checks
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_LOST_PEER = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on
@@ -172,6 +173,11 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
             process.end("stopped", str(stop))
         return EXIT_STOPPED
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            reason = f"rank {process.rank}: a loader process was killed, by lack of memory perhaps ({error})"
+            print(reason, file=sys.stderr, flush=True)
+            process.end("failed", reason)
+            return EXIT_FAILURE
         if not comm.lost_peer(error):
             process.end("failed", f"rank {process.rank}: {type(error).__name__}: {error}")
             raise
@@ -180,7 +186,8 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
         print(f"rank {process.rank}: {reason}; stopping too", file=sys.stderr, flush=True)
         if process.guard.reason is None:
             process.end("failed", reason)
-        time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
+        if process.guard.is_launched:
+            time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
         return EXIT_LOST_PEER if process.guard.reason is None else EXIT_STOPPED
     except Exception as error:
         process.end("failed", f"rank {process.rank}: {type(error).__name__}: {error}")
@@ -228,7 +235,6 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     if needs_labels:
         checks.check_labels(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
-    checks.check_unchanged(config, run_directory)
     world = comm.initialize()
     process.meet(world)
     checks.check_ranks_agree(
@@ -240,6 +246,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
         },
         world,
     )
+    checks.check_unchanged(config, run_directory)
     source = checks.open_images(config.data, "train", world)
     checks.check_size(config, len(source))
     evaluation_sources = checks.open_evaluation(config, source, world) if needs_labels else None
