@@ -18,9 +18,11 @@ from types import FrameType
 
 import psutil
 
-EXIT_HANG = 4
+EXIT_LOST_PEER, EXIT_HANG = 3, 4
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+# So long the main thread may take to notice by itself, in its next collective, that a rank beside it has died.
+_SECONDS_TO_NOTICE = 10.0
 
 
 class Stopped(Exception):
@@ -56,13 +58,18 @@ class Guard:
 
     Args:
         rank: for messages.
-        on_hang: called with one line before the process exits with `EXIT_HANG`.
+        on_end: called with one line before the guard itself ends the process.
+
+    Attributes:
+        reason: why an end was asked for; None while none was.
+        local_peers: the other ranks on this machine.
     """
 
-    def __init__(self, rank: int, on_hang: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, rank: int, on_end: Callable[[str], None] = lambda line: None) -> None:
         self.rank = rank
         self.reason: str | None = None
-        self._on_hang = on_hang
+        self.local_peers: dict[int, ProcessId] = {}
+        self._on_end = on_end
         self._launchers: list[ProcessId] = []
         self._hang_seconds: float | None = None
         self._stacks = Path(os.devnull)
@@ -79,6 +86,10 @@ class Guard:
     def is_launched(self) -> bool:
         """Whether a DeepSpeed launcher started this process."""
         return bool(self._launchers)
+
+    def dead_peer(self) -> int | None:
+        """A rank of this machine that has died, if any has."""
+        return next((rank for rank, peer in self.local_peers.items() if not peer.is_alive()), None)
 
     def request(self, reason: str) -> None:
         """Asks for an end; the first reason stays."""
@@ -120,21 +131,25 @@ class Guard:
                 if not launcher.is_alive():
                     self.request(f"the launcher (process {launcher.pid}) has died")
             silent = time.monotonic() - self._last_beat
+            if silent > _SECONDS_TO_NOTICE and self.dead_peer() is not None:
+                self._end(f"rank {self.rank}: rank {self.dead_peer()} has died", EXIT_LOST_PEER)
             if self._hang_seconds is not None and silent > self._hang_seconds:
-                self._end_hang(silent)
+                self._write_stacks()
+                what = f"nothing has moved for {silent:.0f} s (safety.hang_seconds); stacks in {self._stacks}"
+                self._end(f"rank {self.rank}: {what}", EXIT_HANG)
 
-    def _end_hang(self, seconds: float) -> None:
-        line = (
-            f"rank {self.rank}: nothing has moved for {seconds:.0f} s (safety.hang_seconds); stacks in {self._stacks}"
-        )
+    def _write_stacks(self) -> None:
         try:
             with self._stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
-            self._on_hang(line)
         except OSError:
             faulthandler.dump_traceback(sys.stderr)
+
+    def _end(self, line: str, code: int) -> None:
+        """Ends the process from beside its main thread, which cannot be asked: it waits in a collective."""
+        self._on_end(line)
         print(line, file=sys.stderr, flush=True)
-        os._exit(EXIT_HANG)  # the main thread cannot be asked
+        os._exit(code)
 
 
 def launchers_of(process: psutil.Process) -> list[psutil.Process]:

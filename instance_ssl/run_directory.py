@@ -31,8 +31,9 @@ def locked(directory: Path) -> Iterator[None]:
     path = directory / "lock"
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A record lock, which loader processes forked from this one do not share: it dies with this process alone.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # EAGAIN, or EACCES on some systems
             file.seek(0)
             holder = file.read().strip() or "another run"
             raise UserError(f"{directory} is in use by {holder}: wait for it, or give another --run-dir") from None

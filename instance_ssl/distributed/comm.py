@@ -263,7 +263,7 @@ def set_timeouts(seconds: float) -> None:
 
 def lost_peer(error: BaseException) -> bool:
     """Whether an error of a collective says that another rank has gone: that rank tells the user why."""
-    signs = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
+    signs = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "connectFullMesh failed")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

@@ -25,14 +25,13 @@ from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import RankError, UserError
-from instance_ssl.guard import Guard, ProcessId, Stopped, own_process_id
+from instance_ssl.guard import EXIT_LOST_PEER, Guard, Stopped, own_process_id
 from instance_ssl.run_directory import State, locked, write_json, write_status
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages import checks
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
-EXIT_LOST_PEER = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on
 
 
@@ -130,18 +129,21 @@ def run_measurement(measure: Callable[[Group], None]) -> int:
 
 
 class _Process:
-    """This process: how it is watched, where it works now, and which processes are the other ranks."""
+    """This process: how it is watched, and where it works now."""
 
     def __init__(self) -> None:
         self.rank = comm.launched_rank()
-        self.guard = Guard(self.rank, on_hang=lambda line: self.end("failed", line))
+        self.guard = Guard(self.rank, on_end=lambda line: self.end("failed", line))
         self.log = RunLog(is_main=self.rank == 0, on_progress=self.guard.beat)
         self.directory: Path | None = None
-        self.peers: list[tuple[str, ProcessId]] = []
 
     def meet(self, world: Group) -> None:
-        """Learns the other ranks' hosts and processes."""
-        self.peers = world.all_gather_objects((socket.gethostname(), own_process_id()))
+        """Tells the guard which processes of this machine are the other ranks."""
+        peers = world.all_gather_objects((socket.gethostname(), own_process_id()))
+        here = socket.gethostname()
+        self.guard.local_peers = {
+            rank: process for rank, (host, process) in enumerate(peers) if host == here and rank != self.rank
+        }
 
     def end(self, state: State, reason: str) -> None:
         """Says in the stage's status.json how it ended."""
@@ -150,9 +152,8 @@ class _Process:
 
     def describe_loss(self) -> str:
         """Which rank on this host has died, if one of them has."""
-        host = socket.gethostname()
-        dead = [rank for rank, (where, peer) in enumerate(self.peers) if where == host and not peer.is_alive()]
-        return f"rank {dead[0]} on {host} has died" if dead else "another rank has stopped"
+        dead = self.guard.dead_peer()
+        return "another rank has stopped" if dead is None else f"rank {dead} on {socket.gethostname()} has died"
 
 
 def _exit_code(work: Callable[[], None], process: _Process) -> int:

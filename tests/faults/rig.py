@@ -108,12 +108,7 @@ def start(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    (directory / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    ds = {"train_micro_batch_size_per_gpu": micro_batch, "zero_optimization": {"stage": zero_stage}}
-    (directory / "ds.json").write_text(json.dumps(ds))
-    arguments = ["--config", str(directory / "config.yaml"), "--deepspeed_config", str(directory / "ds.json")]
-    arguments += ["--run-dir", str(directory / "run"), "--set", f"data.root={directory / 'images'}"]
-    arguments += [f"{key}={value}" for key, value in (settings or {}).items()]
+    arguments = flags(directory, settings=settings, zero_stage=zero_stage, micro_batch=micro_batch)
     outputs = [directory / f"output_{time.monotonic_ns()}_{rank}.txt" for rank in range(size)]
     processes = []
     for rank in range(size):
@@ -127,6 +122,18 @@ def start(
         process.start()
         processes.append(process)
     return Run(directory / "run", processes, outputs)
+
+
+def flags(
+    directory: Path, *, settings: Mapping[str, Any] | None = None, zero_stage: int = 0, micro_batch: int = 3
+) -> list[str]:
+    """A runner's command line for `directory`/run, whose two files are written."""
+    (directory / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    ds = {"train_micro_batch_size_per_gpu": micro_batch, "zero_optimization": {"stage": zero_stage}}
+    (directory / "ds.json").write_text(json.dumps(ds))
+    arguments = ["--config", str(directory / "config.yaml"), "--deepspeed_config", str(directory / "ds.json")]
+    arguments += ["--run-dir", str(directory / "run"), "--set", f"data.root={directory / 'images'}"]
+    return [*arguments, *(f"{key}={value}" for key, value in (settings or {}).items())]
 
 
 def run(directory: Path, **options: Any) -> Run:
