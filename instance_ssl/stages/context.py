@@ -19,6 +19,7 @@ import torchvision
 import yaml
 
 from instance_ssl import engine
+from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import ExperimentConfig, flatten, load_config
 from instance_ssl.data.datasets import ImageSource
 from instance_ssl.distributed import comm
@@ -328,7 +329,7 @@ def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
 
 def _newest_checkpoint_name(stage: Stage) -> str | None:
     """What an evaluation was of: it is done again when training has gone on since."""
-    return max((path.name for path in stage.checkpoints_of("pretrain").glob("step_*")), default=None)
+    return next((path.name for path in committed_directories(stage.checkpoints_of("pretrain"))), None)
 
 
 def _environment(world: Group) -> dict[str, Any]:
