@@ -27,7 +27,7 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import RankError, UserError
 from instance_ssl.guard import EXIT_LOST_PEER, Guard, Stopped, own_process_id
-from instance_ssl.run_directory import State, locked, read_state, write_json, write_status
+from instance_ssl.run_directory import State, locked, read_state, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages import checks
 
@@ -337,7 +337,7 @@ def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
             stage.directory.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(stage.directory))
             config = yaml.safe_dump(stage.config.model_dump(mode="json"), sort_keys=False)
-            (stage.directory / "config.yaml").write_text(config)
+            write_text(stage.directory / "config.yaml", config)
             section = stage.ds.classifier.model_dump()
             write_json(stage.directory / "ds_config.json", {**stage.ds.engine, "instance_classifier": section})
             write_json(stage.directory / "environment.json", _environment(stage.world))
