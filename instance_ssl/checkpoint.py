@@ -119,13 +119,21 @@ def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None 
     damage: list[str] = []
     for directory in directories:
         problem = verify(directory, group, names)
-        if problem is None:
-            values = json.loads((directory / _TRAINING).read_text())
-            return Checkpoint(directory, TrainingPosition(**values), tuple(damage))
-        damage.append(f"{directory}: {problem}")
+        position = _read_position(directory) if problem is None else problem
+        if isinstance(position, TrainingPosition):
+            return Checkpoint(directory, position, tuple(damage))
+        damage.append(f"{directory}: {position}")
     if damage:
         raise UserError(f"no checkpoint in {parent} is whole ({damage[0]}); restore one or remove the directory")
     return None
+
+
+def _read_position(directory: Path) -> TrainingPosition | str:
+    """What training.json says, or what is wrong with it (another version of this project wrote it, say)."""
+    try:
+        return TrainingPosition(**json.loads((directory / _TRAINING).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        return f"{_TRAINING}: {' '.join(str(error).split())}"
 
 
 def load_encoder(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from instance_ssl.errors import UserError
 MANIFEST = "MANIFEST.json"
 _REMOVED = ".removed-"
 _TEMPORARY = ".writing-"
+_COMMITTED_NAME = re.compile(r"step_[0-9]{9,}")
 
 # A file's content: tensors and plain values for `torch.save`, or text.
 Content = dict[str, Any] | str
@@ -208,8 +210,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def committed_directories(parent: Path) -> list[Path]:
-    """Committed directories, whole or damaged since, newest first."""
-    return sorted(parent.glob("step_*"), reverse=True)
+    """Committed directories, whole or damaged since, newest first; what else somebody has put there is left alone."""
+    named = [path for path in parent.glob("step_*") if _COMMITTED_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=step_of, reverse=True)
 
 
 def step_of(directory: Path) -> int:

@@ -1,5 +1,6 @@
 """What a run writes as it goes: console (rank 0), metrics.jsonl, TensorBoard, and a progress bar."""
 
+import contextlib
 import json
 import os
 import sys
@@ -36,8 +37,9 @@ class RunLog:
     def say(self, line: str) -> None:
         """One line on standard output."""
         if self.is_main:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # a full disk, or a pipe whose reader has gone, is not what ends a run
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
 
     @contextmanager
     def metrics_in(self, directory: Path) -> Iterator[None]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from instance_ssl.errors import UserError
+from instance_ssl.errors import RankError, UserError
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
 
@@ -188,6 +188,7 @@ def initialize() -> Group:
 
     Raises:
         UserError: when more ranks were launched on this machine than it has GPUs.
+        RankError: when the ranks cannot meet.
     """
     use_cuda = torch.cuda.is_available()
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
@@ -202,7 +203,13 @@ def initialize() -> Group:
         # bfloat16 products are summed in float32 throughout: the hard-class search relies on their error bound.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if "MASTER_ADDR" in os.environ:
-        return _join("env://", launched_rank(), launched_world_size(), device)
+        try:
+            return _join("env://", launched_rank(), launched_world_size(), device)
+        except dist.DistNetworkError as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+            if "EADDRINUSE" not in str(error):
+                raise RankError(f"no meeting of the ranks at {place}: {' '.join(str(error).split())}") from None
+            raise RankError(f"{place}, where the ranks meet, is in use: give another --master_port") from None
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
     return _join(None, 0, 1, device, store=dist.HashStore())
 

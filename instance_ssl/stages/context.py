@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 import torchvision
 import yaml
 
 from instance_ssl import engine
+from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import ExperimentConfig, flatten, load_config
 from instance_ssl.data.datasets import ImageSource
 from instance_ssl.distributed import comm
@@ -26,9 +27,11 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import RankError, UserError
 from instance_ssl.guard import EXIT_LOST_PEER, Guard, Stopped, own_process_id
-from instance_ssl.run_directory import State, locked, write_json, write_status
+from instance_ssl.run_directory import State, locked, read_state, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages import checks
+
+_T = TypeVar("_T")
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -82,6 +85,22 @@ class Stage:
         """
         reasons = [reason for reason in self.world.all_gather_objects(self.guard.reason) if reason is not None]
         raise Stopped(reasons[0])
+
+    def together(self, load: Callable[[], _T]) -> _T:
+        """Does what may fail on one rank alone (reading its own file, say), and fails on all if it does. Collective.
+
+        Raises:
+            UserError: on all ranks, with the first one's reason.
+        """
+        result, problem = None, None
+        try:
+            result = load()
+        except UserError as error:
+            problem = str(error)
+        problem = next((text for text in self.world.all_gather_objects(problem) if text is not None), None)
+        if problem is not None:
+            raise UserError(problem)
+        return cast(_T, result)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The JSON's precision, for forward passes outside the engine."""
@@ -150,6 +169,10 @@ class _Process:
         if self.directory is not None:
             write_status(self.directory, state, reason)
 
+    def told_state(self) -> str | None:
+        """The state in the stage's status.json, which another rank may have written."""
+        return None if self.directory is None else read_state(self.directory)
+
     def describe_loss(self) -> str:
         """Which rank on this host has died, if one of them has."""
         dead = self.guard.dead_peer()
@@ -169,8 +192,8 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
             comm.finalize()
         return EXIT_USER_ERROR
     except Stopped as stop:
-        if process.rank == 0:
-            process.log.say(f"stopped ({stop}); the same command goes on from here")
+        process.log.say(f"stopped ({stop}); the same command goes on from here")
+        if process.rank == 0 or process.guard.reason is not None:  # in an evaluation, one rank may stop alone
             process.end("stopped", str(stop))
         return EXIT_STOPPED
     except RuntimeError as error:
@@ -185,11 +208,13 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
         time.sleep(1)  # what has died may still be there for a moment
         reason = process.describe_loss()
         print(f"rank {process.rank}: {reason}; stopping too", file=sys.stderr, flush=True)
-        if process.guard.reason is None:
+        told = process.told_state()
+        stopped = process.guard.reason is not None or told == "stopped"
+        if not stopped and told != "failed":  # else the other rank has said why, and knows better
             process.end("failed", reason)
         if process.guard.is_launched:
             time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
-        return EXIT_LOST_PEER if process.guard.reason is None else EXIT_STOPPED
+        return EXIT_STOPPED if stopped else EXIT_LOST_PEER
     except Exception as error:
         process.end("failed", f"rank {process.rank}: {type(error).__name__}: {error}")
         raise
@@ -312,7 +337,7 @@ def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
             stage.directory.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(stage.directory))
             config = yaml.safe_dump(stage.config.model_dump(mode="json"), sort_keys=False)
-            (stage.directory / "config.yaml").write_text(config)
+            write_text(stage.directory / "config.yaml", config)
             section = stage.ds.classifier.model_dump()
             write_json(stage.directory / "ds_config.json", {**stage.ds.engine, "instance_classifier": section})
             write_json(stage.directory / "environment.json", _environment(stage.world))
@@ -328,7 +353,7 @@ def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
 
 def _newest_checkpoint_name(stage: Stage) -> str | None:
     """What an evaluation was of: it is done again when training has gone on since."""
-    return max((path.name for path in stage.checkpoints_of("pretrain").glob("step_*")), default=None)
+    return next((path.name for path in committed_directories(stage.checkpoints_of("pretrain"))), None)
 
 
 def _environment(world: Group) -> dict[str, Any]:

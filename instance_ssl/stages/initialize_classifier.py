@@ -58,8 +58,8 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard) ->
     partial = newest_checkpoint(stage.directory / "partial", stage.world)
     if partial is not None:
         require_same_run(partial, stage)
-        load_rows(partial, shard)
-        encoder.load_state_dict(load_encoder(partial)[0])
+        stage.together(lambda: load_rows(partial, shard))
+        encoder.load_state_dict(stage.together(lambda: load_encoder(partial))[0])
         done = partial.position.step
         stage.log.say(f"resuming from {partial.directory}: {done} batches done")
     size = stage.config.classifier.initialization_batch_size

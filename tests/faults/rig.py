@@ -96,6 +96,8 @@ def start(
     micro_batch: int = 3,
     by_rank: Mapping[int, Sequence[str]] | None = None,
     file_limit: Mapping[int, int] | None = None,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> Run:
     """Starts a stage in `directory`/run, whose images lie in `directory`/images.
 
@@ -104,6 +106,8 @@ def start(
         settings: dotted keys over `CONFIG`.
         by_rank: further arguments of single ranks.
         file_limit: of single ranks, the most bytes that a file may hold.
+        environment: of all ranks, over what a launcher would set.
+        prepare: called in every rank before it begins; a function of a module, to change or watch the package.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -112,13 +116,14 @@ def start(
     outputs = [directory / f"output_{time.monotonic_ns()}_{rank}.txt" for rank in range(size)]
     processes = []
     for rank in range(size):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_SIZE": size}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        own_environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_SIZE": size}
+        own_environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         if fault is not None:
-            environment["INSTANCE_SSL_FAULT"] = fault
+            own_environment["INSTANCE_SSL_FAULT"] = fault
+        own_environment |= environment or {}
         own = [*arguments, *(by_rank or {}).get(rank, [])]
-        target = (stage, own, {key: str(value) for key, value in environment.items()}, outputs[rank])
-        process = _context.Process(target=_one_rank, args=(*target, (file_limit or {}).get(rank)))
+        target = (stage, own, {key: str(value) for key, value in own_environment.items()}, outputs[rank])
+        process = _context.Process(target=_one_rank, args=(*target, (file_limit or {}).get(rank), prepare))
         process.start()
         processes.append(process)
     return Run(directory / "run", processes, outputs)
@@ -144,7 +149,12 @@ def run(directory: Path, **options: Any) -> Run:
 
 
 def _one_rank(
-    stage: str, arguments: list[str], environment: dict[str, str], output: Path, file_limit: int | None
+    stage: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    output: Path,
+    file_limit: int | None,
+    prepare: Callable[[], None] | None,
 ) -> None:
     os.environ.update(environment)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -159,6 +169,8 @@ def _one_rank(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with an error, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = [f"runners/{stage}.py", *arguments]
+    if prepare is not None:
+        prepare()
     import importlib
 
     from instance_ssl.stages.context import StageSpec, run_stages
@@ -171,7 +183,8 @@ def _one_rank(
         import traceback
 
         traceback.print_exc()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)
 
 
