@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl.checkpoint_files import Content, committed_directories, read_tensors, verify
+from instance_ssl.checkpoint_files import Content, DirectoryWriter, committed_directories, read_tensors, verify
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
@@ -70,23 +70,20 @@ class Checkpoint:
     passed_over: tuple[str, ...] = ()
 
 
-def checkpoint_files(
+def start_checkpoint(
+    writer: DirectoryWriter,
     position: TrainingPosition,
     encoder_state: dict[str, Tensor],
     encoder_momentum: dict[str, Tensor],
     own_buffers: dict[str, Tensor],
     shard: ClassifierShard,
     world: Group,
-) -> dict[str, Content]:
-    """This rank's files, by name: a copy of the state as it is now, so that training may go on.
+) -> None:
+    """Begins to write the state as it is now, copied, so that training may go on. `writer.commit` ends it.
 
-    Raises:
-        UserError: when rows of W are not finite, on any rank: such a state must not displace a good one.
+    A state with rows that are not finite is not committed, for it must not displace a good one. A finite loss keeps
+    them finite: ‖∂J/∂w‖ ≤ 2/(τ ‖w‖), and rows as short as 1e-12 have no gradient. What is left is broken memory.
     """
-    problem = None if shard.is_finite() else f"rank {world.rank} holds rows of W that are not finite"
-    problem = next((text for text in world.all_gather_objects(problem) if text is not None), None)
-    if problem is not None:
-        raise UserError(f"no checkpoint was written at step {position.step}: {problem}; older ones are untouched")
     files: dict[str, Content] = {}
     if shard.replicas is None or shard.replicas.rank == 0:
         files[f"rows_{shard.start:09d}_{shard.stop:09d}.pt"] = shard.own_state()
@@ -96,7 +93,17 @@ def checkpoint_files(
         files[_TRAINING] = json.dumps(asdict(position), indent=2) + "\n"
         if shard.sampler is not None:
             files[_SAMPLING] = shard.sampling_state()
-    return files
+    writer.start(position.step, files, lambda: _find_infinite_rows(files))
+
+
+def _find_infinite_rows(files: dict[str, Content]) -> str | None:
+    for name, content in files.items():
+        if name.startswith("rows_") and not isinstance(content, str):
+            # The Euclidean norm: at a fifteenth of the cost of the largest absolute value.
+            norms = [torch.linalg.vector_norm(content[key].flatten()) for key in ("weight", "momentum")]
+            if not all(norm.isfinite() for norm in norms):
+                return f"{name}: rows of W are not finite"
+    return None
 
 
 def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None = None) -> Checkpoint | None:
@@ -112,13 +119,21 @@ def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None 
     damage: list[str] = []
     for directory in directories:
         problem = verify(directory, group, names)
-        if problem is None:
-            values = json.loads((directory / _TRAINING).read_text())
-            return Checkpoint(directory, TrainingPosition(**values), tuple(damage))
-        damage.append(f"{directory}: {problem}")
+        position = _read_position(directory) if problem is None else problem
+        if isinstance(position, TrainingPosition):
+            return Checkpoint(directory, position, tuple(damage))
+        damage.append(f"{directory}: {position}")
     if damage:
         raise UserError(f"no checkpoint in {parent} is whole ({damage[0]}); restore one or remove the directory")
     return None
+
+
+def _read_position(directory: Path) -> TrainingPosition | str:
+    """What training.json says, or what is wrong with it (another version of this project wrote it, say)."""
+    try:
+        return TrainingPosition(**json.loads((directory / _TRAINING).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        return f"{_TRAINING}: {' '.join(str(error).split())}"
 
 
 def load_encoder(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

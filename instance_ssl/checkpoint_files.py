@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from instance_ssl.errors import UserError
 MANIFEST = "MANIFEST.json"
 _REMOVED = ".removed-"
 _TEMPORARY = ".writing-"
+_COMMITTED_NAME = re.compile(r"step_[0-9]{9,}")
 
 # A file's content: tensors and plain values for `torch.save`, or text.
 Content = dict[str, Any] | str
@@ -69,11 +71,16 @@ class DirectoryWriter:
         """Whether this rank's files are still being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, step: int, files: Mapping[str, Content]) -> None:
-        """Begins to write this rank's files of `parent`/step_…; the caller does not change their content any more."""
+    def start(
+        self, step: int, files: Mapping[str, Content], find_problem: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """Begins to write this rank's files of `parent`/step_…; the caller does not change their content any more.
+
+        `find_problem`, called beside the training too, may say why they must not be committed.
+        """
         assert not self.is_busy
         self._step, self._records, self._problem = step, {}, None
-        self._thread = threading.Thread(target=self._write, args=(files,), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(files, find_problem), name="checkpoint")
         self._thread.start()
 
     def commit(self) -> Path:
@@ -106,8 +113,11 @@ class DirectoryWriter:
     def _temporary(self) -> Path:
         return self.parent / f"{_TEMPORARY}{self._final.name}"
 
-    def _write(self, files: Mapping[str, Content]) -> None:
+    def _write(self, files: Mapping[str, Content], find_problem: Callable[[], str | None]) -> None:
         rank, step = self._world.rank, self._step
+        self._problem = find_problem()
+        if self._problem is not None:
+            return
         try:
             faults.reach("save.before", rank, step)
             self._temporary.mkdir(parents=True, exist_ok=True)
@@ -141,22 +151,36 @@ def write_file(path: Path, content: Content, on_begun: Callable[[], object] = la
         if isinstance(content, str):
             hashing.write(content.encode())
         else:
-            torch.save(content, cast(BinaryIO, hashing))
+            _save_tensors(content, cast(BinaryIO, hashing))
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(hashing.size, hashing.digest.hexdigest())
 
 
+def _save_tensors(content: dict[str, Any], file: BinaryIO) -> None:
+    """`torch.save` without its own checksums, which would take half as long again as SHA-256 does."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(content, file)
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 class _HashingFile:
-    """What `torch.save` needs of a file: bytes pass through once, so that hashing costs no second reading."""
+    """What `torch.save` needs of a file: bytes are hashed as they pass, large pieces beside their writing."""
 
     def __init__(self, file: BinaryIO, on_begun: Callable[[], object]) -> None:
         self._file, self._on_begun = file, on_begun
         self.digest, self.size = hashlib.sha256(), 0
 
     def write(self, data: bytes | memoryview) -> int:
-        self.digest.update(data)
-        self._file.write(data)
+        hashing = threading.Thread(target=self.digest.update, args=(data,))
+        hashing.start()
+        try:
+            self._file.write(data)
+        finally:
+            hashing.join()
         if self.size == 0:
             self._file.flush()
             self._on_begun()
@@ -186,8 +210,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def committed_directories(parent: Path) -> list[Path]:
-    """Committed directories, whole or damaged since, newest first."""
-    return sorted(parent.glob("step_*"), reverse=True)
+    """Committed directories, whole or damaged since, newest first; what else somebody has put there is left alone."""
+    named = [path for path in parent.glob("step_*") if _COMMITTED_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=step_of, reverse=True)
 
 
 def step_of(directory: Path) -> int:

@@ -61,6 +61,8 @@ class Engine:
         self._schedule = schedule
         self._accumulation_steps = settings.accumulation_steps
         self._micro_batches_seen = 0
+        self._buffers = list(self.encoder.buffers())
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]
         optimizer = torch.optim.SGD(
             self.encoder.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay, fused=True
         )
@@ -69,6 +71,9 @@ class Engine:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Embeddings (b, D) of images (b, 3, S, S), with the graph that `backward` needs."""
+        if self._micro_batches_seen == 0:
+            for before, buffer in zip(self._buffers_before, self._buffers, strict=True):
+                before.copy_(buffer)
         return self._engine(images)
 
     def backward(self, x_bD: Tensor, gradient_bD: Tensor) -> None:
@@ -96,30 +101,40 @@ class Engine:
         scaler = self._engine.torch_autocast_z0_gradscaler
         if self._zero_stage == 0 and scaler is None and not self._gradients_are_finite():
             self._drop_gradients()
-            return False
-        scale = None if scaler is None else scaler.get_scale()
-        self._engine.step()
-        # Without ZeRO, DeepSpeed calls a step applied that its gradient scaler has skipped; only the scale tells.
-        return self._engine.was_step_applied() and (scaler is None or scaler.get_scale() >= scale)
+            applied = False
+        else:
+            scale = None if scaler is None else scaler.get_scale()
+            self._engine.step()
+            # Without ZeRO, DeepSpeed calls a step applied that its gradient scaler has skipped; only the scale tells.
+            applied = self._engine.was_step_applied() and (scaler is None or scaler.get_scale() >= scale)
+        if not applied:
+            self._restore_buffers()
+        return applied
 
     def abandon_step(self, x_bD: Tensor) -> None:
         """In place of the last micro-batch's `backward` and `end_micro_batch`: the step's gradients are dropped.
 
-        Weights and momentum stay as they are. ZeRO keeps gradients in buffers of its own, and clears them when it
-        meets one that is not finite: so it is given one.
+        Weights and momentum stay as they are, and batch-norm statistics become what they were before the step. ZeRO
+        keeps gradients in buffers of its own, and clears them when it meets one that is not finite: so it is given one.
         """
         self._micro_batches_seen = 0
         self.steps_taken += 1
         if self._zero_stage == 0:
             self._drop_gradients()
-            return
-        self.backward(x_bD, torch.full_like(x_bD, torch.nan))
-        self._engine.step()
+        else:
+            self.backward(x_bD, torch.full_like(x_bD, torch.nan))
+            self._engine.step()
+        self._restore_buffers()
 
     def _gradients_are_finite(self) -> bool:
         """Whether the summed gradients, which are equal on all ranks, are: plain DeepSpeed would apply any."""
         gradients = [parameter.grad for parameter in self.encoder.parameters() if parameter.grad is not None]
         return bool(get_total_norm(gradients).isfinite())
+
+    @torch.no_grad()
+    def _restore_buffers(self) -> None:
+        for before, buffer in zip(self._buffers_before, self._buffers, strict=True):
+            buffer.copy_(before)
 
     def _drop_gradients(self) -> None:
         self._engine.zero_grad()

@@ -2,7 +2,7 @@
 
 Nothing happens unless the variable is set. Points are named where they are reached; rank and step are numbers or `*`.
 Actions: `kill` (SIGKILL), `freeze` (SIGSTOP), `term` (SIGTERM), `sleep=SECONDS`, `disk-full`, and words that the point
-itself acts on, such as `nan`.
+itself acts on: `nan` and `spike`.
 """
 
 import errno

@@ -20,10 +20,12 @@ import psutil
 
 from instance_ssl.console import complain
 
-EXIT_HANG = 4
+EXIT_LOST_PEER, EXIT_HANG = 3, 4
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_FOR_WORDS = 10.0
+# So long the main thread may take to notice by itself, in its next collective, that a rank beside it has died.
+_SECONDS_TO_NOTICE = 10.0
 
 
 class Stopped(Exception):
@@ -59,13 +61,18 @@ class Guard:
 
     Args:
         rank: for messages.
-        on_hang: called with one line before the process exits with `EXIT_HANG`.
+        on_end: called with one line before the guard itself ends the process.
+
+    Attributes:
+        reason: why an end was asked for; None while none was.
+        local_peers: the other ranks on this machine.
     """
 
-    def __init__(self, rank: int, on_hang: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, rank: int, on_end: Callable[[str], None] = lambda line: None) -> None:
         self.rank = rank
         self.reason: str | None = None
-        self._on_hang = on_hang
+        self.local_peers: dict[int, ProcessId] = {}
+        self._on_end = on_end
         self._launchers: list[ProcessId] = []
         self._hang_seconds: float | None = None
         self._stacks = Path(os.devnull)
@@ -77,6 +84,15 @@ class Guard:
         signal.signal(signal.SIGINT, self._on_signal)
         self._launchers = [ProcessId.of(process) for process in launchers_of(psutil.Process())]
         threading.Thread(target=self._look, name="guard", daemon=True).start()
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether a DeepSpeed launcher started this process."""
+        return bool(self._launchers)
+
+    def dead_peer(self) -> int | None:
+        """A rank of this machine that has died, if any has."""
+        return next((rank for rank, peer in self.local_peers.items() if not peer.is_alive()), None)
 
     def request(self, reason: str) -> None:
         """Asks for an end; the first reason stays."""
@@ -118,32 +134,40 @@ class Guard:
                 if not launcher.is_alive():
                     self.request(f"the launcher (process {launcher.pid}) has died")
             silent = time.monotonic() - self._last_beat
+            if silent > _SECONDS_TO_NOTICE and self.dead_peer() is not None:
+                self._end_at_the_latest(EXIT_LOST_PEER)
+                self._end(f"rank {self.rank}: rank {self.dead_peer()} has died", EXIT_LOST_PEER)
             if self._hang_seconds is not None and silent > self._hang_seconds:
-                self._end_hang(silent)
+                self._end_at_the_latest(EXIT_HANG)
+                self._write_stacks()
+                what = f"nothing has moved for {silent:.0f} s (safety.hang_seconds); stacks in {self._stacks}"
+                self._end(f"rank {self.rank}: {what}", EXIT_HANG)
 
-    def _end_hang(self, seconds: float) -> None:
-        line = (
-            f"rank {self.rank}: nothing has moved for {seconds:.0f} s (safety.hang_seconds); stacks in {self._stacks}"
-        )
-        # Writing can hang too, on a dead file system or a pipe that nobody empties.
-        last_resort = threading.Timer(_SECONDS_FOR_WORDS, os._exit, [EXIT_HANG])
-        last_resort.daemon = True
-        last_resort.start()
+    def _end_at_the_latest(self, code: int) -> None:
+        """Ends the process soon in any case: its last words can hang too, on a dead disk or a pipe nobody empties."""
+        timer = threading.Timer(_SECONDS_FOR_WORDS, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+
+    def _write_stacks(self) -> None:
         try:
             with self._stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
-            self._on_hang(line)
         except OSError:
             faulthandler.dump_traceback(sys.stderr)
+
+    def _end(self, line: str, code: int) -> None:
+        """Ends the process from beside its main thread, which cannot be asked: it waits in a collective."""
+        self._on_end(line)
         complain(line)
-        os._exit(EXIT_HANG)  # the main thread cannot be asked
+        os._exit(code)
 
 
 def launchers_of(process: psutil.Process) -> list[psutil.Process]:
     """The DeepSpeed launchers above a process, nearest first; none when it was started bare."""
     found = []
     parent = process.parent()
-    while parent is not None and _is_launcher(parent):
+    while parent is not None and is_launcher(parent):
         found.append(parent)
         parent = parent.parent()
     return found
@@ -154,7 +178,8 @@ def own_process_id() -> ProcessId:
     return ProcessId.of(psutil.Process())
 
 
-def _is_launcher(process: psutil.Process) -> bool:
+def is_launcher(process: psutil.Process) -> bool:
+    """Whether a process is DeepSpeed's launcher, one that starts it or one that it starts ranks from."""
     try:
         arguments = process.cmdline()
     except psutil.Error:

@@ -80,6 +80,8 @@ def train_step(
         if micro_step == accumulation_steps - 1:
             # Summed from all-reduced Z and Y, the loss is the same number on every rank: so is this decision.
             loss = torch.stack([output.loss for output in outputs]).sum().item()
+            if faults.reach("loss", rank, engine.steps_taken) == "spike":
+                loss *= 1e4
             if not math.isfinite(loss):
                 break
         engine.backward(x_bD, output.feature_gradient_bD)

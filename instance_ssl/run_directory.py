@@ -31,8 +31,9 @@ def locked(directory: Path) -> Iterator[None]:
     path = directory / "lock"
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A record lock, which loader processes forked from this one do not share: it dies with this process alone.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # EAGAIN, or EACCES on some systems
             file.seek(0)
             holder = file.read().strip() or "another run"
             raise UserError(f"{directory} is in use by {holder}: wait for it, or give another --run-dir") from None
@@ -55,10 +56,23 @@ def write_status(directory: Path, state: State, reason: str | None = None) -> No
         write_json(directory / "status.json", status)
 
 
+def read_state(directory: Path) -> str | None:
+    """The state that status.json tells, if it can be read."""
+    try:
+        return str(json.loads((directory / "status.json").read_text())["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 

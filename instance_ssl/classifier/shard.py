@@ -157,6 +157,7 @@ class ClassifierShard:
         self._clock = None if sampler is None else RowClock(self.weight, self.momentum_buffer)
         self._sampled: _SampledRows | None = None
         self._pending: list[_PendingRows] = []
+        self._copies: dict[str, Tensor | None] = {}
 
     @property
     def num_replicas(self) -> int:
@@ -283,17 +284,12 @@ class ClassifierShard:
         own_B = self._owns(instance_id_B)
         self.weight[instance_id_B[own_B] - self.start] = x_BD[own_B].to(self.weight.dtype)
 
-    def is_finite(self) -> bool:
-        """Whether all own rows and their momentum are.
-
-        A finite loss makes them so: ‖∂J/∂w‖ ≤ 2/(τ ‖w‖) with ‖w‖ > `NORM_EPSILON`, far below float32's largest. What
-        is left is broken memory.
-        """
-        largest = [torch.linalg.vector_norm(values, ord=torch.inf) for values in (self.weight, self.momentum_buffer)]
-        return bool(torch.stack(largest).isfinite().all())
-
     def own_state(self) -> dict[str, Tensor | None]:
-        """Own rows and what belongs to each of them, copied to the CPU: what `restore_rows` takes."""
+        """Own rows and what belongs to each of them, copied to the CPU: what `restore_rows` takes.
+
+        The copy is the same memory each time (to touch new memory takes longer than to copy), so one call's result
+        lasts until the next call.
+        """
         clock = None if self._clock is None else self._clock.seen_n
         values = {
             "weight": self.weight,
@@ -301,7 +297,13 @@ class ClassifierShard:
             "hard_classes": self.hard_classes,
             "steps_seen": clock,
         }
-        return {name: None if value is None else value.to("cpu", copy=True) for name, value in values.items()}
+        for name, value in values.items():
+            kept = self._copies.get(name)
+            if value is None or kept is None or kept.shape != value.shape:
+                self._copies[name] = None if value is None else value.to("cpu", copy=True)
+            else:
+                kept.copy_(value)
+        return dict(self._copies)
 
     def restore_rows(self, first: int, last: int, state: dict[str, Tensor | None]) -> int:
         """Takes over those of the rows first … last - 1 that are own ones, from any shard's `own_state`; how many."""

@@ -192,7 +192,7 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
 
     Raises:
         UserError: when more ranks were launched on this machine than it has GPUs.
-        RankError: when not all ranks came.
+        RankError: when the ranks cannot meet, or not all came.
     """
     use_cuda = torch.cuda.is_available()
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
@@ -237,10 +237,12 @@ def _join(
         )
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise RankError(f"{where}, where the ranks meet, is in use: give another --master_port") from None
         raise RankError(
             f"rank {rank} of {size} could not join the others at {where} ({str(error).splitlines()[0]}): does every "
             "node of the hostfile run, and does it reach that address? safety.join_seconds is how long ranks wait"
-        ) from error
+        ) from None
     store.set_timeout(_TIMEOUT)
     set_timeouts(_TIMEOUT.total_seconds())
     return Group(dist.group.WORLD, rank, size, device)
@@ -285,7 +287,7 @@ def set_timeouts(seconds: float) -> None:
 
 def lost_peer(error: BaseException) -> bool:
     """Whether an error of a collective says that another rank has gone: that rank tells the user why."""
-    signs = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
+    signs = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "connectFullMesh failed")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 import torchvision
 import yaml
 
 from instance_ssl import engine
+from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import ExperimentConfig, flatten, load_config
 from instance_ssl.console import complain
 from instance_ssl.data.datasets import ImageSource
@@ -25,13 +26,15 @@ from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import RankError, UserError
-from instance_ssl.guard import Guard, ProcessId, Stopped, own_process_id
-from instance_ssl.run_directory import State, locked, write_json, write_status
+from instance_ssl.guard import EXIT_LOST_PEER, Guard, Stopped, own_process_id
+from instance_ssl.run_directory import State, locked, read_state, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages import checks
 
+_T = TypeVar("_T")
+
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
-EXIT_LOST_PEER = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on
 
 
@@ -83,6 +86,22 @@ class Stage:
         reasons = [reason for reason in self.world.all_gather_objects(self.guard.reason) if reason is not None]
         raise Stopped(reasons[0])
 
+    def together(self, load: Callable[[], _T]) -> _T:
+        """Does what may fail on one rank alone (reading its own file, say), and fails on all if it does. Collective.
+
+        Raises:
+            UserError: on all ranks, with the first one's reason.
+        """
+        result, problem = None, None
+        try:
+            result = load()
+        except UserError as error:
+            problem = str(error)
+        problem = next((text for text in self.world.all_gather_objects(problem) if text is not None), None)
+        if problem is not None:
+            raise UserError(problem)
+        return cast(_T, result)
+
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The JSON's precision, for forward passes outside the engine."""
         dtype = self.ds.autocast_dtype
@@ -129,29 +148,35 @@ def run_measurement(measure: Callable[[Group], None]) -> int:
 
 
 class _Process:
-    """This process: how it is watched, where it works now, and which processes are the other ranks."""
+    """This process: how it is watched, and where it works now."""
 
     def __init__(self) -> None:
         self.rank = comm.launched_rank()
-        self.guard = Guard(self.rank, on_hang=lambda line: self.end("failed", line))
+        self.guard = Guard(self.rank, on_end=lambda line: self.end("failed", line))
         self.log = RunLog(is_main=self.rank == 0, on_progress=self.guard.beat)
         self.directory: Path | None = None
-        self.peers: list[tuple[str, ProcessId]] = []
 
     def meet(self, world: Group) -> None:
-        """Learns the other ranks' hosts and processes."""
-        self.peers = world.all_gather_objects((socket.gethostname(), own_process_id()))
+        """Tells the guard which processes of this machine are the other ranks."""
+        peers = world.all_gather_objects((socket.gethostname(), own_process_id()))
+        here = socket.gethostname()
+        self.guard.local_peers = {
+            rank: process for rank, (host, process) in enumerate(peers) if host == here and rank != self.rank
+        }
 
     def end(self, state: State, reason: str) -> None:
         """Says in the stage's status.json how it ended."""
         if self.directory is not None:
             write_status(self.directory, state, reason)
 
+    def told_state(self) -> str | None:
+        """The state in the stage's status.json, which another rank may have written."""
+        return None if self.directory is None else read_state(self.directory)
+
     def describe_loss(self) -> str:
         """Which rank on this host has died, if one of them has."""
-        host = socket.gethostname()
-        dead = [rank for rank, (where, peer) in enumerate(self.peers) if where == host and not peer.is_alive()]
-        return f"rank {dead[0]} on {host} has died" if dead else "another rank has stopped"
+        dead = self.guard.dead_peer()
+        return "another rank has stopped" if dead is None else f"rank {dead} on {socket.gethostname()} has died"
 
 
 def _exit_code(work: Callable[[], None], process: _Process) -> int:
@@ -167,21 +192,29 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
             comm.finalize()
         return EXIT_USER_ERROR
     except Stopped as stop:
-        if process.rank == 0:
-            process.log.say(f"stopped ({stop}); the same command goes on from here")
+        process.log.say(f"stopped ({stop}); the same command goes on from here")
+        if process.rank == 0 or process.guard.reason is not None:  # in an evaluation, one rank may stop alone
             process.end("stopped", str(stop))
         return EXIT_STOPPED
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            reason = f"rank {process.rank}: a loader process was killed, by lack of memory perhaps ({error})"
+            complain(reason)
+            process.end("failed", reason)
+            return EXIT_FAILURE
         if not comm.lost_peer(error):
             process.end("failed", f"rank {process.rank}: {type(error).__name__}: {error}")
             raise
         time.sleep(1)  # what has died may still be there for a moment
         reason = process.describe_loss()
         complain(f"rank {process.rank}: {reason}; stopping too")
-        if process.guard.reason is None:
+        told = process.told_state()
+        stopped = process.guard.reason is not None or told == "stopped"
+        if not stopped and told != "failed":  # else the other rank has said why, and knows better
             process.end("failed", reason)
-        time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
-        return EXIT_LOST_PEER if process.guard.reason is None else EXIT_STOPPED
+        if process.guard.is_launched:
+            time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
+        return EXIT_STOPPED if stopped else EXIT_LOST_PEER
     except Exception as error:
         process.end("failed", f"rank {process.rank}: {type(error).__name__}: {error}")
         raise
@@ -228,7 +261,6 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     if needs_labels:
         checks.check_labels(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
-    checks.check_unchanged(config, run_directory)
     world = comm.initialize(config.safety.join_seconds)
     process.meet(world)
     checks.check_ranks_agree(
@@ -240,6 +272,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
         },
         world,
     )
+    checks.check_unchanged(config, run_directory)
     source = checks.open_images(config.data, "train", world)
     checks.check_size(config, len(source))
     evaluation_sources = checks.open_evaluation(config, source, world) if needs_labels else None
@@ -304,7 +337,7 @@ def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
             stage.directory.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(stage.directory))
             config = yaml.safe_dump(stage.config.model_dump(mode="json"), sort_keys=False)
-            (stage.directory / "config.yaml").write_text(config)
+            write_text(stage.directory / "config.yaml", config)
             section = stage.ds.classifier.model_dump()
             write_json(stage.directory / "ds_config.json", {**stage.ds.engine, "instance_classifier": section})
             write_json(stage.directory / "environment.json", _environment(stage.world))
@@ -320,7 +353,7 @@ def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
 
 def _newest_checkpoint_name(stage: Stage) -> str | None:
     """What an evaluation was of: it is done again when training has gone on since."""
-    return max((path.name for path in stage.checkpoints_of("pretrain").glob("step_*")), default=None)
+    return next((path.name for path in committed_directories(stage.checkpoints_of("pretrain"))), None)
 
 
 def _environment(world: Group) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from torch import Tensor
 from instance_ssl import faults
 from instance_ssl.checkpoint import (
     TrainingPosition,
-    checkpoint_files,
     load_encoder,
     load_rows,
     newest_checkpoint,
+    start_checkpoint,
 )
 from instance_ssl.checkpoint_files import DirectoryWriter, clear_leftovers
 from instance_ssl.classifier.initialization import initialize_from_features, initialize_gaussian
@@ -58,8 +58,8 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard) ->
     partial = newest_checkpoint(stage.directory / "partial", stage.world)
     if partial is not None:
         require_same_run(partial, stage)
-        load_rows(partial, shard)
-        encoder.load_state_dict(load_encoder(partial)[0])
+        stage.together(lambda: load_rows(partial, shard))
+        encoder.load_state_dict(stage.together(lambda: load_encoder(partial))[0])
         done = partial.position.step
         stage.log.say(f"resuming from {partial.directory}: {done} batches done")
     size = stage.config.classifier.initialization_batch_size
@@ -96,7 +96,7 @@ def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, s
     momentum = {name: torch.zeros_like(value, device="cpu") for name, value in encoder.named_parameters()}
     buffers = {name: value.cpu() for name, value in encoder.named_buffers()}
     writer = DirectoryWriter(stage.directory / folder, stage.world, keep=1, is_permanent=lambda step: False)
-    writer.start(step, checkpoint_files(position, state, momentum, buffers, shard, stage.world))
+    start_checkpoint(writer, position, state, momentum, buffers, shard, stage.world)
     return str(writer.commit().relative_to(stage.run_directory))
 
 

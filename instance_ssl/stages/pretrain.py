@@ -1,5 +1,6 @@
 """Stage 2: epochs of instance classification, with the hardest classes found anew before each."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def run(stage: Stage) -> dict[str, Any]:
             stage.log.say(f"going back to the newest checkpoint; step {rollback.step} is left out from now on")
             if stage.world.rank == 0:
                 write_json(_left_out_path(stage), {"steps": sorted({*left_out, rollback.step})})
+        gc.collect()  # the engine that is left behind refers to itself, and holds the encoder's memory
 
 
 def _train(stage: Stage, left_out: frozenset[int]) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def _train(stage: Stage, left_out: frozenset[int]) -> dict[str, Any]:
     _describe(stage, sampler)
     start = _starting_checkpoint(stage)
     shard = classifier_shard(stage)
-    load_rows(start, shard)
+    stage.together(lambda: load_rows(start, shard))
     engine = _build_engine(stage, start, sampler.steps_per_epoch)
     _require_space(stage, engine, shard)
     # Beyond the guard's own patience, so that a hang ends with stacks and not with an error of a collective.
@@ -114,7 +116,7 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
 def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engine:
     optimization = stage.config.optimization
     encoder = seeded_encoder(stage.config, recompute_stages=stage.ds.recompute_stages)
-    state, momentum = load_encoder(start)
+    state, momentum = stage.together(lambda: load_encoder(start))
     encoder.load_state_dict(state)
 
     def schedule(step: int) -> float:
@@ -136,7 +138,7 @@ def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engi
     )
     engine.load_momentum(momentum)
     engine.loss_scale = start.position.loss_scale
-    own_buffers = load_own_buffers(start, stage.world)
+    own_buffers = stage.together(lambda: load_own_buffers(start, stage.world))
     if own_buffers is not None:
         engine.encoder.load_state_dict(own_buffers, strict=False)
     return engine

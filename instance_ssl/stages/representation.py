@@ -125,7 +125,7 @@ def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:
 
 def _load_frozen(stage: Stage, checkpoint: Checkpoint) -> Encoder:
     encoder = seeded_encoder(stage.config)
-    encoder.load_state_dict(load_encoder(checkpoint)[0])
+    encoder.load_state_dict(stage.together(lambda: load_encoder(checkpoint))[0])
     return encoder.to(stage.world.device).eval().requires_grad_(False)
 
 

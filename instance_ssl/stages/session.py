@@ -5,9 +5,10 @@ import statistics
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
-from instance_ssl.checkpoint import Checkpoint, TrainingPosition, checkpoint_files
+from instance_ssl.checkpoint import Checkpoint, TrainingPosition, start_checkpoint
 from instance_ssl.checkpoint_files import DirectoryWriter
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.loaders import GlobalBatchSampler
@@ -58,7 +59,7 @@ class TrainingSession:
         self._stage, self._engine, self._shard, self._progress = stage, engine, shard, progress
         self._checkpoint, self._safety = stage.config.checkpoint, stage.config.safety
         self._steps_per_epoch = sampler.steps_per_epoch
-        self.step = start.position.step
+        self.step = self._first_step = start.position.step
         self._saved_step = self.step if start.directory.parent == stage.checkpoints_of(stage.name) else -1
         self.figures = start.position.figures
         self._skipped_in_a_row = start.position.skipped_in_a_row
@@ -84,6 +85,9 @@ class TrainingSession:
             Rollback: at a spike of the loss, where the configuration says so.
             UserError: when too many steps in a row were skipped, or too many saves failed.
         """
+        if self.step == self._first_step:
+            seconds = time.time() - psutil.Process().create_time()
+            self._stage.log.metrics(self.step + 1, {"speed/seconds_to_first_step": seconds})
         self.step += 1
         is_last = step + 1 == self._steps_per_epoch
         if report is not None:
@@ -118,8 +122,8 @@ class TrainingSession:
             loss_level=self._loss.level,
         )
         state, momentum = self._engine.full_state()
-        files = checkpoint_files(position, state, momentum, self._engine.own_buffers(), self._shard, self._stage.world)
-        self._writer.start(self.step, files)
+        buffers = self._engine.own_buffers()
+        start_checkpoint(self._writer, position, state, momentum, buffers, self._shard, self._stage.world)
         self._saved_step = self.step
         self._pause_seconds = time.perf_counter() - started
 

@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from instance_ssl.checkpoint import TrainingPosition, checkpoint_files, load_encoder, load_rows, newest_checkpoint
+from instance_ssl.checkpoint import TrainingPosition, load_encoder, load_rows, newest_checkpoint, start_checkpoint
 from instance_ssl.checkpoint_files import DirectoryWriter
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.sampling import ClassSampler
@@ -34,7 +34,7 @@ def save_checkpoint(
     shard: ClassifierShard, world: Group, *, keep: int,
 ) -> Path:  # fmt: skip
     writer = DirectoryWriter(parent, world, keep=keep, is_permanent=lambda step: step % 70 == 0)
-    writer.start(position.step, checkpoint_files(position, state, momentum, {}, shard, world))
+    start_checkpoint(writer, position, state, momentum, {}, shard, world)
     return writer.commit()
 
 

@@ -16,13 +16,22 @@ def run_bare(runner: str, *arguments: str, cwd: Path = ROOT) -> subprocess.Compl
 
 def run_launched(runner: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus <ranks> runners/<runner>.py …`; on a CPU machine these are that many processes."""
+    return _run(launch_command(runner, ranks, *arguments), ROOT)
+
+
+def launch_command(runner: str, ranks: int, *arguments: str) -> list[str]:
+    """The command of `run_launched`, on a port that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
-    return _run([*launcher, str(ROOT / "runners" / f"{runner}.py"), *arguments], ROOT)
+    return [*launcher, str(ROOT / "runners" / f"{runner}.py"), *arguments]
+
+
+def cpu_environment() -> dict[str, str]:
+    """Of processes that a test starts: this checkout, one thread, no GPU."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=cpu_environment(), capture_output=True, text=True, timeout=300)

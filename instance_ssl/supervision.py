@@ -1,0 +1,168 @@
+"""Keeps a launched run going: passes signals on, waits for every process, starts again what has died.
+
+`deepspeed` itself passes no signal on to the ranks of one machine, leaves them behind when it is killed, and then exits
+with 0. So the signal goes to the ranks, orphans come back to this process (Linux hands them to the nearest
+"subreaper"), and what became of the run is read in its status.json files.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from instance_ssl.guard import is_launcher
+from instance_ssl.launch_checks import Launch
+
+EXIT_DONE, EXIT_USER_ERROR, EXIT_STOPPED = 0, 2, 75
+_FAILED = 1
+_PR_SET_CHILD_SUBREAPER = 36
+# A run that lasted so long was not ended by its own beginning: attempts are counted anew.
+_LONG_RUN_SECONDS = 600.0
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Supervisor:
+    """Runs one launch until it is done, cannot be done, or is told to end.
+
+    Args:
+        restarts: how often in a row it is started again after a failure.
+        pause_seconds: between a failure and the next start.
+        grace_seconds: from a signal, or from the launcher's end, until what is left is killed.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        *,
+        restarts: int,
+        pause_seconds: float,
+        grace_seconds: float,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    ) -> None:
+        self._launch, self._say = launch, say
+        self._restarts, self._pause_seconds, self._grace_seconds = restarts, pause_seconds, grace_seconds
+        self._runner: subprocess.Popen[bytes] | None = None
+        self._signal: int | None = None
+
+    def run(self) -> int:
+        """The exit code of the last attempt: 0 only when every stage that began is complete."""
+        _adopt_orphans()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        failures = 0
+        while True:
+            began = time.monotonic()
+            code = self._attempt()
+            if code in (EXIT_DONE, EXIT_USER_ERROR) or self._signal is not None:
+                return code
+            failures = 1 if time.monotonic() - began > _LONG_RUN_SECONDS else failures + 1
+            if failures > self._restarts:
+                self._say(f"supervise: ended with {code}, and {self._restarts} restarts did not help: giving up")
+                return code
+            self._say(f"supervise: ended with {code}; restart {failures} of {self._restarts}")
+            self._wait(lambda: self._signal is not None, self._pause_seconds)
+            if self._signal is not None:
+                return EXIT_STOPPED
+
+    def _attempt(self) -> int:
+        # A session of its own: a Ctrl-C in the terminal reaches this process alone, which passes it on once.
+        self._runner = subprocess.Popen(self._launch.command, start_new_session=True)
+        if self._signal is not None:
+            self._pass_on()
+        told = time.monotonic() if self._signal is not None else None
+        while self._runner.poll() is None:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            if self._signal is not None and told is None:
+                told = time.monotonic()
+                self._pass_on()
+            if told is not None and time.monotonic() - told > self._grace_seconds:
+                self._say(f"supervise: still there {self._grace_seconds:.0f} s after the signal: killing what is left")
+                break
+        else:
+            self._wait(lambda: not _descendants(), self._grace_seconds)  # ranks that the launcher left behind
+        _kill(_descendants())
+        return self._judge(self._runner.wait())
+
+    def _judge(self, code: int) -> int:
+        if code < 0:  # by a signal
+            code = EXIT_STOPPED if self._signal is not None else 128 - code
+        if code == EXIT_DONE:
+            unfinished = _unfinished_stages(self._launch.run_directory)
+            if unfinished:
+                self._say(f"supervise: the launcher reports success, but {unfinished[0]}")
+                code = _FAILED
+        return code
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self._signal is None:
+            self._signal = number
+
+    def _pass_on(self) -> None:
+        """To this machine's ranks, which save and leave; over ssh to the runner, which passes it on itself."""
+        ranks = _ranks()
+        self._say(f"supervise: {signal.Signals(self._signal or 0).name}: the run saves its state and ends")
+        if not ranks and self._runner is not None:
+            self._runner.terminate()
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(signal.SIGTERM)
+
+    def _wait(self, until: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not until():
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _unfinished_stages(run_directory: Path | None) -> list[str]:
+    """Stages whose status.json says anything but complete."""
+    found = []
+    for path in sorted((run_directory or Path(os.devnull)).glob("*/status.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            status = json.loads(path.read_text())
+            if status["state"] != "complete":
+                found.append(f"{path} says {status['state']}" + (f": {status['reason']}" if status["reason"] else ""))
+    return found
+
+
+def _descendants() -> list[psutil.Process]:
+    """Processes below this one that still run, adopted ones included; those that have ended are buried."""
+    alive = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+    return alive
+
+
+def _ranks() -> list[psutil.Process]:
+    """The children of launchers that are no launchers themselves."""
+    found = []
+    for process in _descendants():
+        with contextlib.suppress(psutil.Error):
+            parent = process.parent()
+            if parent is not None and is_launcher(parent) and not is_launcher(process):
+                found.append(process)
+    return found
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+def _adopt_orphans() -> None:
+    """Processes whose parent dies become children of this one; without Linux they go their own way."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

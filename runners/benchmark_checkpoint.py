@@ -1,0 +1,37 @@
+"""Times checkpoints of a large classifier beside torch.save and torch.load of the same tensors.
+
+deepspeed --num_gpus T runners/benchmark_checkpoint.py --num-classes 1000000 --directory DIR
+"""
+
+import argparse
+from pathlib import Path
+
+from instance_ssl.benchmarks.checkpoint import measure_checkpoints
+from instance_ssl.benchmarks.measure import describe_machine, format_table
+from instance_ssl.distributed.comm import Group
+from instance_ssl.stages.context import run_measurement
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--num-classes", type=int, default=1_000_000, metavar="N", help="over all ranks")
+    parser.add_argument("--embedding-dim", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5, help="of each, in turns")
+    parser.add_argument("--directory", type=Path, default=Path("runs/benchmark_checkpoint"), help="a new one; removed")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
+    return parser.parse_args()
+
+
+def _run(world: Group) -> None:
+    arguments = _arguments()
+    if world.rank == 0:
+        arguments.directory.mkdir(parents=True)
+    world.barrier()
+    shape = arguments.num_classes, arguments.embedding_dim
+    rows = measure_checkpoints(arguments.directory, *shape, arguments.repeats, world)
+    if world.rank == 0:
+        print(f"{describe_machine(world)}; D = {arguments.embedding_dim}\n\n{format_table(rows)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_measurement(_run))

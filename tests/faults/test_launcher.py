@@ -1,0 +1,104 @@
+"""Signals to, and the death of, DeepSpeed's launcher, which leaves its ranks to themselves (F16, F19)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from rig import checkpoints, digests, flags, run, status, wait_for
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runners"))
+from processes import ROOT, cpu_environment, launch_command
+
+GRACE_SECONDS = 35
+
+
+class Launched:
+    """A training under the launcher, slowed down so that there is time to harm it."""
+
+    def __init__(self, place: Path) -> None:
+        environment = {**cpu_environment(), "INSTANCE_SSL_FAULT": "step:*:*:sleep=0.15"}
+        command = launch_command("pretrain", 2, *flags(place))
+        self.runner = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdout=-3, stderr=-3)
+        wait_for(lambda: (place / "run/pretrain/metrics.jsonl").exists(), 90)
+        tree = psutil.Process(self.runner.pid).children(recursive=True)
+        self.launch = next(p for p in tree if "deepspeed.launcher.launch" in p.cmdline())
+        self.ranks = [p for p in tree if p.parent() == self.launch]
+        self.all = [psutil.Process(self.runner.pid), *tree]
+
+    def leftovers(self) -> list[psutil.Process]:
+        return [p for p in self.all if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def all_gone(self) -> bool:
+        self.runner.poll()
+        return not self.leftovers()
+
+    def kill(self) -> None:
+        for process in self.leftovers():
+            process.kill()
+        self.runner.wait()
+
+
+HARM: dict[str, Callable[[Launched], object]] = {
+    "SIGTERM to the runner": lambda it: it.runner.terminate(),
+    "SIGKILL of launch.py": lambda it: it.launch.kill(),
+    "SIGINT to all, as Ctrl-C sends it": lambda it: os.killpg(it.runner.pid, signal.SIGINT),
+    "SIGTERM to launch.py": lambda it: it.launch.terminate(),
+    "SIGTERM to one rank": lambda it: it.ranks[1].terminate(),
+    "SIGKILL of the runner": lambda it: it.runner.kill(),
+    "SIGTERM to all": lambda it: os.killpg(it.runner.pid, signal.SIGTERM),
+}
+QUICK = ("SIGTERM to the runner", "SIGKILL of launch.py")
+
+
+@pytest.mark.parametrize(
+    "harm", [name if name in QUICK else pytest.param(name, marks=pytest.mark.fault) for name in HARM]
+)
+def test_every_end_is_one_checkpoint_and_no_orphan(place: Path, clean: dict[str, str], harm: str) -> None:
+    launched = Launched(place)
+    try:
+        began = time.monotonic()
+        HARM[harm](launched)
+        wait_for(launched.all_gone, GRACE_SECONDS)
+        assert time.monotonic() - began < (10 if "SIGKILL" in harm else GRACE_SECONDS)
+    finally:
+        launched.kill()
+    assert status(place)["state"] == "stopped"
+    assert len(checkpoints(place)) in (1, 2)
+    if harm == "SIGTERM to one rank":
+        assert launched.runner.returncode == 75
+    resumed = run(place)
+    assert resumed.wait() == [0, 0], resumed.text()
+    assert digests(place) == clean
+
+
+@pytest.mark.fault
+def test_a_killed_rank_ends_the_launch_in_seconds(place: Path, clean: dict[str, str]) -> None:
+    launched = Launched(place)
+    try:
+        launched.ranks[1].kill()
+        wait_for(launched.all_gone, 15)
+    finally:
+        launched.kill()
+    assert launched.runner.returncode not in (0, 2, 75)
+    assert "rank 1 on" in status(place)["reason"]
+    resumed = run(place)
+    assert resumed.wait() == [0, 0], resumed.text()
+    assert digests(place) == clean
+
+
+def test_a_hostfile_that_is_not_there_is_refused(place: Path) -> None:
+    """DeepSpeed itself would go on with this machine alone."""
+    command = launch_command("pretrain", 2, *flags(place))
+    command[1:1] = ["--hostfile", str(place / "hosts")]
+    finished = subprocess.run(command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=90)
+    assert finished.returncode == 2, finished.stderr
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "hosts does not exist" in lines[0]
+    assert "Traceback" not in finished.stderr
