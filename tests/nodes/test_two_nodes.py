@@ -35,8 +35,10 @@ from instance_ssl.stages.checks import open_images
 # 512 images in 4 steps an epoch, 12 steps in all, with a checkpoint after every fourth.
 TINY = ["--set", "optimization.epochs=3", "optimization.warmup_epochs=1", "checkpoint.every_epochs=1"]
 TINY += ["data.limit_train=512", "evaluation.sources=[trained]", "safety.hang_seconds=10", "safety.join_seconds=30"]
-# The seventh step of rank 1, in the midst of the second epoch, takes long enough for what is done to a run before it.
-SLOW_STEP = "step:1:6:sleep=4"
+# Six seconds of training: time for what is done to a run in its midst.
+SLOW_STEPS = "step:1:*:sleep=0.5"
+# A checkpoint is written when the run is told to stop, and no other; when it has begun is seen in its metrics.
+NO_OTHER = ["--set", "checkpoint.every_epochs=99", "log.every_steps=1"]
 HALT = 40  # seconds in which everything has to have ended
 
 
@@ -92,11 +94,14 @@ def status(run: Path) -> dict[str, str]:
     return json.loads((run / "pretrain/status.json").read_text())
 
 
+def has_begun(run: Path) -> bool:
+    return (run / "pretrain/metrics.jsonl").exists()
+
+
 def assert_stopped(run: Path) -> None:
-    """In the second epoch, with one more checkpoint, which holds the parts of both ranks."""
-    first, second = checkpoints(run)
-    assert first == "step_000000004"
-    assert second in ("step_000000005", "step_000000006", "step_000000007")
+    """Before its end and on request, with one checkpoint, which holds the parts of both ranks."""
+    (only,) = checkpoints(run)
+    assert 0 < int(only.removeprefix("step_")) < 12
     assert state(run)
     assert status(run)["state"] == "stopped"
     assert status(run)["reason"] == "SIGTERM"
@@ -128,7 +133,7 @@ def test_a_cut_wire_ends_both_nodes_and_the_same_command_resumes(
     nodes: Nodes, one_machine: Path, tmp_path: Path
 ) -> None:
     run, output = initialised(one_machine, tmp_path / "run"), tmp_path / "output"
-    with nodes.launched(output, "pretrain", "--run-dir", str(run), *TINY, fault=SLOW_STEP) as runner:
+    with nodes.launched(output, "pretrain", "--run-dir", str(run), *TINY, fault=SLOW_STEPS) as runner:
         wait_for("a checkpoint", lambda: checkpoints(run), 40)
         nodes.cut()
         try:
@@ -150,8 +155,8 @@ def test_sigterm_to_the_runner_saves_on_both_nodes_and_the_same_command_resumes(
     nodes: Nodes, one_machine: Path, tmp_path: Path
 ) -> None:
     run, output = initialised(one_machine, tmp_path / "run"), tmp_path / "output"
-    with nodes.launched(output, "pretrain", "--run-dir", str(run), *TINY, fault=SLOW_STEP) as runner:
-        wait_for("a checkpoint", lambda: checkpoints(run), 40)
+    with nodes.launched(output, "pretrain", "--run-dir", str(run), *TINY, *NO_OTHER, fault=SLOW_STEPS) as runner:
+        wait_for("the first step", lambda: has_begun(run), 40)
         (deepspeed,) = psutil.Process(runner.pid).children()
         deepspeed.send_signal(signal.SIGTERM)
         wait_for("both nodes are empty", lambda: nodes.processes() == [], HALT)
@@ -176,6 +181,7 @@ def test_a_node_that_does_not_start_is_not_waited_for(wire: str, nodes: Nodes, t
         nodes.mend()
         write_hostfile(nodes.work / "hostfile", *(node.name for node in nodes.nodes))
     assert "rank 0 of 2 could not join the others" in output.read_text()
+    assert "exits with return code = 3" in output.read_text()
     assert "Traceback" not in output.read_text()
     assert not (tmp_path / "run").exists()
 
@@ -197,8 +203,8 @@ def test_a_node_that_lacks_an_image_is_named_before_the_first_step(nodes: Nodes,
     assert not run.exists()
 
 
-# As the README has Slurm and Kubernetes start it: a runner that ignores SIGTERM lives until its ranks have saved.
-NO_SSH = ["bash", "-c", 'trap "" TERM; exec "$@"', "bash"]
+# As the README has Slurm and Kubernetes start a node.
+SUPERVISED = [sys.executable, str(Path(__file__).parents[2] / "runners/supervise.py"), "--restarts", "0"]
 
 
 @pytest.fixture
@@ -214,18 +220,18 @@ def no_ssh(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def start_no_ssh(
-    started: list[subprocess.Popen[bytes]], directory: Path, run: Path, fault: str | None = None
+    started: list[subprocess.Popen[bytes]], directory: Path, run: Path, *settings: str, fault: str | None = None
 ) -> list[subprocess.Popen[bytes]]:
     """A runner for each of two nodes, both of which are this machine."""
     write_hostfile(directory / "hostfile", "first", "second")
     port = str(free_port())
     environment = {**cpu_environment(), **({} if fault is None else {"INSTANCE_SSL_FAULT": fault})}
-    own = []
+    own, arguments = [], ["--run-dir", str(run), *TINY, *settings]
     for rank in range(2):
         flags = ["--no_ssh", "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", port]
-        command = deepspeed_command(directory / "hostfile", flags, "pretrain", ["--run-dir", str(run), *TINY])
+        command = deepspeed_command(directory / "hostfile", flags, "pretrain", arguments)
         with (directory / f"output{rank}").open("a") as file:
-            own.append(subprocess.Popen([*NO_SSH, *command], env=environment, stdout=file, stderr=file))
+            own.append(subprocess.Popen([*SUPERVISED, *command], env=environment, stdout=file, stderr=file))
     started += own
     return own
 
@@ -241,23 +247,22 @@ def test_runners_without_ssh_end_in_the_state_of_one_machine(
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("to", ["everything", "launchers"])  # as Slurm does it, as the hook for Kubernetes does
-def test_sigterm_without_ssh_saves_before_the_runners_leave(
+@pytest.mark.parametrize("to", ["every process", "one supervisor"])  # as Slurm does it, as Kubernetes does it to a pod
+def test_sigterm_without_ssh_saves_before_the_supervisors_leave(
     to: str, no_ssh: list[subprocess.Popen[bytes]], one_machine: Path, tmp_path: Path
 ) -> None:
     run = initialised(one_machine, tmp_path / "run")
-    runners = start_no_ssh(no_ssh, tmp_path, run, SLOW_STEP)
-    wait_for("a checkpoint", lambda: checkpoints(run), 40)
-    everything = [psutil.Process(runner.pid) for runner in runners]
-    everything += [child for runner in runners for child in psutil.Process(runner.pid).children(recursive=True)]
-    launchers = [process for process in everything if "deepspeed.launcher.launch" in process.cmdline()]
-    assert len(launchers) == 2
-    for process in everything if to == "everything" else launchers:
+    supervisors = start_no_ssh(no_ssh, tmp_path, run, *NO_OTHER, fault=SLOW_STEPS)
+    wait_for("the first step", lambda: has_begun(run), 40)
+    everything = [psutil.Process(each.pid) for each in supervisors]
+    everything += [child for each in supervisors for child in psutil.Process(each.pid).children(recursive=True)]
+    assert len(everything) == 2 * len(["supervisor", "deepspeed", "its launcher", "rank"])
+    for process in everything if to == "every process" else everything[1:2]:
         process.send_signal(signal.SIGTERM)
-    assert [runner.wait(HALT) for runner in runners] == [1, 1]  # not the ranks' 75: the launchers were told too
+    assert [each.wait(HALT) for each in supervisors] == [75, 75], (tmp_path / "output0").read_text()
     assert not any(process.is_running() for process in everything)
     assert_stopped(run)
-    assert [runner.wait(60) for runner in start_no_ssh(no_ssh, tmp_path, run)] == [0, 0]
+    assert [each.wait(60) for each in start_no_ssh(no_ssh, tmp_path, run)] == [0, 0]
     assert state(run) == state(one_machine)
 
 
@@ -295,11 +300,19 @@ def test_ranks_with_other_images_than_rank_0_are_refused(difference: str, tmp_pa
         assert answers[0].startswith("data.root: rank 1: images/003.png")
 
 
+JOIN = """
+from instance_ssl.distributed import comm
+try:
+    comm.initialize(join_seconds=2)
+except comm.AbsentPeersError as error:
+    print(error)
+"""
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_does_not_wait_for_long_for_ranks_that_never_come(rank: int) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": str(rank), "WORLD_SIZE": "2"}
-    program = "from instance_ssl.distributed import comm\ntry: comm.initialize(2)\nexcept comm.RankError as e: print(e)"
-    command, environment = [sys.executable, "-c", program], cpu_environment() | place
+    command, environment = [sys.executable, "-c", JOIN], cpu_environment() | place
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=30).stdout
     assert told.startswith(f"rank {rank} of 2 could not join the others at 127.0.0.1:{place['MASTER_PORT']} (")
     assert "safety.join_seconds" in told

@@ -238,7 +238,7 @@ def write_hostfile(path: Path, *names: str) -> None:
 
 def deepspeed_command(hostfile: Path, flags: Sequence[str], runner: str, arguments: Sequence[str]) -> list[str]:
     """`deepspeed --hostfile … runners/<runner>.py …`"""
-    launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(hostfile)]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(hostfile)]
     return [*launcher, *flags, str(_ROOT / f"runners/{runner}.py"), *arguments]
 
 
