@@ -30,6 +30,7 @@ from two_nodes import (
 from instance_ssl.config import DataConfig
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.guard import ProcessId
 from instance_ssl.stages.checks import open_images
 
 # 512 images in 4 steps an epoch, 12 steps in all, with a checkpoint after every fourth.
@@ -107,9 +108,9 @@ def assert_stopped(run: Path) -> None:
     assert status(run)["reason"] == "SIGTERM"
 
 
-def resume(nodes: Nodes, run: Path, output: Path) -> None:
+def resume(nodes: Nodes, run: Path, output: Path, *settings: str) -> None:
     """The same command again, to the end."""
-    with nodes.launched(output, "pretrain", "--run-dir", str(run), *TINY) as runner:
+    with nodes.launched(output, "pretrain", "--run-dir", str(run), *TINY, *settings) as runner:
         assert runner.wait(60) == 0, output.read_text()
     assert "resuming from" in output.read_text()
 
@@ -162,7 +163,7 @@ def test_sigterm_to_the_runner_saves_on_both_nodes_and_the_same_command_resumes(
         wait_for("both nodes are empty", lambda: nodes.processes() == [], HALT)
         assert runner.wait(5) != 0
     assert_stopped(run)
-    resume(nodes, run, tmp_path / "resumed")
+    resume(nodes, run, tmp_path / "resumed", *NO_OTHER)
     assert state(run) == state(one_machine)
 
 
@@ -257,12 +258,13 @@ def test_sigterm_without_ssh_saves_before_the_supervisors_leave(
     everything = [psutil.Process(each.pid) for each in supervisors]
     everything += [child for each in supervisors for child in psutil.Process(each.pid).children(recursive=True)]
     assert len(everything) == 2 * len(["supervisor", "deepspeed", "its launcher", "rank"])
+    ids = [ProcessId.of(process) for process in everything]
     for process in everything if to == "every process" else everything[1:2]:
         process.send_signal(signal.SIGTERM)
     assert [each.wait(HALT) for each in supervisors] == [75, 75], (tmp_path / "output0").read_text()
-    assert not any(process.is_running() for process in everything)
+    assert not any(each.is_alive() for each in ids)
     assert_stopped(run)
-    assert [each.wait(60) for each in start_no_ssh(no_ssh, tmp_path, run)] == [0, 0]
+    assert [each.wait(60) for each in start_no_ssh(no_ssh, tmp_path, run, *NO_OTHER)] == [0, 0]
     assert state(run) == state(one_machine)
 
 
