@@ -35,7 +35,8 @@ from instance_ssl.stages.checks import open_images
 
 # 512 images in 4 steps an epoch, 12 steps in all, with a checkpoint after every fourth.
 TINY = ["--set", "optimization.epochs=3", "optimization.warmup_epochs=1", "checkpoint.every_epochs=1"]
-TINY += ["data.limit_train=512", "evaluation.sources=[trained]", "safety.hang_seconds=10", "safety.join_seconds=30"]
+TINY += ["data.limit_train=512", "evaluation.sources=[trained]", "safety.hang_seconds=30", "safety.join_seconds=30"]
+TINY += ["evaluation.linear.l2_penalties=[0.001]"]
 # Six seconds of training: time for what is done to a run in its midst.
 SLOW_STEPS = "step:1:*:sleep=0.5"
 # A checkpoint is written when the run is told to stop, and no other; when it has begun is seen in its metrics.
@@ -134,7 +135,8 @@ def test_a_cut_wire_ends_both_nodes_and_the_same_command_resumes(
     nodes: Nodes, one_machine: Path, tmp_path: Path
 ) -> None:
     run, output = initialised(one_machine, tmp_path / "run"), tmp_path / "output"
-    with nodes.launched(output, "pretrain", "--run-dir", str(run), *TINY, fault=SLOW_STEPS) as runner:
+    patience = ["--set", "safety.hang_seconds=6"]
+    with nodes.launched(output, "pretrain", "--run-dir", str(run), *TINY, *patience, fault=SLOW_STEPS) as runner:
         wait_for("a checkpoint", lambda: checkpoints(run), 40)
         nodes.cut()
         try:
@@ -144,11 +146,11 @@ def test_a_cut_wire_ends_both_nodes_and_the_same_command_resumes(
             nodes.mend()
     assert checkpoints(run) == ["step_000000004"]
     assert status(run)["state"] == "failed"
-    assert "nothing has moved for 1" in status(run)["reason"]  # 10 s or a little more
+    assert "nothing has moved for" in status(run)["reason"]
     for rank in (0, 1):  # neither heard of it from the other
         assert "train_step" in (run / f"pretrain/stacks_rank_0000{rank}.txt").read_text()
     assert "exits with return code = 4" in output.read_text()
-    resume(nodes, run, tmp_path / "resumed")
+    resume(nodes, run, tmp_path / "resumed", *patience)
     assert state(run) == state(one_machine)
 
 
@@ -237,16 +239,6 @@ def start_no_ssh(
     return own
 
 
-def test_runners_without_ssh_end_in_the_state_of_one_machine(
-    no_ssh: list[subprocess.Popen[bytes]], one_machine: Path, tmp_path: Path
-) -> None:
-    run = initialised(one_machine, tmp_path / "run")
-    for runner in start_no_ssh(no_ssh, tmp_path, run):
-        assert runner.wait(60) == 0, (tmp_path / "output0").read_text()
-    assert "nnodes=2, num_local_procs=1, node_rank=1" in (tmp_path / "output1").read_text()
-    assert state(run) == state(one_machine)
-
-
 @pytest.mark.fault
 @pytest.mark.parametrize("to", ["every process", "one supervisor"])  # as Slurm does it, as Kubernetes does it to a pod
 def test_sigterm_without_ssh_saves_before_the_supervisors_leave(
@@ -265,6 +257,7 @@ def test_sigterm_without_ssh_saves_before_the_supervisors_leave(
     assert not any(each.is_alive() for each in ids)
     assert_stopped(run)
     assert [each.wait(60) for each in start_no_ssh(no_ssh, tmp_path, run, *NO_OTHER)] == [0, 0]
+    assert "nnodes=2, num_local_procs=1, node_rank=1" in (tmp_path / "output1").read_text()
     assert state(run) == state(one_machine)
 
 
@@ -311,11 +304,16 @@ except comm.AbsentPeersError as error:
 """
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_does_not_wait_for_long_for_ranks_that_never_come(rank: int) -> None:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": str(rank), "WORLD_SIZE": "2"}
-    command, environment = [sys.executable, "-c", JOIN], cpu_environment() | place
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=30).stdout
-    assert told.startswith(f"rank {rank} of 2 could not join the others at 127.0.0.1:{place['MASTER_PORT']} (")
-    assert "safety.join_seconds" in told
-    assert len(told.splitlines()) == 1
+def test_a_rank_does_not_wait_for_long_for_ranks_that_never_come() -> None:
+    waiting = []
+    for rank in (0, 1):  # each of another world
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": str(rank), "WORLD_SIZE": "2"}
+        environment = cpu_environment() | place
+        waiting.append(
+            subprocess.Popen([sys.executable, "-c", JOIN], env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    for rank, process in enumerate(waiting):
+        told, _ = process.communicate(timeout=60)
+        assert told.startswith(f"rank {rank} of 2 could not join the others at 127.0.0.1:")
+        assert "safety.join_seconds" in told
+        assert len(told.splitlines()) == 1
