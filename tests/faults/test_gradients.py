@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from rig import TOTAL_STEPS, checkpoints, metrics, run
+from rig import TOTAL_STEPS, checkpoints, metrics, quick_first, run
 from torch import Tensor, nn
 
 from instance_ssl.distributed.comm import Group
@@ -32,8 +32,10 @@ def hashes(checkpoint: Path) -> dict[str, str]:
     return {name: record["sha256"] for name, record in files.items() if name != "training.json"}
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
-@pytest.mark.parametrize("fault", ["step:1:6:nan", None])
+SKIPS = [(zero_stage, fault) for zero_stage in (0, 1, 2) for fault in ("step:1:6:nan", None)]
+
+
+@pytest.mark.parametrize(("zero_stage", "fault"), quick_first(SKIPS, lambda case: case[0] == 0))
 def test_what_is_saved_after_a_skipped_step_is_what_was_saved_before(
     place: Path, zero_stage: int, fault: str | None
 ) -> None:

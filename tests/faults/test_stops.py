@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import fresh_copy
 from PIL import Image
-from rig import EPOCHS, STEPS_PER_EPOCH, checkpoints, digests, run, running, status, wait_for
+from rig import EPOCHS, STEPS_PER_EPOCH, checkpoints, digests, quick_first, run, running, status, wait_for
 
 import instance_ssl.pretraining as pretraining
 
@@ -46,7 +46,10 @@ def global_batches(folder: Path) -> list[list[int]]:
     return [sorted(in_order[first : first + 12]) for first in range(0, len(in_order), 12)]
 
 
-@pytest.mark.parametrize(("wrote", "reads"), [(2, 1), (1, 2), (2, 3), (4, 2)])
+RANKS = [(2, 1), (2, 3), (1, 2), (4, 2)]
+
+
+@pytest.mark.parametrize(("wrote", "reads"), quick_first(RANKS, lambda case: case[0] == 2))
 def test_another_number_of_ranks_goes_on_with_the_same_global_batches(
     initialised: Path, tmp_path: Path, wrote: int, reads: int
 ) -> None:
@@ -104,6 +107,7 @@ def test_ranks_that_do_not_talk_to_the_dead_one_leave_too(place: Path) -> None:
     assert "rank 2 on" in status(place)["reason"]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("action", ["sleep=1000", "freeze"])
 def test_a_hang_in_the_search_for_hard_classes_ends_with_stacks(
     place: Path, clean: dict[str, str], action: str
@@ -136,10 +140,10 @@ def labelled(place: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(
-    ("fault", "code", "state"),
-    [("evaluate:1:0:term", 75, "stopped"), ("evaluate:*:0:term", 75, "stopped"), ("evaluate:1:0:kill", -9, "failed")],
-)
+ENDS = [("evaluate:1:0:term", 75, "stopped"), ("evaluate:*:0:term", 75, "stopped"), ("evaluate:1:0:kill", -9, "failed")]
+
+
+@pytest.mark.parametrize(("fault", "code", "state"), quick_first(ENDS, lambda case: case is not ENDS[1]))
 def test_an_evaluation_that_is_ended_is_done_again_with_the_same_figures(
     place: Path, fault: str, code: int, state: str
 ) -> None:
@@ -161,10 +165,12 @@ def test_an_evaluation_that_is_ended_is_done_again_with_the_same_figures(
     assert figures[0] == figures[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("who", [[0], [0, 1]])
+SIGNALS = [((0,), signal.SIGTERM), ((0, 1), signal.SIGINT), ((0,), signal.SIGINT), ((0, 1), signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("who", "number"), quick_first(SIGNALS, lambda case: case in SIGNALS[:2]))
 def test_a_signal_to_ranks_with_loaders_stops_all_with_one_checkpoint(
-    place: Path, clean: dict[str, str], who: list[int], number: int
+    place: Path, clean: dict[str, str], who: tuple[int, ...], number: int
 ) -> None:
     """F16 without a launcher: exit code 75 from every rank, and the signal is named."""
     settings = {"data.num_workers": 2}
