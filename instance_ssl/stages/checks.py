@@ -28,9 +28,9 @@ def check_hostfile() -> None:
     """
     for launcher in launchers_of(psutil.Process()):
         arguments = launcher.cmdline()
-        for place, argument in enumerate(arguments[:-1]):
-            if argument in ("--hostfile", "-H", "--hostfile=") or argument.startswith("--hostfile="):
-                name = argument.partition("=")[2] or arguments[place + 1]
+        for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+            if argument in ("-H", "--hostfile") or argument.startswith("--hostfile="):
+                name = argument.partition("=")[2] or following
                 if not (Path(launcher.cwd()) / name).is_file():
                     raise UserError(
                         f"--hostfile {name} does not exist: DeepSpeed would train on this machine alone; give the "

@@ -1,5 +1,6 @@
 """Stage 2: epochs of instance classification, with the hardest classes found anew before each."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def run(stage: Stage) -> dict[str, Any]:
             stage.log.say(f"going back to the newest checkpoint; step {rollback.step} is left out from now on")
             if stage.world.rank == 0:
                 write_json(_left_out_path(stage), {"steps": sorted({*left_out, rollback.step})})
+        gc.collect()  # the engine that is left behind refers to itself, and holds the encoder's memory
 
 
 def _train(stage: Stage, left_out: frozenset[int]) -> dict[str, Any]:

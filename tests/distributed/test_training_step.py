@@ -1,5 +1,6 @@
 """Optimizer steps on 1, 2 and 4 ranks, under ZeRO 0, 1 and 2, with and without accumulation, against plain PyTorch."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,6 +138,33 @@ def poison_one_rank(group: Group) -> bool:
 
 def test_nothing_moves_when_one_rank_meets_a_nan() -> None:
     assert run_ranks(poison_one_rank, 2) == [True, True]
+
+
+def overflow_one_gradient(group: Group, zero_stage: int) -> bool:
+    """A finite loss, but a gradient that is not finite on one rank: nothing moves, and the next step is a usual one."""
+    engine, shard = make_training(group, zero_stage, 1)
+    batches = list(micro_batches(group, 1))
+    train_step(engine, shard, iter(batches[:1]), 1, NOT_SAMPLED)
+    before = [value.clone() for value in (*engine.full_state()[0].values(), shard.weight, shard.momentum_buffer)]
+    momentum_before = engine.full_state()[1]
+    handle = None
+    if group.rank == 1:
+        handle = next(engine.encoder.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    report = train_step(engine, shard, iter(batches[1:2]), 1, NOT_SAMPLED)
+    assert not report.applied
+    assert math.isfinite(report.loss)
+    state, momentum = engine.full_state()
+    after = [*state.values(), shard.weight, shard.momentum_buffer]
+    still = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    still = still and all(torch.equal(momentum_before[name], momentum[name]) for name in momentum)
+    if handle is not None:
+        handle.remove()
+    return still and train_step(engine, shard, iter(batches[2:3]), 1, NOT_SAMPLED).applied
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_gradient_that_is_not_finite_moves_nothing_on_any_rank(zero_stage: int) -> None:
+    assert run_ranks(overflow_one_gradient, 2, zero_stage) == [True, True]
 
 
 def momentum_round_trip(group: Group, zero_stage: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
