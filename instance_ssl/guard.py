@@ -79,6 +79,8 @@ class Guard:
         """Installs the handlers and starts looking; call it once, from the main thread."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal; nohup says that it may close
+            signal.signal(signal.SIGHUP, self._on_signal)
         self._launchers = [ProcessId.of(process) for process in launchers_of(psutil.Process())]
         threading.Thread(target=self._look, name="guard", daemon=True).start()
 

@@ -55,6 +55,15 @@ def test_what_is_saved_after_a_skipped_step_is_what_was_saved_before(
         assert all_finite(torch.load(path, weights_only=True)), path.name
 
 
+def test_the_end_of_a_run_is_told_even_when_its_last_batch_cannot_be_written(place: Path) -> None:
+    """F23 on a disk that is full for rank 1."""
+    settings = {"safety.max_skipped_steps": 3}
+    ended = run(place, fault="step:1:*:nan", settings=settings, file_limit={1: 100})
+    assert ended.wait() == [2, 2], ended.text()
+    assert "error: 3 steps in a row" in ended.text()
+    assert len(list((place / "run/pretrain").glob("not_finite_*"))) == 2
+
+
 def all_finite(value: object) -> bool:
     if isinstance(value, dict):
         return all(all_finite(inner) for inner in value.values())

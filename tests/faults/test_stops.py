@@ -107,6 +107,20 @@ def test_ranks_that_do_not_talk_to_the_dead_one_leave_too(place: Path) -> None:
     assert "rank 2 on" in status(place)["reason"]
 
 
+def ignore_hangups() -> None:
+    """As nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_a_run_under_nohup_outlives_its_terminal(place: Path, clean: dict[str, str]) -> None:
+    with running(place, fault="step:*:*:sleep=0.05", prepare=ignore_hangups) as goes_on:
+        wait_for(lambda: checkpoints(place))
+        for rank in (0, 1):
+            goes_on.signal(rank, signal.SIGHUP)
+        assert goes_on.wait() == [0, 0], goes_on.text()
+    assert digests(place) == clean
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("action", ["sleep=1000", "freeze"])
 def test_a_hang_in_the_search_for_hard_classes_ends_with_stacks(
@@ -165,10 +179,12 @@ def test_an_evaluation_that_is_ended_is_done_again_with_the_same_figures(
     assert figures[0] == figures[1]
 
 
-SIGNALS = [((0,), signal.SIGTERM), ((0, 1), signal.SIGINT), ((0,), signal.SIGINT), ((0, 1), signal.SIGTERM)]
+# A closed terminal sends SIGHUP to all.
+SIGNALS = [((0,), signal.SIGTERM), ((0, 1), signal.SIGINT), ((0, 1), signal.SIGHUP)]
+SIGNALS += [((0,), signal.SIGINT), ((0, 1), signal.SIGTERM)]
 
 
-@pytest.mark.parametrize(("who", "number"), quick_first(SIGNALS, lambda case: case in SIGNALS[:2]))
+@pytest.mark.parametrize(("who", "number"), quick_first(SIGNALS, lambda case: case in SIGNALS[:3]))
 def test_a_signal_to_ranks_with_loaders_stops_all_with_one_checkpoint(
     place: Path, clean: dict[str, str], who: tuple[int, ...], number: int
 ) -> None:
