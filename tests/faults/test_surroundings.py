@@ -51,6 +51,15 @@ def test_a_disk_that_fills_up_costs_only_what_came_after(place: Path, clean: dic
     assert digests(place) == clean
 
 
+def test_more_failed_saves_in_a_row_than_are_tolerated_end_the_run(place: Path) -> None:
+    """F6: two are said and tried again, the third is one too many; no rank waits for a time-out."""
+    failing = run(place, fault="save.mid:1:*:disk-full", settings={"checkpoint.tolerated_failures": 2})
+    assert failing.wait(30) == [2, 2], failing.text()
+    assert failing.text().count("training goes on and tries again") == 2
+    assert failing.text().count("error: ") == 1
+    assert checkpoints(place) == []
+
+
 def test_a_configuration_that_cannot_be_written_again_is_still_the_old_one(place: Path, clean: dict[str, str]) -> None:
     """F5: half of one would be that of another experiment, and the run could never go on."""
     assert run(place, fault="step:0:6:term").wait() == [75, 75]
