@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import fresh_copy
@@ -188,13 +189,20 @@ SIGNALS += [((0,), signal.SIGINT), ((0, 1), signal.SIGTERM)]
 def test_a_signal_to_ranks_with_loaders_stops_all_with_one_checkpoint(
     place: Path, clean: dict[str, str], who: tuple[int, ...], number: int
 ) -> None:
-    """F16 without a launcher: exit code 75 from every rank, and the signal is named."""
+    """F16 without a launcher: exit code 75 from every rank, and the signal is named.
+
+    What goes to all ranks goes to their loader processes as well, as from a terminal or a scheduler.
+    """
     settings = {"data.num_workers": 2}
     with running(place, fault="step:*:*:sleep=0.05", settings=settings) as stopped:
         wait_for(lambda: checkpoints(place))
-        for rank in who:
-            stopped.signal(rank, number)
+        ranks = [psutil.Process(stopped.processes[rank].pid) for rank in who]
+        loaders = [loader for rank in ranks for loader in rank.children()]
+        assert len(loaders) == 2 * len(who)
+        for process in [*loaders, *ranks] if len(who) == 2 else ranks:
+            process.send_signal(number)
         assert stopped.wait() == [75, 75], stopped.text()
+        assert not any(loader.is_running() and loader.status() != psutil.STATUS_ZOMBIE for loader in loaders)
     assert status(place)["reason"] == signal.Signals(number).name
     assert len(checkpoints(place)) == 2
     resumed = run(place, settings=settings)
