@@ -180,12 +180,14 @@ class SafetyConfig(_Section):
     """What a run does when something goes wrong.
 
     Attributes:
+        join_seconds: how long ranks wait at the start for those that have not come; more than nodes differ in booting.
         hang_seconds: a rank on which nothing moves for so long writes its stacks and exits; collectives give up then.
         max_skipped_steps: steps in a row that may be skipped because a number in them is not finite.
         spike_nats: a loss higher than its running mean by more than this is a spike; None: no step is.
         rollback: goes back to the newest checkpoint at a spike, and leaves that batch out from then on.
     """
 
+    join_seconds: PositiveFloat = 600.0
     hang_seconds: PositiveFloat = 1800.0
     max_skipped_steps: PositiveInt = 10
     spike_nats: PositiveFloat | None = 1.0

@@ -18,11 +18,14 @@ from types import FrameType
 
 import psutil
 
+from instance_ssl.console import complain
+
 EXIT_LOST_PEER, EXIT_HANG = 3, 4
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 # So long the main thread may take to notice by itself, in its next collective, that a rank beside it has died.
 _SECONDS_TO_NOTICE = 10.0
+_SECONDS_FOR_WORDS = 10.0
 
 
 class Stopped(Exception):
@@ -134,11 +137,19 @@ class Guard:
                     self.request(f"the launcher (process {launcher.pid}) has died")
             silent = time.monotonic() - self._last_beat
             if silent > _SECONDS_TO_NOTICE and self.dead_peer() is not None:
+                self._exit_soon(EXIT_LOST_PEER)
                 self._end(f"rank {self.rank}: rank {self.dead_peer()} has died", EXIT_LOST_PEER)
             if self._hang_seconds is not None and silent > self._hang_seconds:
+                self._exit_soon(EXIT_HANG)
                 self._write_stacks()
                 what = f"nothing has moved for {silent:.0f} s (safety.hang_seconds); stacks in {self._stacks}"
                 self._end(f"rank {self.rank}: {what}", EXIT_HANG)
+
+    def _exit_soon(self, code: int) -> None:
+        """Whatever becomes of the last words: writing can hang too, on a dead file system or a pipe nobody empties."""
+        last_resort = threading.Timer(_SECONDS_FOR_WORDS, os._exit, [code])
+        last_resort.daemon = True
+        last_resort.start()
 
     def _write_stacks(self) -> None:
         try:
@@ -150,7 +161,7 @@ class Guard:
     def _end(self, line: str, code: int) -> None:
         """Ends the process from beside its main thread, which cannot be asked: it waits in a collective."""
         self._on_end(line)
-        print(line, file=sys.stderr, flush=True)
+        complain(line)
         os._exit(code)
 
 

@@ -1,6 +1,5 @@
 """What a run writes as it goes: console (rank 0), metrics.jsonl, TensorBoard, and a progress bar."""
 
-import contextlib
 import json
 import os
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from instance_ssl.console import heard_or_not
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -37,9 +38,8 @@ class RunLog:
     def say(self, line: str) -> None:
         """One line on standard output."""
         if self.is_main:
-            with contextlib.suppress(OSError):  # a full disk, or a pipe whose reader has gone, is not what ends a run
+            with heard_or_not(sys.stdout):
                 tqdm.write(line, file=sys.stdout)
-                sys.stdout.flush()
 
     @contextmanager
     def metrics_in(self, directory: Path) -> Iterator[None]:

@@ -20,6 +20,7 @@ from instance_ssl.errors import RankError, UserError
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
 
 _TIMEOUT = timedelta(minutes=30)
+_JOIN_SECONDS = 600.0
 
 # Their names from torch 2.14 on, and before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -181,14 +182,17 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize() -> Group:
+def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
     """Joins the launcher's world (or a world of one when run bare) and returns it as a group.
 
     NCCL and one GPU a rank where CUDA is there, gloo on the CPU otherwise.
 
+    Args:
+        join_seconds: how long to wait for ranks that have not come yet.
+
     Raises:
         UserError: when more ranks were launched on this machine than it has GPUs.
-        RankError: when the ranks cannot meet.
+        RankError: when not all ranks came.
     """
     use_cuda = torch.cuda.is_available()
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
@@ -203,13 +207,7 @@ def initialize() -> Group:
         # bfloat16 products are summed in float32 throughout: the hard-class search relies on their error bound.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if "MASTER_ADDR" in os.environ:
-        try:
-            return _join("env://", launched_rank(), launched_world_size(), device)
-        except dist.DistNetworkError as error:
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-            if "EADDRINUSE" not in str(error):
-                raise RankError(f"no meeting of the ranks at {place}: {' '.join(str(error).split())}") from None
-            raise RankError(f"{place}, where the ranks meet, is in use: give another --master_port") from None
+        return _join("env://", launched_rank(), launched_world_size(), device, seconds=join_seconds)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
     return _join(None, 0, 1, device, store=dist.HashStore())
 
@@ -219,15 +217,34 @@ def initialize_from_file(path: str, rank: int, size: int) -> Group:
     return _join(f"file://{path}", rank, size, torch.device("cpu"))
 
 
-def _join(init_method: str | None, rank: int, size: int, device: torch.device, store: Any = None) -> Group:
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=init_method,
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=_TIMEOUT,
-    )
+def _join(
+    init_method: str | None,
+    rank: int,
+    size: int,
+    device: torch.device,
+    *,
+    store: Any = None,
+    seconds: float = _JOIN_SECONDS,
+) -> Group:
+    """Meets the other ranks. A node that never starts is waited for no longer than `seconds`, less than for work."""
+    patience = timedelta(seconds=seconds)
+    try:
+        if init_method is not None:
+            store, _, _ = next(dist.rendezvous(init_method, rank, size, timeout=patience))
+            store.set_timeout(patience)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=patience
+        )
+    except RuntimeError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise RankError(f"{where}, where the ranks meet, is in use: give another --master_port") from None
+        raise RankError(
+            f"rank {rank} of {size} could not join the others at {where} ({str(error).splitlines()[0]}): does every "
+            "node of the hostfile run, and does it reach that address? safety.join_seconds is how long ranks wait"
+        ) from error
+    store.set_timeout(_TIMEOUT)
+    set_timeouts(_TIMEOUT.total_seconds())
     return Group(dist.group.WORLD, rank, size, device)
 
 

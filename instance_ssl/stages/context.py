@@ -6,7 +6,6 @@ import json
 import platform
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ import yaml
 from instance_ssl import engine
 from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import ExperimentConfig, flatten, load_config
+from instance_ssl.console import complain
 from instance_ssl.data.datasets import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
@@ -186,7 +186,7 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
         comm.finalize()
     except UserError as error:
         if process.rank == 0 or isinstance(error, RankError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            complain(f"error: {error}")
             process.end("failed", str(error))
         if not isinstance(error, RankError):  # then all ranks are here, and leave together
             comm.finalize()
@@ -199,7 +199,7 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
             reason = f"rank {process.rank}: a loader process was killed, by lack of memory perhaps ({error})"
-            print(reason, file=sys.stderr, flush=True)
+            complain(reason)
             process.end("failed", reason)
             return EXIT_FAILURE
         if not comm.lost_peer(error):
@@ -207,7 +207,7 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
             raise
         time.sleep(1)  # what has died may still be there for a moment
         reason = process.describe_loss()
-        print(f"rank {process.rank}: {reason}; stopping too", file=sys.stderr, flush=True)
+        complain(f"rank {process.rank}: {reason}; stopping too")
         told = process.told_state()
         stopped = process.guard.reason is not None or told == "stopped"
         if not stopped and told != "failed":  # else the other rank has said why, and knows better
@@ -261,7 +261,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     if needs_labels:
         checks.check_labels(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
-    world = comm.initialize()
+    world = comm.initialize(config.safety.join_seconds)
     process.meet(world)
     checks.check_ranks_agree(
         {

@@ -1,0 +1,26 @@
+"""Lines for whoever watches, who may have gone: an ssh connection or a pipe can end before the run does."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+
+@contextmanager
+def heard_or_not(stream: TextIO) -> Iterator[None]:
+    """Around writing to a console: that nobody can read it is not what ends a run, or keeps one from ending.
+
+    From then on the stream leads nowhere, so that neither later lines nor the interpreter's own flush at its end fail.
+    """
+    try:
+        yield
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def complain(line: str) -> None:
+    """One line on standard error."""
+    with heard_or_not(sys.stderr):
+        print(line, file=sys.stderr)
