@@ -9,15 +9,18 @@ from typing import TextIO
 
 @contextmanager
 def heard_or_not(stream: TextIO) -> Iterator[None]:
-    """Around writing to a console: that nobody can read it is not what ends a run, or keeps one from ending.
+    """Around writing to a console: that it cannot be read is not what ends a run, or keeps one from ending.
 
-    From then on the stream leads nowhere, so that neither later lines nor the interpreter's own flush at its end fail.
+    A pipe whose reader has gone leads nowhere from then on, so that neither later lines nor the interpreter's own flush
+    at its end fail. A full disk may have room again.
     """
     try:
         yield
         stream.flush()
-    except OSError:
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError:
+        pass
 
 
 def complain(line: str) -> None:

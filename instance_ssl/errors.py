@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RankError(UserError):
     """A `UserError` met by one rank alone (a file that cannot be decoded, say): that rank prints it."""
+
+
+class AbsentPeersError(RankError):
+    """The other ranks did not come: no mistake of this one's, and another start may find them."""

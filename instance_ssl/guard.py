@@ -137,19 +137,19 @@ class Guard:
                     self.request(f"the launcher (process {launcher.pid}) has died")
             silent = time.monotonic() - self._last_beat
             if silent > _SECONDS_TO_NOTICE and self.dead_peer() is not None:
-                self._exit_soon(EXIT_LOST_PEER)
+                self._end_at_the_latest(EXIT_LOST_PEER)
                 self._end(f"rank {self.rank}: rank {self.dead_peer()} has died", EXIT_LOST_PEER)
             if self._hang_seconds is not None and silent > self._hang_seconds:
-                self._exit_soon(EXIT_HANG)
+                self._end_at_the_latest(EXIT_HANG)
                 self._write_stacks()
                 what = f"nothing has moved for {silent:.0f} s (safety.hang_seconds); stacks in {self._stacks}"
                 self._end(f"rank {self.rank}: {what}", EXIT_HANG)
 
-    def _exit_soon(self, code: int) -> None:
-        """Whatever becomes of the last words: writing can hang too, on a dead file system or a pipe nobody empties."""
-        last_resort = threading.Timer(_SECONDS_FOR_WORDS, os._exit, [code])
-        last_resort.daemon = True
-        last_resort.start()
+    def _end_at_the_latest(self, code: int) -> None:
+        """Ends the process soon in any case: its last words can hang too, on a dead disk or a pipe nobody empties."""
+        timer = threading.Timer(_SECONDS_FOR_WORDS, os._exit, [code])
+        timer.daemon = True
+        timer.start()
 
     def _write_stacks(self) -> None:
         try:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from instance_ssl.errors import RankError, UserError
+from instance_ssl.errors import AbsentPeersError, RankError, UserError
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
 
@@ -192,7 +192,7 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
 
     Raises:
         UserError: when more ranks were launched on this machine than it has GPUs.
-        RankError: when not all ranks came.
+        RankError: when the ranks cannot meet, an `AbsentPeersError` where not all came.
     """
     use_cuda = torch.cuda.is_available()
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
@@ -239,10 +239,10 @@ def _join(
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
             raise RankError(f"{where}, where the ranks meet, is in use: give another --master_port") from None
-        raise RankError(
+        raise AbsentPeersError(
             f"rank {rank} of {size} could not join the others at {where} ({str(error).splitlines()[0]}): does every "
             "node of the hostfile run, and does it reach that address? safety.join_seconds is how long ranks wait"
-        ) from error
+        ) from None
     store.set_timeout(_TIMEOUT)
     set_timeouts(_TIMEOUT.total_seconds())
     return Group(dist.group.WORLD, rank, size, device)

@@ -25,7 +25,7 @@ from instance_ssl.data.datasets import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
-from instance_ssl.errors import RankError, UserError
+from instance_ssl.errors import AbsentPeersError, RankError, UserError
 from instance_ssl.guard import EXIT_LOST_PEER, Guard, Stopped, own_process_id
 from instance_ssl.run_directory import State, locked, read_state, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
@@ -190,7 +190,7 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
             process.end("failed", str(error))
         if not isinstance(error, RankError):  # then all ranks are here, and leave together
             comm.finalize()
-        return EXIT_USER_ERROR
+        return EXIT_LOST_PEER if isinstance(error, AbsentPeersError) else EXIT_USER_ERROR
     except Stopped as stop:
         process.log.say(f"stopped ({stop}); the same command goes on from here")
         if process.rank == 0 or process.guard.reason is not None:  # in an evaluation, one rank may stop alone
