@@ -23,9 +23,9 @@ from instance_ssl.console import complain
 EXIT_LOST_PEER, EXIT_HANG = 3, 4
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-_SECONDS_FOR_WORDS = 10.0
 # So long the main thread may take to notice by itself, in its next collective, that a rank beside it has died.
 _SECONDS_TO_NOTICE = 10.0
+_SECONDS_FOR_WORDS = 10.0
 
 
 class Stopped(Exception):
@@ -82,6 +82,8 @@ class Guard:
         """Installs the handlers and starts looking; call it once, from the main thread."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal; nohup says that it may close
+            signal.signal(signal.SIGHUP, self._on_signal)
         self._launchers = [ProcessId.of(process) for process in launchers_of(psutil.Process())]
         threading.Thread(target=self._look, name="guard", daemon=True).start()
 

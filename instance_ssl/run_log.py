@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +33,7 @@ class RunLog:
         self.on_progress = on_progress
         self._directory: Path | None = None
         self._resumed_at: int | None = None
-        self._writer: Any = None
+        self._scalars: _ScalarFile | None = None
         self._complained = False
 
     def say(self, line: str) -> None:
@@ -48,9 +49,9 @@ class RunLog:
         try:
             yield
         finally:
-            if self._writer is not None:
-                self._unless_broken(self._writer.close)
-            self._directory = self._resumed_at = self._writer = None
+            if self._scalars is not None:
+                self._unless_broken(self._scalars.close)
+            self._directory = self._resumed_at = self._scalars = None
 
     def forget_after(self, step: int) -> None:
         """Drops the metrics of steps that a resumed run does again."""
@@ -75,13 +76,9 @@ class RunLog:
         assert self._directory is not None
         with (self._directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "time": time.time(), **known}) + "\n")
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-
-            purge_step = None if self._resumed_at is None else self._resumed_at + 1
-            self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge_step)
-        for name, value in known.items():
-            self._writer.add_scalar(name, value, step)
+        if self._scalars is None:
+            self._scalars = _ScalarFile(self._directory / "tensorboard", self._resumed_at)
+        self._scalars.write(step, known)
 
     def _unless_broken(self, write: Callable[[], object]) -> None:
         try:
@@ -90,6 +87,42 @@ class RunLog:
             if not self._complained:
                 self.say(f"warning: metrics are not written ({error}); the run goes on without them")
             self._complained = True
+
+
+class _ScalarFile:
+    """TensorBoard's file of scalars, written by whoever calls.
+
+    torch's `SummaryWriter` writes from a thread of its own, where a full disk is a traceback that nobody catches.
+
+    Args:
+        resumed_at: later steps of earlier files count no more; None for a run that begins.
+    """
+
+    def __init__(self, directory: Path, resumed_at: int | None) -> None:
+        # Only rank 0 needs them, and they are slow to import.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._event = Event
+        self._records = RecordWriter((directory / name).open("wb"))
+        self._append(file_version="brain.Event:2")
+        if resumed_at is not None:
+            self._append(step=resumed_at + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one step's values, by tag."""
+        summary = {"value": [{"tag": name, "simple_value": value} for name, value in values.items()]}
+        self._append(step=step, summary=summary)
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._records.close()
+
+    def _append(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
 
 
 def _cut_metrics(path: Path, step: int) -> None:

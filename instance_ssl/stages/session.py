@@ -1,5 +1,6 @@
 """What surrounds the steps of a training: figures, checkpoints, requests to end, and steps that went wrong."""
 
+import contextlib
 import socket
 import statistics
 import time
@@ -209,7 +210,8 @@ class TrainingSession:
         path = self._stage.directory / f"not_finite_step_{self.step:09d}_rank_{rank:05d}.pt"
         if report.embeddings is not None:
             embeddings, ids = report.embeddings
-            torch.save({"embeddings": embeddings.cpu(), "instance_ids": ids.cpu()}, path)
+            with contextlib.suppress(OSError, RuntimeError):  # a full disk must not hide what the run ends of
+                torch.save({"embeddings": embeddings.cpu(), "instance_ids": ids.cpu()}, path)
         if self._writer.is_busy:
             self._commit()
         raise UserError(

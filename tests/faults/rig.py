@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
@@ -207,6 +208,15 @@ def status(directory: Path, stage: str = "pretrain") -> dict[str, Any]:
 def metrics(directory: Path) -> list[dict[str, Any]]:
     """What the training has logged."""
     return [json.loads(line) for line in (directory / "run/pretrain/metrics.jsonl").read_text().splitlines()]
+
+
+def quick_first(cases: Sequence[Any], is_quick: Callable[[Any], bool]) -> list[Any]:
+    """Parameters of a test, those that are not quick marked as long rounds."""
+    as_tuples = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [
+        case if is_quick(case) else pytest.param(*values, marks=pytest.mark.fault)
+        for case, values in zip(cases, as_tuples, strict=True)
+    ]
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:

@@ -7,11 +7,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import fresh_copy
 from PIL import Image
-from rig import EPOCHS, STEPS_PER_EPOCH, checkpoints, digests, run, running, status, wait_for
+from rig import EPOCHS, STEPS_PER_EPOCH, checkpoints, digests, quick_first, run, running, status, wait_for
 
 import instance_ssl.pretraining as pretraining
 
@@ -46,7 +47,10 @@ def global_batches(folder: Path) -> list[list[int]]:
     return [sorted(in_order[first : first + 12]) for first in range(0, len(in_order), 12)]
 
 
-@pytest.mark.parametrize(("wrote", "reads"), [(2, 1), (1, 2), (2, 3), (4, 2)])
+RANKS = [(2, 1), (2, 3), (1, 2), (4, 2)]
+
+
+@pytest.mark.parametrize(("wrote", "reads"), quick_first(RANKS, lambda case: case[0] == 2))
 def test_another_number_of_ranks_goes_on_with_the_same_global_batches(
     initialised: Path, tmp_path: Path, wrote: int, reads: int
 ) -> None:
@@ -104,6 +108,21 @@ def test_ranks_that_do_not_talk_to_the_dead_one_leave_too(place: Path) -> None:
     assert "rank 2 on" in status(place)["reason"]
 
 
+def ignore_hangups() -> None:
+    """As nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_a_run_under_nohup_outlives_its_terminal(place: Path, clean: dict[str, str]) -> None:
+    with running(place, fault="step:*:*:sleep=0.05", prepare=ignore_hangups) as goes_on:
+        wait_for(lambda: checkpoints(place))
+        for rank in (0, 1):
+            goes_on.signal(rank, signal.SIGHUP)
+        assert goes_on.wait() == [0, 0], goes_on.text()
+    assert digests(place) == clean
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize("action", ["sleep=1000", "freeze"])
 def test_a_hang_in_the_search_for_hard_classes_ends_with_stacks(
     place: Path, clean: dict[str, str], action: str
@@ -136,10 +155,10 @@ def labelled(place: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(
-    ("fault", "code", "state"),
-    [("evaluate:1:0:term", 75, "stopped"), ("evaluate:*:0:term", 75, "stopped"), ("evaluate:1:0:kill", -9, "failed")],
-)
+ENDS = [("evaluate:1:0:term", 75, "stopped"), ("evaluate:*:0:term", 75, "stopped"), ("evaluate:1:0:kill", -9, "failed")]
+
+
+@pytest.mark.parametrize(("fault", "code", "state"), quick_first(ENDS, lambda case: case is not ENDS[1]))
 def test_an_evaluation_that_is_ended_is_done_again_with_the_same_figures(
     place: Path, fault: str, code: int, state: str
 ) -> None:
@@ -161,18 +180,29 @@ def test_an_evaluation_that_is_ended_is_done_again_with_the_same_figures(
     assert figures[0] == figures[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("who", [[0], [0, 1]])
+# A closed terminal sends SIGHUP to all.
+SIGNALS = [((0,), signal.SIGTERM), ((0, 1), signal.SIGINT), ((0, 1), signal.SIGHUP)]
+SIGNALS += [((0,), signal.SIGINT), ((0, 1), signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("who", "number"), quick_first(SIGNALS, lambda case: case in SIGNALS[:3]))
 def test_a_signal_to_ranks_with_loaders_stops_all_with_one_checkpoint(
-    place: Path, clean: dict[str, str], who: list[int], number: int
+    place: Path, clean: dict[str, str], who: tuple[int, ...], number: int
 ) -> None:
-    """F16 without a launcher: exit code 75 from every rank, and the signal is named."""
+    """F16 without a launcher: exit code 75 from every rank, and the signal is named.
+
+    What goes to all ranks goes to their loader processes as well, as from a terminal or a scheduler.
+    """
     settings = {"data.num_workers": 2}
     with running(place, fault="step:*:*:sleep=0.05", settings=settings) as stopped:
         wait_for(lambda: checkpoints(place))
-        for rank in who:
-            stopped.signal(rank, number)
+        ranks = [psutil.Process(stopped.processes[rank].pid) for rank in who]
+        loaders = [loader for rank in ranks for loader in rank.children()]
+        assert len(loaders) == 2 * len(who)
+        for process in [*loaders, *ranks] if len(who) == 2 else ranks:
+            process.send_signal(number)
         assert stopped.wait() == [75, 75], stopped.text()
+        assert not any(loader.is_running() and loader.status() != psutil.STATUS_ZOMBIE for loader in loaders)
     assert status(place)["reason"] == signal.Signals(number).name
     assert len(checkpoints(place)) == 2
     resumed = run(place, settings=settings)

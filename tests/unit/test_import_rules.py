@@ -21,7 +21,8 @@ LAYERS = {
 RESERVED = {
     "deepspeed": {"instance_ssl/engine.py", "instance_ssl/launch_checks.py"},
     "torch.distributed": {"instance_ssl/distributed/comm.py"},
-    "torch.utils.tensorboard": {"instance_ssl/run_log.py"},
+    "tensorboard": {"instance_ssl/run_log.py"},
+    "torch.utils.tensorboard": set(),
     "argparse": {
         "instance_ssl/stages/context.py",
         "instance_ssl/stages/plan.py",
