@@ -4,9 +4,16 @@ The readable reference of the Triton kernels, and what runs on CPUs. Every buffe
 and reused in it: no tensor of B x n (rows x own classes) exists, and the loop allocates nothing but the few numbers of
 the entries of y that fall into the block.
 
+Most of the time goes into the four matrix products; the rest is kept to as few passes over a block as there can be:
+
+- exp(s) is 2^(s/ln 2), the factor in the embeddings that the products take: torch's `exp2` is three times as fast as
+  its `exp` in float32, which it hands to MKL.
+- The entries of y are taken apart from the dense products, many blocks' at once, before the loop (`_EntryTerms`).
+  In it their logits become -inf, which adds nothing to any sum.
+
 Precision: the matrix products take and give `matmul_dtype`. The first pass widens bfloat16 logits before exp, so that
-Z is a float32 sum of float32 terms; sums over blocks, Y, the gradient's projection and the update are in the
-embeddings' precision (float32; float64 in the tests).
+Z is a float32 sum of float32 terms; the entries of y, sums over blocks, Y, the gradient's projection and the update are
+in the embeddings' precision (float32; float64 in the tests).
 """
 
 import math
@@ -86,35 +93,24 @@ def softmax_sums(unit_x_BD: Tensor, weight_nD: Tensor, labels: SmoothedLabels, o
         labels: the entries of y in this shard.
     """
     num_rows = unit_x_BD.shape[0]
-    z_B, y_B = unit_x_BD.new_zeros(2, num_rows)
-    dense_BD, sparse_BD = unit_x_BD.new_zeros(2, *unit_x_BD.shape)
-    logit_x_BD = (unit_x_BD / options.temperature).to(options.matmul_dtype)
+    sums = _entry_sums(labels, weight_nD, unit_x_BD, options)
+    logit_x_BD = _logit_embeddings(unit_x_BD, options)
     block = _UnitBlock(weight_nD, unit_x_BD, options)
     wide = unit_x_BD.new_empty(num_rows * block.length)
     narrow = _narrow(wide, options)
-    sum_B, product_BD = torch.empty_like(z_B), torch.empty_like(logit_x_BD)
+    sum_B, product_BD = torch.empty_like(sums.z_B), torch.empty_like(logit_x_BD)
     with fast_float32_products(options.matmul_dtype):
-        for (start, stop), entries in zip(block.bounds(), _label_blocks(labels, block, num_rows), strict=True):
-            matmul_w_mD = block.load(start, stop)
+        for (start, stop), (first, last) in zip(block.bounds(), _entry_bounds(labels, block), strict=True):
+            unit_mD = block.load(start, stop)
             shape = (num_rows, stop - start)
             exp_Bm, logit_Bm = _shaped(wide, shape), _shaped(narrow, shape)
-            torch.mm(logit_x_BD, matmul_w_mD.T, out=logit_Bm)
-            torch.exp(_cast(logit_Bm, exp_Bm), out=exp_Bm)
-            logit_p = entries.products(unit_x_BD, block.unit_mD) / options.temperature
-            exp_p, places_p = logit_p.exp(), entries.rows * shape[1] + entries.columns
-            # Z holds the very terms that Y holds: their errors cancel in log Z - log Y.
-            exp_Bm.view(-1).index_copy_(0, places_p, exp_p)
-            z_B.add_(torch.sum(exp_Bm, dim=1, out=sum_B))
-            _cast(exp_Bm, logit_Bm)
-            if logit_Bm.dtype != exp_Bm.dtype:
-                # So do A and C, which nearly cancel where a row knows its class: their common terms are not rounded.
-                logit_Bm.view(-1).index_fill_(0, places_p, 0)
-                dense_BD.add_(entries.matrix(exp_p) @ block.unit_mD)
-            dense_BD.add_(torch.mm(logit_Bm, matmul_w_mD, out=product_BD))
-            weight_p = entries.values * exp_p if options.form == "mixture" else entries.values
-            y_B.index_add_(0, entries.rows, weight_p if options.form == "mixture" else weight_p * logit_p)
-            sparse_BD.add_(entries.matrix(weight_p) @ block.unit_mD)
-    return SoftmaxSums(z_B, y_B, dense_BD, sparse_BD)
+            torch.mm(logit_x_BD, unit_mD.T, out=logit_Bm)
+            places_p = labels.classes[first:last].sub(start).add_(labels.rows[first:last], alpha=stop - start)
+            logit_Bm.view(-1).index_fill_(0, places_p, -torch.inf)
+            _cast(logit_Bm, exp_Bm).exp2_()
+            sums.z_B.add_(torch.sum(exp_Bm, dim=1, out=sum_B))
+            sums.dense_BD.add_(torch.mm(_cast(exp_Bm, logit_Bm), unit_mD, out=product_BD))
+    return sums
 
 
 def update_rows(
@@ -142,25 +138,23 @@ def update_rows(
         sum_gradient_: adds up a block's gradient over the replicas of this shard, in place; None: there is one.
     """
     num_rows = unit_x_BD.shape[0]
-    logit_x_BD = (unit_x_BD / options.temperature).to(options.matmul_dtype)
+    term_P = _gradient_terms(unit_x_BD, z_B, y_B, labels, weight_nD, options)
+    logit_x_DB = _logit_embeddings(unit_x_BD, options).T.contiguous()
     scale = options.temperature * (num_rows if total_rows is None else total_rows)
     scaled_x_BD = (unit_x_BD / (z_B[:, None] * scale)).to(options.matmul_dtype)
     block = _UnitBlock(weight_nD, unit_x_BD, options)
-    exp_buffer = logit_x_BD.new_empty(block.length * num_rows)
+    buffer = logit_x_DB.new_empty(block.length * num_rows)
     wide = unit_x_BD.new_empty(block.length * unit_x_BD.shape[1])
     narrow = _narrow(wide, options)
     rows = _UpdatedRows(weight_nD, momentum_nD, block.length, update)
     with fast_float32_products(options.matmul_dtype):
-        for (start, stop), entries in zip(block.bounds(), _label_blocks(labels, block, num_rows), strict=True):
-            matmul_w_mD = block.load(start, stop)
-            exp_mB = _shaped(exp_buffer, (stop - start, num_rows))
-            torch.mm(matmul_w_mD, logit_x_BD.T, out=exp_mB).exp_()
-            # Z_i (p_ij - q_ij) in place of Z_i p_ij: one product then serves the dense and the sparse part.
-            exp_p = (entries.products(unit_x_BD, block.unit_mD) / options.temperature).exp_()
-            zq_p = entries.values * z_B[entries.rows]
-            term_p = exp_p - zq_p * (exp_p / y_B[entries.rows] if options.form == "mixture" else 1)
-            exp_mB.view(-1).index_copy_(0, entries.columns * num_rows + entries.rows, term_p.to(exp_mB.dtype))
-            shape = matmul_w_mD.shape
+        for (start, stop), (first, last) in zip(block.bounds(), _entry_bounds(labels, block), strict=True):
+            unit_mD = block.load(start, stop)
+            exp_mB = _shaped(buffer, (stop - start, num_rows))
+            torch.mm(unit_mD, logit_x_DB, out=exp_mB).exp2_()
+            places_p = labels.classes[first:last].sub(start).mul_(num_rows).add_(labels.rows[first:last])
+            exp_mB.view(-1).index_copy_(0, places_p, term_P[first:last])
+            shape = unit_mD.shape
             gradient_mD = _cast(torch.mm(exp_mB, scaled_x_BD, out=_shaped(narrow, shape)), _shaped(wide, shape))
             if sum_gradient_ is not None:
                 sum_gradient_(gradient_mD)
@@ -227,10 +221,8 @@ class _UnitBlock:
         return self._inverse_norms[: self._size]
 
     def along(self, gradient_mD: Tensor) -> Tensor:
-        """ŵᵀg of each loaded row, (m, 1)."""
-        along_m1 = self._along[: self._size]
-        torch.bmm(gradient_mD[:, None], self.unit_mD[:, :, None], out=along_m1[:, :, None])
-        return along_m1
+        """ŵᵀg of each loaded row, (m, 1). The unit rows are gone then."""
+        return torch.sum(self.unit_mD.mul_(gradient_mD), dim=1, keepdim=True, out=self._along[: self._size])
 
 
 class _UpdatedRows:
@@ -269,47 +261,104 @@ class _UpdatedRows:
 
 
 @dataclass(frozen=True)
-class _BlockLabels:
-    """The entries of y in one block of classes, ascending by row of the batch.
+class _EntryTerms:
+    """Some entries of y and their terms of the softmax, exact whatever the precision of the products.
 
     Attributes:
         rows: (p,) int64.
-        columns: (p,) int64, class counted from the block's first.
         values: (p,) y_ij.
-        row_starts: (B + 1,) where each row's entries begin.
-        num_classes: m, classes in the block.
+        unit_pD: (p, D) ŵ_j.
+        logits: (p,) s_ij.
+        exp: (p,) exp(s_ij).
     """
 
     rows: Tensor
-    columns: Tensor
     values: Tensor
-    row_starts: Tensor
-    num_classes: int
+    unit_pD: Tensor
+    logits: Tensor
+    exp: Tensor
 
-    def matrix(self, values_p: Tensor) -> Tensor:
-        """A sparse (B, m) with these values at the entries."""
-        size = (len(self.row_starts) - 1, self.num_classes)
-        with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.sparse_csr_tensor(self.row_starts, self.columns, values_p, size, check_invariants=False)
-
-    def products(self, x_BD: Tensor, unit_mD: Tensor) -> Tensor:
-        """x_i · ŵ_j of every entry, (p,): the product of two dense matrices only where the sparse one has entries."""
-        return torch.sparse.sampled_addmm(self.matrix(self.values), x_BD, unit_mD.T, beta=0.0).values()
+    def sums(self, values_p: Tensor, num_rows: int) -> Tensor:
+        """Σ_j values_j ŵ_j over each row's entries, (B, D); the entries have to ascend by row."""
+        row_starts = torch.searchsorted(self.rows, torch.arange(num_rows + 1, device=self.rows.device))
+        columns = torch.arange(len(values_p), device=values_p.device)
+        return _sparse_matrix(row_starts, columns, values_p, num_rows, len(values_p)) @ self.unit_pD
 
 
-def _label_blocks(labels: SmoothedLabels, block: _UnitBlock, num_rows: int) -> Iterator[_BlockLabels]:
-    """The entries of y in each block of classes, in order."""
-    bounds = list(block.bounds())
-    block_P = labels.classes // block.length
-    order = _argsort(block_P * num_rows + labels.rows)
-    ends = torch.bincount(block_P, minlength=len(bounds)).cumsum(0).tolist()
-    rows_P, classes_P, values_P = labels.rows[order], labels.classes[order], labels.values[order]
-    all_rows = torch.arange(num_rows + 1, device=rows_P.device)
-    for (start, stop), first, last in zip(bounds, [0, *ends[:-1]], ends, strict=True):
-        rows_p = rows_P[first:last]
-        row_starts = torch.searchsorted(rows_p, all_rows)
-        yield _BlockLabels(rows_p, classes_P[first:last] - start, values_P[first:last], row_starts, stop - start)
+def _entry_terms(
+    labels: SmoothedLabels, weight_nD: Tensor, unit_x_BD: Tensor, options: SoftmaxOptions
+) -> Iterator[_EntryTerms]:
+    """Entries of y in the order of `labels`, as many at once as a block has classes."""
+    count = block_classes(options, *unit_x_BD.shape)
+    split = zip(labels.rows.split(count), labels.classes.split(count), labels.values.split(count), strict=True)
+    for rows_p, classes_p, values_p in split:
+        unit_pD = weight_nD.index_select(0, classes_p).to(unit_x_BD.dtype)
+        norms_p1 = torch.linalg.vector_norm(unit_pD, dim=1, keepdim=True)
+        unit_pD.mul_(norms_p1.reciprocal().masked_fill_(norms_p1 <= NORM_EPSILON, 0))
+        # One entry a row of a sparse matrix, in the column of its row of the batch: that product alone is computed.
+        row_starts = torch.arange(len(rows_p) + 1, device=rows_p.device)
+        places = _sparse_matrix(row_starts, rows_p, values_p, len(rows_p), len(unit_x_BD))
+        logit_p = torch.sparse.sampled_addmm(places, unit_pD, unit_x_BD.T, beta=0.0, alpha=1 / options.temperature)
+        yield _EntryTerms(rows_p, values_p, unit_pD, logit_p.values(), logit_p.values().exp())
+
+
+def _by_row(labels: SmoothedLabels) -> SmoothedLabels:
+    """The entries of y, ascending by row of the batch."""
+    order = _argsort(labels.rows)
+    return SmoothedLabels(labels.rows[order], labels.classes[order], labels.values[order])
+
+
+def _entry_sums(labels: SmoothedLabels, weight_nD: Tensor, unit_x_BD: Tensor, options: SoftmaxOptions) -> SoftmaxSums:
+    """What the entries of y alone give.
+
+    The terms that Z and Y have in common, and A and C, are the very same numbers: their errors cancel where a row
+    knows its class.
+    """
+    num_rows, mixture = len(unit_x_BD), options.form == "mixture"
+    sums = SoftmaxSums(*unit_x_BD.new_zeros(2, num_rows), *unit_x_BD.new_zeros(2, *unit_x_BD.shape))
+    for part in _entry_terms(_by_row(labels), weight_nD, unit_x_BD, options):
+        weight_p = part.values * part.exp if mixture else part.values
+        sums.z_B.index_add_(0, part.rows, part.exp)
+        sums.y_B.index_add_(0, part.rows, weight_p if mixture else weight_p * part.logits)
+        sums.dense_BD.add_(part.sums(part.exp, num_rows))
+        sums.sparse_BD.add_(part.sums(weight_p, num_rows))
+    return sums
+
+
+def _gradient_terms(
+    unit_x_BD: Tensor, z_B: Tensor, y_B: Tensor, labels: SmoothedLabels, weight_nD: Tensor, options: SoftmaxOptions
+) -> Tensor:
+    """Z_i (p_ij - q_ij) of each entry of y, in the order of `labels`, in matmul_dtype.
+
+    In place of Z_i p_ij in a block they let one product serve the dense and the sparse part.
+    """
+    term_P = labels.values.new_empty(len(labels.rows), dtype=options.matmul_dtype)
+    first = 0
+    for part in _entry_terms(labels, weight_nD, unit_x_BD, options):
+        zq_p = part.values * z_B[part.rows]
+        if options.form == "mixture":
+            zq_p.mul_(part.exp).div_(y_B[part.rows])
+        term_P[first : first + len(zq_p)] = part.exp - zq_p
+        first += len(zq_p)
+    return term_P
+
+
+def _logit_embeddings(unit_x_BD: Tensor, options: SoftmaxOptions) -> Tensor:
+    """What gives s / ln 2 when multiplied with unit rows, in matmul_dtype."""
+    return (unit_x_BD / (options.temperature * math.log(2))).to(options.matmul_dtype)
+
+
+def _sparse_matrix(row_starts: Tensor, columns_p: Tensor, values_p: Tensor, rows: int, columns: int) -> Tensor:
+    with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(row_starts, columns_p, values_p, (rows, columns), check_invariants=False)
+
+
+def _entry_bounds(labels: SmoothedLabels, block: _UnitBlock) -> Iterator[tuple[int, int]]:
+    """First entry of y in each block of classes, and the one after its last: entries ascend by class."""
+    stops = torch.tensor([stop for _, stop in block.bounds()], device=labels.classes.device)
+    ends = torch.searchsorted(labels.classes, stops).tolist()
+    return zip([0, *ends[:-1]], ends, strict=True)
 
 
 def _argsort(keys_P: Tensor) -> Tensor:

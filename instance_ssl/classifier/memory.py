@@ -156,9 +156,11 @@ def _pending_bytes(size: ClassifierSize) -> int:
     return rows + size.own_entries * (2 * _ID + _FLOAT)
 
 
-def _ordered_entries_bytes(entries: int) -> int:
-    """`blocked._label_blocks`: the block of each entry, their order, and ids and values in that order."""
-    return entries * (4 * _ID + _FLOAT)
+def _entry_terms_bytes(size: ClassifierSize, num_rows: int, entries: int) -> int:
+    """`blocked._entry_terms`: rows of W of some entries, their products, and the ids of sparse matrices."""
+    width, narrow = size.embedding_dim, size.row_dtype.itemsize
+    at_once = min(entries, block_classes(size.options, num_rows, width))
+    return at_once * (width * _FLOAT + max(width * narrow if narrow < _FLOAT else 0, 5 * (_ID + _FLOAT)))
 
 
 def _first_pass_bytes(size: ClassifierSize, block: int) -> int:
@@ -166,15 +168,17 @@ def _first_pass_bytes(size: ClassifierSize, block: int) -> int:
     features = rows * width * _FLOAT
     own = size.rows_per_rank * (2 * width + 2) * _FLOAT  # x_bD and its unit rows
     gathered = own + features + rows * _ID
-    # `own_labels`: ids, values and (B, K) table rows of all entries, masks, or the ids and order of own ones sorted.
+    # `own_labels`: ids, values and (B, K) table rows of all entries, masks, or own ones and their order sorted.
     all_entries = rows * (1 + size.num_hard_classes)
-    labels = all_entries * (_ID + 2 * _FLOAT) + max(3 * all_entries, entries * (6 * _ID + 2 * _FLOAT))
-    # `softmax_sums`: A, C, Z, Y; then blocks, with a sum, the features scaled and a product in the products' precision,
-    # and two products with the block's entries.
+    labels = all_entries * (_ID + 2 * _FLOAT) + max(3 * all_entries, entries * (5 * _ID + 2 * _FLOAT))
+    # `softmax_sums`: A, C, Z, Y; then the entries by row and their terms and product, and after them the blocks, with
+    # a sum, the features scaled and a product in the products' precision.
     kept_labels = entries * (2 * _ID + _FLOAT)
     sums = kept_labels + 2 * features + 2 * rows * _FLOAT
     narrow = size.options.matmul_dtype.itemsize
-    passes = sums + _ordered_entries_bytes(entries) + block + rows * (2 * width * narrow + 2 * width * _FLOAT + _FLOAT)
+    terms = entries * (3 * _ID + _FLOAT) + _entry_terms_bytes(size, rows, entries) + features
+    workspace = 2 * features if narrow < _FLOAT else 0  # of oneDNN's products
+    passes = sums + max(terms, block + workspace + rows * (2 * width * narrow + _FLOAT))
     # `unit_feature_gradient`: A, C and three more of their shape while they are put together.
     gradient = kept_labels + 5 * features
     return gathered + max(labels, passes, gradient)
@@ -187,7 +191,9 @@ def _update_bytes(size: ClassifierSize, block: int) -> int:
     # All micro-batches in one tensor each, and the features twice more in the precision of the products.
     features = rows * (size.embedding_dim * (_FLOAT + 2 * narrow) + 2 * _FLOAT)
     joined = entries * (2 * _ID + _FLOAT) if size.accumulation_steps > 1 else 0
-    return features + joined + _ordered_entries_bytes(entries) + block
+    terms = entries * narrow  # of the entries, beside which first their rows are held, then the blocks
+    workspace = rows * size.embedding_dim * _FLOAT if narrow < _FLOAT else 0  # of oneDNN's products
+    return features + joined + terms + max(_entry_terms_bytes(size, rows, entries), block + workspace)
 
 
 def _refresh_bytes(size: ClassifierSize) -> int:
