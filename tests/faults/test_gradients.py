@@ -35,7 +35,7 @@ def hashes(checkpoint: Path) -> dict[str, str]:
 SKIPS = [(zero_stage, fault) for zero_stage in (0, 1, 2) for fault in ("step:1:6:nan", None)]
 
 
-@pytest.mark.parametrize(("zero_stage", "fault"), quick_first(SKIPS, lambda case: case[0] == 0))
+@pytest.mark.parametrize(("zero_stage", "fault"), quick_first(SKIPS, lambda case: case == (0, None)))
 def test_what_is_saved_after_a_skipped_step_is_what_was_saved_before(
     place: Path, zero_stage: int, fault: str | None
 ) -> None:

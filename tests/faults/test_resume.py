@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import fresh_copy
-from rig import EPOCHS, STEPS_PER_EPOCH, TOTAL_STEPS, checkpoints, digests, metrics, run, status
+from rig import EPOCHS, STEPS_PER_EPOCH, TOTAL_STEPS, checkpoints, digests, metrics, quick_first, run, status
 
 LAST = TOTAL_STEPS - 1
 
@@ -129,7 +129,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", quick_first([*CHANGES], lambda change: change != "ZeRO 2 on 2 ranks to 0 on 3"))
 def test_another_layout_loads_the_same_state_and_trains_on(place: Path, change: str) -> None:
     before, after = CHANGES[change]
     stopped = run(place, fault="step:0:6:term", **before)

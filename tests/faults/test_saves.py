@@ -186,7 +186,7 @@ def test_too_little_disk_is_refused_before_the_first_step(place: Path) -> None:
 
 
 def test_a_directory_in_use_is_refused(place: Path) -> None:
-    with running(place, fault="step:0:*:sleep=0.3") as first:
+    with running(place, fault="step:0:*:sleep=0.15") as first:
         wait_for(lambda: (place / "run/pretrain/metrics.jsonl").exists())
         second = run(place)
         assert second.wait() == [2, 2], second.text()
