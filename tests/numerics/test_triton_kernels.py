@@ -233,9 +233,10 @@ def check_zero_rows(device: str) -> None:
     unit_x_BD[2], weight_nD[3] = 0, 0
     weight_nD[labels.classes[0]] = 0
     ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
-    theirs = blocked.softmax_sums(unit_x_BD, weight_nD, labels, case.options)
+    exact, exact_labels = in_float64(case, labels)
+    truth = blocked.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
     for name in SUMS:
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(getattr(ours, name).double(), getattr(truth, name), rtol=1e-5, atol=1e-5)
     rows, buffer = weight_nD.clone(), torch.zeros_like(weight_nD)
     triton_kernels.update_rows(
         unit_x_BD, ours.z_B, ours.y_B, labels, rows, buffer, case.options, UPDATE, tile=case.tile
@@ -250,9 +251,10 @@ def check_shard_without_labels(device: str) -> None:
     unit_x_BD, weight_nD, labels, _ = case.problem()
     none = SmoothedLabels(labels.rows[:0], labels.classes[:0], labels.values[:0])
     ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, none, case.options, tile=case.tile)
-    theirs = blocked.softmax_sums(unit_x_BD, weight_nD, none, case.options)
+    exact, no_labels = in_float64(case, none)
+    truth = blocked.softmax_sums(unit_x_BD.double(), weight_nD.double(), no_labels, exact.options)
     for name in SUMS:
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(getattr(ours, name).double(), getattr(truth, name), rtol=1e-5, atol=1e-5)
     y_B = torch.ones_like(ours.y_B)
     rows, buffer, their_rows, their_buffer = (torch.clone(weight_nD) for _ in range(4))
     triton_kernels.update_rows(unit_x_BD, ours.z_B, y_B, none, rows, buffer, case.options, UPDATE, tile=case.tile)
