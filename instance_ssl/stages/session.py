@@ -68,6 +68,7 @@ class TrainingSession:
         self._was_spike = False
         self._failed_saves = 0
         self._pause_seconds: float | None = None
+        self._start_seconds: float | None = None
         images_per_step = stage.config.optimization.global_batch_size
         self._since_log, self._epoch = TrainingMeter(images_per_step), TrainingMeter(images_per_step)
         self._images_per_step = images_per_step
@@ -87,8 +88,7 @@ class TrainingSession:
             UserError: when too many steps in a row were skipped, or too many saves failed.
         """
         if self.step == self._first_step:
-            seconds = time.time() - psutil.Process().create_time()
-            self._stage.log.metrics(self.step + 1, {"speed/seconds_to_first_step": seconds})
+            self._start_seconds = time.time() - psutil.Process().create_time()
         self.step += 1
         is_last = step + 1 == self._steps_per_epoch
         if report is not None:
@@ -223,6 +223,7 @@ class TrainingSession:
     def _log(self) -> None:
         figures = self._since_log.read(self._stage.world.device)
         figures["speed/checkpoint_pause_seconds"], self._pause_seconds = self._pause_seconds, None
+        figures["speed/seconds_to_first_step"], self._start_seconds = self._start_seconds, None
         own = figures["speed/own_seconds"] or 0.0
         seconds = self._stage.world.all_gather_objects((own, socket.gethostname()))
         median = statistics.median(value for value, _ in seconds)
