@@ -208,9 +208,10 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
         time.sleep(1)  # what has died may still be there for a moment
         reason = process.describe_loss()
         complain(f"rank {process.rank}: {reason}; stopping too")
+        # A signal may have come since: a launcher sends it to all when one rank dies. Only a rank that stopped says so.
         told = process.told_state()
-        stopped = process.guard.reason is not None or told == "stopped"
-        if not stopped and told != "failed":  # else the other rank has said why, and knows better
+        stopped = told == "stopped"
+        if told not in ("failed", "stopped"):  # else the other rank has said why, and knows better
             process.end("failed", reason)
         if process.guard.is_launched:
             time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
