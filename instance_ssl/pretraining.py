@@ -86,8 +86,7 @@ def train_step(
                 break
         engine.backward(x_bD, output.feature_gradient_bD)
         applied = engine.end_micro_batch()
-    finite = math.isfinite(loss)
-    if not finite:
+    if not (finite := math.isfinite(loss)):
         engine.abandon_step(x_bD)
     accuracy, cosine = shard.measure(x_bD.detach(), ids) if measure and finite else (None, None)
     if applied:  # 8: the engine has updated encoder and head; now the rows of W

@@ -66,6 +66,19 @@ def measure_checkpoints(
         "ours, verify and load": load_ours,
         "torch.load": load_with_torch,
     }
+    seconds = _time_in_turns(steps, repeats, world)
+    seconds["ours, save"] = [sum(parts) for parts in zip(seconds["ours, pause"], seconds["ours, save"], strict=True)]
+    if not torch.equal(other.weight, shard.weight):
+        raise AssertionError("what was loaded is not what was saved")
+    size = sum(path.stat().st_size for path in (directory / "checkpoints/step_000000000").glob("*.pt"))
+    world.barrier()
+    if world.rank == 0:
+        shutil.rmtree(directory)
+    return [_row(name, values, seconds, size, num_classes, world) for name, values in seconds.items()]
+
+
+def _time_in_turns(steps: dict[str, Callable[[], object]], repeats: int, world: Group) -> dict[str, list[float]]:
+    """Seconds of every step on its slowest rank, after a turn to warm up and with nothing left to be written."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name, step in steps.items():
@@ -75,15 +88,9 @@ def measure_checkpoints(
             step()
             taken = torch.tensor([time.perf_counter() - started], device=world.device)
             slowest = world.all_reduce_max_(taken).item()
-            if turn > 0:  # the first turn warms up
-                seconds[name].append(slowest + (seconds["ours, pause"][-1] if name == "ours, save" else 0))
-    if not torch.equal(other.weight, shard.weight):
-        raise AssertionError("what was loaded is not what was saved")
-    size = sum(path.stat().st_size for path in (directory / "checkpoints/step_000000000").glob("*.pt"))
-    world.barrier()
-    if world.rank == 0:
-        shutil.rmtree(directory)
-    return [_row(name, values, seconds, size, num_classes, world) for name, values in seconds.items()]
+            if turn > 0:
+                seconds[name].append(slowest)
+    return seconds
 
 
 def _row(
