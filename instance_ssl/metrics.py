@@ -56,24 +56,26 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class LossLevel:
-    """A running mean of the loss, and whether a step's loss stands out of it.
+    """A running mean of the loss, and whether a step's loss stands out of it, once there are enough to stand out of.
 
     Args:
         spike_nats: a loss that much above the mean is a spike; None: none is.
         level: the mean so far, of a run that goes on.
     """
 
-    _WEIGHT = 0.05
+    _WEIGHT, _ENOUGH = 0.05, 10
 
     def __init__(self, spike_nats: float | None, level: float | None) -> None:
         self.level = level
         self._spike_nats = spike_nats
+        self._count = 0 if level is None else self._ENOUGH
 
     def add(self, loss: float) -> bool:
         """Whether this loss, which is finite, is a spike; it counts for the mean either way."""
         before = loss if self.level is None else self.level
-        self.level = before + self._WEIGHT * (loss - before)
-        return self._spike_nats is not None and loss > before + self._spike_nats
+        self._count += 1
+        self.level = before + max(self._WEIGHT, 1 / self._count) * (loss - before)
+        return self._spike_nats is not None and self._count > self._ENOUGH and loss > before + self._spike_nats
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -69,6 +69,7 @@ class TrainingSession:
         self._failed_saves = 0
         self._pause_seconds: float | None = None
         self._start_seconds: float | None = None
+        self._spike_loss: float | None = None
         images_per_step = stage.config.optimization.global_batch_size
         self._since_log, self._epoch = TrainingMeter(images_per_step), TrainingMeter(images_per_step)
         self._images_per_step = images_per_step
@@ -197,7 +198,7 @@ class TrainingSession:
         is_spike = self._loss.add(report.loss)
         if is_spike and not self._was_spike:
             self._stage.log.say(f"warning: step {self.step}: the loss is {report.loss:.3f} after a mean of {level:.3f}")
-            self._stage.log.metrics(self.step, {"train/loss_spike": report.loss})
+            self._spike_loss = report.loss
             if self._safety.rollback:
                 if self._writer.is_busy:
                     self._commit()
@@ -223,6 +224,7 @@ class TrainingSession:
     def _log(self) -> None:
         figures = self._since_log.read(self._stage.world.device)
         figures["speed/checkpoint_pause_seconds"], self._pause_seconds = self._pause_seconds, None
+        figures["train/loss_spike"], self._spike_loss = self._spike_loss, None
         figures["speed/seconds_to_first_step"], self._start_seconds = self._start_seconds, None
         own = figures["speed/own_seconds"] or 0.0
         seconds = self._stage.world.all_gather_objects((own, socket.gethostname()))

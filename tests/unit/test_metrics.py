@@ -1,0 +1,24 @@
+"""Which losses count as spikes."""
+
+import pytest
+
+from instance_ssl.metrics import LossLevel
+
+
+def test_a_loss_far_above_the_mean_is_a_spike() -> None:
+    level = LossLevel(1.0, None)
+    assert not any(level.add(5.0 + 0.1 * (step % 3)) for step in range(20))
+    assert level.add(6.3)
+    assert not level.add(5.2)
+
+
+def test_the_first_steps_are_none_however_they_climb() -> None:
+    """Classes that are sampled by recency fill up, say: the loss rises by a nat in three steps."""
+    level = LossLevel(1.0, None)
+    assert not any(level.add(loss) for loss in (4.8, 4.8, 5.8, 5.9, 5.9, 5.9, 5.9, 5.8, 5.8, 5.8, 5.8, 5.8))
+    assert level.level == pytest.approx(5.6, abs=0.1)
+
+
+def test_a_resumed_run_judges_from_its_first_step() -> None:
+    assert LossLevel(1.0, 5.0).add(6.1)
+    assert not LossLevel(None, 5.0).add(60.0)
