@@ -10,8 +10,8 @@
         MANIFEST.json         size and SHA-256 of every file
 
 Rows are found by number, so any number of ranks reads what any other wrote; at the same number of ranks a run goes on
-to the bit. `torch.distributed.checkpoint` would do the first too, but its index is a pickle, it has no hashes, and
-each of its files is read whole; rows that are written in order of number need none of it.
+to the bit. `torch.distributed.checkpoint` would do the first too, but its index is a pickle and it has no hashes; rows
+that are written in order of number need none of it.
 """
 
 import json
