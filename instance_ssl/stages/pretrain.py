@@ -148,15 +148,12 @@ def _require_space(stage: Stage, engine: Engine, shard: ClassifierShard) -> None
     tensors = engine.encoder.state_dict().values()
     encoder_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     size = checkpoint_bytes(shard, stage.config.classifier.num_hard_classes, encoder_bytes)
-    problem = None
-    if stage.world.rank == 0:
-        try:
+
+    def look() -> None:
+        if stage.world.rank == 0:
             require_space(stage.checkpoints_of(stage.name), size, stage.config.checkpoint.keep)
-        except UserError as error:
-            problem = str(error)
-    problem = stage.world.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
+
+    stage.together(look)
 
 
 def _refresh_hard_classes(stage: Stage, shard: ClassifierShard, session: TrainingSession) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import socket
 import statistics
 import time
-from pathlib import Path
 
 import psutil
 import torch
@@ -269,4 +268,4 @@ def require_same_run(checkpoint: Checkpoint, stage: Stage) -> None:
 def say_what_was_passed_over(stage: Stage, checkpoint: Checkpoint) -> None:
     """Says aloud that newer checkpoints are damaged."""
     for problem in checkpoint.passed_over:
-        stage.log.say(f"warning: damaged checkpoint {problem}; going back to {Path(checkpoint.directory).name}")
+        stage.log.say(f"warning: damaged checkpoint {problem}; going back to {checkpoint.directory.name}")
