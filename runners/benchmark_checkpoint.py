@@ -9,6 +9,7 @@ from pathlib import Path
 from instance_ssl.benchmarks.checkpoint import measure_checkpoints
 from instance_ssl.benchmarks.measure import describe_machine, format_table
 from instance_ssl.distributed.comm import Group
+from instance_ssl.leaving import leave
 from instance_ssl.stages.context import run_measurement
 
 
@@ -34,4 +35,4 @@ def _run(world: Group) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_measurement(_run))
+    leave(run_measurement(_run))

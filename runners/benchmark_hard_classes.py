@@ -10,6 +10,7 @@ from instance_ssl.benchmarks.hard_classes import compare, make_rows
 from instance_ssl.benchmarks.measure import describe_machine, format_table, write_csv
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.leaving import leave
 from instance_ssl.stages.context import run_measurement
 
 
@@ -48,4 +49,4 @@ def _run(world: Group) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_measurement(_run))
+    leave(run_measurement(_run))

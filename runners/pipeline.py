@@ -3,6 +3,7 @@
 deepspeed runners/pipeline.py --config F --deepspeed_config F --run-dir D --set key=value …
 """
 
+from instance_ssl.leaving import leave
 from instance_ssl.stages import evaluate_knn, evaluate_linear, initialize_classifier, pretrain, summary
 from instance_ssl.stages.context import StageSpec, run_stages
 
@@ -14,4 +15,4 @@ STAGES = [
 ]
 
 if __name__ == "__main__":
-    raise SystemExit(run_stages(STAGES, after=summary.show))
+    leave(run_stages(STAGES, after=summary.show))

@@ -6,7 +6,9 @@ import json
 import platform
 import socket
 import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,7 +22,7 @@ import yaml
 from instance_ssl import engine
 from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import ExperimentConfig, flatten, load_config
-from instance_ssl.console import complain
+from instance_ssl.console import complain, heard_or_not
 from instance_ssl.data.datasets import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
@@ -203,8 +205,7 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
             process.end("failed", reason)
             return EXIT_FAILURE
         if not comm.lost_peer(error):
-            process.end("failed", f"rank {process.rank}: {type(error).__name__}: {error}")
-            raise
+            return _fault(error, process)
         time.sleep(1)  # what has died may still be there for a moment
         reason = process.describe_loss()
         complain(f"rank {process.rank}: {reason}; stopping too")
@@ -217,9 +218,16 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
             time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
         return EXIT_STOPPED if stopped else EXIT_LOST_PEER
     except Exception as error:
-        process.end("failed", f"rank {process.rank}: {type(error).__name__}: {error}")
-        raise
+        return _fault(error, process)
     return 0
+
+
+def _fault(error: Exception, process: _Process) -> int:
+    """No user's mistake: the one end that shows a traceback."""
+    process.end("failed", f"rank {process.rank}: {type(error).__name__}: {error}")
+    with heard_or_not(sys.stderr):
+        traceback.print_exception(error)
+    return EXIT_FAILURE
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

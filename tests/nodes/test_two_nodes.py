@@ -55,9 +55,10 @@ def nodes() -> Iterator[Nodes]:
 
 TRAIN = """
 from instance_ssl.stages import initialize_classifier, pretrain
+from instance_ssl.leaving import leave
 from instance_ssl.stages.context import StageSpec, run_stages
 stages = [StageSpec("initialize_classifier", initialize_classifier.run), StageSpec("pretrain", pretrain.run)]
-raise SystemExit(run_stages(stages))
+leave(run_stages(stages))
 """
 
 
