@@ -57,7 +57,8 @@ class Guard:
     """Watches over this process from a thread of its own.
 
     DeepSpeed's launcher leaves its ranks behind when it is killed, or when its own parent is (on one machine no signal
-    reaches them), so each rank looks after the launchers above it itself.
+    reaches them), so each rank looks after the launchers above it itself, and on a node after the ssh connection that
+    its launcher was started over, which ends with the machine, or the `pdsh`, at its other end.
 
     Args:
         rank: for messages.
@@ -74,6 +75,7 @@ class Guard:
         self.local_peers: dict[int, ProcessId] = {}
         self._on_end = on_end
         self._launchers: list[ProcessId] = []
+        self._connection: ProcessId | None = None
         self._hang_seconds: float | None = None
         self._stacks = Path(os.devnull)
         self._last_beat = time.monotonic()
@@ -82,9 +84,12 @@ class Guard:
         """Installs the handlers and starts looking; call it once, from the main thread."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
+        launchers = launchers_of(psutil.Process())
+        self._launchers = [ProcessId.of(process) for process in launchers]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal; nohup says that it may close
             signal.signal(signal.SIGHUP, self._on_signal)
-        self._launchers = [ProcessId.of(process) for process in launchers_of(psutil.Process())]
+            if launchers:
+                self._connection = connection_of(launchers[-1])
         threading.Thread(target=self._look, name="guard", daemon=True).start()
 
     @property
@@ -135,6 +140,8 @@ class Guard:
             for launcher in self._launchers:
                 if not launcher.is_alive():
                     self.request(f"the launcher (process {launcher.pid}) has died")
+            if self._connection is not None and not self._connection.is_alive():
+                self.request("the ssh connection that the launcher was started over has ended")
             silent = time.monotonic() - self._last_beat
             if silent > _SECONDS_TO_NOTICE and self.dead_peer() is not None:
                 self._end_at_the_latest(EXIT_LOST_PEER)
@@ -173,6 +180,17 @@ def launchers_of(process: psutil.Process) -> list[psutil.Process]:
         found.append(parent)
         parent = parent.parent()
     return found
+
+
+def connection_of(launcher: psutil.Process) -> ProcessId | None:
+    """The sshd that holds the connection over which another machine started a launcher; None where none did.
+
+    A person's own session is none: `deepspeed` typed there is a launcher too, and may outlive it.
+    """
+    if "deepspeed.launcher.launch" not in launcher.cmdline():
+        return None
+    sshd = next((above for above in launcher.parents() if above.name().startswith("sshd")), None)
+    return None if sshd is None else ProcessId.of(sshd)
 
 
 def own_process_id() -> ProcessId:

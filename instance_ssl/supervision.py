@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import psutil
 
@@ -89,6 +90,7 @@ class Supervisor:
                 self._say(f"supervise: still there {self._grace_seconds:.0f} s after the signal: killing what is left")
                 break
         else:
+            self._hang_up()
             self._wait(lambda: not _descendants(), self._grace_seconds)  # ranks that the launcher left behind
         _kill(_descendants())
         return self._judge(self._runner.wait())
@@ -96,12 +98,23 @@ class Supervisor:
     def _judge(self, code: int) -> int:
         if code < 0:  # by a signal
             code = EXIT_STOPPED if self._signal is not None else 128 - code
+        if code == _FAILED and self._signal is not None and self._saved_elsewhere():
+            code = EXIT_STOPPED
         if code == EXIT_DONE:
-            unfinished = _unfinished_stages(self._launch.run_directory)
+            unfinished = [status for status in _statuses(self._launch.run_directory) if status.state != "complete"]
             if unfinished:
                 self._say(f"supervise: the launcher reports success, but {unfinished[0]}")
                 code = _FAILED
         return code
+
+    def _saved_elsewhere(self) -> bool:
+        """Whether the nodes' ranks save and leave: over ssh, a runner that is told to end exits before they have."""
+
+        def states() -> set[str]:
+            return {status.state for status in _statuses(self._launch.run_directory)}
+
+        self._wait(lambda: "running" not in states(), self._grace_seconds)
+        return "stopped" in states() <= {"stopped", "complete"}
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._signal is None:
@@ -117,20 +130,35 @@ class Supervisor:
             with contextlib.suppress(psutil.Error):
                 rank.send_signal(signal.SIGTERM)
 
+    def _hang_up(self) -> None:
+        """Ends what a killed runner or pdsh leaves of the other: a node's ranks save when their connection ends."""
+        for process in _descendants():
+            with contextlib.suppress(psutil.Error):
+                if process.name() in ("pdsh", "pdsh.bin", "ssh"):  # Debian's pdsh is a script around the program
+                    process.terminate()
+
     def _wait(self, until: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not until():
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def _unfinished_stages(run_directory: Path | None) -> list[str]:
-    """Stages whose status.json says anything but complete."""
+class _Status(NamedTuple):
+    path: Path
+    state: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.path} says {self.state}" + (f": {self.reason}" if self.reason else "")
+
+
+def _statuses(run_directory: Path | None) -> list[_Status]:
+    """What each stage's status.json says."""
     found = []
     for path in sorted((run_directory or Path(os.devnull)).glob("*/status.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             status = json.loads(path.read_text())
-            if status["state"] != "complete":
-                found.append(f"{path} says {status['state']}" + (f": {status['reason']}" if status["reason"] else ""))
+            found.append(_Status(path, status["state"], status["reason"]))
     return found
 
 

@@ -41,6 +41,8 @@ TINY += ["evaluation.linear.l2_penalties=[0.001]"]
 SLOW_STEPS = "step:1:*:sleep=0.5"
 # A checkpoint is written when the run is told to stop, and no other; when it has begun is seen in its metrics.
 NO_OTHER = ["--set", "checkpoint.every_epochs=99", "log.every_steps=1"]
+# As the README has Slurm and Kubernetes start a node, and anybody who wants a run kept going.
+SUPERVISED = [sys.executable, str(Path(__file__).parents[2] / "runners/supervise.py"), "--restarts", "0"]
 HALT = 40  # seconds in which everything has to have ended
 
 
@@ -120,7 +122,8 @@ def assert_stopped(run: Path) -> None:
     assert 0 < int(only.removeprefix("step_")) < 12
     assert state(run)
     assert status(run)["state"] == "stopped"
-    assert status(run)["reason"] == "SIGTERM"
+    # Whichever comes first over ssh: DeepSpeed's signal to the node, or the end of its pdsh.
+    assert status(run)["reason"] == "SIGTERM" or "ssh connection" in status(run)["reason"]
 
 
 def resume(nodes: Nodes, run: Path, output: Path, *settings: str) -> None:
@@ -184,6 +187,42 @@ def test_sigterm_to_the_runner_saves_on_both_nodes_and_the_same_command_resumes(
 
 
 @pytest.mark.fault
+def test_a_supervised_stop_over_ssh_says_that_the_same_command_goes_on(
+    nodes: Nodes, one_machine: Path, tmp_path: Path
+) -> None:
+    run, output = initialised(one_machine, tmp_path / "run"), tmp_path / "output"
+    arguments = [value for value in (*TINY, *NO_OTHER) if "[" not in value]
+    arguments += ["--run-dir", str(run)]
+    with nodes.launched(output, "pretrain", *arguments, before=SUPERVISED, fault="step:1:3:sleep=6") as runner:
+        wait_for("the first step", lambda: has_begun(run), 40)
+        (supervisor,) = psutil.Process(runner.pid).children()
+        supervisor.send_signal(signal.SIGTERM)
+        assert runner.wait(HALT) == 75, output.read_text()
+        assert nodes.processes() == []
+    assert_stopped(run)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("killed", ["deepspeed", "pdsh", "ssh"])
+def test_a_kill_of_what_started_the_nodes_saves_on_both(
+    killed: str, nodes: Nodes, one_machine: Path, tmp_path: Path
+) -> None:
+    run, output = initialised(one_machine, tmp_path / "run"), tmp_path / "output"
+    arguments = [value for value in (*TINY, *NO_OTHER) if "[" not in value]  # which the supervisor lets no shell see
+    arguments += ["--run-dir", str(run)]
+    with nodes.launched(output, "pretrain", *arguments, before=SUPERVISED, fault="step:1:3:sleep=6") as runner:
+        wait_for("the first step", lambda: has_begun(run), 40)
+        children = psutil.Process(runner.pid).children(recursive=True)
+        by_name = {process.name().removesuffix(".bin"): process for process in children}
+        by_name[killed].kill()
+        wait_for("both nodes are empty", lambda: nodes.processes() == [], HALT)
+        assert runner.wait(5) != 0
+    assert_stopped(run)
+    resume(nodes, run, tmp_path / "resumed", *NO_OTHER)
+    assert state(run) == state(one_machine)
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize("wire", ["up", "down"])
 def test_a_node_that_does_not_start_is_not_waited_for(wire: str, nodes: Nodes, tmp_path: Path) -> None:
     output, ends = tmp_path / "output", ["--set", "safety.join_seconds=4"]
@@ -218,10 +257,6 @@ def test_a_node_that_lacks_an_image_is_named_before_the_first_step(nodes: Nodes,
     assert "004.png" in output.read_text()
     assert "Traceback" not in output.read_text()
     assert not run.exists()
-
-
-# As the README has Slurm and Kubernetes start a node.
-SUPERVISED = [sys.executable, str(Path(__file__).parents[2] / "runners/supervise.py"), "--restarts", "0"]
 
 
 @pytest.fixture

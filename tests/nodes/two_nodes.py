@@ -127,21 +127,21 @@ class Nodes:
 
     @contextmanager
     def launched(
-        self, output: Path, runner: str, *arguments: str, flags: tuple[str, ...] = (), fault: str | None = None
+        self, output: Path, runner: str, *arguments: str, before: Sequence[str] = (), fault: str | None = None
     ) -> Iterator[subprocess.Popen[str]]:
         """`deepspeed --hostfile … runners/<runner>.py …` over pdsh and ssh; whatever it leaves running is ended.
 
         Args:
             output: the file for what it prints.
-            flags: more for the launcher.
+            before: what the command follows: a supervisor's.
             fault: what INSTANCE_SSL_FAULT is on the nodes.
         """
         # Nothing else of the environment but PYTHON… reaches a node.
         exported = {**CPU_ENVIRONMENT, **({} if fault is None else {"INSTANCE_SSL_FAULT": fault})}
         (self.work / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in exported.items()))
         master = self.nodes[0]
-        launcher = ["--launcher", "pdsh", "--master_addr", master.address, *flags]
-        command = deepspeed_command(self.work / "hostfile", launcher, runner, arguments)
+        launcher = ["--launcher", "pdsh", "--master_addr", master.address]
+        command = [*before, *deepspeed_command(self.work / "hostfile", launcher, runner, arguments)]
         # The .deepspeed_env of the home directory would be read too.
         environment = {**os.environ, **CPU_ENVIRONMENT, "HOME": str(self.work)}
         with output.open("w") as file:
