@@ -35,7 +35,9 @@ class DataConfig(Section):
         num_workers: loader processes a rank; changes nothing but speed.
     """
 
-    kind: Literal["digits", "cifar10", "cifar100", "tree", "folder", "list"] = "tree"
+    kind: Literal["digits", "cifar10", "cifar100", "tree", "sun397", "dtd", "inaturalist2018", "folder", "list"] = (
+        "tree"
+    )
     root: Path | None = None
     list_file: Path | None = None
     image_size: PositiveInt = 224

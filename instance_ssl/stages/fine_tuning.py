@@ -27,7 +27,7 @@ from instance_ssl.data.loaders import Batch, PartLoader, epoch_order, image_load
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import state_digest
-from instance_ssl.evaluation.fine_tuning import Progress, TrainingOptions, fine_tune, recipe
+from instance_ssl.evaluation.fine_tuning import DivergedError, Progress, TrainingOptions, fine_tune, recipe
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run_directory import write_json
 from instance_ssl.stages.build import own_parts
@@ -78,7 +78,7 @@ def train_once(
     train: Subset,
     test: Subset,
     num_classes: int,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Trains a copy of the encoder's backbone and tests it, or finds that it has been done. Collective.
 
     Returns:
@@ -93,17 +93,24 @@ def train_once(
     found = _read_figures(figures_path) if stage.world.rank == 0 else None
     if (found := stage.world.broadcast_object(found)) is not None:
         stage.log.say(f"{title}: done before")
+        if "diverged" in found:
+            raise DivergedError(found["diverged"])
         return found
     directory.mkdir(parents=True, exist_ok=True)
     has_state = stage.world.broadcast_object(state_path.exists())
     state = stage.together(lambda: read_tensors(state_path)) if has_state else None
     if state is not None:
         stage.log.say(f"{title}: going on after {state['epochs']} epochs")
-    figures = _train(stage, title, encoder, options, train, test, num_classes, state, state_path)
-    figures["train_images"] = len(train.ids)
-    if stage.world.rank == 0:
-        write_json(figures_path, figures)
-        state_path.unlink(missing_ok=True)
+    figures: dict[str, Any] = {"train_images": len(train.ids)}
+    try:
+        figures |= _train(stage, title, encoder, options, train, test, num_classes, state, state_path)
+    except DivergedError as error:  # on all ranks, and so it would another time
+        figures["diverged"] = str(error)
+        raise
+    finally:
+        if stage.world.rank == 0 and len(figures) > 1:
+            write_json(figures_path, figures)
+            state_path.unlink(missing_ok=True)
     return figures
 
 
@@ -217,7 +224,7 @@ def _name(
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_figures(path: Path) -> dict[str, float] | None:
+def _read_figures(path: Path) -> dict[str, Any] | None:
     """Figures of a training that has ended; a damaged file is as good as none."""
     try:
         return dict(json.loads(path.read_text()))
