@@ -102,6 +102,6 @@ def _best(points: list[dict[str, Any]], metric: str) -> int:
     values = [point[f"held_out_{metric}"] for point in points]
     if all(value is None for value in values):
         raise DivergedError(
-            "fine-tuning diverged at every learning rate: give lower evaluation.fine_tune.learning_rates"
+            "fine-tuning diverged at every point of the grid: lower evaluation.fine_tune's learning rates"
         )
     return max(range(len(values)), key=lambda place: -1.0 if values[place] is None else values[place])
