@@ -19,17 +19,24 @@ _BLOCK_ROWS = 65536
 _HISTORY = 10
 
 
+def places(scores_nC: Tensor, labels_n: Tensor) -> Tensor:
+    """How many classes are before each row's own: int64 (n,), 0 when it is the best.
+
+    Equal scores rank the lower class first; a NaN is behind all others.
+    """
+    own_n1 = scores_nC.gather(1, labels_n[:, None])
+    classes = torch.arange(scores_nC.shape[1], device=scores_nC.device)
+    ahead_nC = ~(scores_nC <= own_n1) | ((scores_nC == own_n1) & (classes < labels_n[:, None]))
+    return ahead_nC.sum(dim=1).masked_fill(own_n1[:, 0].isnan(), max(5, scores_nC.shape[1]))
+
+
 def count_correct(scores_nC: Tensor, labels_n: Tensor) -> Tensor:
     """Rows whose class is the best, and among the best 5: int64 (2,).
 
     Equal scores rank the lower class first; NaN is never correct. With fewer than 5 classes all are among the 5.
     """
-    own_n1 = scores_nC.gather(1, labels_n[:, None])
-    classes = torch.arange(scores_nC.shape[1], device=scores_nC.device)
-    ahead_nC = ~(scores_nC <= own_n1) | ((scores_nC == own_n1) & (classes < labels_n[:, None]))
-    places_n = ahead_nC.sum(dim=1)
-    top5_n = (places_n < 5) & ~own_n1[:, 0].isnan()
-    return torch.stack([(places_n == 0).sum(), top5_n.sum()])
+    places_n = places(scores_nC, labels_n)
+    return torch.stack([(places_n == 0).sum(), (places_n < 5).sum()])
 
 
 def probe_cached_features(
