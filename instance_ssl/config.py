@@ -19,6 +19,7 @@ from instance_ssl.errors import UserError
 from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
 
+SourceName = Literal["pixels", "random", "trained", "weights"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -143,13 +144,28 @@ class LinearConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """What is evaluated, and on which labelled images: `data` lists what differs from the experiment's own `data`."""
+    """What is evaluated, and on which labelled images: `data` lists what differs from the experiment's own `data`.
 
-    sources: Annotated[tuple[Literal["pixels", "random", "trained"], ...], Field(min_length=1)] = ("trained",)
+    Attributes:
+        sources: raw `pixels`, the `random` network, the one `trained`, the backbone of a file of `weights`.
+        checkpoint: what `trained` is: a directory step_… or a run directory (its newest), of any run of the same
+            encoder; None: this run's newest.
+        weights: for `weights`: a backbone by torchvision's keys, .safetensors or .pth.
+    """
+
+    sources: Annotated[tuple[SourceName, ...], Field(min_length=1)] = ("trained",)
+    checkpoint: Path | None = None
+    weights: Path | None = None
     batch_size: PositiveInt = 256
     data: DataConfig | None = None
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+
+    @model_validator(mode="after")
+    def _weights_have_a_file(self) -> "EvaluationConfig":
+        if "weights" in self.sources and self.weights is None:
+            raise ValueError("source 'weights' needs a file: set evaluation.weights")
+        return self
 
 
 class LogConfig(_Section):

@@ -102,6 +102,13 @@ def check_labels(config: ExperimentConfig) -> None:
         )
 
 
+def check_sources(config: ExperimentConfig) -> None:
+    """Refuses an `evaluation.weights` or `evaluation.checkpoint` that is not there, before anything is trained."""
+    for key, path in (("weights", config.evaluation.weights), ("checkpoint", config.evaluation.checkpoint)):
+        if path is not None and not path.exists():
+            raise UserError(f"evaluation.{key} {path} does not exist")
+
+
 def open_evaluation(config: ExperimentConfig, source: ImageSource, world: Group) -> tuple[ImageSource, ImageSource]:
     """Opens what evaluation will read, so that its mistakes show before the training and not after it."""
     data = config.evaluation.data or config.data

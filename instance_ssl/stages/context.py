@@ -269,6 +269,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     engine.check_zero_section(ds)
     if needs_labels:
         checks.check_labels(config)
+    checks.check_sources(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
     world = comm.initialize(config.safety.join_seconds)
     process.meet(world)
