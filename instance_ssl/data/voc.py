@@ -33,8 +33,13 @@ _TOLERATED_PIXELS = 1.0
 
 @dataclass(frozen=True)
 class Annotation:
-    """The objects of one image: boxes (m, 4) float32, classes (m,) int64 from 0, `difficult` (m,) bool."""
+    """The objects of one image of `width` x `height` pixels.
 
+    Boxes (m, 4) float32, classes (m,) int64 from 0, `difficult` (m,) bool.
+    """
+
+    width: int
+    height: int
     boxes_m4: Tensor
     classes_m: Tensor
     difficult_m: Tensor
@@ -120,6 +125,7 @@ def _read_annotation(root: Path, name: str, known: dict[str, int]) -> Annotation
         raise UserError(f"annotation {path}: {_one_line(error)}") from None
     boxes, classes, difficult = zip(*rows, strict=True) if rows else ((), (), ())
     return Annotation(
+        *size,
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(classes, dtype=torch.int64),
         torch.tensor(difficult, dtype=torch.bool),

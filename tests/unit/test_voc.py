@@ -32,6 +32,7 @@ def refused(root: Path | None, *words: str, lists: tuple[str, ...] = ("VOC2007/s
 def test_boxes_are_continuous_and_0_based(tmp_path: Path) -> None:
     data = open_voc(one_image(tmp_path, CAT, DOG, object_xml("dog", (2, 3, 2, 3), True)), ["VOC2007/some"], CLASSES)
     (annotation,) = data.annotations
+    assert (annotation.width, annotation.height) == (60, 40)
     assert annotation.boxes_m4.tolist() == [[0, 0, 60, 40], [10, 4, 20, 14], [1, 2, 2, 3]]
     assert annotation.boxes_m4.dtype == torch.float32
     assert annotation.classes_m.tolist() == [0, 1, 1]
