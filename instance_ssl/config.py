@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from instance_ssl.classifier.cosine_softmax import MIN_TEMPERATURE, LossForm
 from instance_ssl.classifier.initialization import InitializationMode
 from instance_ssl.classifier.sampling import SamplingMode
+from instance_ssl.detection_config import DetectionConfig
 from instance_ssl.errors import UserError
 from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
@@ -160,6 +161,7 @@ class EvaluationConfig(_Section):
     data: DataConfig | None = None
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+    detection: DetectionConfig = DetectionConfig()
 
     @model_validator(mode="after")
     def _weights_have_a_file(self) -> "EvaluationConfig":
