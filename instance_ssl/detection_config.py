@@ -23,6 +23,7 @@ class DetectionConfig(BaseModel):
         batch_size: images a step, over all ranks.
         train_short_sides: one is drawn for each image, in pixels, unless the long side would exceed `max_long_side`.
         regions_per_image: that the box head learns from.
+        test_proposals: regions that it looks at in a test image.
         statistics_iterations: batches over which batch norm's statistics are taken anew before the evaluation
             (detectron2's PRECISE_BN); 0 keeps the running ones.
         save_every: iterations between saves of the state that the same command goes on from.
@@ -45,6 +46,7 @@ class DetectionConfig(BaseModel):
     test_short_side: _Count = 800
     max_long_side: _Count = 1333
     regions_per_image: _Count = 512
+    test_proposals: _Count = 1000
     statistics_iterations: Annotated[int, Field(ge=0)] = 200
     save_every: _Count = 500
 

@@ -35,16 +35,19 @@ class Detector(nn.Module):
         backbone: its modules become the detector's own.
         num_classes: without the background.
         regions_per_image: that the box head learns from, a quarter of them on objects where there are so many.
+        test_proposals: regions that it looks at in evaluation.
     """
 
-    def __init__(self, backbone: ResNet, num_classes: int, *, regions_per_image: int = 512) -> None:
+    def __init__(
+        self, backbone: ResNet, num_classes: int, *, regions_per_image: int = 512, test_proposals: int = 1000
+    ) -> None:
         super().__init__()
         network = backbone.network
         parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
         self.c4 = nn.Sequential(OrderedDict((part, getattr(network, part)) for part in parts))
         channels = network.layer4[0].conv1.in_channels
         small_stem = isinstance(network.maxpool, nn.Identity)
-        self.rpn = _region_proposals(channels)
+        self.rpn = _region_proposals(channels, test_proposals)
         self.roi_heads = _res5_heads(network.layer4, backbone.feature_dim, num_classes, regions_per_image)
         self.roi_heads.box_roi_pool = _RoiAlign(stride=4 if small_stem else 16)
 
@@ -164,7 +167,7 @@ class _RoiAlign(nn.Module):
         return roi_align(features["0"], proposals, _REGION_SIDE, 1 / self.stride, sampling_ratio=0, aligned=True)
 
 
-def _region_proposals(channels: int) -> _RegionProposals:
+def _region_proposals(channels: int, test_proposals: int) -> _RegionProposals:
     anchors = AnchorGenerator((ANCHOR_SIZES,), (ANCHOR_RATIOS,))
     rpn = _RegionProposals(
         anchors,
@@ -174,7 +177,7 @@ def _region_proposals(channels: int) -> _RegionProposals:
         batch_size_per_image=_ANCHORS_PER_IMAGE,
         positive_fraction=0.5,
         pre_nms_top_n={"training": 12000, "testing": 6000},
-        post_nms_top_n={"training": 2000, "testing": 1000},
+        post_nms_top_n={"training": 2000, "testing": test_proposals},
         nms_thresh=0.7,
     )
     rpn.fg_bg_sampler = _SeededSampler(_ANCHORS_PER_IMAGE, 0.5)

@@ -100,7 +100,12 @@ def _build(stage: Stage, source: str) -> tuple[DetectorTraining, int | None, str
     assert isinstance(backbone, ResNet)
     digest = state_digest(backbone)
     torch.manual_seed(stage.config.seed)  # the new layers are the same whatever the source
-    model = Detector(backbone, len(detection.classes), regions_per_image=detection.regions_per_image)
+    model = Detector(
+        backbone,
+        len(detection.classes),
+        regions_per_image=detection.regions_per_image,
+        test_proposals=detection.test_proposals,
+    )
     schedule = DetectorSchedule(
         iterations=detection.iterations,
         steps=detection.steps,
@@ -187,7 +192,7 @@ def _settings(detection: DetectionConfig) -> dict[str, Any]:
 def _bound(stage: Stage, source: str, digest: str, data: VocImages) -> str:
     """What a saved state belongs to, as text; another one is not gone on from."""
     settings = _settings(stage.config.evaluation.detection)
-    for free in ("root", "test", "test_short_side", "statistics_iterations"):
+    for free in ("root", "test", "test_short_side", "test_proposals", "statistics_iterations"):
         del settings[free]
     parts = {"source": source, "backbone": digest, "images": data.images.digest, "seed": stage.config.seed}
     return json.dumps({**parts, **settings}, sort_keys=True)

@@ -23,7 +23,7 @@ def settings(root: Path, **more: str) -> list[str]:
     }  # fmt: skip
     detection = {
         "root": str(root), "train": "[VOC2007/train]", "test": "[VOC2007/test]", "classes": "[cat, dog]",
-        "iterations": "2", "steps": "[]", "warmup_iterations": "0", "batch_size": "3", "regions_per_image": "8",
+        "iterations": "2", "steps": "[]", "warmup_iterations": "0", "batch_size": "3", "regions_per_image": "8", "test_proposals": "60",
         "train_short_sides": "[48, 64]", "test_short_side": "64", "statistics_iterations": "0", **more,
     }  # fmt: skip
     keys |= {f"evaluation.detection.{key}": value for key, value in detection.items()}

@@ -36,7 +36,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def detector(name: str = "resnet18", regions: int = 8) -> Detector:
     torch.manual_seed(0)
-    return Detector(ResNet(name, small_stem=False), 2, regions_per_image=regions)
+    return Detector(ResNet(name, small_stem=False), 2, regions_per_image=regions, test_proposals=60)
 
 
 def batches(data: VocImages, iterations: range, group: Group | None = None, size: int = 3) -> list[DetectionBatch]:
