@@ -17,6 +17,7 @@ from instance_ssl.classifier.initialization import InitializationMode
 from instance_ssl.classifier.sampling import SamplingMode
 from instance_ssl.config_fine_tuning import FineTuneConfig, SemiSupervisedConfig
 from instance_ssl.config_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from instance_ssl.detection_config import DetectionConfig
 from instance_ssl.errors import UserError
 from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
@@ -158,6 +159,7 @@ class EvaluationConfig(Section):
     linear: LinearConfig = LinearConfig()
     semi_supervised: SemiSupervisedConfig = SemiSupervisedConfig()
     fine_tune: FineTuneConfig = FineTuneConfig()
+    detection: DetectionConfig = DetectionConfig()
 
     @model_validator(mode="after")
     def _weights_have_a_file(self) -> "EvaluationConfig":

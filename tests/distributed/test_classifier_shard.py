@@ -50,9 +50,7 @@ def make_shard(group: Group, weight_ND: Tensor, form: LossForm, alpha: float, **
     return shard
 
 
-def sharded_gradients(
-    group: Group, form: LossForm, alpha: float, kept_bytes: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def sharded_gradients(group: Group, form: LossForm, alpha: float, kept_bytes: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     x_BD, labels_B, weight_ND = make_problem()
     shard = make_shard(group, weight_ND, form, alpha, momentum=0.0, weight_decay=0.0, kept_bytes=kept_bytes)
     shard.refresh_hard_classes(K)
