@@ -9,7 +9,7 @@ from torch import Tensor
 from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
 from instance_ssl.evaluation.label_lists import draw_balanced, read_label_list, write_label_list
 from instance_ssl.stages.context import Stage
-from instance_ssl.stages.fine_tuning import LAYERS, Subset, train_once, tunable_sources
+from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, train_once, tunable_sources
 from instance_ssl.stages.representation import TITLES, LabelledImages, load_backbone, open_labelled
 
 
@@ -28,11 +28,12 @@ def run(stage: Stage) -> dict[str, Any]:
             title = f"{_per_cent(fraction)} of the labels, {TITLES[source]}"
             train = Subset(images.train, ids, images.train_labels)
             options = _options(stage, source, place, len(ids))
-            figures = train_once(stage, title, encoder, options, train, test, images.num_classes)
+            tag = f"semi_supervised/{source}_{fraction:g}"
+            training = Training(title, tag, encoder, options, train, test, images.num_classes)
+            figures = train_once(stage, training)
             rows.append({"fraction": fraction, "labels": list_file, **figures, "recipe": recipe(options)})
             stage.log.say(f"{title} ({len(ids)} images): {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
-            tag = f"semi_supervised/{source}_{fraction:g}_top1"
-            stage.log.metrics(epoch or 0, {tag: figures["top1"]})
+            stage.log.metrics(epoch or 0, {f"{tag}_top1": figures["top1"]})
         results[source] = {"layer": LAYERS, "epoch": epoch, "fractions": rows}
     return {"figures": results}
 
