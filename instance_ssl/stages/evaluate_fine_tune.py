@@ -8,7 +8,7 @@ from instance_ssl.evaluation.fine_tuning import DivergedError, TrainingOptions, 
 from instance_ssl.evaluation.label_lists import draw_balanced
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.context import Stage
-from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, train_once, tunable_sources
+from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, describe_images, train_once, tunable_sources
 from instance_ssl.stages.representation import TITLES, LabelledImages, load_backbone, open_labelled
 
 
@@ -35,7 +35,7 @@ def run(stage: Stage) -> dict[str, Any]:
         results[source] = {"metric": fine_tune.metric, **figures, **record, "recipe": recipe(options)}
         stage.log.say(f"fine-tuned, {TITLES[source]}: {fine_tune.metric} {figures[fine_tune.metric]:.2f} %")
         stage.log.metrics(epoch or 0, {f"{tag}_{fine_tune.metric}": figures[fine_tune.metric]})
-    return {"figures": results}
+    return {"figures": results, "evaluated_on": describe_images(stage, images)}
 
 
 def _split(stage: Stage, images: LabelledImages) -> tuple[Subset, Subset]:

@@ -32,7 +32,7 @@ from instance_ssl.models.encoder import Encoder
 from instance_ssl.run_directory import write_json
 from instance_ssl.stages.build import own_parts
 from instance_ssl.stages.context import Stage
-from instance_ssl.stages.representation import evaluation_data
+from instance_ssl.stages.representation import LabelledImages, evaluation_data
 
 # A state is written at the end of an epoch, but no more than this share of the time is spent on it.
 _SAVING_SHARE = 0.05
@@ -86,6 +86,7 @@ class Training:
             "test": self.test.describe(),
             "num_classes": self.num_classes,
             "image_size": evaluation_data(stage).image_size,
+            "batch_size": stage.config.evaluation.batch_size,  # a larger part is normalised piece by piece
             "seed": stage.config.seed,
             "precision": str(stage.ds.autocast_dtype),
         }
@@ -102,6 +103,12 @@ def tunable_sources(stage: Stage) -> list[str]:
     if not sources:
         raise UserError("evaluation.sources names pixels alone, which have no network to train: add trained or random")
     return sources
+
+
+def describe_images(stage: Stage, images: LabelledImages) -> dict[str, Any]:
+    """Which labelled images, for result.json."""
+    digests = {"train_digest": images.train.digest, "test_digest": images.test.digest}
+    return {"kind": evaluation_data(stage).kind, "num_classes": images.num_classes, **digests}
 
 
 def train_once(stage: Stage, training: Training) -> dict[str, Any]:
