@@ -8,7 +8,7 @@ from instance_ssl.evaluation.fine_tuning import DivergedError, TrainingOptions, 
 from instance_ssl.evaluation.label_lists import draw_balanced
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.context import Stage
-from instance_ssl.stages.fine_tuning import LAYERS, Subset, train_once, tunable_sources
+from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, describe_images, train_once, tunable_sources
 from instance_ssl.stages.representation import TITLES, LabelledImages, load_backbone, open_labelled
 
 
@@ -30,12 +30,12 @@ def run(stage: Stage) -> dict[str, Any]:
             options = grid[_best(points, fine_tune.metric)]
             record |= {"held_out_images": len(held_out.ids), "grid": points}
         title = f"{TITLES[source]}: fine-tuning"
-        figures = train_once(stage, title, encoder, options, whole, test, images.num_classes)
+        tag = f"fine_tune/{source}"
+        figures = train_once(stage, Training(title, tag, encoder, options, whole, test, images.num_classes))
         results[source] = {"metric": fine_tune.metric, **figures, **record, "recipe": recipe(options)}
         stage.log.say(f"fine-tuned, {TITLES[source]}: {fine_tune.metric} {figures[fine_tune.metric]:.2f} %")
-        tag = f"fine_tune/{source}_{fine_tune.metric}"
-        stage.log.metrics(epoch or 0, {tag: figures[fine_tune.metric]})
-    return {"figures": results}
+        stage.log.metrics(epoch or 0, {f"{tag}_{fine_tune.metric}": figures[fine_tune.metric]})
+    return {"figures": results, "evaluated_on": describe_images(stage, images)}
 
 
 def _split(stage: Stage, images: LabelledImages) -> tuple[Subset, Subset]:
@@ -84,7 +84,8 @@ def _search(
         rate, decay = options.backbone_learning_rate, options.weight_decay
         title = f"{TITLES[source]}: {place} of {len(grid)}, learning rate {rate:g}, weight decay {decay:g}"
         try:
-            figures = train_once(stage, title, encoder, options, fitted, held_out, num_classes)
+            tag = f"fine_tune/{source}_grid_{place}"
+            figures = train_once(stage, Training(title, tag, encoder, options, fitted, held_out, num_classes))
         except DivergedError:
             stage.log.say(f"{title}: diverged")
             figures = {}

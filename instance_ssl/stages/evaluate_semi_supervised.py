@@ -1,5 +1,6 @@
 """Stage: fine-tuning on a small share of the training labels, and the supervised baseline on the same images."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
 from instance_ssl.evaluation.label_lists import draw_balanced, read_label_list, write_label_list
 from instance_ssl.stages.context import Stage
-from instance_ssl.stages.fine_tuning import LAYERS, Subset, train_once, tunable_sources
+from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, describe_images, train_once, tunable_sources
 from instance_ssl.stages.representation import TITLES, LabelledImages, load_backbone, open_labelled
 
 
@@ -28,13 +29,14 @@ def run(stage: Stage) -> dict[str, Any]:
             title = f"{_per_cent(fraction)} of the labels, {TITLES[source]}"
             train = Subset(images.train, ids, images.train_labels)
             options = _options(stage, source, place, len(ids))
-            figures = train_once(stage, title, encoder, options, train, test, images.num_classes)
+            tag = f"semi_supervised/{source}_{fraction:g}"
+            training = Training(title, tag, encoder, options, train, test, images.num_classes)
+            figures = train_once(stage, training)
             rows.append({"fraction": fraction, "labels": list_file, **figures, "recipe": recipe(options)})
             stage.log.say(f"{title} ({len(ids)} images): {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
-            tag = f"semi_supervised/{source}_{fraction:g}_top1"
-            stage.log.metrics(epoch or 0, {tag: figures["top1"]})
+            stage.log.metrics(epoch or 0, {f"{tag}_top1": figures["top1"]})
         results[source] = {"layer": LAYERS, "epoch": epoch, "fractions": rows}
-    return {"figures": results}
+    return {"figures": results, "evaluated_on": describe_images(stage, images)}
 
 
 def _labelled_ids(stage: Stage, images: LabelledImages, place: int) -> tuple[Tensor, str]:
@@ -50,7 +52,8 @@ def _labelled_ids(stage: Stage, images: LabelledImages, place: int) -> tuple[Ten
         if semi_supervised.list_files is not None:
             path = semi_supervised.list_files[place]
             return read_label_list(path, names), str(path)
-        count = max(images.num_classes, round(fraction * len(names)))
+        # Rounded down, as SimCLR's 12,811 and 128,116 of 1,281,167 are; one of each class at least.
+        count = max(images.num_classes, math.floor(fraction * len(names) + 1e-9))
         ids = draw_balanced(images.train_labels.cpu(), min(count, len(names)), stage.config.seed)
         drawn = Path(stage.directory.name) / f"labels_{fraction:g}.txt"
         write_label_list(stage.run_directory / drawn, names, ids)

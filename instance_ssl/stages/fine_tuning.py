@@ -32,7 +32,7 @@ from instance_ssl.models.encoder import Encoder
 from instance_ssl.run_directory import write_json
 from instance_ssl.stages.build import own_parts
 from instance_ssl.stages.context import Stage
-from instance_ssl.stages.representation import evaluation_data
+from instance_ssl.stages.representation import LabelledImages, evaluation_data
 
 # A state is written at the end of an epoch, but no more than this share of the time is spent on it.
 _SAVING_SHARE = 0.05
@@ -58,6 +58,41 @@ class Subset:
         return [self.images.digest, hashlib.sha256(rows.numpy().tobytes()).hexdigest()]
 
 
+@dataclass(frozen=True)
+class Training:
+    """One training and its test.
+
+    Attributes:
+        title: for the console; `tag` for TensorBoard.
+        encoder: whose backbone it begins with, and leaves as it is.
+        train, test: the images.
+        num_classes: C.
+    """
+
+    title: str
+    tag: str
+    encoder: Encoder
+    options: TrainingOptions
+    train: Subset
+    test: Subset
+    num_classes: int
+
+    def name(self, stage: Stage) -> str:
+        """The digest of all that decides what comes of it, but for the number of ranks."""
+        decisive = {
+            "backbone": state_digest(self.encoder.backbone),
+            "options": recipe(self.options),
+            "train": self.train.describe(),
+            "test": self.test.describe(),
+            "num_classes": self.num_classes,
+            "image_size": evaluation_data(stage).image_size,
+            "batch_size": stage.config.evaluation.batch_size,  # a larger part is normalised piece by piece
+            "seed": stage.config.seed,
+            "precision": str(stage.ds.autocast_dtype),
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def tunable_sources(stage: Stage) -> list[str]:
     """Those of `evaluation.sources` that have a network.
 
@@ -70,16 +105,14 @@ def tunable_sources(stage: Stage) -> list[str]:
     return sources
 
 
-def train_once(
-    stage: Stage,
-    title: str,
-    encoder: Encoder,
-    options: TrainingOptions,
-    train: Subset,
-    test: Subset,
-    num_classes: int,
-) -> dict[str, Any]:
-    """Trains a copy of the encoder's backbone and tests it, or finds that it has been done. Collective.
+def describe_images(stage: Stage, images: LabelledImages) -> dict[str, Any]:
+    """Which labelled images, for result.json."""
+    digests = {"train_digest": images.train.digest, "test_digest": images.test.digest}
+    return {"kind": evaluation_data(stage).kind, "num_classes": images.num_classes, **digests}
+
+
+def train_once(stage: Stage, training: Training) -> dict[str, Any]:
+    """Trains and tests, or finds that it has been done. Collective.
 
     Returns:
         What `fine_tune` returns, with "train_images".
@@ -88,11 +121,11 @@ def train_once(
         DivergedError: when the loss is no longer a number.
     """
     directory = stage.directory / "trainings"
-    name = stage.world.broadcast_object(_name(stage, encoder, options, train, test, num_classes))
+    name = stage.world.broadcast_object(training.name(stage))
     figures_path, state_path = directory / f"{name}.json", directory / f"{name}.pt"
     found = _read_figures(figures_path) if stage.world.rank == 0 else None
     if (found := stage.world.broadcast_object(found)) is not None:
-        stage.log.say(f"{title}: done before")
+        stage.log.say(f"{training.title}: done before")
         if "diverged" in found:
             raise DivergedError(found["diverged"])
         return found
@@ -100,10 +133,10 @@ def train_once(
     has_state = stage.world.broadcast_object(state_path.exists())
     state = stage.together(lambda: read_tensors(state_path)) if has_state else None
     if state is not None:
-        stage.log.say(f"{title}: going on after {state['epochs']} epochs")
-    figures: dict[str, Any] = {"train_images": len(train.ids)}
+        stage.log.say(f"{training.title}: going on after {state['epochs']} epochs")
+    figures: dict[str, Any] = {"train_images": len(training.train.ids)}
     try:
-        figures |= _train(stage, title, encoder, options, train, test, num_classes, state, state_path)
+        figures |= _train(stage, training, state, state_path)
     except DivergedError as error:  # on all ranks, and so it would another time
         figures["diverged"] = str(error)
         raise
@@ -114,21 +147,12 @@ def train_once(
     return figures
 
 
-def _train(
-    stage: Stage,
-    title: str,
-    encoder: Encoder,
-    options: TrainingOptions,
-    train: Subset,
-    test: Subset,
-    num_classes: int,
-    state: dict[str, Any] | None,
-    state_path: Path,
-) -> dict[str, float]:
+def _train(stage: Stage, training: Training, state: dict[str, Any] | None, state_path: Path) -> dict[str, float]:
+    options, train, test = training.options, training.train, training.test
     steps_per_epoch = math.ceil(len(train.ids) / options.global_batch_size)
     steps_done = 0 if state is None else min(state["epochs"] * steps_per_epoch, options.steps)
     saver = _Saver(stage, state_path)
-    with stage.log.progress(title, options.steps, "steps", initial=steps_done) as progress:
+    with stage.log.progress(training.title, options.steps, "steps", initial=steps_done) as progress:
         loader = PartLoader(
             train.images,
             probe_view(evaluation_data(stage).image_size),
@@ -148,17 +172,17 @@ def _train(
                 progress.advance()
 
         def on_epoch(done: Progress) -> None:
-            stage.log.metrics(done.epochs, {f"{title}/train_loss": done.train_loss})
+            stage.log.metrics(done.epochs, {f"{training.tag}/train_loss": done.train_loss})
             saver.offer(done)
 
         return fine_tune(
-            copy.deepcopy(encoder.backbone),
+            copy.deepcopy(training.encoder.backbone),
             train_parts,
             lambda: _own_test_batches(stage, test),
             stage.world,
             options,
-            feature_dim=encoder.feature_dim,
-            num_classes=num_classes,
+            feature_dim=training.encoder.feature_dim,
+            num_classes=training.num_classes,
             labels=train.labels,
             test_labels=test.labels,
             steps_per_epoch=steps_per_epoch,
@@ -205,23 +229,6 @@ def _own_test_batches(stage: Stage, test: Subset) -> Iterator[Batch]:
 def _autocast(stage: Stage) -> contextlib.AbstractContextManager[object]:
     """The JSON's precision; float32 for float16, whose gradients would need loss scaling."""
     return contextlib.nullcontext() if stage.ds.autocast_dtype == torch.float16 else stage.autocast()
-
-
-def _name(
-    stage: Stage, encoder: Encoder, options: TrainingOptions, train: Subset, test: Subset, num_classes: int
-) -> str:
-    """The digest of all that decides what comes of a training, but for the number of ranks."""
-    decisive = {
-        "backbone": state_digest(encoder.backbone),
-        "options": recipe(options),
-        "train": train.describe(),
-        "test": test.describe(),
-        "num_classes": num_classes,
-        "image_size": evaluation_data(stage).image_size,
-        "seed": stage.config.seed,
-        "precision": str(stage.ds.autocast_dtype),
-    }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read_figures(path: Path) -> dict[str, Any] | None:

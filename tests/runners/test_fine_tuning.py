@@ -41,6 +41,7 @@ def test_two_ranks_say_how_they_got_their_figures(two_ranks: Path) -> None:
     record = result(two_ranks, "evaluate_semi_supervised")
     assert record["world_size"] == 2
     assert list(record["figures"]) == ["random"]  # pixels have no network
+    assert (record["evaluated_on"]["kind"], record["evaluated_on"]["num_classes"]) == ("digits", 10)
     few, more = record["figures"]["random"]["fractions"]
     assert (few["train_images"], more["train_images"]) == (20, 40)
     for row, steps in ((few, 2), (more, 4)):
