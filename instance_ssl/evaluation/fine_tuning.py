@@ -16,16 +16,12 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import evaluation_mode
 from instance_ssl.evaluation.linear import places
+from instance_ssl.evaluation.progress import DivergedError, Progress
 
 Parts = Callable[[int], Iterable[Iterable[tuple[Tensor, Tensor]]]]
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-
-
-class DivergedError(UserError):
-    """The loss is no longer a number, on all ranks alike."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +57,6 @@ class TrainingOptions:
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.decay_factor ** sum(step >= milestone * steps_per_epoch for milestone in self.milestones)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is told at the end of an epoch.
-
-    Attributes:
-        epochs: finished so far.
-        train_loss: mean of the last, nats.
-        state: all that going on from here needs: tensors and plain values, equal on all ranks.
-    """
-
-    epochs: int
-    train_loss: float
-    state: Callable[[], dict[str, Any]]
 
 
 def fine_tune(

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from instance_ssl.evaluation.fine_tuning import DivergedError, TrainingOptions, recipe
+from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
 from instance_ssl.evaluation.label_lists import draw_balanced
+from instance_ssl.evaluation.progress import DivergedError
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, describe_images, train_once, tunable_sources
