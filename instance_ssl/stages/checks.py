@@ -103,11 +103,17 @@ def check_labels(config: ExperimentConfig) -> None:
         )
 
 
-def check_sources(config: ExperimentConfig) -> None:
-    """Refuses an `evaluation.weights` or `evaluation.checkpoint` that is not there, before anything is trained."""
-    for key, path in (("weights", config.evaluation.weights), ("checkpoint", config.evaluation.checkpoint)):
-        if path is not None and not path.exists():
-            raise UserError(f"evaluation.{key} {path} does not exist")
+def check_sources(evaluation: EvaluationConfig, world: Group) -> None:
+    """Refuses a file or checkpoint to evaluate that is not there, on any rank, before anything is trained. Collective.
+
+    Raises:
+        UserError: naming the key and the path.
+    """
+    given = {"evaluation.weights": evaluation.weights, "evaluation.checkpoint": evaluation.checkpoint}
+    absent = [f"{key} {path} does not exist" for key, path in given.items() if path is not None and not path.exists()]
+    for rank, complaints in enumerate(world.all_gather_objects(absent)):
+        if complaints:
+            raise UserError(complaints[0] + (f" where rank {rank} runs" if rank else ""))
 
 
 def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> str | None:

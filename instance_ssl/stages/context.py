@@ -268,7 +268,6 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     engine.check_zero_section(ds)
     if needs_labels:
         checks.check_labels(config)
-    checks.check_sources(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
     world = comm.initialize(config.safety.join_seconds)
     process.meet(world)
@@ -281,6 +280,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
         },
         world,
     )
+    checks.check_sources(config.evaluation, world)
     checks.check_unchanged(config, run_directory)
     source = checks.open_images(config.data, "train", world)
     checks.check_size(config, len(source))
