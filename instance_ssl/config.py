@@ -23,6 +23,7 @@ from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
 
 SourceName = Literal["pixels", "random", "trained", "weights"]
+ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
 
 
 class DataConfig(Section):
@@ -168,6 +169,20 @@ class EvaluationConfig(Section):
         return self
 
 
+class ExportConfig(Section):
+    """What runners/export.py writes.
+
+    Attributes:
+        source: whose backbone: as in `evaluation.sources`.
+        formats: of the backbone (pth, safetensors, detectron2, onnx) and of the rows (npy is always written; parquet).
+        images: a folder whose images' features and embeddings are written; None: none.
+    """
+
+    source: Literal["random", "trained", "weights"] = "trained"
+    formats: tuple[ExportFormat, ...] = ("pth", "safetensors", "detectron2", "onnx", "parquet")
+    images: Path | None = None
+
+
 class LogConfig(Section):
     """How often figures are written."""
 
@@ -220,6 +235,7 @@ class ExperimentConfig(Section):
     classifier: ClassifierConfig = ClassifierConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     safety: SafetyConfig = SafetyConfig()
