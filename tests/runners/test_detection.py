@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+import torchvision
 from processes import run_bare, run_launched
 from ranks import run_ranks
 from voc_tree import add_image, make_tree, object_xml, write_list
@@ -140,6 +141,29 @@ def _train_with_stops(group: Group, directory: str, tree: str, stops: list[int],
         with contextlib.redirect_stdout(said), contextlib.suppress(Stopped):
             _train(stage, "random", training, data, _bound(stage, "random", digest, data))
     return said.getvalue(), training.model.state_dict()
+
+
+def _build_from_weights(group: Group, path: str) -> tuple[Any, Any, int | None]:
+    config = ExperimentConfig.model_validate(
+        {
+            "model": {"backbone": "resnet18", "stem": "imagenet"},
+            "evaluation": {"sources": ["weights"], "weights": path},
+        }
+    )
+    training, epoch, _ = _build(cast(Stage, StubStage(group, Path(path).parent, config, 99)), "weights")
+    model = training.model
+    return model.c4.state_dict(), model.roi_heads.box_head.layer4.state_dict(), epoch
+
+
+def test_a_weights_file_is_what_the_detector_starts_from(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    ((c4, layer4, epoch),) = run_ranks(_build_from_weights, 1, str(tmp_path / "resnet18.pth"))
+    assert epoch is None
+    found = {**c4, **{f"layer4.{name}": value for name, value in layer4.items()}}
+    assert set(found) == {name for name in state if not name.startswith("fc.")}
+    assert all(torch.equal(value, state[name]) for name, value in found.items())
 
 
 def _stories(group: Group, folder: str, tree: str) -> list[tuple[str, Any]]:
