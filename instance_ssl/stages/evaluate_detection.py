@@ -44,6 +44,8 @@ def run(stage: Stage) -> dict[str, Any]:
     stage.log.say(f"detection: {len(train)} training images, {len(test)} test images")
     results = {}
     for source in stage.config.evaluation.sources:
+        load_backbone(stage, source)  # what is missing shows before the first is trained for hours
+    for source in stage.config.evaluation.sources:
         training, epoch, digest = _build(stage, source)
         loss = _train(stage, source, training, train, _bound(stage, source, digest, train))
         found = _detect(stage, source, training.model, test)

@@ -99,10 +99,10 @@ def _keys(batch: DetectionBatch) -> list[tuple[int, float]]:
 def test_the_stream_of_images_is_the_same_on_any_ranks_and_after_a_restart(tree: Path) -> None:
     data = open_voc(tree, ["VOC2007/train"], CLASSES)
 
-    def own(rank: int, world_size: int, iterations: range) -> list[DetectionBatch]:
+    def own(rank: int, world_size: int, iterations: range, workers: int = 0) -> list[DetectionBatch]:
         return list(
             training_batches(
-                data, RESIZING, 0, seed=5, batch_size=4, iterations=iterations, rank=rank, world_size=world_size
+                data, RESIZING, workers, seed=5, batch_size=4, iterations=iterations, rank=rank, world_size=world_size
             )
         )
 
@@ -110,6 +110,7 @@ def test_the_stream_of_images_is_the_same_on_any_ranks_and_after_a_restart(tree:
     parts = [own(rank, 3, range(6)) for rank in range(3)]
     assert [[key for part in parts for key in _keys(part[i])] for i in range(6)] == whole
     assert [_keys(batch) for batch in own(0, 1, range(4, 6))] == whole[4:]
+    assert [_keys(batch) for batch in own(0, 1, range(3), workers=2)] == whole[:3]
     seeds = [seed for batch in whole for seed, _ in batch]
     assert len(set(seeds)) == 24  # four epochs of six images, each drawn anew
     annotations = [*data.annotations]
