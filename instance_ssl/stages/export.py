@@ -85,6 +85,8 @@ def _write_backbone(stage: Stage, encoder: Encoder) -> dict[str, str]:
     if not small:
         writers["detectron2"] = ("detectron2.pkl", lambda path: write_detectron2(state, path))
     written = {}
+    for name in ("backbone.pth", "backbone.safetensors", "features.onnx", "detectron2.pkl"):
+        (stage.directory / name).unlink(missing_ok=True)  # another encoder's must not lie beside this one's
     for form in formats:
         if form in writers:
             name, write = writers[form]
@@ -167,7 +169,9 @@ def _append_own_rows(
         size, data = stage.config.evaluation.batch_size, stage.config.data
         batches = [range(first, min(first + size, stop)) for first in range(start + done, stop, size)]
         loader = image_loader(images, centre_view(data.image_size), batches, data.num_workers)
-        with stage.log.progress("features of the folder", len(images), "images", initial=done) as progress:
+        with stage.log.progress(
+            "features of the folder", len(images), "images", initial=done * stage.world.size
+        ) as progress:
 
             def on_batch(count: int) -> None:
                 faults.reach("evaluate", stage.world.rank)
@@ -190,8 +194,9 @@ def _join(stage: Stage, images: ImageSource, parts: list[Path], columns: dict[st
             join_parts(parts, width, columns[name], temporary)
     write_instances(images, directory / "names.txt")
     paths = [*arrays.values(), directory / "names.txt"]
+    table = directory / "images.parquet"
+    table.unlink(missing_ok=True)
     if "parquet" in stage.config.export.formats:
-        table = directory / "images.parquet"
         with whole_file(table) as temporary:
             write_parquet(images.names, arrays, temporary)
         paths.append(table)

@@ -91,7 +91,10 @@ def _random_and_file(group: Group, directory: Path, weights: Path) -> list[Any]:
 
 
 def test_weights_that_were_exported_are_the_same_encoder_to_the_bit(run: Path, tmp_path: Path) -> None:
+    (run / "export").mkdir()
+    (run / "export/detectron2.pkl").touch()  # of another encoder
     (card,) = run_ranks(_export, 1, run, {"export": {"source": "random", "formats": ["pth"]}})
+    assert not (run / "export/detectron2.pkl").exists()
     weights = run / "export/backbone.pth"
     (random, of_file, unfrozen, scratch), features, features_of_file, origin = run_ranks(
         _random_and_file, 1, run, weights
