@@ -132,6 +132,26 @@ class KnnConfig(_Section):
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.1, 0.07, 0.2)
 
 
+class RetrievalConfig(_Section):
+    """Retrieval among the train images, each left out of its own ranking: recall@k for every k, same-class top-1."""
+
+    recall_at: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
+
+
+class SimilarityConfig(_Section):
+    """Figure 4: intra- and inter-instance cosines of every initialisation.
+
+    Attributes:
+        modes: initialisations, in the picture's order.
+        num_images: a seeded sample of so many; all images, where there are no more.
+        num_views: random views of each.
+    """
+
+    modes: Annotated[tuple[InitializationMode, ...], Field(min_length=1)] = ("gaussian", "frozen", "batch", "running")
+    num_images: Annotated[int, Field(ge=2)] = 10_000
+    num_views: Annotated[int, Field(ge=2)] = 2
+
+
 class LinearConfig(_Section):
     """Linear evaluation. `sgd` is the paper's protocol; `cached` fits logistic regression to features of one view."""
 
@@ -150,6 +170,8 @@ class EvaluationConfig(_Section):
     data: DataConfig | None = None
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    similarity: SimilarityConfig = SimilarityConfig()
 
 
 class LogConfig(_Section):

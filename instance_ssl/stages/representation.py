@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from instance_ssl import faults
@@ -19,6 +20,7 @@ from instance_ssl.stages.build import seeded_encoder
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.session import say_what_was_passed_over
 
+_PROJECTED_ROWS = 16384
 TITLES = {"pixels": "raw pixels", "random": "random network", "trained": "trained"}
 
 
@@ -84,6 +86,11 @@ def represent(stage: Stage, source: str) -> Representation:
     if checkpoint is None:
         raise UserError(f"{stage.run_directory} has no {TITLES[source]} encoder: run runners/{made_by}.py first")
     say_what_was_passed_over(stage, checkpoint)
+    return represent_checkpoint(stage, source, checkpoint)
+
+
+def represent_checkpoint(stage: Stage, source: str, checkpoint: Checkpoint) -> Representation:
+    """The representation by a checkpoint's encoder."""
     encoder = _load_frozen(stage, checkpoint)
 
     def features(images: Tensor) -> Tensor:
@@ -115,6 +122,16 @@ def cached_features(stage: Stage, representation: Representation, images: ImageS
             representation.features, batches, representation.feature_dim, stage.world.device, on_batch=on_batch
         )
     return features_nF
+
+
+def embeddings_of(stage: Stage, representation: Representation, features_nF: Tensor) -> Tensor | None:
+    """The projection's output (n, D), float32, of cached features; None where there is no projection."""
+    encoder = representation.encoder
+    if encoder is None:
+        return None
+    with torch.inference_mode(), stage.autocast():
+        blocks = [encoder.projection(block_bF).float() for block_bF in features_nF.split(_PROJECTED_ROWS)]
+    return torch.cat(blocks)
 
 
 def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:
