@@ -35,4 +35,4 @@ def plane(components_nc: Tensor, seed: int = 0) -> tuple[Tensor, str]:
         return components_nc[:, :2], "PCA"
     perplexity = min(30.0, (count - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(components_nc.numpy())
-    return torch.from_numpy(points), f"t-SNE, perplexity {perplexity:.0f}"
+    return torch.from_numpy(points), "t-SNE"

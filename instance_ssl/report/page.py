@@ -10,7 +10,7 @@ from instance_ssl.config import ExperimentConfig, flatten
 from instance_ssl.report.pictures import embedding_maps, hard_class_gallery, picture
 from instance_ssl.report.runs import Run
 from instance_ssl.report.svg import Dot, Series, bar_chart, line_chart, scatter_chart
-from instance_ssl.report.tables import html_table, show, stage_tables, word
+from instance_ssl.report.tables import html_table, show, stage_tables, stage_title, word
 
 # Nothing is fetched, and nothing runs.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -18,9 +18,9 @@ _COLOURS = 8
 # Curves of the training: tag, title, name of the axis, factor.
 _CURVES = (
     ("train/loss", "Loss", "loss, nats", 1.0),
-    ("train/instance_accuracy", "Instance accuracy", "%, one random view", 100.0),
+    ("train/instance_accuracy", "Instance accuracy", "% of measured batches", 100.0),
     ("train/learning_rate", "Learning rate", "learning rate", 1.0),
-    ("train/positive_cosine", "Cosine of an image and its own row", "cosine", 1.0),
+    ("train/positive_cosine", "Cosine to the own row", "mean cosine", 1.0),
     ("speed/images_per_second", "Speed", "images a second", 1.0),
 )
 # Figures at the top of a run: title, stage, keys within the result, factor, unit.
@@ -54,6 +54,8 @@ def build_page(runs: Sequence[Run]) -> str:
     body = "".join(f'<section id="{name}"><h2>{escape(title)}</h2>{text}</section>' for name, title, text in sections)
     names = ", ".join(run.name for run in runs)
     css = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    cards = "".join(_card(run, place) for place, run in enumerate(runs))
+    shape = "runs single" if len(runs) == 1 else "runs"
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(names)}</title>'
@@ -61,7 +63,7 @@ def build_page(runs: Sequence[Run]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<style>{css}</style></head><body><header><h1>{escape(names)}</h1>"
         f'<p class="small">instance_ssl · written {written}{_still_going(runs)}</p>'
-        f'<div class="runs">{"".join(_card(run, place) for place, run in enumerate(runs))}</div><nav>{links}</nav>'
+        f'<div class="{shape}">{cards}</div><nav>{links}</nav>'
         f"</header>{body}</body></html>\n"
     )
 
@@ -172,7 +174,7 @@ def _results(runs: Sequence[Run]) -> str:
         tables = stage_tables(runs, stage)
         waiting = [_waiting(run, stage) for run in runs if stage in run.stages and run.stages[stage].result is None]
         if tables or waiting:
-            parts.append(f"<h3>{escape(word(stage))}</h3>{tables}{''.join(waiting)}{_own_pictures(runs, stage)}")
+            parts.append(f"<h3>{escape(stage_title(stage))}</h3>{tables}{''.join(waiting)}{_own_pictures(runs, stage)}")
     return "".join(parts)
 
 
@@ -195,9 +197,9 @@ def _paper_figures(runs: Sequence[Run]) -> str:
     for run in runs:
         figures = run.figure("evaluate_similarity", "figures")
         if isinstance(figures, dict) and figures:
-            charts += [_similarity(run, figures, kind, len(runs) > 1) for kind in ("class", "view")]
+            charts += [_similarity(run, figures, kind, len(runs) > 1) for kind in ("class", "view", "gap")]
     shown = "".join(charts)
-    return f'<div class="charts">{shown}</div>' if shown else ""
+    return f'<div class="charts small-ones">{shown}</div>' if shown else ""
 
 
 def _correlation(runs: Sequence[Run]) -> str:
@@ -220,17 +222,20 @@ def _correlation(runs: Sequence[Run]) -> str:
 
 def _similarity(run: Run, figures: dict[str, Any], kind: str, named: bool) -> str:
     modes = list(figures)
+    names = {
+        "class": (("same instance", "intra_class"), ("other instances", "inter_class")),
+        "view": (("same instance", "intra_view"), ("other instances", "inter_view")),
+        "gap": (("view and row", "class_gap"), ("two views", "view_gap")),
+    }
+    title = {"class": "Cosine of a view and rows of W", "view": "Cosine of two views", "gap": "Gap: same less other"}
     bars = [
-        Series(title, colour, [(place, figures[mode][f"{key}_{kind}"]) for place, mode in enumerate(modes)])
-        for title, key, colour in (("same instance", "intra", _colour(0)), ("other instances", "inter", _colour(1)))
+        Series(name, _colour(number), [(place, figures[mode][key]) for place, mode in enumerate(modes)])
+        for number, (name, key) in enumerate(names[kind])
     ]
-    against = {"class": "of a view and rows of W", "view": "of two views"}[kind]
     key = "".join(f'<span class="key" style="background:{bar.colour}"></span>{bar.name}' for bar in bars)
-    caption = f"<figcaption>Cosine {against} <span>{escape(run.name) if named else ''}</span></figcaption>"
-    return (
-        f'<figure class="chart">{caption}{bar_chart(modes, bars, y_name="mean cosine")}'
-        f'<p class="legend">{key}</p></figure>'
-    )
+    caption = f"<figcaption>{title[kind]} <span>{escape(run.name) if named else ''}</span></figcaption>"
+    chart = bar_chart(modes, bars, y_name="difference of cosines" if kind == "gap" else "mean cosine")
+    return f'<figure class="chart">{caption}{chart}<p class="legend">{key}</p></figure>'
 
 
 def _by_run(runs: Sequence[Run], make: Callable[[Run], str]) -> str:

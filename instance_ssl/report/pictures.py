@@ -127,7 +127,7 @@ def _map(source: str, sample: dict[str, Tensor], labels: Tensor, names: Sequence
         Dot(x, -y, label_colour(label, count), f"{names[label] if names else label} (test image {index})")
         for (x, y), label, index in zip(points.tolist(), own, sample["ids"].tolist(), strict=True)
     ]
-    caption = f"<figcaption>{escape(word(source))} <span>{escape(method)}, {len(dots)} test images</span></figcaption>"
+    caption = f"<figcaption>{escape(word(source))} <span>{escape(method)}, {len(dots)} images</span></figcaption>"
     return f'<figure class="chart">{caption}{map_chart(dots, f"map of {word(source)}")}</figure>'
 
 

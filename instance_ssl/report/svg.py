@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 420, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 30, 36
 _MOST_POINTS, _MOST_DOTS = 300, 45
 _LABEL_COLOURS = (
     "#4e79a7", "#f28e2b", "#e15759", "#59a14f", "#b07aa1", "#d4a72c", "#9c755f", "#ff9da7", "#4fb3ac", "#8f8f8f",
@@ -125,7 +125,7 @@ class _Frame:
             f'<text class="tick" text-anchor="end" x="{left - 6}" y="{self.y(value) + 3.5:.1f}">{_short(value)}</text>'
             for value in _ticks(*self.ys)
         )
-        return lines + f'<text class="axis" x="{left}" y="{self.height - 5}">{escape(y_name)}</text>'
+        return lines + f'<text class="axis" x="{left - 40}" y="14">{escape(y_name)}</text>'
 
 
 def _line(line: Series, frame: _Frame) -> str:

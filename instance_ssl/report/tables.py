@@ -1,6 +1,6 @@
 """Tables of whatever a stage's result.json holds: nothing here knows the stages, so a new one needs no new code."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -16,16 +16,27 @@ _WORDS = {
     "top1": "top-1",
     "top5": "top-5",
     "knn_top1": "k-NN top-1",
+    "chance_top1": "chance",
 }
+_STAGES = {
+    "initialize_classifier": "Initialisation of the classifier",
+    "pretrain": "Training",
+    "evaluate_knn": "k-NN",
+    "evaluate_linear": "Linear classification",
+    "evaluate_similarity": "Similarities of the initialisations",
+    "evaluate_checkpoints": "Instance against semantic accuracy",
+}
+# Paths of what the page shows anyway.
+_UNSAID = ("picture",)
 _LONGEST_LIST = 8
 
 
 @dataclass
 class Rows:
-    """Labelled rows of plain values, and below them the tables that are inside: by label, lists of rows."""
+    """Labelled rows of plain values; those of the tables inside them, by the tables' name."""
 
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    inner: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
+    inner: dict[str, list[tuple[str, dict[str, Any]]]] = field(default_factory=dict)
 
     def add(self, label: str, values: Mapping[str, Any]) -> None:
         """Takes a mapping apart: its plain values are a row, mappings in it further rows, lists of mappings tables."""
@@ -36,7 +47,7 @@ class Rows:
             if isinstance(value, Mapping):
                 self.add(f"{label} · {word(key)}" if label else word(key), value)
             elif _is_table(value):
-                self.inner.append((f"{label} · {word(key)}" if label else word(key), list(value)))
+                self.inner.setdefault(word(key), []).extend((label, dict(row)) for row in value)
 
 
 def word(key: str) -> str:
@@ -44,15 +55,20 @@ def word(key: str) -> str:
     return _WORDS.get(key, key.replace("_", " "))
 
 
+def stage_title(stage: str) -> str:
+    """A stage's name as the page shows it."""
+    return _STAGES.get(stage) or word(stage.removeprefix("evaluate_")).capitalize()
+
+
 def stage_rows(record: StageRecord) -> tuple[Rows, dict[str, Any]]:
     """A result's figures as rows, and what else it says (its recipe) as plain values."""
-    result = {key: value for key, value in (record.result or {}).items() if key not in SURROUNDINGS}
+    result = {key: value for key, value in (record.result or {}).items() if key not in (*SURROUNDINGS, *_UNSAID)}
     figures = result.pop("figures", None)
     rows = Rows()
     if isinstance(figures, Mapping):
         rows.add("", figures)
     elif _is_table(figures):
-        rows.inner.append(("", list(figures)))
+        rows.inner["figures"] = [("", dict(row)) for row in figures]
     recipe = {key: value for key, value in result.items() if _is_plain(value)}
     nested = {key: value for key, value in result.items() if not _is_plain(value)}
     if figures is None:
@@ -64,37 +80,33 @@ def stage_rows(record: StageRecord) -> tuple[Rows, dict[str, Any]]:
 
 def stage_tables(runs: Sequence[Run], stage: str) -> str:
     """One table of the stage's figures in all runs, then the tables that are inside, folded up."""
-    together, recipes, inner = [], [], []
+    named = len(runs) > 1
+    recipes, together = [], []
+    inner: dict[str, list[tuple[list[str], dict[str, Any]]]] = {}
     for run in runs:
         record = run.stages.get(stage)
         if record is None or record.result is None:
             continue
         rows, recipe = stage_rows(record)
-        prefix = [run.name] if len(runs) > 1 else []
+        prefix = [run.name] if named else []
         together += [([*prefix, label], values) for label, values in rows.rows]
-        recipes.append((run, recipe, record.result))
-        inner += [(" · ".join([*prefix, *([label] if label else [])]), table) for label, table in rows.inner]
-    parts = []
-    if together:
-        parts.append(_labelled_table(together, [*(["run"] if len(runs) > 1 else []), ""]))
-    for label, table in inner:
-        summary = f"{escape(label)} ({len(table)} rows)" if label else f"{len(table)} rows"
-        parts.append(f"<details><summary>{summary}</summary>{table_of(table)}</details>")
-    parts += [_footnote(run, recipe, result, len(runs) > 1) for run, recipe, result in recipes]
-    return "".join(parts)
+        for name, table in rows.inner.items():
+            inner.setdefault(name, []).extend(([*prefix, label], values) for label, values in table)
+        recipes.append(_footnote(run, recipe, record.result, named))
+    label_names = [*(["run"] if named else []), ""]
+    parts = [_labelled_table(together, label_names)] if together else []
+    for name, found in inner.items():
+        summary = f"<summary>{escape(name)} ({len(found)} rows)</summary>"
+        parts.append(f"<details>{summary}{_labelled_table(found, label_names)}</details>")
+    return "".join([*parts, *recipes])
 
 
-def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of plain values as a table."""
-    return _labelled_table([([], dict(row)) for row in rows], [])
-
-
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], first_numeric: int = 1) -> str:
-    """A table of cells that are HTML already; columns from `first_numeric` on stand to the right."""
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Collection[int] = ()) -> str:
+    """A table of cells that are HTML already; the `numeric` columns stand to the right."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
-        kinds = ['class="n"' if place >= first_numeric else "" for place in range(len(row))]
-        return "".join(f"<{tag} {kind}>{cell}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
+        kinds = [' class="n"' if place in numeric else "" for place in range(len(row))]
+        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return (
@@ -135,7 +147,12 @@ def _labelled_table(rows: Sequence[tuple[Sequence[str], Mapping[str, Any]]], lab
         [*(escape(label) for label in labels), *(show(values[key]) if key in values else "" for key in keys)]
         for labels, values in rows
     ]
-    return html_table(header, cells, first_numeric=len(label_names))
+    numeric = {
+        len(label_names) + place
+        for place, key in enumerate(keys)
+        if all(isinstance(values.get(key), int | float | None) for _, values in rows)
+    }
+    return html_table(header, cells, numeric)
 
 
 def _footnote(run: Run, recipe: Mapping[str, Any], result: Mapping[str, Any], named: bool) -> str:
@@ -147,7 +164,7 @@ def _footnote(run: Run, recipe: Mapping[str, Any], result: Mapping[str, Any], na
         f"checkpoint {escape(str(checkpoint))}" if checkpoint else "",
         f"{show(result['world_size'])} rank(s)" if "world_size" in result else "",
         f"{show(result['seconds'])} s" if "seconds" in result else "",
-        escape(str(result.get("date", ""))),
+        escape(str(result.get("date", "")).replace("T", " ").replace("+00:00", " UTC")),
         f"commit {escape(str(result['commit']))}" if result.get("commit") else "",
     ]
     return f'<p class="small">{" · ".join([*parts, *(part for part in around if part)])}</p>'

@@ -30,8 +30,7 @@ def run(stage: Stage) -> dict[str, Any]:
     for source in stage.config.evaluation.sources:
         representation = represent(stage, source)
         features_nF = cached_features(stage, representation, images.train, f"{TITLES[source]}: train features")
-        figures = _retrieve(stage, images, features_nF, embeddings_of(stage, representation, features_nF))
-        results[source] = {**figures, "layer": representation.layer, "epoch": representation.epoch}
+        results[source] = _retrieve(stage, images, representation, features_nF)
         _tell(stage, TITLES[source], source, results[source])
     return {"images": "train, each left out of its own ranking", "figures": results}
 
@@ -50,25 +49,28 @@ def _running_prior(stage: Stage, images: LabelledImages) -> dict[str, Any]:
         label="random network, running batch norms",
     )[:, 0]
     network = Representation("random", encoder.features, encoder.feature_dim, encoder, 0, "backbone output")
-    figures = _retrieve(stage, images, features_nF, embeddings_of(stage, network, features_nF))
-    return {**figures, "layer": network.layer, "epoch": network.epoch, "batch_norm": "running"}
+    return {**_retrieve(stage, images, network, features_nF), "batch_norm": "running"}
 
 
 def _retrieve(
-    stage: Stage, images: LabelledImages, features_nF: Tensor, embeddings_nD: Tensor | None
+    stage: Stage, images: LabelledImages, representation: Representation, features_nF: Tensor
 ) -> dict[str, Any]:
-    def recall(rows: Tensor) -> dict[str, Any]:
-        return retrieval_recall(
+    """Figures of features and, where there is a projection, of embeddings."""
+
+    def recall(rows: Tensor, layer: str) -> dict[str, Any]:
+        figures = retrieval_recall(
             rows,
             labels_of_own_part(stage, images.train_labels),
             stage.world,
             recall_at=stage.config.evaluation.retrieval.recall_at,
             on_chunk=stage.guard.check,
         )
+        return {**figures, "layer": layer, "epoch": representation.epoch}
 
-    figures = recall(features_nF)
+    figures = recall(features_nF, representation.layer)
+    embeddings_nD = embeddings_of(stage, representation, features_nF)
     if embeddings_nD is not None:
-        figures["embeddings"] = {**recall(embeddings_nD), "layer": "projection output"}
+        figures["embeddings"] = recall(embeddings_nD, "projection output")
     return figures
 
 
