@@ -82,9 +82,8 @@ def _card(run: Run, place: int) -> str:
               if isinstance(value := run.figure(stage, *keys), int | float)]  # fmt: skip
     if not any(title == "epochs" for title, _, _ in values):
         values += _progress(run)
-    tiles = "".join(
-        f"<div><b>{show(round(value, 3))}{unit}</b><span>{title}</span></div>" for title, value, unit in values
-    )
+    shown = [(title, f"{value:.2f} %" if unit else show(value)) for title, value, unit in values]
+    tiles = "".join(f"<div><b>{value}</b><span>{title}</span></div>" for title, value in shown)
     config = run.config
     about = ""
     if config is not None:
@@ -212,12 +211,13 @@ def _correlation(runs: Sequence[Run]) -> str:
             dots.append(Dot(x, y, _colour(place), title))
         pearson = run.figure("evaluate_checkpoints", "correlation", "pearson")
         if isinstance(pearson, float):
-            notes.append(f"r = {pearson:.2f}" if len(runs) == 1 else f"{run.name}: r = {pearson:.2f}")
+            key = f'<span class="key" style="background:{_colour(place)}"></span>{escape(run.name)} '
+            notes.append(f"{key if len(runs) > 1 else ''}Pearson's r = {pearson:.2f}")
     if not dots:
         return ""
     chart = scatter_chart(dots, x_name="instance accuracy, %", y_name="k-NN top-1, %")
-    caption = f"<figcaption>Instance and semantic accuracy <span>{escape('; '.join(notes))}</span></figcaption>"
-    return f'<figure class="chart">{caption}{chart}</figure>'
+    caption = "<figcaption>Instance and semantic accuracy</figcaption>"
+    return f'<figure class="chart">{caption}{chart}<p class="legend">{"<br>".join(notes)}</p></figure>'
 
 
 def _similarity(run: Run, figures: dict[str, Any], kind: str, named: bool) -> str:
