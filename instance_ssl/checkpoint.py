@@ -149,6 +149,16 @@ def checkpoint_at(path: Path, group: Group, names: tuple[str, ...] | None = None
     return Checkpoint(path, position)
 
 
+def intact_checkpoints(parent: Path, group: Group) -> list[Checkpoint]:
+    """All checkpoints that verify, oldest first; what was damaged beside each is not told. Collective."""
+    directories = group.broadcast_object(committed_directories(parent) if group.rank == 0 else None)
+    found = []
+    for directory in reversed(directories):
+        if verify(directory, group) is None and isinstance(position := _read_position(directory), TrainingPosition):
+            found.append(Checkpoint(directory, position))
+    return found
+
+
 def _read_position(directory: Path) -> TrainingPosition | str:
     """What training.json says, or what is wrong with it (another version of this project wrote it, say)."""
     try:

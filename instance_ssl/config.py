@@ -131,6 +131,26 @@ class KnnConfig(Section):
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.1, 0.07, 0.2)
 
 
+class RetrievalConfig(Section):
+    """Retrieval among the train images, each left out of its own ranking: recall@k for every k, same-class top-1."""
+
+    recall_at: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
+
+
+class SimilarityConfig(Section):
+    """Figure 4: intra- and inter-instance cosines of every initialisation.
+
+    Attributes:
+        modes: initialisations, in the picture's order.
+        num_images: a seeded sample of so many; all images, where there are no more.
+        num_views: random views of each.
+    """
+
+    modes: Annotated[tuple[InitializationMode, ...], Field(min_length=1)] = ("gaussian", "frozen", "batch", "running")
+    num_images: Annotated[int, Field(ge=2)] = 10_000
+    num_views: Annotated[int, Field(ge=2)] = 2
+
+
 class LinearConfig(Section):
     """Linear evaluation. `sgd` is the paper's protocol; `cached` fits logistic regression to features of one view."""
 
@@ -161,6 +181,8 @@ class EvaluationConfig(Section):
     semi_supervised: SemiSupervisedConfig = SemiSupervisedConfig()
     fine_tune: FineTuneConfig = FineTuneConfig()
     detection: DetectionConfig = DetectionConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    similarity: SimilarityConfig = SimilarityConfig()
 
     @model_validator(mode="after")
     def _weights_have_a_file(self) -> "EvaluationConfig":

@@ -14,7 +14,7 @@ whatever the number of ranks: so is the result, to rounding.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,26 @@ InitializationMode = Literal["running", "batch", "frozen", "gaussian"]
 
 GAUSSIAN_STD = 0.01
 _GAUSSIAN_ROWS = 4096
+
+
+class Rows(Protocol):
+    """What takes embeddings by instance id: a `ClassifierShard`, say."""
+
+    def assign(self, x_BD: Tensor, instance_id_B: Tensor) -> None:
+        """Keeps those of (B, D) that are its own."""
+
+
+class OwnRows:
+    """Rows start … stop - 1 of a table that lies divided over the ranks, float32; rows never assigned are 0."""
+
+    def __init__(self, start: int, stop: int, width: int, device: torch.device) -> None:
+        self.start, self.stop = start, stop
+        self.rows_nD = torch.zeros(stop - start, width, device=device)
+
+    def assign(self, x_BD: Tensor, instance_id_B: Tensor) -> None:
+        """Keeps those of (B, D) that are its own."""
+        own_B = (instance_id_B >= self.start) & (instance_id_B < self.stop)
+        self.rows_nD[instance_id_B[own_B] - self.start] = x_BD[own_B].float()
 
 
 @contextmanager
@@ -88,7 +108,7 @@ def _global_statistics(inputs: Tensor, group: Group) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def initialize_from_features(
-    shard: ClassifierShard,
+    shard: Rows,
     encoder: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     mode: InitializationMode,
@@ -100,6 +120,7 @@ def initialize_from_features(
     """w_i ← x_i: row i becomes the embedding of image i.
 
     Args:
+        shard: takes the rows.
         encoder: images (b, 3, S, S) → embeddings (b, D); its batch-norm statistics end as the pass left them.
         batches: this rank's part of every global batch, (images, instance ids), equally many batches on all ranks
             and every image once over all of them; a part may be empty.

@@ -4,7 +4,7 @@ The vote is that of Wu et al. 2018 (arXiv:1805.01978, section 3.4): neighbour i 
 s_i votes for its class with weight exp(s_i / T).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,14 +21,15 @@ class ShardedBank:
     Args:
         bank_nF: this rank's features, normalised here; rows of zeros stay zeros.
         group: the ranks that hold the bank.
-        block_rows: bank rows compared at once; bounds the memory to a few (queries, block_rows) matrices.
+        block_rows: bank rows compared at once; beyond the normalised copy of the own part, the memory is bounded by a
+            few (queries, block_rows) and (block_rows, F) matrices.
     """
 
     def __init__(self, bank_nF: Tensor, group: Group, block_rows: int = 16384) -> None:
         counts = group.row_counts(bank_nF.shape[0])
         self.total = sum(counts)
         self._first_id = sum(counts[: group.rank])
-        self._bank_nF = _normalise(bank_nF)
+        self._bank_nF = _normalise(bank_nF, block_rows)
         self._group = group
         self._block_rows = block_rows
 
@@ -77,6 +78,7 @@ def knn_accuracy(
     temperatures: Sequence[float],
     num_classes: int,
     chunk_rows: int = 1024,
+    on_chunk: Callable[[], object] = lambda: None,
 ) -> dict[tuple[int, float], dict[str, float]]:
     """Accuracy of the weighted vote for every (k, T), in one pass over the bank.
 
@@ -90,6 +92,7 @@ def knn_accuracy(
         temperatures: the values of T, above 0.
         num_classes: C.
         chunk_rows: queries searched at once.
+        on_chunk: called after each chunk of queries.
 
     Returns:
         {(k, T): {"top1": …, "top5": …}} in per cent, the same on all ranks. Equal votes go to the lower class.
@@ -108,19 +111,20 @@ def knn_accuracy(
     labels_N = group.all_gather_rows(bank_labels_n.long(), group.row_counts(bank_labels_n.shape[0]))
     settings = [(k, temperature) for k in neighbours for temperature in temperatures]
     correct = torch.zeros(len(settings), 2, dtype=torch.int64, device=group.device)
-    for owner, rows, chunk_qF in _query_chunks(queries_mF, query_counts, group, chunk_rows):
+    for owner, rows, chunk_qF in query_chunks(queries_mF, query_counts, group, chunk_rows):
         scores_qk, ids_qk = bank.search(chunk_qF, max(neighbours))
         if owner == group.rank:
             for setting, (k, temperature) in enumerate(settings):
                 votes_qC = _vote(scores_qk[:, :k], labels_N[ids_qk[:, :k]], temperature, num_classes)
                 correct[setting] += count_correct(votes_qC, query_labels_m[rows])
+        on_chunk()
     per_cent = 100 * group.all_reduce_sum_(correct).double() / sum(query_counts)
     return {
         setting: {"top1": top1, "top5": top5} for setting, (top1, top5) in zip(settings, per_cent.tolist(), strict=True)
     }
 
 
-def _query_chunks(
+def query_chunks(
     queries_mF: Tensor,
     counts: Sequence[int],
     group: Group,
@@ -146,7 +150,11 @@ def _vote(scores_qk: Tensor, labels_qk: Tensor, temperature: float, num_classes:
     return votes_qC.float()
 
 
-def _normalise(features_nF: Tensor) -> Tensor:
-    """Rows of length 1, float32; rows of zeros stay zeros."""
-    norms_n = torch.linalg.vector_norm(features_nF, dim=1, keepdim=True, dtype=torch.float64)
-    return features_nF.float() / norms_n.clamp_min(1e-12).float()
+def _normalise(features_nF: Tensor, block_rows: int = 16384) -> Tensor:
+    """Rows of length 1, float32, by blocks; rows of zeros stay zeros."""
+    unit_nF = torch.empty(features_nF.shape, dtype=torch.float32, device=features_nF.device)
+    for start in range(0, features_nF.shape[0], block_rows):
+        block_bF = features_nF[start : start + block_rows]
+        norms_b = torch.linalg.vector_norm(block_bF, dim=1, keepdim=True, dtype=torch.float64)
+        torch.div(block_bF.float(), norms_b.clamp_min(1e-12).float(), out=unit_nF[start : start + block_rows])
+    return unit_nF

@@ -1,4 +1,4 @@
-"""Stage: weighted k-nearest-neighbour accuracy of each source, and a picture of nearest neighbours."""
+"""Stage: weighted k-nearest-neighbour accuracy of each source, a picture of neighbours, and a sample for a map."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from instance_ssl.checkpoint_files import write_file
+from instance_ssl.evaluation.embedding_map import principal_components
 from instance_ssl.evaluation.knn import knn_accuracy
 from instance_ssl.evaluation.neighbours import NeighbourRow, draw_neighbours, nearest_neighbours
 from instance_ssl.stages.context import Stage
@@ -13,6 +15,7 @@ from instance_ssl.stages.representation import (
     TITLES,
     LabelledImages,
     cached_features,
+    embeddings_of,
     labels_of_own_part,
     open_labelled,
     represent,
@@ -20,44 +23,81 @@ from instance_ssl.stages.representation import (
 
 _PICTURE_QUERIES = 12
 _PICTURE_NEIGHBOURS = 6
+# Of the map: test images, the floats that their features may take, and the dimensions that are kept of them.
+_MAP_IMAGES, _MAP_FLOATS, _MAP_COMPONENTS = 1000, 20_000_000, 50
+MAP_FILE = "map.pt"
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """The whole grid of k and temperature for every source; the first pair is the headline."""
+    """The whole grid of k and temperature for every source, on features and, where there are any, embeddings."""
     images = open_labelled(stage)
     results: dict[str, Any] = {}
     neighbour_ids: dict[str, list[list[int]]] = {}
-    query_ids = torch.linspace(0, len(images.test) - 1, _PICTURE_QUERIES).long().unique()
+    samples: dict[str, dict[str, Tensor]] = {}
+    query_ids = _evenly_spaced(len(images.test), _PICTURE_QUERIES)
     for source in stage.config.evaluation.sources:
         representation = represent(stage, source)
         title = TITLES[source]
         train_nF = cached_features(stage, representation, images.train, f"{title}: train features")
         test_mF = cached_features(stage, representation, images.test, f"{title}: test features")
-        accuracies = knn_accuracy(
-            train_nF,
-            labels_of_own_part(stage, images.train_labels),
-            test_mF,
-            labels_of_own_part(stage, images.test_labels),
-            stage.world,
-            neighbours=stage.config.evaluation.knn.neighbours,
-            temperatures=stage.config.evaluation.knn.temperatures,
-            num_classes=images.num_classes,
-        )
-        grid = [{"k": k, "temperature": t, **figures} for (k, t), figures in accuracies.items()]
-        headline = grid[0]  # named beforehand: the best of the grid would be chosen on the test set
-        results[source] = {
-            **headline, "layer": representation.layer, "epoch": representation.epoch, "origin": representation.origin,
-            "grid": grid,
-        }  # fmt: skip
+        epoch = representation.epoch
+        figures = {**_vote(stage, images, train_nF, test_mF), "layer": representation.layer, "epoch": epoch}
+        figures["origin"] = representation.origin
+        train_nD, test_mD = (embeddings_of(stage, representation, features) for features in (train_nF, test_mF))
+        if train_nD is not None and test_mD is not None:
+            votes = _vote(stage, images, train_nD, test_mD)
+            figures["embeddings"] = {**votes, "layer": "projection output", "epoch": epoch}
+        results[source] = figures
         neighbour_ids[source] = nearest_neighbours(
             train_nF, _rows_of_all(stage, test_mF, query_ids), stage.world, _PICTURE_NEIGHBOURS
         ).tolist()
-        stage.log.say(f"k-NN, {title}: {headline['top1']:.2f} % (k = {headline['k']}, T = {headline['temperature']})")
-        stage.log.metrics(representation.epoch or 0, {f"knn/{source}_top1": headline["top1"]})
+        samples[source] = _sample(stage, test_mF)
+        _tell(stage, source, results[source])
     picture = stage.directory / "neighbours.png"
     if stage.world.rank == 0:
         _draw(picture, images, query_ids.tolist(), neighbour_ids)
+        labels = {"labels": images.test_labels.cpu(), "class_names": images.test.class_names}
+        write_file(stage.directory / MAP_FILE, {"sources": samples, **labels})
     return {"figures": results, "picture": str(picture.relative_to(stage.run_directory))}
+
+
+def _vote(stage: Stage, images: LabelledImages, train_nF: Tensor, test_mF: Tensor) -> dict[str, Any]:
+    """The headline, which is the grid's first pair, and the grid."""
+    accuracies = knn_accuracy(
+        train_nF,
+        labels_of_own_part(stage, images.train_labels),
+        test_mF,
+        labels_of_own_part(stage, images.test_labels),
+        stage.world,
+        neighbours=stage.config.evaluation.knn.neighbours,
+        temperatures=stage.config.evaluation.knn.temperatures,
+        num_classes=images.num_classes,
+        on_chunk=stage.guard.check,
+    )
+    grid = [{"k": k, "temperature": t, **figures} for (k, t), figures in accuracies.items()]
+    return {**grid[0], "grid": grid}  # named beforehand: the best of the grid would be chosen on the test set
+
+
+def _tell(stage: Stage, source: str, figures: dict[str, Any]) -> None:
+    embeddings = figures.get("embeddings")
+    beside = f", embeddings {embeddings['top1']:.2f} %" if embeddings else ""
+    setting = f"k = {figures['k']}, T = {figures['temperature']}"
+    stage.log.say(f"k-NN, {TITLES[source]}: {figures['top1']:.2f} %{beside} ({setting})")
+    metrics = {f"knn/{source}_top1": figures["top1"]}
+    if embeddings:
+        metrics[f"knn/{source}_embeddings_top1"] = embeddings["top1"]
+    stage.log.metrics(figures["epoch"] or 0, metrics)
+
+
+def _sample(stage: Stage, test_mF: Tensor) -> dict[str, Tensor]:
+    """Principal components of the features of some test images, and which images they are."""
+    total, width = sum(stage.world.row_counts(len(test_mF))), test_mF.shape[1]
+    ids = _evenly_spaced(total, min(_MAP_IMAGES, max(2, _MAP_FLOATS // width)))
+    return {"ids": ids, "components": principal_components(_rows_of_all(stage, test_mF, ids), _MAP_COMPONENTS).cpu()}
+
+
+def _evenly_spaced(total: int, count: int) -> Tensor:
+    return torch.linspace(0, total - 1, min(total, count), dtype=torch.float64).long().unique()
 
 
 def _rows_of_all(stage: Stage, features_nF: Tensor, ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from instance_ssl import faults
@@ -22,6 +23,7 @@ from instance_ssl.stages.session import say_what_was_passed_over
 from instance_ssl.weights import backbone_network, load_state, read_weights
 
 TITLES = {"pixels": "raw pixels", "random": "random network", "trained": "trained", "weights": "weights file"}
+_PROJECTED_ROWS = 16384
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,16 @@ def represent(stage: Stage, source: str) -> Representation:
     if source == "pixels":
         feature_dim = 3 * evaluation_data(stage).image_size ** 2
         return Representation(source, _pixels, feature_dim, None, None, "pixels, normalised by channel")
-    encoder, epoch, origin = _load(stage, source)
-    encoder.eval().requires_grad_(False)
+    return _frozen(stage, source, *_load(stage, source))
 
-    def features(images: Tensor) -> Tensor:
-        with stage.autocast():
-            return encoder.features(images)
 
-    return Representation(source, features, encoder.feature_dim, encoder, epoch, "backbone output", origin)
+def represent_checkpoint(stage: Stage, source: str, checkpoint: Checkpoint) -> Representation:
+    """The representation by a checkpoint's encoder. Collective.
+
+    Raises:
+        UserError: when it does not fit.
+    """
+    return _frozen(stage, source, *_load_checkpoint(stage, checkpoint))
 
 
 def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
@@ -138,10 +142,30 @@ def cached_features(stage: Stage, representation: Representation, images: ImageS
     return features_nF
 
 
+def embeddings_of(stage: Stage, representation: Representation, features_nF: Tensor) -> Tensor | None:
+    """The projection's output (n, D), float32, of cached features; None where no projection belongs to them."""
+    encoder = representation.encoder
+    if encoder is None or representation.source == "weights":  # a file of weights has none
+        return None
+    with torch.inference_mode(), stage.autocast():
+        blocks = [encoder.projection(block_bF).float() for block_bF in features_nF.split(_PROJECTED_ROWS)]
+    return torch.cat(blocks)
+
+
 def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:
     """The labels of this rank's contiguous part."""
     start, stop = Partition(len(labels_N), stage.world.size).bounds(stage.world.rank)
     return labels_N[start:stop]
+
+
+def _frozen(stage: Stage, source: str, encoder: Encoder, epoch: int | None, origin: dict[str, Any]) -> Representation:
+    encoder.eval().requires_grad_(False)
+
+    def features(images: Tensor) -> Tensor:
+        with stage.autocast():
+            return encoder.features(images)
+
+    return Representation(source, features, encoder.feature_dim, encoder, epoch, "backbone output", origin)
 
 
 def _load(stage: Stage, source: str) -> tuple[Encoder, int | None, dict[str, Any]]:
@@ -149,7 +173,10 @@ def _load(stage: Stage, source: str) -> tuple[Encoder, int | None, dict[str, Any
     if source == "weights":
         encoder, origin = _load_weights(stage)
         return encoder, None, origin
-    checkpoint = _checkpoint(stage, source)
+    return _load_checkpoint(stage, _checkpoint(stage, source))
+
+
+def _load_checkpoint(stage: Stage, checkpoint: Checkpoint) -> tuple[Encoder, int | None, dict[str, Any]]:
     encoder = seeded_encoder(stage.config)
     stage.together(lambda: load_state(encoder, load_encoder(checkpoint)[0], str(checkpoint.directory)))
     position = checkpoint.position

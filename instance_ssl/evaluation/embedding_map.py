@@ -1,0 +1,38 @@
+"""Features in few dimensions, for a picture: principal components, and t-SNE of them where scikit-learn is there."""
+
+import torch
+from torch import Tensor
+
+
+def principal_components(features_nF: Tensor, num_components: int) -> Tensor:
+    """Scores (n, c), float32, of the L2-normalised features along their directions of most variance.
+
+    c is `num_components`, or as many as n and F allow. By the eigenvectors of the n x n matrix of inner products: n is
+    small where F is large (raw pixels). The score of largest size in each column is positive.
+    """
+    unit_nF = torch.nn.functional.normalize(features_nF.double(), dim=1)
+    unit_nF -= unit_nF.mean(dim=0)
+    count = min(num_components, *features_nF.shape)
+    values, vectors = torch.linalg.eigh(unit_nF @ unit_nF.T)
+    scores_nc = vectors[:, -count:].flip(1) * values[-count:].flip(0).clamp_min(0).sqrt()
+    largest_c = scores_nc.gather(0, scores_nc.abs().argmax(dim=0, keepdim=True))
+    return (scores_nc * torch.where(largest_c < 0, -1.0, 1.0)).float()
+
+
+def plane(components_nc: Tensor, seed: int = 0) -> tuple[Tensor, str]:
+    """Points (n, 2) of a picture and the method's name: t-SNE of principal components, or else the first two.
+
+    t-SNE (van der Maaten and Hinton 2008) as scikit-learn has it: perplexity 30, or less for few points.
+    """
+    count = components_nc.shape[0]
+    if components_nc.shape[1] < 2:
+        components_nc = torch.nn.functional.pad(components_nc, (0, 2 - components_nc.shape[1]))
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        return components_nc[:, :2], "PCA"
+    if count < 10:
+        return components_nc[:, :2], "PCA"
+    perplexity = min(30.0, (count - 1) / 3)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(components_nc.numpy())
+    return torch.from_numpy(points), "t-SNE"

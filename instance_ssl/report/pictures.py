@@ -1,0 +1,151 @@
+"""Pictures for the page, as data URIs: what stages have drawn, and images beside their hardest classes."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from instance_ssl.checkpoint_files import read_tensors
+from instance_ssl.config import DataConfig
+from instance_ssl.data.datasets import ImageSource, open_source
+from instance_ssl.errors import UserError
+from instance_ssl.evaluation.embedding_map import plane
+from instance_ssl.report.runs import Run
+from instance_ssl.report.svg import Dot, label_colour, map_chart
+from instance_ssl.report.tables import word
+
+_GALLERY_CLASSES, _GALLERY_HARDEST, _THUMBNAIL = 10, 10, 64
+
+
+def picture(path: Path, alt: str) -> str:
+    """A PNG that a stage has drawn, or nothing where it is not there."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return ""
+    return f'<div class="scroll paper"><img src="{_uri(data)}" alt="{escape(alt)}"></div>'
+
+
+def hard_class_gallery(run: Run) -> str:
+    """Images beside those of their hardest classes, by the newest checkpoint; says why where there are none."""
+    checkpoint = run.newest_checkpoint()
+    if checkpoint is None or run.config is None:
+        return _note("the training has written no checkpoint yet")
+    try:
+        source = _open_train(run.config.data)
+        hard = _hard_classes(checkpoint, len(source))
+        if hard is None:
+            return _note("this run smooths no labels, so it keeps no hardest classes")
+        rows = "".join(_gallery_row(source, image, others) for image, others in hard)
+    except UserError as error:
+        return _note(str(error))
+    legend = "" if source.labels is None else '<span class="key same"></span>same class <span class="key other"></span>'
+    note = f"{legend}{'another class; ' if legend else ''}by {checkpoint.name}, hardest first"
+    return f'<div class="scroll"><div class="gallery">{rows}</div></div><p class="small">{note}</p>'
+
+
+def embedding_maps(file: Path) -> str:
+    """The test images of every source in the plane, coloured by class; nothing where no sample was kept."""
+    if not file.exists():
+        return ""
+    try:
+        content = read_tensors(file)
+        labels, names, sources = content["labels"], content["class_names"], content["sources"]
+        figures = [_map(source, sample, labels, names) for source, sample in sources.items()]
+    except (UserError, KeyError) as error:
+        return _note(f"{file.name} cannot be shown ({error})")
+    return f'<div class="charts">{"".join(figures)}</div>{_label_legend(labels, names)}'
+
+
+@dataclass(frozen=True)
+class _Thumbnail:
+    """An image as a tag, with its name to hover over; `kind` is a CSS class."""
+
+    source: ImageSource
+    index: int
+    kind: str = ""
+
+    def html(self) -> str:
+        image = self.source.load(self.index)
+        factor = max(1, _THUMBNAIL // max(image.size))
+        if factor > 1:
+            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG", optimize=True)
+        name = self.source.names[self.index]
+        if self.source.labels is not None and self.source.class_names is not None:
+            name += f" ({self.source.class_names[int(self.source.labels[self.index])]})"
+        return (
+            f'<img class="{self.kind}" src="{_uri(buffer.getvalue())}" alt="{escape(name)}" title="{escape(name)}" '
+            f'width="{_THUMBNAIL}" height="{_THUMBNAIL}">'
+        )
+
+
+def _gallery_row(source: ImageSource, index: int, others: Sequence[int]) -> str:
+    kinds = [""] * len(others)
+    if source.labels is not None:
+        kinds = ["same" if source.labels[other] == source.labels[index] else "other" for other in others]
+    hardest = "".join(_Thumbnail(source, other, kind).html() for other, kind in zip(others, kinds, strict=True))
+    return f'<div class="row">{_Thumbnail(source, index, "query").html()}<span class="gap"></span>{hardest}</div>'
+
+
+def _hard_classes(checkpoint: Path, total: int) -> list[tuple[int, list[int]]] | None:
+    """Some classes, evenly spaced, with their hardest ones; None where the checkpoint has none.
+
+    Raises:
+        UserError: when the checkpoint is of other images, or its rows cannot be read.
+    """
+    wanted = torch.linspace(0, total - 1, min(total, _GALLERY_CLASSES), dtype=torch.float64).long().unique().tolist()
+    found = []
+    for path in sorted(checkpoint.glob("rows_*.pt")):
+        first, last = (int(part) for part in path.stem.split("_")[1:])
+        if last > total:
+            raise UserError(f"{checkpoint.name} is of other images than {total} that data.root holds now")
+        hard_nK = read_tensors(path).get("hard_classes")
+        if hard_nK is None:
+            return None
+        found += [(i, hard_nK[i - first, :_GALLERY_HARDEST].tolist()) for i in wanted if first <= i < last]
+    return found
+
+
+def _open_train(data: DataConfig) -> ImageSource:
+    return open_source(data.kind, "train", root=data.root, list_file=data.list_file, limit=data.limit_train)
+
+
+def _map(source: str, sample: dict[str, Tensor], labels: Tensor, names: Sequence[str] | None) -> str:
+    points, method = plane(sample["components"])
+    own = labels[sample["ids"]].tolist()
+    count = int(labels.max()) + 1
+    dots = [
+        Dot(x, -y, label_colour(label, count), f"{names[label] if names else label} (test image {index})")
+        for (x, y), label, index in zip(points.tolist(), own, sample["ids"].tolist(), strict=True)
+    ]
+    caption = f"<figcaption>{escape(word(source))} <span>{escape(method)}, {len(dots)} images</span></figcaption>"
+    return f'<figure class="chart">{caption}{map_chart(dots, f"map of {word(source)}")}</figure>'
+
+
+def _label_legend(labels: Tensor, names: Sequence[str] | None) -> str:
+    count = int(labels.max()) + 1
+    if count > 20:
+        return f'<p class="small">{count} classes; hover over a point for its name</p>'
+    keys = "".join(
+        f'<span class="key" style="background:{label_colour(label, count)}"></span>'
+        f"{escape(str(names[label] if names else label))} "
+        for label in range(count)
+    )
+    return f'<p class="legend">{keys}</p>'
+
+
+def _note(text: str) -> str:
+    return f'<p class="small">{escape(text)}</p>'
+
+
+def _uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

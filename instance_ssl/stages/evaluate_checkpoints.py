@@ -1,0 +1,186 @@
+"""Stage: Figure 1(b), instance accuracy against semantic accuracy over the checkpoints that a run has kept."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instance_ssl.checkpoint import Checkpoint, intact_checkpoints, load_rows
+from instance_ssl.data.loaders import image_loader
+from instance_ssl.errors import UserError
+from instance_ssl.evaluation.correlation import correlations, draw_correlation, instance_accuracy
+from instance_ssl.evaluation.knn import knn_accuracy
+from instance_ssl.run_directory import write_json
+from instance_ssl.stages.build import classifier_shard, own_parts, training_view
+from instance_ssl.stages.checks import config_digest
+from instance_ssl.stages.context import Stage
+from instance_ssl.stages.representation import (
+    LabelledImages,
+    Representation,
+    cached_features,
+    labels_of_own_part,
+    open_labelled,
+    represent_checkpoint,
+)
+from instance_ssl.stages.session import require_same_run
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """The pairs, oldest first, and their correlation. A checkpoint that has been measured is not measured again.
+
+    Raises:
+        UserError: when fewer than two checkpoints are there.
+    """
+    found = intact_checkpoints(stage.checkpoints_of("pretrain"), stage.world)
+    if len(found) < 2:
+        raise UserError(
+            f"{stage.checkpoints_of('pretrain')} holds {len(found)} intact checkpoints and a correlation takes 2: "
+            "train with checkpoint.keep_every_epochs, say 10, so that they stay"
+        )
+    require_same_run(found[-1], stage)
+    images = open_labelled(stage)
+    known = _known_points(stage, images)
+    points = []
+    for checkpoint in found:
+        name = checkpoint.directory.name
+        if name not in known:
+            known[name] = _measure(stage, checkpoint, images)
+            _keep_points(stage, images, known)
+        points.append({"checkpoint": name, **known[name]})
+        _tell(stage, points[-1])
+    return {**_recipe(stage, images), **_correlate(stage, points), "figures": points}
+
+
+def _measure(stage: Stage, checkpoint: Checkpoint, images: LabelledImages) -> dict[str, Any]:
+    """One point: both accuracies in per cent, and what training itself logged in that epoch."""
+    representation = represent_checkpoint(stage, "trained", checkpoint)
+    position, knn = checkpoint.position, stage.config.evaluation.knn
+    instance = _instance_accuracy(stage, checkpoint, representation)
+    label = f"epoch {position.epoch}"
+    accuracies = knn_accuracy(
+        cached_features(stage, representation, images.train, f"{label}: train features"),
+        labels_of_own_part(stage, images.train_labels),
+        cached_features(stage, representation, images.test, f"{label}: test features"),
+        labels_of_own_part(stage, images.test_labels),
+        stage.world,
+        neighbours=knn.neighbours[:1],
+        temperatures=knn.temperatures[:1],
+        num_classes=images.num_classes,
+        on_chunk=stage.guard.check,
+    )
+    logged = position.figures.get("instance_accuracy")
+    return {
+        "epoch": position.epoch,
+        "step": position.step,
+        "instance_accuracy": 100 * instance,
+        "knn_top1": accuracies[knn.neighbours[0], knn.temperatures[0]]["top1"],
+        "logged_instance_accuracy": None if logged is None else 100 * logged,
+    }
+
+
+def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Representation) -> float:
+    """Of one seeded random view of every image: the deterministic view is what the rows were initialised with."""
+    encoder = representation.encoder
+    assert encoder is not None
+    shard = classifier_shard(stage)
+    stage.together(lambda: load_rows(checkpoint, shard))
+
+    def embed(images: Tensor) -> Tensor:
+        with stage.autocast():
+            return encoder(images)
+
+    label = f"epoch {checkpoint.position.epoch}: instances"
+    with stage.log.progress(label, len(stage.source), "images") as progress:
+
+        def on_batch(count: int) -> None:
+            progress.advance(count)
+            stage.check_together()
+
+        figures = instance_accuracy(
+            embed,
+            shard,
+            _own_views(stage),
+            stage.world,
+            embedding_dim=stage.config.model.embedding_dim,
+            on_batch=on_batch,
+        )
+    return figures["instance_accuracy"]
+
+
+def _own_views(stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of every batch; a part of the last may be empty."""
+    data, size = stage.config.data, stage.config.evaluation.batch_size
+    parts = own_parts(torch.arange(len(stage.source)), size * stage.world.size, stage.world)
+    view = training_view(stage.config.augmentation, data)
+    loaded = iter(image_loader(stage.source, view, [part for part in parts if part], data.num_workers))
+    nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)
+    for part in parts:
+        yield next(loaded) if part else nothing
+
+
+def _correlate(stage: Stage, points: list[dict[str, Any]]) -> dict[str, Any]:
+    semantic = [point["knn_top1"] for point in points]
+    figures: dict[str, Any] = correlations([point["instance_accuracy"] for point in points], semantic)
+    logged = [(point["logged_instance_accuracy"], point["knn_top1"]) for point in points]
+    known = [(x, y) for x, y in logged if x is not None]
+    if len(known) >= 2:
+        figures["with_logged"] = correlations([x for x, _ in known], [y for _, y in known])
+    stage.log.say(
+        f"instance against semantic accuracy over {len(points)} checkpoints: Pearson {_short(figures['pearson'])}, "
+        f"Spearman {_short(figures['spearman'])}"
+    )
+    picture, note = stage.directory / "correlation.png", f"Pearson {_short(figures['pearson'])}"
+    drawn = stage.world.rank == 0 and draw_correlation(picture, points, "instance_accuracy", "knn_top1", note)
+    return {"correlation": figures, "picture": str(picture.relative_to(stage.run_directory)) if drawn else None}
+
+
+def _short(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _tell(stage: Stage, point: dict[str, Any]) -> None:
+    stage.log.say(
+        f"epoch {point['epoch']}: instance accuracy {point['instance_accuracy']:.2f} %, k-NN {point['knn_top1']:.2f} %"
+    )
+    stage.log.metrics(
+        point["epoch"],
+        {
+            "checkpoints/instance_accuracy": point["instance_accuracy"],
+            "checkpoints/knn_top1": point["knn_top1"],
+        },
+    )
+
+
+def _recipe(stage: Stage, images: LabelledImages) -> dict[str, Any]:
+    knn = stage.config.evaluation.knn
+    return {
+        "instance": "one seeded random view of every training image, against all N classes",
+        "semantic": "weighted k-NN",
+        "k": knn.neighbours[0],
+        "temperature": knn.temperatures[0],
+        "layer": "backbone output",
+        "bank_images": len(images.train),
+        "query_images": len(images.test),
+    }
+
+
+def _known_points(stage: Stage, images: LabelledImages) -> dict[str, dict[str, Any]]:
+    """Points that an earlier run of this stage has measured by the same recipe on the same images."""
+    points = None
+    path = stage.directory / "points.json"
+    if stage.world.rank == 0 and path.exists():
+        kept = json.loads(path.read_text())
+        points = kept["points"] if kept["of"] == _identity(stage, images) else None
+    return dict(stage.world.broadcast_object(points) or {})
+
+
+def _keep_points(stage: Stage, images: LabelledImages, points: dict[str, dict[str, Any]]) -> None:
+    if stage.world.rank == 0:
+        write_json(stage.directory / "points.json", {"of": _identity(stage, images), "points": points})
+
+
+def _identity(stage: Stage, images: LabelledImages) -> dict[str, Any]:
+    digests = {"configuration": config_digest(stage.config), "train": images.train.digest, "test": images.test.digest}
+    return {**_recipe(stage, images), **digests}

@@ -1,0 +1,79 @@
+"""Stage: retrieval among the train images by each source, and by the random network with running batch norms."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instance_ssl.data.augmentations import centre_view
+from instance_ssl.evaluation.retrieval import retrieval_recall
+from instance_ssl.stages.build import seeded_encoder
+from instance_ssl.stages.context import Stage
+from instance_ssl.stages.prior import prior_rows
+from instance_ssl.stages.representation import (
+    TITLES,
+    LabelledImages,
+    Representation,
+    cached_features,
+    embeddings_of,
+    labels_of_own_part,
+    open_labelled,
+    represent,
+)
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Same-class top-1 and recall@k; `running_prior` is the paper's experiment, with no training at all."""
+    images = open_labelled(stage)
+    results = {"running_prior": _running_prior(stage, images)}
+    _tell(stage, "random network, running batch norms", "running_prior", results["running_prior"])
+    for source in stage.config.evaluation.sources:
+        representation = represent(stage, source)
+        features_nF = cached_features(stage, representation, images.train, f"{TITLES[source]}: train features")
+        results[source] = _retrieve(stage, images, representation, features_nF)
+        _tell(stage, TITLES[source], source, results[source])
+    return {"images": "train, each left out of its own ranking", "figures": results}
+
+
+def _running_prior(stage: Stage, images: LabelledImages) -> dict[str, Any]:
+    """Features as they come out of the pass that initialises the classifier."""
+    encoder = seeded_encoder(stage.config).to(stage.world.device)
+    features_nF = prior_rows(
+        stage,
+        encoder.backbone,
+        encoder.feature_dim,
+        images.train,
+        torch.arange(len(images.train)),
+        centre_view(stage.config.data.image_size),
+        "running",
+        label="random network, running batch norms",
+    )[:, 0]
+    network = Representation("random", encoder.features, encoder.feature_dim, encoder, 0, "backbone output")
+    return {**_retrieve(stage, images, network, features_nF), "batch_norm": "running"}
+
+
+def _retrieve(
+    stage: Stage, images: LabelledImages, representation: Representation, features_nF: Tensor
+) -> dict[str, Any]:
+    """Figures of features and, where there is a projection, of embeddings."""
+
+    def recall(rows: Tensor, layer: str) -> dict[str, Any]:
+        figures = retrieval_recall(
+            rows,
+            labels_of_own_part(stage, images.train_labels),
+            stage.world,
+            recall_at=stage.config.evaluation.retrieval.recall_at,
+            on_chunk=stage.guard.check,
+        )
+        return {**figures, "layer": layer, "epoch": representation.epoch}
+
+    figures = recall(features_nF, representation.layer)
+    embeddings_nD = embeddings_of(stage, representation, features_nF)
+    if embeddings_nD is not None:
+        figures["embeddings"] = recall(embeddings_nD, "projection output")
+    return figures
+
+
+def _tell(stage: Stage, title: str, source: str, figures: dict[str, Any]) -> None:
+    stage.log.say(f"retrieval, {title}: same class {figures['top1']:.2f} % (chance {figures['chance_top1']:.2f} %)")
+    stage.log.metrics(figures["epoch"] or 0, {f"retrieval/{source}_top1": figures["top1"]})

@@ -1,0 +1,81 @@
+"""Stage: Figure 4, the intra- and inter-instance cosines of every initialisation of the classifier."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
+from instance_ssl.classifier.initialization import InitializationMode, initialize_gaussian
+from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.data.augmentations import centre_view
+from instance_ssl.evaluation.similarity import draw_similarities, instance_similarities
+from instance_ssl.models.encoder import Encoder
+from instance_ssl.stages.build import seeded_encoder, training_view
+from instance_ssl.stages.context import Stage
+from instance_ssl.stages.prior import num_batches, prior_rows
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """The cosines by mode, over a seeded sample of the images or all of them; no checkpoint is needed."""
+    settings, total = stage.config.evaluation.similarity, len(stage.source)
+    generator = torch.Generator().manual_seed(stage.config.seed)
+    ids_N = torch.randperm(total, generator=generator)[: settings.num_images].sort().values
+    results: dict[str, dict[str, float]] = {}
+    for mode in settings.modes:
+        results[mode] = _measure(stage, mode, ids_N)
+        stage.log.say(
+            f"similarity, {mode}: own class {results[mode]['intra_class']:.4f}, others "
+            f"{results[mode]['inter_class']:.4f}, gap {results[mode]['class_gap']:.4f}; views "
+            f"{results[mode]['intra_view']:.4f} and {results[mode]['inter_view']:.4f}"
+        )
+        stage.log.metrics(0, {f"similarity/{mode}_{name}": results[mode][name] for name in ("class_gap", "view_gap")})
+    record = {
+        "layer": "projection output",
+        "views": settings.num_views,
+        "sample": "all images" if len(ids_N) == total else f"{len(ids_N)} of {total} images, seed {stage.config.seed}",
+        "figures": results,
+    }
+    picture = stage.directory / "similarity.png"
+    drawn = stage.world.rank == 0 and draw_similarities(picture, results)
+    if stage.world.rank == 0 and not drawn:
+        stage.log.say("no picture: it needs matplotlib (pip install -e '.[plots]')")
+    return {**record, "picture": str(picture.relative_to(stage.run_directory)) if drawn else None}
+
+
+def _measure(stage: Stage, mode: InitializationMode, ids_N: Tensor) -> dict[str, float]:
+    """Rows of W from the deterministic view, as the initialisation makes them, and then random views as in training.
+
+    The views' pass goes on where the rows' has ended. Gaussian rows meet a network in training mode: batch statistics.
+    """
+    config, width = stage.config, stage.config.model.embedding_dim
+    encoder = seeded_encoder(config).to(stage.world.device)
+    network_mode: InitializationMode = "batch" if mode == "gaussian" else mode
+    weights_nD = _gaussian_rows(stage, ids_N) if mode == "gaussian" else _rows(stage, encoder, mode, ids_N)
+    views_nVD = prior_rows(
+        stage,
+        encoder,
+        width,
+        stage.source,
+        ids_N,
+        training_view(config.augmentation, config.data),
+        network_mode,
+        label=f"{mode}: views",
+        num_views=config.evaluation.similarity.num_views,
+        batches_done=num_batches(stage, len(ids_N)),
+    )
+    return instance_similarities(views_nVD, weights_nD, stage.world)
+
+
+def _gaussian_rows(stage: Stage, ids_N: Tensor) -> Tensor:
+    classifier = stage.config.classifier
+    options = SoftmaxOptions(classifier.temperature, classifier.loss_form, torch.float32)
+    shard = ClassifierShard(len(ids_N), stage.config.model.embedding_dim, stage.world, options)
+    initialize_gaussian(shard, stage.config.seed)
+    return shard.weight
+
+
+def _rows(stage: Stage, encoder: Encoder, mode: InitializationMode, ids_N: Tensor) -> Tensor:
+    view = centre_view(stage.config.data.image_size)
+    width = stage.config.model.embedding_dim
+    return prior_rows(stage, encoder, width, stage.source, ids_N, view, mode, label=f"{mode}: rows of W")[:, 0]

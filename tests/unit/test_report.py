@@ -1,0 +1,231 @@
+"""The page of runs: whole runs, runs that are still going, broken files; and looked at in a real browser."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from instance_ssl.checkpoint_files import write_file
+from instance_ssl.config import load_config
+from instance_ssl.evaluation.embedding_map import principal_components
+from instance_ssl.report.command import main
+from instance_ssl.report.page import build_page
+from instance_ssl.report.runs import open_runs
+from instance_ssl.report.svg import Series, line_chart
+
+ROOT = Path(__file__).parents[2]
+N, K = 60, 6
+
+
+def _write(path: Path, values: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))
+
+
+def _lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps({"time": 0, **line}) + "\n" for line in lines))
+
+
+def _training(run: Path, *, epochs_done: int, state: str, seed: int = 0) -> None:
+    """What the first two stages leave, of a training of 4 epochs and 6 steps each."""
+    stage = run / "pretrain"
+    stage.mkdir(parents=True)
+    overrides = [f"data.limit_train={N}", "optimization.global_batch_size=10", f"seed={seed}", "optimization.epochs=4"]
+    overrides += ["optimization.warmup_epochs=1"]
+    config = load_config(ROOT / "runners/configs/pipeline_digits.yaml", overrides)
+    (stage / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    _write(run / "data.json", {"num_instances": N, "digest": "x"})
+    _write(stage / "status.json", {"state": state, "date": "2026-11-24T10:00:00", "reason": None})
+    lines = [
+        {"step": step, "train/loss": 4 - 0.1 * step, "train/instance_accuracy": 0.01 * step, "train/learning_rate": 0.1}
+        for step in range(3, 6 * epochs_done + 1, 3)
+    ]
+    _lines(stage / "metrics.jsonl", lines)
+    if epochs_done:
+        checkpoint = stage / f"checkpoints/step_{6 * epochs_done:09d}"
+        checkpoint.mkdir(parents=True)
+        hard = torch.stack([torch.arange(1, K + 1).add(i) % N for i in range(N)]).int()
+        for first, last in ((0, 31), (31, N)):
+            content = {"weight": torch.ones(last - first, 4), "momentum": None, "hard_classes": hard[first:last]}
+            write_file(checkpoint / f"rows_{first:09d}_{last:09d}.pt", content)
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A run with every stage, and one more that the page has never heard of."""
+    run = tmp_path / "whole"
+    _training(run, epochs_done=4, state="complete")
+    around = {"date": "2026-11-24T10:00:00+00:00", "commit": "abc", "world_size": 2, "seconds": 1.5, "versions": {}}
+    _write(
+        run / "pretrain/result.json",
+        {"stage": "pretrain", "epochs": 4, "loss": 1.6, "instance_accuracy": 0.24, **around},
+    )
+    grid = [{"k": k, "temperature": 0.1, "top1": 90.0 + k, "top5": 99.0} for k in (1, 2)]
+    knn = {"pixels": {**grid[0], "grid": grid, "layer": "pixels"}, "trained": {**grid[1], "grid": grid, "epoch": 4}}
+    _write(run / "evaluate_knn/result.json", {"figures": knn, "picture": "evaluate_knn/neighbours.png", **around})
+    _lines(run / "evaluate_knn/metrics.jsonl", [{"step": 4, "knn/trained_top1": 92.0}])
+    features = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    sample = {"ids": torch.arange(40), "components": principal_components(features, 5)}
+    labels = torch.arange(40) % 3
+    names = ["a <b>", "b&c", "d"]
+    write_file(run / "evaluate_knn/map.pt", {"sources": {"trained": sample}, "labels": labels, "class_names": names})
+    modes = {"gaussian": 0.0, "running": 0.5}
+    keys = ("intra_class", "inter_class", "class_gap", "intra_view", "inter_view", "view_gap")
+    similarity = {mode: {key: value for key in keys} for mode, value in modes.items()}
+    _write(run / "evaluate_similarity/result.json", {"figures": similarity, **around})
+    points = [{"epoch": e, "instance_accuracy": 5.0 * e, "knn_top1": 80.0 + e} for e in (1, 2, 3)]
+    correlation = {"pearson": 0.98765, "spearman": 1.0}
+    _write(run / "evaluate_checkpoints/result.json", {"figures": points, "correlation": correlation, **around})
+    _write(run / "evaluate_novelty/result.json", {"figures": {"boxes": {"AP": 12.3456}}, "iterations": 24000, **around})
+    return run
+
+
+class _Sound(HTMLParser):
+    """Checks that tags are closed in order, and gathers what the page refers to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + "\n"
+
+
+def _page(*runs: Path) -> _Sound:
+    page = _Sound(build_page(open_runs(runs)))
+    assert page.open == []
+    assert all(reference.startswith(("data:", "#")) for reference in page.references)
+    return page
+
+
+def test_a_whole_run_shows_everything(whole: Path) -> None:
+    text = _page(whole).text
+    sections = ("Curves", "Results", "The paper's figures 1(b) and 4", "Test images in the plane", "Hardest classes")
+    for words in (*sections, "Recipe", "r = 0.99", "24.00 %", "92.00 %"):
+        assert words in text, words
+    assert "12.35" in text  # of a stage that the page has never heard of
+    assert "24,000" in text
+    assert "grid (4 rows)" in text
+    assert "a <b>" in text  # a class name, escaped in the page's source
+    assert "whole: 3.7 at 0.5" in text  # a point of the loss: (step 3) / (6 steps an epoch)
+
+
+def test_hardest_classes_are_those_of_the_checkpoint(whole: Path) -> None:
+    html = build_page(open_runs([whole]))
+    gallery = html[html.index('class="gallery"') : html.index("hardest first")]
+    names = re.findall(r'alt="digits/train/\d+ \((\d)\)"', gallery)
+    rows = gallery.count('class="row"')
+    assert rows == 10
+    assert len(names) == rows * (1 + K)
+    last = gallery.split('class="row"')[-1]  # image 59, whose hardest are 0 … 5
+    shown = re.findall(r'class="(query|same|other)" src="[^"]*" alt="digits/train/\d+ \((\d)\)"', last)
+    assert [kind for kind, _ in shown[1:]] == ["same" if label == shown[0][1] else "other" for _, label in shown[1:]]
+    assert len(shown) == 1 + K
+
+
+def test_several_runs_stand_side_by_side(whole: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other/whole"
+    _training(other, epochs_done=2, state="running", seed=7)
+    with (other / "pretrain/metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "train/lo')  # half a line, as of a run that is writing
+    text = _page(whole, other).text
+    assert "while other/whole was still going" in text
+    assert "Where the runs differ" in text
+    assert "epochs done" in text
+    differing = text[text.index("Where the runs differ") : text.index("Other than the defaults")]
+    assert "seed" in differing
+    assert "data.kind" not in differing
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+    _training(tmp_path / "run", epochs_done=0, state="running")
+    text = _page(tmp_path / "run").text
+    assert "the training has written no checkpoint yet" in text
+    assert "Test images in the plane" not in text
+
+
+def test_damaged_files_are_said_and_the_rest_is_shown(whole: Path) -> None:
+    (whole / "evaluate_knn/map.pt").write_bytes(b"nothing")
+    (whole / "evaluate_linear").mkdir()
+    (whole / "evaluate_linear/result.json").write_text('{"figures":')
+    for path in whole.glob("pretrain/checkpoints/*/rows_*.pt"):
+        path.write_bytes(b"nothing")
+    text = _page(whole).text
+    assert text.count("cannot be") >= 2
+    assert "Recipe" in text
+
+
+def test_numbers_that_are_none_do_not_break_a_chart() -> None:
+    svg = line_chart([Series("x", "red", [(0, float("nan")), (1, 2.0), (2, float("inf"))])], x_name="e", y_name="y")
+    assert "nan" not in svg
+    assert "inf" not in svg
+
+
+@pytest.mark.parametrize("words", [["{d}/absent"], ["{d}/empty"], ["{d}/whole", "--output", "{d}/whole/data.json/x"]])
+def test_mistakes_are_one_line_and_exit_code_2(
+    words: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main([word.format(d=tmp_path) for word in words]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def _browser() -> Any:
+    """Playwright and the path of a Chromium; skips where either is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra test)")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip(f"no browser on the PATH (looked for {', '.join(names)})")
+    return playwright, path
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_the_page_without_complaint(whole: Path, scheme: str, width: int) -> None:
+    playwright, path = _browser()
+    assert main([str(whole)]) == 0
+    complaints: list[str] = []
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("requestfailed", lambda request: complaints.append(f"request {request.url[:80]}"))
+        requests: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((whole / "report.html").as_uri())
+        broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
+        images = page.evaluate("document.images.length")
+        overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        heights = page.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height)")
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        browser.close()
+    assert complaints == []
+    assert images > 50
+    assert broken == 0
+    assert overflow <= 0  # wide tables scroll inside the page
+    assert len(heights) >= 8
+    assert min(heights) > 100
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    assert (int(re.findall(r"\d+", background)[0]) > 128) == (scheme == "light")
