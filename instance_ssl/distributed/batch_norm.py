@@ -32,7 +32,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         mean_C, var_C, count = _statistics(input.detach(), self.group)
-        self._follow(mean_C, var_C * (count / max(count - 1, 1)))
+        self._follow(mean_C, var_C * (count / (count - 1).clamp_min(1)))
         return _Normalise.apply(input, self.weight, self.bias, mean_C, (var_C + self.eps).rsqrt(), count, self.group)
 
     @torch.no_grad()
@@ -56,8 +56,8 @@ def synchronise_batch_norm(module: nn.Module, group: Group) -> None:
             synchronise_batch_norm(child, group)
 
 
-def _statistics(input: Tensor, group: Group) -> tuple[Tensor, Tensor, int]:
-    """Mean (C,) and biased variance (C,) over all ranks, and the positions they are of."""
+def _statistics(input: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,) and biased variance (C,) over all ranks, and the number of positions: no GPU is waited for."""
     var_C, mean_C = torch.var_mean(input.float(), dim=(0, 2, 3), correction=0)
     count = input.numel() // input.shape[1]
     own = torch.cat([mean_C, var_C, mean_C.new_tensor([count])])
@@ -65,7 +65,7 @@ def _statistics(input: Tensor, group: Group) -> tuple[Tensor, Tensor, int]:
     shares_T1 = counts_T1 / counts_T1.sum()
     mean_C = (shares_T1 * means_TC).sum(dim=0)
     var_C = (shares_T1 * (vars_TC + (means_TC - mean_C).square())).sum(dim=0)
-    return mean_C, var_C, int(counts_T1.double().sum())
+    return mean_C, var_C, counts_T1.sum()
 
 
 class _Normalise(torch.autograd.Function):
@@ -79,22 +79,22 @@ class _Normalise(torch.autograd.Function):
         bias_C: Tensor,
         mean_C: Tensor,
         scale_C: Tensor,
-        count: int,
+        count: Tensor,
         group: Group,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight_C, mean_C, scale_C)
-        ctx.count, ctx.group = count, group
+        ctx.save_for_backward(input, weight_C, mean_C, scale_C, count)
+        ctx.group = group
         shift_C = bias_C - mean_C * scale_C * weight_C
         return (input * _wide(scale_C * weight_C) + _wide(shift_C)).to(input.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        input, weight_C, mean_C, scale_C = ctx.saved_tensors
+        input, weight_C, mean_C, scale_C, count = ctx.saved_tensors
         normalised = (input - _wide(mean_C)) * _wide(scale_C)
         sums_2C = torch.stack([gradient.sum(dim=(0, 2, 3)), (gradient * normalised).sum(dim=(0, 2, 3))]).float()
         # The parameters' gradients are this rank's share, as all gradients are until they are summed over ranks.
         bias_gradient_C, weight_gradient_C = sums_2C.unbind()
-        mean_2C = ctx.group.all_reduce_sum_(sums_2C.clone()) / ctx.count
+        mean_2C = ctx.group.all_reduce_sum_(sums_2C.clone()) / count
         own = gradient - _wide(mean_2C[0]) - normalised * _wide(mean_2C[1])
         input_gradient = (own * _wide(scale_C * weight_C)).to(input.dtype)
         return input_gradient, weight_gradient_C, bias_gradient_C, None, None, None, None
