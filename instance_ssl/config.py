@@ -15,9 +15,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from instance_ssl.classifier.cosine_softmax import MIN_TEMPERATURE, LossForm
 from instance_ssl.classifier.initialization import InitializationMode
 from instance_ssl.classifier.sampling import SamplingMode
+from instance_ssl.config_detection import DetectionConfig
 from instance_ssl.config_fine_tuning import FineTuneConfig, SemiSupervisedConfig
 from instance_ssl.config_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from instance_ssl.detection_config import DetectionConfig
 from instance_ssl.errors import UserError
 from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName

@@ -146,7 +146,7 @@ class FileImages(ImageSource):
         """
         path = self.root / self.names[index]
         try:
-            with _open_image(path) as image:
+            with open_image(path) as image:
                 return _convert_to_rgb(image)
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error and more
             raise RankError(
@@ -350,13 +350,18 @@ def _check_header(path: Path) -> int:
         size = path.stat().st_size
         if size == 0:
             raise ValueError("the file is empty")
-        with _open_image(path):
+        with open_image(path):
             return size
     except Exception as error:  # PIL's parsers raise OSError, SyntaxError, ValueError, struct.error and more
         raise UserError(f"cannot read image {escape(str(path))}: {reason(error)}; repair or remove it") from error
 
 
-def _open_image(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
+    """The image of a file whose header has been read, by the decoders that are allowed, and within PIL's bound.
+
+    Raises:
+        OSError, ValueError, SyntaxError and others of PIL's, for what cannot be read.
+    """
     image = Image.open(path, formats=_FORMATS)
     # PIL only warns up to twice the bound.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:

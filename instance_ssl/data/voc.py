@@ -14,10 +14,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from instance_ssl.data.datasets import FileImages
+from instance_ssl.data.datasets import FileImages, open_image
 from instance_ssl.errors import UserError
 
 VOC_CLASSES = (
@@ -118,10 +117,10 @@ def _read_annotation(root: Path, name: str, known: dict[str, int]) -> Annotation
     path = (root / name).parent.parent / "Annotations" / f"{Path(name).stem}.xml"
     try:
         tree = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_PlainTreeBuilder()))
-        with Image.open(root / name) as image:
+        with open_image(root / name) as image:
             size = image.size
         rows = [_read_object(element, known, size) for element in tree.findall("object")]
-    except (OSError, ValueError, ElementTree.ParseError) as error:
+    except Exception as error:  # PIL's parsers raise OSError, SyntaxError, ValueError, struct.error and more
         raise UserError(f"annotation {path}: {_one_line(error)}") from None
     boxes, classes, difficult = zip(*rows, strict=True) if rows else ((), (), ())
     return Annotation(

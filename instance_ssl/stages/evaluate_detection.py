@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from instance_ssl.checkpoint_files import read_tensors, write_file
+from instance_ssl.config_detection import DetectionConfig
 from instance_ssl.data.detection_batches import DetectionBatch, Resizing, single_images, training_batches
 from instance_ssl.data.voc import VocImages, open_voc
-from instance_ssl.detection_config import DetectionConfig
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.detection import (

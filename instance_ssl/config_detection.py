@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from instance_ssl.config_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from instance_ssl.data.voc import VOC_CLASSES
 
-_Count = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class DetectionConfig(BaseModel):
+class DetectionConfig(Section):
     """Detection on PASCAL VOC by MoCo's 24k recipe, which are the defaults; all layers are tuned.
 
     Attributes:
@@ -29,26 +29,24 @@ class DetectionConfig(BaseModel):
         save_every: iterations between saves of the state that the same command goes on from.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     root: Path | None = None
     train: Annotated[tuple[str, ...], Field(min_length=1)] = ("VOC2007/trainval", "VOC2012/trainval")
     test: Annotated[tuple[str, ...], Field(min_length=1)] = ("VOC2007/test",)
     classes: Annotated[tuple[str, ...], Field(min_length=1)] = VOC_CLASSES
-    iterations: _Count = 24_000
-    steps: tuple[_Count, ...] = (18_000, 22_000)
-    warmup_iterations: Annotated[int, Field(ge=0)] = 100
-    batch_size: _Count = 16
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.02
+    iterations: PositiveInt = 24_000
+    steps: tuple[PositiveInt, ...] = (18_000, 22_000)
+    warmup_iterations: NonNegativeInt = 100
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 0.02
     momentum: _Share = 0.9
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
-    train_short_sides: Annotated[tuple[_Count, ...], Field(min_length=1)] = tuple(range(480, 801, 32))
-    test_short_side: _Count = 800
-    max_long_side: _Count = 1333
-    regions_per_image: _Count = 512
-    test_proposals: _Count = 1000
-    statistics_iterations: Annotated[int, Field(ge=0)] = 200
-    save_every: _Count = 500
+    weight_decay: NonNegativeFloat = 1e-4
+    train_short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = tuple(range(480, 801, 32))
+    test_short_side: PositiveInt = 800
+    max_long_side: PositiveInt = 1333
+    regions_per_image: PositiveInt = 512
+    test_proposals: PositiveInt = 1000
+    statistics_iterations: NonNegativeInt = 200
+    save_every: PositiveInt = 500
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DetectionConfig":
