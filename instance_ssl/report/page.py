@@ -196,9 +196,9 @@ def _paper_figures(runs: Sequence[Run]) -> str:
     for run in runs:
         figures = run.figure("evaluate_similarity", "figures")
         if isinstance(figures, dict) and figures:
-            charts += [_similarity(run, figures, kind, len(runs) > 1) for kind in ("class", "view", "gap")]
+            charts += [_similarity(run, figures, kind, len(runs) > 1) for kind in ("class", "gap")]
     shown = "".join(charts)
-    return f'<div class="charts small-ones">{shown}</div>' if shown else ""
+    return f'<div class="charts">{shown}</div>' if shown else ""
 
 
 def _correlation(runs: Sequence[Run]) -> str:
@@ -224,10 +224,9 @@ def _similarity(run: Run, figures: dict[str, Any], kind: str, named: bool) -> st
     modes = list(figures)
     names = {
         "class": (("same instance", "intra_class"), ("other instances", "inter_class")),
-        "view": (("same instance", "intra_view"), ("other instances", "inter_view")),
         "gap": (("view and row", "class_gap"), ("two views", "view_gap")),
     }
-    title = {"class": "Cosine of a view and rows of W", "view": "Cosine of two views", "gap": "Gap: same less other"}
+    title = {"class": "Cosine of a view and rows of W", "gap": "Gap: same less other instance"}
     bars = [
         Series(name, _colour(number), [(place, figures[mode][key]) for place, mode in enumerate(modes)])
         for number, (name, key) in enumerate(names[kind])
