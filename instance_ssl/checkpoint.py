@@ -128,6 +128,27 @@ def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None 
     return None
 
 
+def checkpoint_at(path: Path, group: Group, names: tuple[str, ...] | None = None) -> Checkpoint:
+    """The checkpoint in a directory step_…, or the newest that verifies of the training in a run directory. Collective.
+
+    Args:
+        names: as for `newest_checkpoint`.
+
+    Raises:
+        UserError: when there is none, or what is there is damaged.
+    """
+    below = path / "pretrain/checkpoints"
+    if group.broadcast_object(below.is_dir()):
+        newest = newest_checkpoint(below, group, names)
+        if newest is not None:
+            return newest
+    problem = verify(path, group, names) if group.broadcast_object(path.is_dir()) else "there is no such directory"
+    position = _read_position(path) if problem is None else problem
+    if isinstance(position, str):
+        raise UserError(f"{path} is no checkpoint ({position}): give a directory step_… or a run directory")
+    return Checkpoint(path, position)
+
+
 def intact_checkpoints(parent: Path, group: Group) -> list[Checkpoint]:
     """All checkpoints that verify, oldest first; what was damaged beside each is not told. Collective."""
     directories = group.broadcast_object(committed_directories(parent) if group.rank == 0 else None)

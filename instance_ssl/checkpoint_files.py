@@ -191,16 +191,19 @@ class _HashingFile:
         self._file.flush()
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path, *, mapped: bool = True) -> dict[str, Any]:
     """Content of a file of tensors, on the CPU and mapped, so that slices cost what they hold.
 
     Only tensors and plain containers are ever built: a file that asks for more is refused, and runs nothing.
+
+    Args:
+        mapped: False reads also what versions of torch before 1.6 wrote, as some published weights were.
 
     Raises:
         UserError: for such a file, or one that cannot be read.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError) as error:
         reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _one_line(error)
         raise UserError(f"{path} cannot be loaded: {reason}; nothing in it was run, give an intact one") from None

@@ -10,26 +10,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from instance_ssl.classifier.cosine_softmax import MIN_TEMPERATURE, LossForm
 from instance_ssl.classifier.initialization import InitializationMode
 from instance_ssl.classifier.sampling import SamplingMode
+from instance_ssl.config_detection import DetectionConfig
+from instance_ssl.config_fine_tuning import FineTuneConfig, SemiSupervisedConfig
+from instance_ssl.config_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from instance_ssl.errors import UserError
 from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SourceName = Literal["pixels", "random", "trained", "weights"]
+ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which images. `tree` is ImageNet's layout (root/train/class, root/val/class); `folder` and `list` need no labels.
 
     Attributes:
@@ -40,7 +37,9 @@ class DataConfig(_Section):
         num_workers: loader processes a rank; changes nothing but speed.
     """
 
-    kind: Literal["digits", "cifar10", "cifar100", "tree", "folder", "list"] = "tree"
+    kind: Literal["digits", "cifar10", "cifar100", "tree", "sun397", "dtd", "inaturalist2018", "folder", "list"] = (
+        "tree"
+    )
     root: Path | None = None
     list_file: Path | None = None
     image_size: PositiveInt = 224
@@ -49,7 +48,7 @@ class DataConfig(_Section):
     num_workers: NonNegativeInt = 8
 
 
-class AugmentationConfig(_Section):
+class AugmentationConfig(Section):
     """The training views: SimCLR's, or `digit` for small handwriting. None: by image size (SimCLR B.9)."""
 
     view: Literal["simclr", "digit"] = "simclr"
@@ -59,7 +58,7 @@ class AugmentationConfig(_Section):
     blur: bool | None = None
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The encoder. `stem: auto` is the 3x3 stem up to 64 pixels; `projection: linear` is Table 2 without the head."""
 
     backbone: BackboneName = "resnet50"
@@ -69,7 +68,7 @@ class ModelConfig(_Section):
     embedding_dim: PositiveInt = 128
 
 
-class ClassifierConfig(_Section):
+class ClassifierConfig(Section):
     """Eq. 1 to 3 and the prior. K = `num_hard_classes`, α = `smoothing_factor`, τ = `temperature`.
 
     Attributes:
@@ -99,7 +98,7 @@ class ClassifierConfig(_Section):
         return value
 
 
-class OptimizationConfig(_Section):
+class OptimizationConfig(Section):
     """SGD of the encoder and of W, on one schedule. Weight decay applies to all parameters, W included (PIC).
 
     Attributes:
@@ -122,7 +121,7 @@ class OptimizationConfig(_Section):
         return 0.48 * self.global_batch_size / 4096 if self.learning_rate is None else self.learning_rate
 
 
-class KnnConfig(_Section):
+class KnnConfig(Section):
     """Weighted k-nearest-neighbour vote, every k with every temperature in one pass; the first pair is the headline.
 
     k = 200 and T = 0.1 are what the field compares with (MoCo's and lightly's CIFAR-10 benchmarks).
@@ -132,13 +131,13 @@ class KnnConfig(_Section):
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.1, 0.07, 0.2)
 
 
-class RetrievalConfig(_Section):
+class RetrievalConfig(Section):
     """Retrieval among the train images, each left out of its own ranking: recall@k for every k, same-class top-1."""
 
     recall_at: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
 
 
-class SimilarityConfig(_Section):
+class SimilarityConfig(Section):
     """Figure 4: intra- and inter-instance cosines of every initialisation.
 
     Attributes:
@@ -152,7 +151,7 @@ class SimilarityConfig(_Section):
     num_views: Annotated[int, Field(ge=2)] = 2
 
 
-class LinearConfig(_Section):
+class LinearConfig(Section):
     """Linear evaluation. `sgd` is the paper's protocol; `cached` fits logistic regression to features of one view."""
 
     protocol: Literal["sgd", "cached"] = "sgd"
@@ -162,25 +161,57 @@ class LinearConfig(_Section):
     l2_penalties: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
-class EvaluationConfig(_Section):
-    """What is evaluated, and on which labelled images: `data` lists what differs from the experiment's own `data`."""
+class EvaluationConfig(Section):
+    """What is evaluated, and on which labelled images: `data` lists what differs from the experiment's own `data`.
 
-    sources: Annotated[tuple[Literal["pixels", "random", "trained"], ...], Field(min_length=1)] = ("trained",)
+    Attributes:
+        sources: raw `pixels`, the `random` network, the one `trained`, the backbone of a file of `weights`.
+        checkpoint: what `trained` is: a directory step_… or a run directory (its newest), of any run of the same
+            encoder; None: this run's newest.
+        weights: for `weights`: a backbone by torchvision's keys, .safetensors or .pth.
+    """
+
+    sources: Annotated[tuple[SourceName, ...], Field(min_length=1)] = ("trained",)
+    checkpoint: Path | None = None
+    weights: Path | None = None
     batch_size: PositiveInt = 256
     data: DataConfig | None = None
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+    semi_supervised: SemiSupervisedConfig = SemiSupervisedConfig()
+    fine_tune: FineTuneConfig = FineTuneConfig()
+    detection: DetectionConfig = DetectionConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     similarity: SimilarityConfig = SimilarityConfig()
 
+    @model_validator(mode="after")
+    def _weights_have_a_file(self) -> "EvaluationConfig":
+        if "weights" in self.sources and self.weights is None:
+            raise ValueError("source 'weights' needs a file: set evaluation.weights")
+        return self
 
-class LogConfig(_Section):
+
+class ExportConfig(Section):
+    """What runners/export.py writes.
+
+    Attributes:
+        source: whose backbone: as in `evaluation.sources`.
+        formats: of the backbone (pth, safetensors, detectron2, onnx) and of the rows (npy is always written; parquet).
+        images: a folder whose images' features and embeddings are written; None: none.
+    """
+
+    source: Literal["random", "trained", "weights"] = "trained"
+    formats: tuple[ExportFormat, ...] = ("pth", "safetensors", "detectron2", "onnx", "parquet")
+    images: Path | None = None
+
+
+class LogConfig(Section):
     """How often figures are written."""
 
     every_steps: PositiveInt = 50
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When the state is written: at the end of the training and when it is told to stop in any case.
 
     Attributes:
@@ -198,7 +229,7 @@ class CheckpointConfig(_Section):
     tolerated_failures: NonNegativeInt = 2
 
 
-class SafetyConfig(_Section):
+class SafetyConfig(Section):
     """What a run does when something goes wrong.
 
     Attributes:
@@ -216,7 +247,7 @@ class SafetyConfig(_Section):
     rollback: bool = False
 
 
-class ExperimentConfig(_Section):
+class ExperimentConfig(Section):
     """One experiment: all stages read the same file."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -226,6 +257,7 @@ class ExperimentConfig(_Section):
     classifier: ClassifierConfig = ClassifierConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     safety: SafetyConfig = SafetyConfig()

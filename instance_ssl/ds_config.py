@@ -59,6 +59,8 @@ class InstanceClassifierSection(BaseModel):
     Attributes:
         block_mib: memory of everything that one block of classes needs; `auto` is ten second-level caches of a
             core on a CPU, 256 MiB on a GPU.
+        keep_mib: memory for terms of the softmax that live from the first pass over W to the second, which then need
+            not be computed again; with one micro-batch a step and the kernels `torch`.
         matmul_dtype: precision of the logits' matrix products; `auto` follows torch_autocast when that is bfloat16.
             float16 is not offered: exp(cos/τ) spans more than its range.
         row_dtype: of the rows of W; bfloat16 rows are rounded stochastically at each update.
@@ -70,6 +72,7 @@ class InstanceClassifierSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     block_mib: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "auto"
+    keep_mib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
     matmul_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     row_dtype: Literal["float32", "bfloat16"] = "float32"
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -109,6 +112,11 @@ class DeepSpeedSettings:
     def block_bytes(self) -> int | None:
         """Memory of one block of classes; None leaves it to the device."""
         return None if self.classifier.block_mib == "auto" else int(self.classifier.block_mib * 2**20)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of terms that are kept between the classifier's two passes."""
+        return int(self.classifier.keep_mib * 2**20)
 
     @property
     def row_dtype(self) -> torch.dtype:
@@ -158,6 +166,7 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
         raise UserError(
             f"{path}: instance_classifier.group_size {classifier.group_size} does not divide the {world_size} ranks"
         )
+    _check_keep(classifier, accumulation_steps, path)
     zero_stage = _zero_stage(values.get("zero_optimization", {}), path)
     engine = {
         "steps_per_print": 2**31,  # the progress bar is ours
@@ -197,6 +206,19 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: remove '{key}': {_REFUSED[key]}")
         if key not in (*_PASSED_ON, _OWN):
             raise UserError(f"{path}: unknown key '{key}'{nearest(key, (*_PASSED_ON, _OWN))}")
+
+
+def _check_keep(classifier: InstanceClassifierSection, accumulation_steps: int, path: Path) -> None:
+    if classifier.keep_mib > 0 and classifier.kernels != "torch":
+        raise UserError(
+            f"{path}: instance_classifier.keep_mib needs instance_classifier.kernels torch: Triton's keep logits in "
+            "registers and write none"
+        )
+    if classifier.keep_mib > 0 and accumulation_steps > 1:
+        raise UserError(
+            f"{path}: instance_classifier.keep_mib needs one micro-batch a step, and there are {accumulation_steps}: "
+            "raise train_micro_batch_size_per_gpu or remove it"
+        )
 
 
 def _zero_stage(section: Any, path: Path) -> int:

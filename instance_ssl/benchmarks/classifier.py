@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
-from instance_ssl.classifier.shard import ClassifierShard, choose_block_bytes, choose_kernels
+from instance_ssl.classifier.passes import choose_block_bytes, choose_kernels
+from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
@@ -104,6 +105,7 @@ def streamed(
     row_dtype: torch.dtype = torch.float32,
     momentum_dtype: torch.dtype = torch.float32,
     block_mib: int | None = None,
+    keep_mib: int = 0,
 ) -> Builder:
     """This project's classifier; `group_size` None is one group of all ranks, which may be some of the world's."""
 
@@ -113,7 +115,7 @@ def streamed(
             choose_block_bytes(block_mib and block_mib * 2**20, world.device),
             choose_kernels(kernels, world.device, problem.x_BD.shape[1], matmul_dtype),
         )
-        options = SoftmaxOptions(TEMPERATURE, "mixture", matmul_dtype, block_bytes, chosen)
+        options = SoftmaxOptions(TEMPERATURE, "mixture", matmul_dtype, block_bytes, chosen, keep_mib * 2**20)
         shard = ClassifierShard(
             problem.num_classes,
             problem.x_BD.shape[1],
@@ -255,6 +257,8 @@ VARIANTS: dict[str, Builder] = {
     "streamed-bfloat16-rows": streamed(torch.bfloat16, momentum_dtype=torch.bfloat16, row_dtype=torch.bfloat16),
     "streamed-bfloat16-1-mib": streamed(torch.bfloat16, block_mib=1),
     "streamed-bfloat16-64-mib": streamed(torch.bfloat16, block_mib=64),
+    "streamed-kept": streamed(torch.float32, kernels="torch", keep_mib=64),
+    "streamed-bfloat16-kept": streamed(torch.bfloat16, kernels="torch", keep_mib=32),
     "replicated-streamed": streamed(torch.float32, group_size=1),
 }
 

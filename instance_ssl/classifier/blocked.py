@@ -31,6 +31,7 @@ from instance_ssl.classifier.cosine_softmax import (
     SoftmaxOptions,
     SoftmaxSums,
 )
+from instance_ssl.classifier.kept_terms import KeptTerms
 from instance_ssl.classifier.matmul import cache_bytes, fast_float32_products
 from instance_ssl.classifier.rounding import round_stochastically_
 
@@ -84,13 +85,20 @@ def _widths(options: SoftmaxOptions) -> tuple[int, int]:
     return max(4, size), 0 if size >= 4 else size
 
 
-def softmax_sums(unit_x_BD: Tensor, weight_nD: Tensor, labels: SmoothedLabels, options: SoftmaxOptions) -> SoftmaxSums:
+def softmax_sums(
+    unit_x_BD: Tensor,
+    weight_nD: Tensor,
+    labels: SmoothedLabels,
+    options: SoftmaxOptions,
+    kept: KeptTerms | None = None,
+) -> SoftmaxSums:
     """First pass over the shard: its part of Z and Y and of the numerators of ∂J/∂x̂.
 
     Args:
         unit_x_BD: (B, D) normalised embeddings of the global batch.
         weight_nD: (n, D) own rows of W, not normalised.
         labels: the entries of y in this shard.
+        kept: filled with exp(s) of the classes that it has room for.
     """
     num_rows = unit_x_BD.shape[0]
     sums = _entry_sums(labels, weight_nD, unit_x_BD, options)
@@ -103,7 +111,9 @@ def softmax_sums(unit_x_BD: Tensor, weight_nD: Tensor, labels: SmoothedLabels, o
         for (start, stop), (first, last) in zip(block.bounds(), _entry_bounds(labels, block), strict=True):
             unit_mD = block.load(start, stop)
             shape = (num_rows, stop - start)
-            exp_Bm, logit_Bm = _shaped(wide, shape), _shaped(narrow, shape)
+            logit_Bm = None if kept is None else kept.block(start, stop)
+            logit_Bm = _shaped(narrow, shape) if logit_Bm is None else logit_Bm
+            exp_Bm = logit_Bm if narrow is wide else _shaped(wide, shape)
             torch.mm(logit_x_BD, unit_mD.T, out=logit_Bm)
             places_p = labels.classes[first:last].sub(start).add_(labels.rows[first:last], alpha=stop - start)
             logit_Bm.view(-1).index_fill_(0, places_p, -torch.inf)
@@ -125,6 +135,7 @@ def update_rows(
     *,
     total_rows: int | None = None,
     sum_gradient_: Callable[[Tensor], object] | None = None,
+    kept: KeptTerms | None = None,
 ) -> None:
     """Second pass: each block's ∂J/∂w goes straight into its momentum, then its rows move. In place.
 
@@ -136,6 +147,7 @@ def update_rows(
         momentum_nD: (n, D) their momentum, updated.
         total_rows: rows that J is the mean over; None: B.
         sum_gradient_: adds up a block's gradient over the replicas of this shard, in place; None: there is one.
+        kept: what the first pass over these very rows has filled; overwritten.
     """
     num_rows = unit_x_BD.shape[0]
     term_P = _gradient_terms(unit_x_BD, z_B, y_B, labels, weight_nD, options)
@@ -150,10 +162,16 @@ def update_rows(
     with fast_float32_products(options.matmul_dtype):
         for (start, stop), (first, last) in zip(block.bounds(), _entry_bounds(labels, block), strict=True):
             unit_mD = block.load(start, stop)
-            exp_mB = _shaped(buffer, (stop - start, num_rows))
-            torch.mm(unit_mD, logit_x_DB, out=exp_mB).exp2_()
-            places_p = labels.classes[first:last].sub(start).mul_(num_rows).add_(labels.rows[first:last])
-            exp_mB.view(-1).index_copy_(0, places_p, term_P[first:last])
+            exp_Bm = None if kept is None else kept.block(start, stop)
+            if exp_Bm is None:
+                exp_mB = _shaped(buffer, (stop - start, num_rows))
+                torch.mm(unit_mD, logit_x_DB, out=exp_mB).exp2_()
+                places_p = labels.classes[first:last].sub(start).mul_(num_rows).add_(labels.rows[first:last])
+                exp_mB.view(-1).index_copy_(0, places_p, term_P[first:last])
+            else:
+                exp_mB = exp_Bm.T
+                places_p = labels.classes[first:last].sub(start).add_(labels.rows[first:last], alpha=stop - start)
+                exp_Bm.view(-1).index_copy_(0, places_p, term_P[first:last])
             shape = unit_mD.shape
             gradient_mD = _cast(torch.mm(exp_mB, scaled_x_BD, out=_shaped(narrow, shape)), _shaped(wide, shape))
             if sum_gradient_ is not None:

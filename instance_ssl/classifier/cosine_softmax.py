@@ -12,8 +12,8 @@ y has K+1 entries a row (Eq. 2), so Y and q are sparse; Z is dense. Two passes o
 1. `softmax_sums`: Z, Y and the numerators A_i = Σ_j exp(s_ij) ŵ_j, C_i = Σ_j y_ij exp(s_ij) ŵ_j of this shard. Once
    Z and Y are summed over the ranks, ∂J/∂x̂_i = (A_i/Z_i - C_i/Y_i)/(τB): the gradient of the features needs no
    second look at the weights (it is attention with queries x̂ and keys = values = ŵ).
-2. `update_rows`: recomputes exp(s) block by block, forms that block's ∂J/∂w and applies it at once to the block's
-   momentum and rows. No ∂W exists.
+2. `update_rows`: recomputes exp(s) block by block (but for what a budget lets live on), forms that block's ∂J/∂w and
+   applies it at once to the block's momentum and rows. No ∂W exists.
 
 `blocked.py` has both passes in PyTorch, for every device; `triton_kernels.py` has them for CUDA.
 
@@ -48,6 +48,8 @@ class SoftmaxOptions:
         matmul_dtype: precision of the matrix products: float32, bfloat16, or float64 with float64 rows.
         block_bytes: memory for everything that a block of classes needs; None lets the passes choose by the cache.
         kernels: which implementation of the two passes.
+        kept_bytes: budget for terms exp(s_ij) that live from the first pass to the second (`kept_terms.py`), in the
+            PyTorch passes alone.
     """
 
     temperature: float
@@ -55,6 +57,7 @@ class SoftmaxOptions:
     matmul_dtype: torch.dtype
     block_bytes: int | None = None
     kernels: Kernels = "torch"
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)

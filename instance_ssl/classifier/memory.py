@@ -15,6 +15,7 @@ from instance_ssl.classifier.blocked import block_classes, sums_block_bytes, upd
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.hard_classes import DEFAULT_BLOCK_BYTES, fast_screen_dtype, tile_bytes, tile_edge
 from instance_ssl.classifier.hard_table import ROWS_AT_ONCE
+from instance_ssl.classifier.kept_terms import kept_classes
 from instance_ssl.distributed.comm import ring_bytes
 from instance_ssl.distributed.partition import Partition
 
@@ -71,6 +72,12 @@ class ClassifierSize:
         return self.rows_per_rank * self.group_size
 
     @property
+    def kept_classes(self) -> int:
+        """Own classes whose terms live from the first pass to the second."""
+        options = self.options
+        return kept_classes(options.kept_bytes, self.gathered_rows, self.stepped_classes, options.matmul_dtype)
+
+    @property
     def own_entries(self) -> int:
         """P, entries of y (Eq. 2) of a micro-batch in one shard; on the mean, for they follow the images drawn."""
         return math.ceil(self.gathered_rows * (1 + self.num_hard_classes) / self.group_size)
@@ -90,6 +97,7 @@ class ClassifierMemory:
         momentum: their momentum.
         hard_classes: own rows of the table of hardest classes, int32.
         clock: how far each own row is, where classes are sampled.
+        kept_terms: what lives from the first pass to the second, in place of being computed twice.
         sums_block: block buffers of the first pass.
         update_block: block buffers of the second pass.
         first_pass: `forward` of the last micro-batch at its largest: block buffers, features, labels, numerators.
@@ -102,6 +110,7 @@ class ClassifierMemory:
     momentum: int
     hard_classes: int
     clock: int
+    kept_terms: int
     sums_block: int
     update_block: int
     first_pass: int
@@ -112,7 +121,7 @@ class ClassifierMemory:
     @property
     def resident(self) -> int:
         """What is there all the time."""
-        return self.weight + self.momentum + self.hard_classes + self.clock
+        return self.weight + self.momentum + self.hard_classes + self.clock + self.kept_terms
 
     @property
     def peak(self) -> int:
@@ -137,6 +146,7 @@ def classifier_memory(size: ClassifierSize) -> ClassifierMemory:
         momentum=n * width * size.momentum_dtype.itemsize,
         hard_classes=n * num_hard * _INT,
         clock=0 if size.num_sampled_classes is None else n * _ID,
+        kept_terms=size.kept_classes * size.gathered_rows * size.options.matmul_dtype.itemsize,
         sums_block=sums_block,
         update_block=update_block,
         first_pass=sampled + (size.accumulation_steps - 1) * pending + _first_pass_bytes(size, sums_block),
@@ -232,7 +242,9 @@ def classifier_traffic(size: ClassifierSize) -> Counter[str]:
 
 def classifier_flops(size: ClassifierSize) -> int:
     """Of one rank in one optimizer step."""
-    return step_flops(size.gathered_rows * size.accumulation_steps, size.stepped_classes, size.embedding_dim)
+    num_rows = size.gathered_rows * size.accumulation_steps
+    full = step_flops(num_rows, size.stepped_classes, size.embedding_dim)
+    return full - step_flops(num_rows, size.kept_classes, size.embedding_dim) // 4  # logits once, not twice
 
 
 def step_flops(num_rows: int, num_classes: int, embedding_dim: int) -> int:

@@ -13,14 +13,13 @@ replicated classifier that the paper's Table 1 compares with.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from instance_ssl.classifier import blocked, triton_kernels
 from instance_ssl.classifier.cosine_softmax import (
-    Kernels,
     RowUpdate,
     SmoothedLabels,
     SoftmaxOptions,
@@ -31,10 +30,10 @@ from instance_ssl.classifier.cosine_softmax import (
     unit_feature_gradient,
 )
 from instance_ssl.classifier.hard_classes import DEFAULT_BLOCK_BYTES, find_hard_classes
+from instance_ssl.classifier.kept_terms import KeptTerms
 from instance_ssl.classifier.sampling import ClassSampler, RowClock
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
-from instance_ssl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class _PendingRows:
     y_B: Tensor
     labels: SmoothedLabels
     total_rows: int
+    kept: KeptTerms | None
 
 
 @dataclass(frozen=True)
@@ -72,31 +72,6 @@ class _SampledRows:
     places: Tensor
     weight: Tensor
     momentum: Tensor
-
-
-def choose_kernels(
-    wanted: Literal["auto", "torch", "triton"],
-    device: torch.device,
-    embedding_dim: int = 128,
-    matmul_dtype: torch.dtype = torch.bfloat16,
-) -> Kernels:
-    """The implementation of the two passes on this device: Triton on CUDA, PyTorch elsewhere.
-
-    Raises:
-        UserError: when Triton is asked for where it cannot run.
-    """
-    runs_triton = wanted != "torch" and triton_kernels.available(device, embedding_dim, matmul_dtype)
-    if wanted == "triton" and not runs_triton:
-        raise UserError(
-            "instance_classifier.kernels triton needs an NVIDIA GPU of compute capability 8.0 or higher, the triton "
-            f"package, and no wider embeddings than it has kernels for (here {embedding_dim}): use auto or torch"
-        )
-    return "triton" if runs_triton else "torch"
-
-
-def choose_block_bytes(wanted: int | None, device: torch.device) -> int | None:
-    """Memory of a block of classes; where it is left open, a CPU's cache decides (None) and a GPU gets 256 MiB."""
-    return wanted if wanted is not None or device.type == "cpu" else 256 * 2**20
 
 
 class ClassifierShard:
@@ -158,6 +133,7 @@ class ClassifierShard:
         self._sampled: _SampledRows | None = None
         self._pending: list[_PendingRows] = []
         self._copies: dict[str, Tensor | None] = {}
+        self._kept: KeptTerms | None = None
 
     @property
     def num_replicas(self) -> int:
@@ -200,11 +176,12 @@ class ClassifierShard:
         labels_B = self.group.all_gather_rows(instance_id_b, row_counts)
         labels = self._own_labels(labels_B)
         weight = self.weight if self._sampled is None else self._sampled.weight
-        sums = self._passes.softmax_sums(unit_x_BD, weight, labels, self.options)
+        kept = self._kept_terms(len(unit_x_BD), len(weight))
+        sums = self._passes.softmax_sums(unit_x_BD, weight, labels, self.options, **_given(kept=kept))
         z_B, y_B = self.group.all_reduce_sum_(torch.stack([sums.z_B, sums.y_B]))
         gradient_BD = unit_feature_gradient(sums, z_B, y_B, self.options, total_rows)
         gradient_bD = self.group.reduce_scatter_rows(gradient_BD, row_counts)
-        self._pending.append(_PendingRows(unit_x_BD, z_B, y_B, labels, total_rows))
+        self._pending.append(_PendingRows(unit_x_BD, z_B, y_B, labels, total_rows, kept))
         loss = row_losses(z_B, y_B, self.options.form).sum()
         num_zero_features = (torch.linalg.vector_norm(unit_x_BD, dim=1) == 0).sum()
         figures = self._sum_over_replicas(torch.stack([loss, z_B.log().mean(), num_zero_features.to(loss.dtype)]))
@@ -230,9 +207,9 @@ class ClassifierShard:
         if sampled is not None:
             weight, momentum = sampled.weight, sampled.momentum
         # Copies of W must agree on a gradient, which only the passes in PyTorch ever hold.
-        passes, sum_over = self._passes, {}
-        if self.replicas is not None:
-            passes, sum_over = blocked, {"sum_gradient_": self.replicas.all_reduce_sum_}
+        passes = self._passes if self.replicas is None else blocked
+        sum_over_ = None if self.replicas is None else self.replicas.all_reduce_sum_
+        kept = pending[0].kept if len(pending) == 1 else None  # of more, each has only its own rows' terms
         passes.update_rows(
             torch.cat([p.unit_x_BD for p in pending]),
             torch.cat([p.z_B for p in pending]),
@@ -243,7 +220,7 @@ class ClassifierShard:
             self.options,
             update,
             total_rows=pending[0].total_rows,
-            **sum_over,
+            **_given(sum_gradient_=sum_over_, kept=kept),
         )
         if sampled is not None and self._clock is not None:
             self.weight[sampled.places], self.momentum_buffer[sampled.places] = weight, momentum
@@ -358,6 +335,17 @@ class ClassifierShard:
         figures = self._sum_over_replicas(torch.stack([correct, positive / labels_B.shape[0]])) / self.num_replicas
         return figures[0].item(), figures[1].item()
 
+    def _kept_terms(self, num_rows: int, num_classes: int) -> KeptTerms | None:
+        """Room for the terms of a step's only micro-batch; the same memory each time (new memory is slow to touch)."""
+        if self.options.kept_bytes == 0 or self._pending:
+            return None
+        if self._kept is None or self._kept.shape != (num_rows, num_classes):
+            self._kept = None  # released before there is another
+            self._kept = KeptTerms(
+                self.options.kept_bytes, num_rows, num_classes, self.options.matmul_dtype, self.weight.device
+            )
+        return self._kept
+
     @property
     def _passes(self) -> ModuleType:
         """The module that has both passes."""
@@ -391,3 +379,8 @@ class ClassifierShard:
         hard_BK = self.hard_classes.new_zeros(labels_B.shape[0], self.hard_classes.shape[1])
         hard_BK[own_B] = self.hard_classes[labels_B[own_B] - self.start]
         return self.group.all_reduce_sum_(hard_BK)
+
+
+def _given(**options: object) -> dict[str, Any]:
+    """Those that are not None: Triton's kernels know neither replicas nor kept terms."""
+    return {name: value for name, value in options.items() if value is not None}

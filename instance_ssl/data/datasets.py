@@ -3,20 +3,29 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from instance_ssl.data.folders import (
+    SUFFIXES,
+    class_folders,
+    escape,
+    existing_root,
+    reason,
+    required_root,
+    scan_images,
+)
+from instance_ssl.data.transfer_sets import LabelledFiles, find_dtd, find_inaturalist2018, find_sun397
 from instance_ssl.errors import RankError, UserError
 
 # Only these decoders are ever run, whatever a file's name says.
 _FORMATS = ("JPEG", "PNG", "WEBP")
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _DIGITS_TEST_SIZE = 360
 _HEADERS_PER_TASK = 256
 _PROBED_FILES = 64
@@ -33,12 +42,15 @@ class ImageSource(ABC):
         labels: (N,) int64 class indices, or None where the images have no labels.
         class_names: the name of each class index, or None with `labels`.
         digest: SHA-256 in hexadecimal; what it covers, each implementation says.
+        held_out: ids, (n,) int64, of the training images that the data set itself keeps for the choice of parameters;
+            None where it has no such part.
     """
 
     names: list[str]
     labels: torch.Tensor | None
     class_names: list[str] | None
     digest: str
+    held_out: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -119,9 +131,9 @@ class FileImages(ImageSource):
             try:
                 found = path.stat().st_size
             except OSError as error:
-                return f"{_escape(str(path))}: {_reason(error)}"
+                return f"{escape(str(path))}: {reason(error)}"
             if found != size:
-                return f"{_escape(str(path))} has {found} bytes, not {size} as on rank 0"
+                return f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
         return None
 
     def load(self, index: int) -> Image.Image:
@@ -134,11 +146,11 @@ class FileImages(ImageSource):
         """
         path = self.root / self.names[index]
         try:
-            with _open_image(path) as image:
+            with open_image(path) as image:
                 return _convert_to_rgb(image)
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error and more
             raise RankError(
-                f"cannot decode {_escape(str(path))} (image {index}): {_reason(error)}; repair or replace the file"
+                f"cannot decode {escape(str(path))} (image {index}): {reason(error)}; repair or replace the file"
             ) from error
 
 
@@ -150,8 +162,8 @@ def open_source(kind: str, split: str, *, root: Path | None, list_file: Path | N
 
     Args:
         kind: "digits" (scikit-learn's, split here), "cifar10" or "cifar100" (downloaded if absent), "tree" (ImageNet's
-            layout: root/train/<class>/ and root/val/<class>/, or root/test), "folder" (images without labels, nested
-            or not), "list" (a text file of paths).
+            layout: root/train/<class>/ and root/val/<class>/, or root/test), "sun397", "dtd", "inaturalist2018" (see
+            transfer_sets.py), "folder" (images without labels, nested or not), "list" (a text file of paths).
         split: "train" or "test"; "folder" and "list" have no test split.
         root: `data.root`. Paths of a list are relative to it, or to the list file's folder where it is None.
         list_file: `data.list_file`: one path a line, in the order wanted; blank lines and # comments are ignored.
@@ -166,14 +178,20 @@ def open_source(kind: str, split: str, *, root: Path | None, list_file: Path | N
         case "digits":
             return _open_digits(split, limit)
         case "cifar10":
-            return _open_cifar(CIFAR10, kind, split, _required_root(root, kind), limit)
+            return _open_cifar(CIFAR10, kind, split, required_root(root, kind), limit)
         case "cifar100":
-            return _open_cifar(CIFAR100, kind, split, _required_root(root, kind), limit)
+            return _open_cifar(CIFAR100, kind, split, required_root(root, kind), limit)
         case "tree":
-            return _open_tree(split, _existing_root(root, kind), limit)
+            return _open_tree(split, existing_root(root, kind), limit)
+        case "sun397":
+            return _open_listed(find_sun397, split, existing_root(root, kind), limit)
+        case "dtd":
+            return _open_listed(find_dtd, split, existing_root(root, kind), limit)
+        case "inaturalist2018":
+            return _open_listed(find_inaturalist2018, split, existing_root(root, kind), limit)
         case "folder":
             _refuse_test_split(kind, split)
-            return _open_folder(_existing_root(root, kind), limit)
+            return _open_folder(existing_root(root, kind), limit)
         case "list":
             _refuse_test_split(kind, split)
             return _open_list(root, list_file, limit)
@@ -187,7 +205,7 @@ def write_instances(source: ImageSource, path: Path) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        file.writelines(_escape(name) + "\n" for name in source.names)
+        file.writelines(escape(name) + "\n" for name in source.names)
     os.replace(temporary, path)
 
 
@@ -222,57 +240,67 @@ def _open_cifar(dataset: type[CIFAR10], kind: str, split: str, root: Path, limit
         cure = (
             f"put {dataset.filename} from {dataset.url} into data.root, or unpack it there as {dataset.base_folder}/"
             if absent
-            else f"delete {_escape(str(folder))} to have it fetched again"
+            else f"delete {escape(str(folder))} to have it fetched again"
         )
-        raise UserError(f"data.root {_escape(str(root))}: no intact {kind} ({_reason(error)}); {cure}") from error
+        raise UserError(f"data.root {escape(str(root))}: no intact {kind} ({reason(error)}); {cure}") from error
     kept = _kept_indices(len(images.data), limit, split)
     labels = torch.tensor(images.targets, dtype=torch.int64)[torch.from_numpy(kept)]
     return ArrayImages(images.data[kept], [f"{kind}/{split}/{i}" for i in kept], labels, list(images.classes))
 
 
 def _open_tree(split: str, root: Path, limit: int | None) -> FileImages:
-    train_classes = _class_folders(root, "train")
+    train_classes = class_folders(root, "train")
     folder = "train"
     if split == "test":
         folder = "val" if (root / "val").is_dir() else "test"
         if not (root / folder).is_dir():
-            raise UserError(f"data.root {_escape(str(root))}: there is neither a val nor a test folder in it")
-        if (classes := _class_folders(root, folder)) != train_classes:
+            raise UserError(f"data.root {escape(str(root))}: there is neither a val nor a test folder in it")
+        if (classes := class_folders(root, folder)) != train_classes:
             first = min(set(classes) ^ set(train_classes))
             other = folder if first in train_classes else "train"
             raise UserError(
-                f"data.root {_escape(str(root))}: train and {folder} must hold the same class folders, "
-                f"but {_escape(first)!r} is not in {other}"
+                f"data.root {escape(str(root))}: train and {folder} must hold the same class folders, "
+                f"but {escape(first)!r} is not in {other}"
             )
-    names = [f"{folder}/{name}" for name in _scan_images(root / folder)]
+    names = [f"{folder}/{name}" for name in scan_images(root / folder)]
     class_index = {name: index for index, name in enumerate(train_classes)}
     for name in names:
         if name.count("/") < 2:
-            raise UserError(f"data.root: {_escape(str(root / name))} lies in no class folder; move it into one")
+            raise UserError(f"data.root: {escape(str(root / name))} lies in no class folder; move it into one")
     labels = torch.tensor([class_index[name.split("/")[1]] for name in names], dtype=torch.int64)
     for class_name, size in zip(train_classes, labels.bincount(minlength=len(train_classes)), strict=True):
         if size == 0:
-            raise UserError(f"data.root: class folder {_escape(str(root / folder / class_name))} holds no image")
+            raise UserError(f"data.root: class folder {escape(str(root / folder / class_name))} holds no image")
     kept = _kept_indices(len(names), limit, split)
     return FileImages(root, [names[i] for i in kept], labels[torch.from_numpy(kept)], train_classes)
 
 
+def _open_listed(find: Callable[[Path, str], LabelledFiles], split: str, root: Path, limit: int | None) -> FileImages:
+    files = find(root, split)
+    kept = _kept_indices(len(files.names), limit, split)
+    labels = torch.tensor(files.labels, dtype=torch.int64)[torch.from_numpy(kept)]
+    source = FileImages(root, [files.names[i] for i in kept], labels, files.class_names)
+    if files.held_out is not None:
+        source.held_out = torch.tensor(files.held_out)[torch.from_numpy(kept)].nonzero()[:, 0]
+    return source
+
+
 def _open_folder(root: Path, limit: int | None) -> FileImages:
-    names = _scan_images(root)
+    names = scan_images(root)
     if not names:
-        raise UserError(f"data.root {_escape(str(root))} holds no {', '.join(sorted(_SUFFIXES))} file")
+        raise UserError(f"data.root {escape(str(root))} holds no {', '.join(sorted(SUFFIXES))} file")
     return FileImages(root, [names[i] for i in _kept_indices(len(names), limit, "train")], None, None)
 
 
 def _open_list(root: Path | None, list_file: Path | None, limit: int | None) -> FileImages:
     if list_file is None:
         raise UserError("data.list_file is not set; data.kind 'list' needs a text file of image paths")
-    root = list_file.parent if root is None else _existing_root(root, "list")
-    shown = f"data.list_file {_escape(str(list_file))}"
+    root = list_file.parent if root is None else existing_root(root, "list")
+    shown = f"data.list_file {escape(str(list_file))}"
     try:
         lines = list_file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
-        raise UserError(f"{shown} cannot be read: {_reason(error)}") from error
+        raise UserError(f"{shown} cannot be read: {reason(error)}") from error
     line_of: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         entry = line.strip()
@@ -280,9 +308,9 @@ def _open_list(root: Path | None, list_file: Path | None, limit: int | None) -> 
             continue
         name = os.path.normpath(entry)
         if name in line_of:
-            raise UserError(f"{shown}, line {number}: {_escape(entry)} is on line {line_of[name]} already")
+            raise UserError(f"{shown}, line {number}: {escape(entry)} is on line {line_of[name]} already")
         if not os.path.isfile(root / name):
-            raise UserError(f"{shown}, line {number}: there is no file {_escape(str(root / name))}")
+            raise UserError(f"{shown}, line {number}: there is no file {escape(str(root / name))}")
         line_of[name] = number
     if not line_of:
         raise UserError(f"{shown} lists no image")
@@ -290,23 +318,11 @@ def _open_list(root: Path | None, list_file: Path | None, limit: int | None) -> 
     return FileImages(root, [names[i] for i in _kept_indices(len(names), limit, "train")], None, None)
 
 
-def _required_root(root: Path | None, kind: str) -> Path:
-    if root is None:
-        raise UserError(f"data.root is not set; data.kind '{kind}' needs a folder")
-    return root
-
-
-def _existing_root(root: Path | None, kind: str) -> Path:
-    root = _required_root(root, kind)
-    if not os.path.isdir(root):  # unlike Path.is_dir, False rather than an exception where access is denied
-        raise UserError(f"data.root {_escape(str(root))} is not a folder that can be reached")
-    return root
-
-
 def _refuse_test_split(kind: str, split: str) -> None:
     if split == "test":
         raise UserError(
-            f"data.kind '{kind}' has no labels and so no test split; digits, cifar10, cifar100 and tree have one"
+            f"data.kind '{kind}' has no labels and so no test split; digits, cifar10, cifar100, tree, sun397, dtd and "
+            "inaturalist2018 have one"
         )
 
 
@@ -317,48 +333,6 @@ def _kept_indices(count: int, limit: int | None, split: str) -> np.ndarray:
     if not 1 <= limit <= count:
         raise UserError(f"data.limit_{split} is {limit}, but the {split} split has {count} images: take 1 to {count}")
     return np.arange(limit, dtype=np.int64) * count // limit
-
-
-def _class_folders(root: Path, folder: str) -> list[str]:
-    path = root / folder
-    if not path.is_dir():
-        raise UserError(f"data.root {_escape(str(root))}: there is no {folder} folder in it")
-    names = sorted(
-        entry.name for entry in _list_folder(path) if os.path.isdir(entry) and not entry.name.startswith(".")
-    )
-    if not names:
-        raise UserError(f"data.root: {_escape(str(path))} holds no class folder")
-    return names
-
-
-def _scan_images(root: Path) -> list[str]:
-    """POSIX paths relative to `root` of all images below it, in plain string order."""
-    return sorted(_walk(root, "", set()))
-
-
-def _walk(root: Path, folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
-    # A folder is known by its device and inode: a link to a folder seen before, or to one's own parent, ends there.
-    # Sorted, so that which of two paths to one folder wins does not depend on the file system.
-    status = (root / folder).stat()
-    if (status.st_dev, status.st_ino) in visited:
-        return
-    visited.add((status.st_dev, status.st_ino))
-    for entry in sorted(_list_folder(root / folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if os.path.isdir(entry):  # unlike entry.is_dir, False for a link to itself
-            yield from _walk(root, f"{folder}{entry.name}/", visited)
-        # A broken link counts as an image, to be refused by name later; a pipe or a socket does not.
-        elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES and (entry.is_symlink() or entry.is_file()):
-            yield folder + entry.name
-
-
-def _list_folder(path: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(path) as entries:
-            return list(entries)
-    except OSError as error:
-        raise UserError(f"data.root: {_escape(str(path))} cannot be listed: {_reason(error)}") from error
 
 
 def _check_headers(root: Path, names: list[str]) -> list[int]:
@@ -376,13 +350,18 @@ def _check_header(path: Path) -> int:
         size = path.stat().st_size
         if size == 0:
             raise ValueError("the file is empty")
-        with _open_image(path):
+        with open_image(path):
             return size
     except Exception as error:  # PIL's parsers raise OSError, SyntaxError, ValueError, struct.error and more
-        raise UserError(f"cannot read image {_escape(str(path))}: {_reason(error)}; repair or remove it") from error
+        raise UserError(f"cannot read image {escape(str(path))}: {reason(error)}; repair or remove it") from error
 
 
-def _open_image(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
+    """The image of a file whose header has been read, by the decoders that are allowed, and within PIL's bound.
+
+    Raises:
+        OSError, ValueError, SyntaxError and others of PIL's, for what cannot be read.
+    """
     image = Image.open(path, formats=_FORMATS)
     # PIL only warns up to twice the bound.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -398,15 +377,3 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not a JPEG, PNG or WebP image"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _escape(name: str) -> str:
-    return name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")

@@ -7,6 +7,7 @@ the ranks, so that all ranks walk the same path.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,21 @@ from torch import Tensor
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import evaluation_mode, extract_features
+from instance_ssl.evaluation.progress import DivergedError, Progress
 
 _BLOCK_ROWS = 65536
 _HISTORY = 10
+
+
+def places(scores_nC: Tensor, labels_n: Tensor) -> Tensor:
+    """How many classes are before each row's own: int64 (n,), 0 when it is the best.
+
+    Equal scores rank the lower class first; a NaN is behind all others.
+    """
+    own_n1 = scores_nC.gather(1, labels_n[:, None])
+    classes = torch.arange(scores_nC.shape[1], device=scores_nC.device)
+    ahead_nC = ~(scores_nC <= own_n1) | ((scores_nC == own_n1) & (classes < labels_n[:, None]))
+    return ahead_nC.sum(dim=1).masked_fill(own_n1[:, 0].isnan(), max(5, scores_nC.shape[1]))
 
 
 def count_correct(scores_nC: Tensor, labels_n: Tensor) -> Tensor:
@@ -24,12 +37,8 @@ def count_correct(scores_nC: Tensor, labels_n: Tensor) -> Tensor:
 
     Equal scores rank the lower class first; NaN is never correct. With fewer than 5 classes all are among the 5.
     """
-    own_n1 = scores_nC.gather(1, labels_n[:, None])
-    classes = torch.arange(scores_nC.shape[1], device=scores_nC.device)
-    ahead_nC = ~(scores_nC <= own_n1) | ((scores_nC == own_n1) & (classes < labels_n[:, None]))
-    places_n = ahead_nC.sum(dim=1)
-    top5_n = (places_n < 5) & ~own_n1[:, 0].isnan()
-    return torch.stack([(places_n == 0).sum(), top5_n.sum()])
+    places_n = places(scores_nC, labels_n)
+    return torch.stack([(places_n == 0).sum(), (places_n < 5).sum()])
 
 
 def probe_cached_features(
@@ -109,7 +118,8 @@ def train_linear_classifier(
     momentum: float = 0.9,
     global_batch_size: int = 2048,
     seed: int = 0,
-    on_epoch: Callable[[int, float], None] | None = None,
+    state: dict[str, Any] | None = None,
+    on_epoch: Callable[[Progress], None] | None = None,
 ) -> dict[str, float]:
     """A linear layer trained by SGD on features of augmented images, the encoder frozen in evaluation mode.
 
@@ -128,26 +138,37 @@ def train_linear_classifier(
         learning_rate: of the first step; falls to 0 along a cosine, step by step.
         global_batch_size: only reported; the gradient is the mean over the images a batch really has.
         seed: of the weights.
-        on_epoch: told the number of finished epochs and the mean training loss of the last.
+        state: of an earlier training's `Progress`, to go on from.
+        on_epoch: told at the end of every epoch.
 
     Returns:
         "top1" and "top5" in per cent, "train_loss" (mean of the last epoch, nats), "epochs",
         "learning_rate", "global_batch_size", "test_images". The same on all ranks.
 
     Raises:
-        UserError: when training diverges.
+        DivergedError: when the loss is no longer a number.
         ValueError: when an epoch has no training images or there are no test images.
     """
     theta = _initial_weights(num_classes, feature_dim, seed).to(group.device)
     optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=momentum)
-    train_loss = math.nan
+    epochs_done, train_loss = 0, math.nan
+    if state is not None:
+        theta.copy_(state["theta"])
+        optimizer.load_state_dict(state["optimizer"])
+        epochs_done, train_loss = state["epochs"], state["train_loss"]
+
+    def state_now() -> dict[str, Any]:
+        trained = {"theta": theta, "optimizer": optimizer.state_dict()}
+        return {**trained, "epochs": epochs_done, "train_loss": train_loss}
+
     with evaluation_mode(features):
-        for epoch in range(epochs):
+        for epoch in range(epochs_done, epochs):
             rates = [_cosine(learning_rate, epoch + step / steps_per_epoch, epochs) for step in range(steps_per_epoch)]
             parts = _labelled_parts(train_parts(epoch), features, feature_dim, labels, group.device)
             train_loss = _train_epoch(optimizer, theta, rates, parts, group)
+            epochs_done = epoch + 1
             if on_epoch is not None:
-                on_epoch(epoch + 1, train_loss)
+                on_epoch(Progress(epochs_done, train_loss, state_now))
         one_by_one = ([batch] for batch in test_batches())
         rows = _labelled_parts(one_by_one, features, feature_dim, test_labels, group.device)
         accuracy = _accuracy(theta, rows, group)
@@ -277,7 +298,7 @@ def _train_epoch(
     if images == 0:
         raise ValueError("no training images")
     if not math.isfinite(loss_sum):
-        raise UserError(f"linear classifier: the loss became {loss_sum}; lower its learning rate")
+        raise DivergedError(f"linear classifier: the loss became {loss_sum}; lower its learning rate")
     return loss_sum / images
 
 

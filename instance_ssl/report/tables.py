@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from instance_ssl.report.runs import SURROUNDINGS, Run, StageRecord
@@ -39,11 +40,18 @@ class Rows:
     inner: dict[str, list[tuple[str, dict[str, Any]]]] = field(default_factory=dict)
 
     def add(self, label: str, values: Mapping[str, Any]) -> None:
-        """Takes a mapping apart: its plain values are a row, mappings in it further rows, lists of mappings tables."""
+        """Takes a mapping apart: its plain values are a row, mappings in it further rows, lists of mappings tables.
+
+        Of an `origin` (see `stages/representation.py`) the row has the checkpoint's or file's name.
+        """
         plain = {key: value for key, value in values.items() if _is_plain(value)}
+        if isinstance(origin := values.get("origin"), Mapping) and origin:
+            plain["of"] = Path(str(origin.get("checkpoint") or origin.get("file"))).name
         if plain:
             self.rows.append((label, plain))
         for key, value in values.items():
+            if key == "origin":
+                continue
             if isinstance(value, Mapping):
                 self.add(f"{label} · {word(key)}" if label else word(key), value)
             elif _is_table(value):

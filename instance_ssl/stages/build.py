@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
+from instance_ssl.classifier.passes import choose_block_bytes, choose_kernels
 from instance_ssl.classifier.sampling import ClassSampler
-from instance_ssl.classifier.shard import ClassifierShard, choose_block_bytes, choose_kernels
+from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.config import AugmentationConfig, DataConfig, ExperimentConfig
 from instance_ssl.data.augmentations import Transform, digit_view, simclr_view
 from instance_ssl.distributed import comm
@@ -51,6 +52,7 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
         kernels=choose_kernels(
             stage.ds.classifier.kernels, stage.world.device, stage.config.model.embedding_dim, stage.ds.matmul_dtype
         ),
+        kept_bytes=stage.ds.kept_bytes,
     )
     sampler = None
     if classifier.sampling != "full":

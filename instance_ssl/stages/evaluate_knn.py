@@ -43,6 +43,7 @@ def run(stage: Stage) -> dict[str, Any]:
         test_mF = cached_features(stage, representation, images.test, f"{title}: test features")
         epoch = representation.epoch
         figures = {**_vote(stage, images, train_nF, test_mF), "layer": representation.layer, "epoch": epoch}
+        figures["origin"] = representation.origin
         train_nD, test_mD = (embeddings_of(stage, representation, features) for features in (train_nF, test_mF))
         if train_nD is not None and test_mD is not None:
             votes = _vote(stage, images, train_nD, test_mD)

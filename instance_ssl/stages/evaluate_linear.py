@@ -1,13 +1,14 @@
 """Stage: linear classification on frozen features of each source, by the paper's protocol or on cached features."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from instance_ssl.data.augmentations import centre_view, probe_view
 from instance_ssl.data.loaders import Batch, PartLoader, epoch_order
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.linear import probe_cached_features, train_linear_classifier
+from instance_ssl.evaluation.progress import Progress
 from instance_ssl.stages.build import own_parts
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.representation import (
@@ -21,6 +22,7 @@ from instance_ssl.stages.representation import (
     own_batches,
     represent,
 )
+from instance_ssl.stages.trainings import train_or_find
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -35,7 +37,9 @@ def run(stage: Stage) -> dict[str, Any]:
         figures = evaluate(stage, representation, images)
         if representation.encoder is not None and state_digest(representation.encoder) != before:
             raise RuntimeError("the frozen encoder has changed during linear evaluation")
-        results[source] = {**figures, "layer": representation.layer, "epoch": representation.epoch}
+        results[source] = {
+            **figures, "layer": representation.layer, "epoch": representation.epoch, "origin": representation.origin
+        }  # fmt: skip
         stage.log.say(f"linear ({protocol}), {TITLES[source]}: {figures['top1']:.2f} %")
         stage.log.metrics(representation.epoch or 0, {f"linear/{source}_top1": figures["top1"]})
     return {"protocol": protocol, "figures": results}
@@ -57,7 +61,6 @@ def _probe_cached(stage: Stage, representation: Representation, images: Labelled
 
 def _train(stage: Stage, representation: Representation, images: LabelledImages) -> dict[str, float]:
     linear, data, seed = stage.config.evaluation.linear, evaluation_data(stage), stage.config.seed
-    steps_per_epoch = math.ceil(len(images.train) / linear.global_batch_size)
     loader = PartLoader(
         images.train,
         probe_view(data.image_size),
@@ -72,20 +75,39 @@ def _train(stage: Stage, representation: Representation, images: LabelledImages)
             stage.guard.check()
             yield part
 
-    with stage.log.progress(f"{TITLES[representation.source]}: linear classifier", linear.epochs, "epochs") as progress:
-        return train_linear_classifier(
-            representation.features,
-            train_parts,
-            lambda: own_batches(stage, images.test, centre_view(data.image_size)),
-            stage.world,
-            feature_dim=representation.feature_dim,
-            num_classes=images.num_classes,
-            labels=images.train_labels,
-            test_labels=images.test_labels,
-            steps_per_epoch=steps_per_epoch,
-            epochs=linear.epochs,
-            learning_rate=linear.learning_rate,
-            global_batch_size=linear.global_batch_size,
-            seed=seed,
-            on_epoch=lambda epoch, loss: progress.advance(note=f"loss {loss:.3f}"),
-        )
+    title = f"{TITLES[representation.source]}: linear classifier"
+    decisive = {
+        "encoder": representation.source if representation.encoder is None else state_digest(representation.encoder),
+        "recipe": [linear.epochs, linear.global_batch_size, linear.learning_rate],
+        "images": [images.train.digest, images.test.digest, data.image_size],
+        "seed": seed,
+        "precision": str(stage.ds.autocast_dtype),
+    }
+
+    def train(state: dict[str, Any] | None, offer: Callable[[Progress], None]) -> dict[str, Any]:
+        with stage.log.progress(title, linear.epochs, "epochs", initial=state["epochs"] if state else 0) as progress:
+
+            def on_epoch(done: Progress) -> None:
+                stage.log.metrics(done.epochs, {f"linear/{representation.source}_train_loss": done.train_loss})
+                offer(done)
+                progress.advance(note=f"loss {done.train_loss:.3f}")
+
+            return train_linear_classifier(
+                representation.features,
+                train_parts,
+                lambda: own_batches(stage, images.test, centre_view(data.image_size)),
+                stage.world,
+                feature_dim=representation.feature_dim,
+                num_classes=images.num_classes,
+                labels=images.train_labels,
+                test_labels=images.test_labels,
+                steps_per_epoch=math.ceil(len(images.train) / linear.global_batch_size),
+                epochs=linear.epochs,
+                learning_rate=linear.learning_rate,
+                global_batch_size=linear.global_batch_size,
+                seed=seed,
+                state=state,
+                on_epoch=on_epoch,
+            )
+
+    return train_or_find(stage, title, decisive, train)

@@ -67,7 +67,7 @@ def _retrieve(
                 recall_at=stage.config.evaluation.retrieval.recall_at,
                 on_chunk=on_chunk,
             )
-        return {**figures, "layer": layer, "epoch": representation.epoch}
+        return {**figures, "layer": layer, "epoch": representation.epoch, "origin": representation.origin}
 
     figures = recall(features_nF, representation.layer)
     embeddings_nD = embeddings_of(stage, representation, features_nF)

@@ -11,7 +11,7 @@ import torch
 from instance_ssl import engine
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.memory import ClassifierSize
-from instance_ssl.classifier.shard import choose_block_bytes
+from instance_ssl.classifier.passes import choose_block_bytes
 from instance_ssl.config import DataConfig, ExperimentConfig, load_config
 from instance_ssl.data.datasets import open_source
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
@@ -121,7 +121,11 @@ def _training(
 ) -> Training:
     classifier, group_size = config.classifier, ds.group_size(world_size)
     options = SoftmaxOptions(
-        classifier.temperature, classifier.loss_form, ds.matmul_dtype, choose_block_bytes(ds.block_bytes, _PLANNED)
+        classifier.temperature,
+        classifier.loss_form,
+        ds.matmul_dtype,
+        choose_block_bytes(ds.block_bytes, _PLANNED),
+        kept_bytes=ds.kept_bytes,
     )
     size = ClassifierSize(
         num_instances=num_instances,

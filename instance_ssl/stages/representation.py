@@ -1,14 +1,15 @@
-"""What is evaluated: raw pixels, the random network or the trained one, as a function from images to features."""
+"""What is evaluated: pixels, the random network, a trained one or a weights file, as a function images → features."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from instance_ssl import faults
-from instance_ssl.checkpoint import ENCODER_FILES, Checkpoint, load_encoder, newest_checkpoint
+from instance_ssl.checkpoint import ENCODER_FILES, Checkpoint, checkpoint_at, load_encoder, newest_checkpoint
 from instance_ssl.config import DataConfig
 from instance_ssl.data.augmentations import Transform, centre_view
 from instance_ssl.data.datasets import ImageSource
@@ -20,9 +21,10 @@ from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.build import seeded_encoder
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.session import say_what_was_passed_over
+from instance_ssl.weights import backbone_network, load_state, read_weights
 
+TITLES = {"pixels": "raw pixels", "random": "random network", "trained": "trained", "weights": "weights file"}
 _PROJECTED_ROWS = 16384
-TITLES = {"pixels": "raw pixels", "random": "random network", "trained": "trained"}
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class Representation:
     """A frozen map from images (b, 3, S, S) to features (b, F).
 
     Attributes:
-        source: pixels, random or trained.
+        source: pixels, random, trained or weights.
         features: the map.
         feature_dim: F.
         encoder: the network behind it, if any.
-        epoch: epochs it was trained, None for pixels.
+        epoch: epochs it was trained; None for pixels and weights.
         layer: what the features are, for result.json.
+        origin: the checkpoint or file that the encoder is of, for result.json.
     """
 
     source: str
@@ -44,6 +47,7 @@ class Representation:
     encoder: Encoder | None
     epoch: int | None
     layer: str
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,31 +78,45 @@ def evaluation_data(stage: Stage) -> DataConfig:
 
 
 def represent(stage: Stage, source: str) -> Representation:
-    """The representation of one of `evaluation.sources`.
+    """The representation of one of `evaluation.sources`. Collective.
 
     Raises:
-        UserError: when the stage that makes it has not been run.
+        UserError: when the stage that makes it has not been run, or the file or checkpoint given does not fit.
     """
     if source == "pixels":
         feature_dim = 3 * evaluation_data(stage).image_size ** 2
         return Representation(source, _pixels, feature_dim, None, None, "pixels, normalised by channel")
-    made_by = {"random": "initialize_classifier", "trained": "pretrain"}[source]
-    checkpoint = newest_checkpoint(stage.checkpoints_of(made_by), stage.world, ENCODER_FILES)
-    if checkpoint is None:
-        raise UserError(f"{stage.run_directory} has no {TITLES[source]} encoder: run runners/{made_by}.py first")
-    say_what_was_passed_over(stage, checkpoint)
-    return represent_checkpoint(stage, source, checkpoint)
+    return _frozen(stage, source, *_load(stage, source))
 
 
 def represent_checkpoint(stage: Stage, source: str, checkpoint: Checkpoint) -> Representation:
-    """The representation by a checkpoint's encoder."""
-    encoder = _load_frozen(stage, checkpoint)
+    """The representation by a checkpoint's encoder. Collective.
 
-    def features(images: Tensor) -> Tensor:
-        with stage.autocast():
-            return encoder.features(images)
+    Raises:
+        UserError: when it does not fit.
+    """
+    return _frozen(stage, source, *_load_checkpoint(stage, checkpoint))
 
-    return Representation(source, features, encoder.feature_dim, encoder, checkpoint.position.epoch, "backbone output")
+
+def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
+    """An encoder to be trained further, and the epochs it was trained: 0 when random, None when of a file. Collective.
+
+    In training mode, unfrozen, on the stage's device. Its projection is the random one for `weights`.
+
+    Args:
+        source: `random` is the network of the experiment's seed as it is made, from scratch: no stage has to be run
+            before, and batch norm's running statistics are 0 and 1. `trained` and `weights` as for `represent`.
+
+    Raises:
+        UserError: when training has not been run, or the file or checkpoint given does not fit.
+        ValueError: for pixels, which have no encoder.
+    """
+    if source == "pixels":
+        raise ValueError("pixels have no encoder")
+    if source == "random":
+        return seeded_encoder(stage.config).to(stage.world.device), 0
+    encoder, epoch, _ = _load(stage, source)
+    return encoder, epoch
 
 
 def own_batches(stage: Stage, images: ImageSource, view: Transform) -> Iterable[Batch]:
@@ -126,9 +144,9 @@ def cached_features(stage: Stage, representation: Representation, images: ImageS
 
 
 def embeddings_of(stage: Stage, representation: Representation, features_nF: Tensor) -> Tensor | None:
-    """The projection's output (n, D), float32, of cached features; None where there is no projection."""
+    """The projection's output (n, D), float32, of cached features; None where no projection belongs to them."""
     encoder = representation.encoder
-    if encoder is None:
+    if encoder is None or representation.source == "weights":  # a file of weights has none
         return None
     with torch.inference_mode(), stage.autocast():
         blocks = [encoder.projection(block_bF).float() for block_bF in features_nF.split(_PROJECTED_ROWS)]
@@ -153,10 +171,67 @@ def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:
     return labels_N[start:stop]
 
 
-def _load_frozen(stage: Stage, checkpoint: Checkpoint) -> Encoder:
+def _frozen(stage: Stage, source: str, encoder: Encoder, epoch: int | None, origin: dict[str, Any]) -> Representation:
+    encoder.eval().requires_grad_(False)
+
+    def features(images: Tensor) -> Tensor:
+        with stage.autocast():
+            return encoder.features(images)
+
+    return Representation(source, features, encoder.feature_dim, encoder, epoch, "backbone output", origin)
+
+
+def _load(stage: Stage, source: str) -> tuple[Encoder, int | None, dict[str, Any]]:
+    """Encoder, epoch and origin of random (of the prior's pass), trained or weights."""
+    if source == "weights":
+        encoder, origin = _load_weights(stage)
+        return encoder, None, origin
+    return _load_checkpoint(stage, _checkpoint(stage, source))
+
+
+def _load_checkpoint(stage: Stage, checkpoint: Checkpoint) -> tuple[Encoder, int | None, dict[str, Any]]:
     encoder = seeded_encoder(stage.config)
-    encoder.load_state_dict(stage.together(lambda: load_encoder(checkpoint))[0])
-    return encoder.to(stage.world.device).eval().requires_grad_(False)
+    stage.together(lambda: load_state(encoder, load_encoder(checkpoint)[0], str(checkpoint.directory)))
+    position = checkpoint.position
+    origin = {
+        "checkpoint": str(checkpoint.directory),
+        "step": position.step,
+        "num_instances": position.num_instances,
+        "data_digest": position.digests.get("images"),
+    }
+    return encoder.to(stage.world.device), position.epoch, origin
+
+
+def _checkpoint(stage: Stage, source: str) -> Checkpoint:
+    """The checkpoint that `random` or `trained` means."""
+    made_by = {"random": "initialize_classifier", "trained": "pretrain"}[source]
+    other = stage.config.evaluation.checkpoint
+    if source == "trained" and other is not None:
+        checkpoint = checkpoint_at(other, stage.world, ENCODER_FILES)
+        stage.log.say(f"trained: {checkpoint.directory}, epoch {checkpoint.position.epoch}")
+    else:
+        newest = newest_checkpoint(stage.checkpoints_of(made_by), stage.world, ENCODER_FILES)
+        if newest is None:
+            raise UserError(f"{stage.run_directory} has no {TITLES[source]} encoder: run runners/{made_by}.py first")
+        checkpoint = newest
+    say_what_was_passed_over(stage, checkpoint)
+    return checkpoint
+
+
+def _load_weights(stage: Stage) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder with the backbone of `evaluation.weights`, which every rank reads for itself, and the file's hash."""
+    path = stage.config.evaluation.weights
+    if path is None:
+        raise UserError("source 'weights' needs a file: set evaluation.weights")
+    weights = stage.together(lambda: read_weights(path))
+    if len(set(stage.world.all_gather_objects(weights.sha256))) > 1:
+        raise UserError(f"evaluation.weights {path} is not the same file on all nodes")
+    encoder = seeded_encoder(stage.config)
+    stage.together(lambda: load_state(backbone_network(encoder.backbone), weights.state, f"evaluation.weights {path}"))
+    aside = f"; left aside: {', '.join(weights.ignored[:2])}" if weights.ignored else ""
+    more = f" and {len(weights.ignored) - 2} more" if len(weights.ignored) > 2 else ""
+    stage.log.say(f"weights: {path}, sha256 {weights.sha256[:12]}{aside}{more}")
+    return encoder.to(stage.world.device), {"file": str(path), "sha256": weights.sha256}
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ def _same(one: Any, two: Any, tolerance: float, where: str = "") -> None:
     if isinstance(one, dict):
         assert list(one) == list(two), where
         for key in one:
+            if key == "origin":  # where each run lies
+                continue
             _same(one[key], two[key], tolerance, f"{where}.{key}")
     elif isinstance(one, list):
         assert len(one) == len(two), where

@@ -34,6 +34,15 @@ def test_defaults_are_the_papers_main_setting() -> None:
     assert config.classifier.initialization == "running"
 
 
+def test_defaults_of_fine_tuning_are_the_papers_and_simclrs() -> None:
+    few, transfer = ExperimentConfig().evaluation.semi_supervised, ExperimentConfig().evaluation.fine_tune
+    assert (few.fractions, few.backbone_learning_rate, few.classifier_learning_rates) == ((0.01, 0.1), 0.001, (15, 10))
+    assert (transfer.steps, transfer.global_batch_size, transfer.random_steps) == (20_000, 256, 40_000)
+    expected = [1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1]
+    assert transfer.learning_rates == pytest.approx(expected, rel=1e-3)
+    assert transfer.weight_decays == pytest.approx([0, *(rate / 100 for rate in expected)], rel=1e-3)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_files_load_and_open_with_their_purpose(path: Path) -> None:
     load_config(path)
@@ -90,6 +99,9 @@ def test_a_single_epoch_without_warm_up_is_allowed(tmp_path: Path) -> None:
         ("classifier.loss_form=sum", "classifier.loss_form"),
         ("optimization.epochs=10", "optimization.warmup_epochs 10 must be below optimization.epochs 10"),
         ("optimization.warmup_epochs=300", "optimization.warmup_epochs 300"),
+        ("evaluation.semi_supervised.fractions=[0.1]", "classifier_learning_rates has 2 values, fractions 1"),
+        ("evaluation.semi_supervised.list_files=[a.txt]", "list_files has 1 files, fractions 2"),
+        ("evaluation.semi_supervised.fractions=[0.1, 2]", "evaluation.semi_supervised.fractions.1"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_it(tmp_path: Path, override: str, expected: str) -> None:

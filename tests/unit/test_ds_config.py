@@ -67,6 +67,12 @@ def test_the_classifier_s_memory_is_the_json_s(tmp_path: Path) -> None:
     assert (settings.row_dtype, settings.momentum_dtype, settings.group_size(8)) == (torch.bfloat16, torch.bfloat16, 1)
 
 
+def test_terms_are_kept_where_the_json_gives_them_memory(tmp_path: Path) -> None:
+    assert load(written(tmp_path)).kept_bytes == 0
+    section = {"keep_mib": 1.5, "kernels": "torch"}
+    assert load(written(tmp_path, instance_classifier=section), batch=128).kept_bytes == 3 * 2**19
+
+
 def test_activation_checkpointing_is_on_when_its_section_is_there(tmp_path: Path) -> None:
     assert not load(written(tmp_path)).recompute_stages
     settings = load(written(tmp_path, activation_checkpointing={}))
@@ -118,6 +124,9 @@ def test_the_reductions_precision_can_be_set_where_it_counts(tmp_path: Path, key
         ({"instance_classifier": {"row_dtype": "float16"}}, "instance_classifier.row_dtype"),
         ({"instance_classifier": {"momentum_dtype": "int8"}}, "instance_classifier.momentum_dtype"),
         ({"instance_classifier": {"kernels": "cuda"}}, "instance_classifier.kernels"),
+        ({"instance_classifier": {"keep_mib": -1}}, "instance_classifier.keep_mib"),
+        ({"instance_classifier": {"keep_mib": 8}}, "needs instance_classifier.kernels torch"),
+        ({"instance_classifier": {"keep_mib": 8, "kernels": "torch"}}, "needs one micro-batch a step, and there are"),
         ({"instance_classifier": {"group_size": 0}}, "instance_classifier.group_size"),
         ({"instance_classifier": {"group_size": 3}}, "does not divide the 2 ranks"),
         ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu"),

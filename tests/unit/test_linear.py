@@ -1,8 +1,10 @@
 """The figures of the linear classifiers, piece by piece."""
 
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.linear import count_correct, probe_cached_features, train_linear_classifier
+from instance_ssl.evaluation.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def test_training_loss_follows_plain_torch(group: Group, pieces: int) -> None:
         steps_per_epoch=3,
         learning_rate=0.5,
         seed=7,
-        on_epoch=lambda epoch, loss: losses.append(loss),
+        on_epoch=lambda done: losses.append(done.train_loss),
     )
 
     layer = nn.Linear(6, 3)
@@ -103,6 +106,39 @@ def test_training_loss_follows_plain_torch(group: Group, pieces: int) -> None:
             total += loss.item() * len(part)
         expected.append(total / 10)
     assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_training_goes_on_to_the_same_bits(group: Group) -> None:
+    images = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
+    told: list[Progress] = []
+    saved: list[dict[str, Any]] = []
+
+    def on_epoch(done: Progress) -> None:
+        told.append(done)
+        saved.append(copy.deepcopy(done.state()))
+
+    def train(state: dict[str, Any] | None) -> dict[str, float]:
+        return train_linear_classifier(
+            lambda batch: batch,
+            lambda epoch: [[(images[ids], ids)] for ids in torch.arange(10).roll(epoch).split(4)],
+            lambda: [(images, torch.arange(10))],
+            group,
+            feature_dim=6,
+            num_classes=3,
+            labels=torch.arange(10) % 3,
+            test_labels=torch.arange(10) % 3,
+            epochs=4,
+            steps_per_epoch=3,
+            learning_rate=0.5,
+            state=state,
+            on_epoch=on_epoch,
+        )
+
+    whole = train(None)
+    assert train(saved[1]) == whole
+    assert [done.epochs for done in told] == [1, 2, 3, 4, 3, 4]
+    assert torch.equal(saved[3]["theta"], saved[5]["theta"])
+    assert not torch.equal(saved[1]["theta"], saved[3]["theta"])
 
 
 def test_the_encoder_stays_bit_equal(group: Group) -> None:

@@ -1,0 +1,95 @@
+"""Folders of images as they lie on a disk: what is in them, in an order that no file system decides."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import UnidentifiedImageError
+
+from instance_ssl.errors import UserError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+
+
+def required_root(root: Path | None, kind: str) -> Path:
+    """The root; refuses a kind without one.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if root is None:
+        raise UserError(f"data.root is not set; data.kind '{kind}' needs a folder")
+    return root
+
+
+def existing_root(root: Path | None, kind: str) -> Path:
+    """The root, which is a folder.
+
+    Raises:
+        UserError: when it is not set or not there.
+    """
+    root = required_root(root, kind)
+    if not os.path.isdir(root):  # unlike Path.is_dir, False rather than an exception where access is denied
+        raise UserError(f"data.root {escape(str(root))} is not a folder that can be reached")
+    return root
+
+
+def class_folders(root: Path, folder: str) -> list[str]:
+    """Names of the class folders in `root`/`folder`, sorted; at least one.
+
+    Raises:
+        UserError: when there is none, or the folder cannot be listed.
+    """
+    path = root / folder
+    if not path.is_dir():
+        raise UserError(f"data.root {escape(str(root))}: there is no {folder} folder in it")
+    names = sorted(
+        entry.name for entry in _list_folder(path) if os.path.isdir(entry) and not entry.name.startswith(".")
+    )
+    if not names:
+        raise UserError(f"data.root: {escape(str(path))} holds no class folder")
+    return names
+
+
+def scan_images(root: Path) -> list[str]:
+    """POSIX paths relative to `root` of all images below it, in plain string order."""
+    return sorted(_walk(root, "", set()))
+
+
+def _walk(root: Path, folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
+    # A folder is known by its device and inode: a link to a folder seen before, or to one's own parent, ends there.
+    # Sorted, so that which of two paths to one folder wins does not depend on the file system.
+    status = (root / folder).stat()
+    if (status.st_dev, status.st_ino) in visited:
+        return
+    visited.add((status.st_dev, status.st_ino))
+    for entry in sorted(_list_folder(root / folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if os.path.isdir(entry):  # unlike entry.is_dir, False for a link to itself
+            yield from _walk(root, f"{folder}{entry.name}/", visited)
+        # A broken link counts as an image, to be refused by name later; a pipe or a socket does not.
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (entry.is_symlink() or entry.is_file()):
+            yield folder + entry.name
+
+
+def _list_folder(path: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"data.root: {escape(str(path))} cannot be listed: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a JPEG, PNG or WebP image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def escape(name: str) -> str:
+    r"""A name in one line, with newlines, carriage returns and backslashes as \n, \r and \\."""
+    return name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")

@@ -1,0 +1,262 @@
+"""Supervised training of a whole network, backbone and linear classifier, on images that are divided over the ranks.
+
+Each rank holds the network; gradients are summed over all of them, so that a step is that of the mean loss of the
+global batch, however unevenly it lies on the ranks. Batch norm sees the images of its own rank.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from instance_ssl.distributed.comm import Group
+from instance_ssl.evaluation.features import evaluation_mode
+from instance_ssl.evaluation.linear import places
+from instance_ssl.evaluation.progress import DivergedError, Progress
+
+Parts = Callable[[int], Iterable[Iterable[tuple[Tensor, Tensor]]]]
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """SGD of backbone and classifier.
+
+    Attributes:
+        steps: global batches in all; the last epoch ends where they do.
+        backbone_learning_rate, classifier_learning_rate: of the first step.
+        global_batch_size: only reported; the gradient is the mean over the images a batch really has.
+        schedule: what both rates are multiplied by: half a cosine to 0, or `decay_factor` at each of the milestones.
+        milestones: in epochs, for `milestones`.
+        momentum, nesterov: of SGD.
+        weight_decay: of all parameters but batch norm's (SimCLR's model_util.py).
+        batch_norm_rule: running statistics keep max(1 - 10/s, 0.9) of what they were, s the steps of an epoch
+            (SimCLR, arXiv:2002.05709, B.8.1); else torch's 0.9.
+    """
+
+    steps: int
+    backbone_learning_rate: float
+    classifier_learning_rate: float
+    global_batch_size: int = 256
+    schedule: Literal["cosine", "milestones"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    decay_factor: float = 0.2
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    batch_norm_rule: bool = False
+
+    def rate_factor(self, step: int, steps_per_epoch: int) -> float:
+        """What both learning rates are multiplied by at step 0 … steps - 1."""
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.decay_factor ** sum(step >= milestone * steps_per_epoch for milestone in self.milestones)
+
+
+def fine_tune(
+    backbone: nn.Module,
+    train_parts: Parts,
+    test_batches: Batches,
+    group: Group,
+    options: TrainingOptions,
+    *,
+    feature_dim: int,
+    num_classes: int,
+    labels: Tensor,
+    test_labels: Tensor,
+    steps_per_epoch: int,
+    seed: int,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    state: dict[str, Any] | None = None,
+    on_epoch: Callable[[Progress], None] | None = None,
+) -> dict[str, float]:
+    """Trains the backbone and a linear classifier on it, and classifies each test image once.
+
+    After every epoch, batch norm's running statistics become their mean over the ranks.
+
+    Args:
+        backbone: images (b, …) to features (b, F); trained where it is, on the group's device.
+        train_parts: for an epoch 0, 1, … this rank's part of each of its global batches, as many as are trained on,
+            itself as many (images, ids) as it likes, whose gradients make one step; parts may be uneven or empty.
+        test_batches: this rank's (images, ids) of the test set, as many batches as it likes.
+        feature_dim, num_classes: F and C.
+        labels, test_labels: classes 0 … C - 1 of the images, by id.
+        steps_per_epoch: global batches of a whole epoch, the same on all ranks.
+        seed: of the classifier's weights, ~ N(0, 0.01²) with bias 0 (as in the linear protocol).
+        autocast: precision of the forward pass.
+        state: of an earlier training's `Progress`, to go on from.
+        on_epoch: told at the end of every epoch.
+
+    Returns:
+        "top1", "top5" and "mean_per_class" (mean over the classes that have test images of their top-1) in per cent,
+        "train_loss" (mean of the last epoch, nats), "epochs" (the last may be cut), "test_images". The same on all
+        ranks.
+
+    Raises:
+        DivergedError: when the loss is no longer a number.
+        ValueError: when an epoch has no training images or there are no test images.
+    """
+    network = _Network(backbone, feature_dim, num_classes, seed).to(group.device).requires_grad_(True).train()
+    if options.batch_norm_rule:
+        for module in _batch_norms(network):
+            module.momentum = 1 - max(1 - 10 / steps_per_epoch, 0.9)
+    optimizer = _optimizer(network, options)
+    epochs_done, train_loss, epochs = 0, math.nan, math.ceil(options.steps / steps_per_epoch)
+    if state is not None:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        epochs_done, train_loss = state["epochs"], state["train_loss"]
+    labels = labels.long().to(group.device)
+
+    def state_now() -> dict[str, Any]:
+        trained = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        return {**trained, "epochs": epochs_done, "train_loss": train_loss}
+
+    for epoch in range(epochs_done, epochs):
+        first = epoch * steps_per_epoch
+        steps = range(first, min(first + steps_per_epoch, options.steps))
+        factors = [options.rate_factor(step, steps_per_epoch) for step in steps]
+        train_loss = _train_epoch(network, optimizer, factors, train_parts(epoch), labels, group, autocast)
+        _average_statistics(network, group)
+        epochs_done = epoch + 1
+        if on_epoch is not None:
+            on_epoch(Progress(epochs_done, train_loss, state_now))
+    accuracy = _accuracy(network, test_batches(), test_labels.long().to(group.device), num_classes, group, autocast)
+    return {**accuracy, "train_loss": train_loss, "epochs": epochs}
+
+
+def recipe(options: TrainingOptions) -> dict[str, Any]:
+    """The options as plain values, for a record."""
+    return {**asdict(options), "milestones": list(options.milestones)}
+
+
+class _Network(nn.Module):
+    """Images (b, …) → logits (b, C), float32."""
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, num_classes: int, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = nn.Linear(feature_dim, num_classes)
+        # Drawn on the CPU: the same for every rank and device.
+        with torch.no_grad():
+            self.classifier.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
+            self.classifier.bias.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.backbone(images)).float()
+
+
+def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
+def _optimizer(network: _Network, options: TrainingOptions) -> torch.optim.SGD:
+    """A group for each pair of learning rate and weight decay; its "base_lr" is the rate before the schedule."""
+    spared = {parameter for module in _batch_norms(network) for parameter in module.parameters()}
+    groups = []
+    for module, rate in (
+        (network.backbone, options.backbone_learning_rate),
+        (network.classifier, options.classifier_learning_rate),
+    ):
+        for decay, is_spared in ((options.weight_decay, False), (0.0, True)):
+            parameters = [parameter for parameter in module.parameters() if (parameter in spared) == is_spared]
+            groups.append({"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay})
+    return torch.optim.SGD(
+        [entry for entry in groups if entry["params"]], momentum=options.momentum, nesterov=options.nesterov
+    )
+
+
+def _train_epoch(
+    network: _Network,
+    optimizer: torch.optim.SGD,
+    factors: list[float],
+    parts: Iterable[Iterable[tuple[Tensor, Tensor]]],
+    labels: Tensor,
+    group: Group,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> float:
+    """One step per factor; the mean loss of the epoch's images."""
+    totals = torch.zeros(2, dtype=torch.float64, device=group.device)
+    for factor, part in zip(factors, parts, strict=True):
+        for entry in optimizer.param_groups:
+            entry["lr"] = factor * entry["base_lr"]
+        optimizer.zero_grad()
+        own = torch.zeros(2, device=group.device)
+        for images, ids in part:
+            with autocast():
+                logits_bC = network(images.to(group.device, non_blocking=True))
+            loss = cross_entropy(logits_bC, labels[ids.to(group.device)], reduction="sum")
+            loss.backward()
+            own += torch.stack([loss.detach(), loss.new_tensor(ids.shape[0])])
+        totals += _sum_gradients(network, own, group)
+        optimizer.step()
+    loss_sum, images_seen = totals.tolist()
+    if images_seen == 0:
+        raise ValueError("no training images")
+    if not math.isfinite(loss_sum):
+        raise DivergedError(f"fine-tuning: the loss became {loss_sum}; lower its learning rates")
+    return loss_sum / images_seen
+
+
+@torch.no_grad()
+def _sum_gradients(network: _Network, own_totals: Tensor, group: Group) -> Tensor:
+    """Turns the gradients of own summed losses into that of the global batch's mean; its summed loss and images."""
+    parameters = list(network.parameters())
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    packed = group.all_reduce_sum_(torch.cat([own_totals, *[gradient.flatten() for gradient in gradients]]))
+    packed[2:] /= packed[1].clamp_min(1)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, gradient in zip(parameters, packed[2:].split(sizes), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    return packed[:2]
+
+
+def _average_statistics(network: _Network, group: Group) -> None:
+    """Replaces the running statistics of batch norm by their mean over the ranks."""
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
+    packed = group.all_reduce_sum_(torch.cat([buffer.flatten() for buffer in buffers])) / group.size
+    for buffer, mean in zip(buffers, packed.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+@torch.inference_mode()
+def _accuracy(
+    network: _Network,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    labels: Tensor,
+    num_classes: int,
+    group: Group,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> dict[str, float]:
+    """Accuracies in per cent over the images of all ranks, which may be unevenly many."""
+    # Of each class: its images, those with it as the best, and those with it among the best 5.
+    counts_3C = torch.zeros(3, num_classes, dtype=torch.int64, device=group.device)
+    with evaluation_mode(network):
+        for images, ids in batches:
+            labels_b = labels[ids.to(group.device)]
+            with autocast():
+                logits_bC = network(images.to(group.device, non_blocking=True))
+            places_b = places(logits_bC, labels_b)
+            for row, chosen_b in zip(counts_3C, (places_b >= 0, places_b == 0, places_b < 5), strict=True):
+                row += labels_b[chosen_b].bincount(minlength=num_classes)
+    group.all_reduce_sum_(counts_3C)
+    images_C, best_C, _ = counts_3C
+    total, best, among_5 = counts_3C.sum(dim=1).tolist()
+    if total == 0:
+        raise ValueError("no test images")
+    tested = images_C > 0
+    mean_per_class = 100 * (best_C[tested].double() / images_C[tested]).mean().item()
+    return {
+        "top1": 100 * best / total,
+        "top5": 100 * among_5 / total,
+        "mean_per_class": mean_per_class,
+        "test_images": total,
+    }

@@ -1,0 +1,88 @@
+"""Which few training images have labels: lists of file names, as SimCLR publishes them, or a balanced draw.
+
+SimCLR's lists for ImageNet are imagenet_subsets/1percent.txt and 10percent.txt of google-research/simclr: a file name
+a line (n01440764_10026.JPEG), without its folder.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from instance_ssl.errors import UserError
+
+
+def read_label_list(path: Path, names: Sequence[str]) -> Tensor:
+    """Ids (n,), int64 and ascending, of the images that a list names.
+
+    Args:
+        path: one name a line, blank lines ignored: of the file alone, or as in `names`.
+        names: of all training images, by id; folders are separated by "/".
+
+    Raises:
+        UserError: when the list cannot be read, names nothing, names an image twice, or one that is not there or that
+            several folders hold.
+    """
+    shown = f"label list {path}"
+    try:
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise UserError(f"{shown} cannot be read: {error.strerror}") from None
+    entries = [line.strip() for line in lines if line.strip()]
+    if not entries:
+        raise UserError(f"{shown} names no image")
+    repeated = [entry for entry, count in Counter(entries).items() if count > 1]
+    if repeated:
+        raise UserError(f"{shown} names {len(repeated)} images twice, the first {repeated[0]!r}: take out one of each")
+    ids_of: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        for key in {name, _file_name(name)}:
+            ids_of.setdefault(key, []).append(index)
+    absent = [entry for entry in entries if entry not in ids_of]
+    if absent:
+        raise UserError(
+            f"{shown} names {len(absent)} of {len(entries)} images that are not among the {len(names)} training "
+            f"images, the first {absent[0]!r}: give the list that belongs to these images"
+        )
+    unclear = [entry for entry in entries if len(ids_of[entry]) > 1]
+    if unclear:
+        raise UserError(f"{shown}: several folders hold a {unclear[0]!r}: write names with their folders")
+    ids = torch.tensor([ids_of[entry][0] for entry in entries], dtype=torch.int64).sort().values
+    if len(ids.unique()) < len(ids):
+        raise UserError(f"{shown} names an image twice, with its folder and without: take out one")
+    return ids
+
+
+def draw_balanced(labels: Tensor, count: int, seed: int) -> Tensor:
+    """`count` ids (n,), int64 and ascending, with as many of each class as can be (the classes of one more are drawn).
+
+    A class with fewer images than that gives all it has, and the others give more.
+
+    Args:
+        labels: classes of all images, by id.
+        count: 1 … all.
+        seed: decides which.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    labels = labels.cpu()[order]
+    by_class, sizes_C = labels.argsort(stable=True), labels.bincount()
+    firsts_C = sizes_C.cumsum(dim=0) - sizes_C
+    turns = torch.empty_like(order)  # of each image: how many of its class come before it
+    turns[by_class] = torch.arange(len(order)) - firsts_C[labels[by_class]]
+    return order[turns.argsort(stable=True)[:count]].sort().values
+
+
+def write_label_list(path: Path, names: Sequence[str], ids: Tensor) -> None:
+    """Writes the names of images to a list that `read_label_list` reads: of the files, where no two are alike."""
+    files = [_file_name(name) for name in names]
+    kept = files if len(set(files)) == len(files) else list(names)
+    temporary = path.with_name(f".{path.name}.tmp")
+    text = "".join(kept[index] + "\n" for index in ids.tolist())
+    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+    temporary.replace(path)
+
+
+def _file_name(name: str) -> str:
+    return name.rpartition("/")[2]

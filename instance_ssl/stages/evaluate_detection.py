@@ -1,0 +1,232 @@
+"""Stage: detection on PASCAL VOC, every source's backbone tuned whole inside Faster R-CNN."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instance_ssl.checkpoint_files import read_tensors, write_file
+from instance_ssl.config_detection import DetectionConfig
+from instance_ssl.data.detection_batches import DetectionBatch, Resizing, single_images, training_batches
+from instance_ssl.data.voc import VocImages, open_voc
+from instance_ssl.distributed.partition import Partition
+from instance_ssl.errors import UserError
+from instance_ssl.evaluation.detection import (
+    DetectorSchedule,
+    DetectorTraining,
+    detect,
+    detection_figures,
+    gather_detections,
+)
+from instance_ssl.evaluation.detection_metrics import Detections, require_coco
+from instance_ssl.evaluation.features import state_digest
+from instance_ssl.guard import Stopped
+from instance_ssl.models.backbones import ResNet
+from instance_ssl.models.detector import Detector
+from instance_ssl.stages.context import Stage
+from instance_ssl.stages.representation import TITLES, evaluation_data, load_backbone
+
+_RECIPE = {
+    "detector": "Faster R-CNN C4, batch norm after res5 (Res5ROIHeadsExtraNorm), all layers tuned, float32",
+    "batch_norm": "synchronised over ranks",
+    "AP": "VOC2007's 11 points, difficult ignored, mean over IoU 0.50:0.95 (detectron2's PascalVOCDetectionEvaluator)",
+}
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """AP, AP50 and AP75 of every source, and COCO's figures beside them."""
+    detection = stage.config.evaluation.detection
+    _refuse(stage)
+    train, test = (_open(stage, lists) for lists in (detection.train, detection.test))
+    stage.log.say(f"detection: {len(train)} training images, {len(test)} test images")
+    results = {}
+    for source in stage.config.evaluation.sources:
+        load_backbone(stage, source)  # what is missing shows before the first is trained for hours
+    for source in stage.config.evaluation.sources:
+        training, epoch, digest = _build(stage, source)
+        loss = _train(stage, source, training, train, _bound(stage, source, digest, train))
+        found = _detect(stage, source, training.model, test)
+        figures = detection_figures(found, test.annotations, len(detection.classes), stage.world)
+        results[source] = {**figures, "train_loss": loss, "epoch": epoch, "backbone": digest}
+        coco = {f"coco_{name}": value for name, value in figures["coco"].items()}
+        headline = {name: figures[name] for name in ("AP", "AP50", "AP75")}
+        stage.log.say(f"detection, {TITLES[source]}: " + ", ".join(f"{k} {v:.2f}" for k, v in headline.items()))
+        logged = {f"detection/{source}_{name}": value for name, value in {**headline, **coco}.items()}
+        stage.log.metrics(detection.iterations, logged)
+    recipe = {**_RECIPE, **_settings(detection), "train_images": len(train), "test_images": len(test)}
+    return {"protocol": "detection", "recipe": recipe, "figures": results}
+
+
+def _refuse(stage: Stage) -> None:
+    """Refuses at the start what would fail in the end.
+
+    Raises:
+        UserError: naming the key.
+    """
+    stage.together(require_coco)
+    detection = stage.config.evaluation.detection
+    if "pixels" in stage.config.evaluation.sources:
+        raise UserError("evaluation.sources: pixels have no network to detect with; take random, trained or weights")
+    if stage.config.model.backbone == "small_cnn":
+        raise UserError("model.backbone small_cnn has no layer4 to detect with; take a ResNet")
+    if detection.batch_size < stage.world.size:
+        raise UserError(
+            f"evaluation.detection.batch_size {detection.batch_size} is less than one image for each of "
+            f"{stage.world.size} ranks"
+        )
+
+
+def _open(stage: Stage, lists: Sequence[str]) -> VocImages:
+    """The images of some lists: read by rank 0 and sent to all. Collective."""
+    detection = stage.config.evaluation.detection
+    is_main = stage.world.rank == 0
+    read = stage.together(lambda: open_voc(detection.root, lists, detection.classes) if is_main else None)
+    data: VocImages = stage.world.broadcast_object(read)
+
+    def check() -> None:
+        if (problem := data.images.missing_here()) is not None:
+            raise UserError(f"evaluation.detection.root: rank {stage.world.rank}: {problem}")
+
+    stage.together(check)
+    return data
+
+
+def _build(stage: Stage, source: str) -> tuple[DetectorTraining, int | None, str]:
+    """A detector around the source's backbone, the epochs that was trained, and the digest of its state."""
+    detection = stage.config.evaluation.detection
+    encoder, epoch = load_backbone(stage, source)
+    backbone = encoder.backbone
+    assert isinstance(backbone, ResNet)
+    digest = state_digest(backbone)
+    torch.manual_seed(stage.config.seed)  # the new layers are the same whatever the source
+    model = Detector(
+        backbone,
+        len(detection.classes),
+        regions_per_image=detection.regions_per_image,
+        test_proposals=detection.test_proposals,
+    )
+    schedule = DetectorSchedule(
+        iterations=detection.iterations,
+        steps=detection.steps,
+        warmup_iterations=detection.warmup_iterations,
+        learning_rate=detection.learning_rate,
+        momentum=detection.momentum,
+        weight_decay=detection.weight_decay,
+    )
+    return DetectorTraining(model, schedule, detection.batch_size, stage.world), epoch, digest
+
+
+def _train(stage: Stage, source: str, training: DetectorTraining, data: VocImages, bound: str) -> float | None:
+    """Trains from where the last state stopped; returns the mean loss of the last iterations, None if all were done."""
+    detection = stage.config.evaluation.detection
+    path = stage.directory / f"detector_{source}.pth"
+    _resume(stage, training, path, bound)
+    title, recent = TITLES[source], []
+    left = range(training.iteration, detection.iterations)
+    with stage.log.progress(f"{title}: detector", detection.iterations, "steps", initial=training.iteration) as bar:
+        for batch in _batches(stage, data, left):
+            figures = training.step(batch)
+            recent.append(figures["loss"])
+            bar.advance(note=f"loss {figures['loss']:.3f}")
+            done = training.iteration
+            if done % stage.config.log.every_steps == 0 or done == detection.iterations:
+                rate = training.schedule.rate(done - 1)
+                named = {f"detection/{source}_{name}": value for name, value in {**figures, "rate": rate}.items()}
+                stage.log.metrics(done, named)
+            try:
+                stage.check_together()
+            except Stopped:
+                _save(stage, training, path, bound)
+                raise
+            if done % detection.save_every == 0 or done == detection.iterations:
+                _save(stage, training, path, bound)
+    if detection.statistics_iterations:
+        # Batches that the training has not seen in this shape: those that would have come next.
+        coming = range(detection.iterations, detection.iterations + detection.statistics_iterations)
+        training.recompute_statistics(_checked(stage, _batches(stage, data, coming)))
+    last = recent[-stage.config.log.every_steps :]
+    return sum(last) / len(last) if last else None
+
+
+def _batches(stage: Stage, data: VocImages, iterations: range) -> Iterator[DetectionBatch]:
+    detection = stage.config.evaluation.detection
+    return training_batches(
+        data,
+        Resizing(detection.train_short_sides, detection.max_long_side, flip=True),
+        evaluation_data(stage).num_workers,
+        seed=stage.config.seed,
+        batch_size=detection.batch_size,
+        iterations=iterations,
+        rank=stage.world.rank,
+        world_size=stage.world.size,
+    )
+
+
+def _checked(stage: Stage, batches: Iterator[DetectionBatch]) -> Iterator[DetectionBatch]:
+    for batch in batches:
+        stage.check_together()
+        yield batch
+
+
+def _detect(stage: Stage, source: str, model: Detector, data: VocImages) -> list[Detections]:
+    """Detections in all test images, each by one rank."""
+    detection = stage.config.evaluation.detection
+    indices = range(*Partition(len(data), stage.world.size).bounds(stage.world.rank))
+    resizing = Resizing((detection.test_short_side,), detection.max_long_side, flip=False)
+    images = single_images(data, resizing, evaluation_data(stage).num_workers, indices)
+    with stage.log.progress(f"{TITLES[source]}: detections", len(data), "images") as progress:
+
+        def on_image() -> None:
+            progress.advance(stage.world.size)  # rank 0 speaks for all: the others are as far as it is
+            stage.guard.check()
+
+        own = detect(model, images, [data.annotations[i] for i in indices], stage.world.device, on_image)
+    return gather_detections(own, stage.world)
+
+
+def _settings(detection: DetectionConfig) -> dict[str, Any]:
+    return detection.model_dump(mode="json", exclude={"save_every"})
+
+
+def _bound(stage: Stage, source: str, digest: str, data: VocImages) -> str:
+    """What a saved state belongs to, as text; another one is not gone on from."""
+    settings = _settings(stage.config.evaluation.detection)
+    for free in ("root", "test", "test_short_side", "test_proposals", "statistics_iterations"):
+        del settings[free]
+    parts = {"source": source, "backbone": digest, "images": data.images.digest, "seed": stage.config.seed}
+    return json.dumps({**parts, **settings}, sort_keys=True)
+
+
+def _save(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> None:
+    """Writes the state whole or not at all. Collective.
+
+    Raises:
+        UserError: on all ranks, when it cannot be written.
+    """
+
+    def write() -> None:
+        if stage.world.rank != 0:
+            return
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            write_file(temporary, {**training.state(), "bound": bound})
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            raise UserError(f"{path} could not be written ({' '.join(str(error).split())})") from None
+
+    stage.together(write)
+
+
+def _resume(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> None:
+    """Goes on from the last state of the same recipe, backbone and images, if there is one. Collective."""
+    state = stage.together(lambda: read_tensors(path) if path.exists() else None)
+    if state is None:
+        return
+    if state.get("bound") != bound:
+        stage.log.say(f"{path.name} is of another backbone, recipe or images: training begins anew")
+        return
+    training.load_state(state)
+    stage.log.say(f"detection goes on at iteration {training.iteration}")

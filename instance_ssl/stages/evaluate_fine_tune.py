@@ -1,0 +1,109 @@
+"""Stage: fine-tuning on another data set, learning rate and weight decay chosen on a held-out part of its training."""
+
+from typing import Any
+
+import torch
+
+from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
+from instance_ssl.evaluation.label_lists import draw_balanced
+from instance_ssl.evaluation.progress import DivergedError
+from instance_ssl.models.encoder import Encoder
+from instance_ssl.stages.context import Stage
+from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, describe_images, train_once, tunable_sources
+from instance_ssl.stages.representation import TITLES, LabelledImages, load_backbone, open_labelled
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """The test figures of every source, at the learning rate and weight decay that did best on the held-out part."""
+    images = open_labelled(stage)
+    fine_tune = stage.config.evaluation.fine_tune
+    whole = Subset(images.train, torch.arange(len(images.train)), images.train_labels)
+    test = Subset(images.test, torch.arange(len(images.test)), images.test_labels)
+    fitted, held_out = _split(stage, images)
+    results: dict[str, Any] = {}
+    for source in tunable_sources(stage):
+        encoder, epoch = load_backbone(stage, source)
+        grid = _grid(stage, source)
+        record: dict[str, Any] = {"layer": LAYERS, "epoch": epoch}
+        options = grid[0]
+        if len(grid) > 1:
+            points = _search(stage, source, encoder, grid, fitted, held_out, images.num_classes)
+            options = grid[_best(points, fine_tune.metric)]
+            record |= {"held_out_images": len(held_out.ids), "grid": points}
+        title = f"{TITLES[source]}: fine-tuning"
+        tag = f"fine_tune/{source}"
+        figures = train_once(stage, Training(title, tag, encoder, options, whole, test, images.num_classes))
+        results[source] = {"metric": fine_tune.metric, **figures, **record, "recipe": recipe(options)}
+        stage.log.say(f"fine-tuned, {TITLES[source]}: {fine_tune.metric} {figures[fine_tune.metric]:.2f} %")
+        stage.log.metrics(epoch or 0, {f"{tag}_{fine_tune.metric}": figures[fine_tune.metric]})
+    return {"figures": results, "evaluated_on": describe_images(stage, images)}
+
+
+def _split(stage: Stage, images: LabelledImages) -> tuple[Subset, Subset]:
+    """The training images without the held-out ones, and these: the data set's own, or as many of each class."""
+    held_out = images.train.held_out
+    if held_out is None:
+        count = max(1, round(stage.config.evaluation.fine_tune.held_out_fraction * len(images.train)))
+        held_out = draw_balanced(images.train_labels.cpu(), count, stage.config.seed)
+    is_fitted = torch.ones(len(images.train), dtype=torch.bool)
+    is_fitted[held_out] = False
+    fitted = is_fitted.nonzero()[:, 0]
+    return Subset(images.train, fitted, images.train_labels), Subset(images.train, held_out, images.train_labels)
+
+
+def _grid(stage: Stage, source: str) -> list[TrainingOptions]:
+    """Every learning rate with every weight decay, which is divided by it; SimCLR's options otherwise."""
+    fine_tune = stage.config.evaluation.fine_tune
+    is_random = source == "random"
+    return [
+        TrainingOptions(
+            steps=fine_tune.random_steps if is_random else fine_tune.steps,
+            backbone_learning_rate=rate,
+            classifier_learning_rate=rate,
+            global_batch_size=fine_tune.global_batch_size,
+            nesterov=True,
+            weight_decay=decay / rate,
+            batch_norm_rule=True,
+        )
+        for rate in (fine_tune.random_learning_rates if is_random else fine_tune.learning_rates)
+        for decay in fine_tune.weight_decays
+    ]
+
+
+def _search(
+    stage: Stage,
+    source: str,
+    encoder: Encoder,
+    grid: list[TrainingOptions],
+    fitted: Subset,
+    held_out: Subset,
+    num_classes: int,
+) -> list[dict[str, Any]]:
+    """What each point of the grid gives on the held-out images; one that diverges gives nothing."""
+    points = []
+    for place, options in enumerate(grid, start=1):
+        rate, decay = options.backbone_learning_rate, options.weight_decay
+        title = f"{TITLES[source]}: {place} of {len(grid)}, learning rate {rate:g}, weight decay {decay:g}"
+        try:
+            tag = f"fine_tune/{source}_grid_{place}"
+            figures = train_once(stage, Training(title, tag, encoder, options, fitted, held_out, num_classes))
+        except DivergedError:
+            stage.log.say(f"{title}: diverged")
+            figures = {}
+        held_out_figures = {f"held_out_{name}": figures.get(name) for name in ("top1", "mean_per_class")}
+        points.append({"learning_rate": rate, "weight_decay": decay, **held_out_figures})
+    return points
+
+
+def _best(points: list[dict[str, Any]], metric: str) -> int:
+    """The place of the best point; the first of equals.
+
+    Raises:
+        DivergedError: when no point has figures.
+    """
+    values = [point[f"held_out_{metric}"] for point in points]
+    if all(value is None for value in values):
+        raise DivergedError(
+            "fine-tuning diverged at every point of the grid: lower evaluation.fine_tune's learning rates"
+        )
+    return max(range(len(values)), key=lambda place: -1.0 if values[place] is None else values[place])

@@ -1,0 +1,88 @@
+"""Stage: fine-tuning on a small share of the training labels, and the supervised baseline on the same images."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
+from instance_ssl.evaluation.label_lists import draw_balanced, read_label_list, write_label_list
+from instance_ssl.stages.context import Stage
+from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, describe_images, train_once, tunable_sources
+from instance_ssl.stages.representation import TITLES, LabelledImages, load_backbone, open_labelled
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Top-1 and top-5 of every source and every fraction of the labels; `random` is trained from scratch."""
+    images = open_labelled(stage)
+    semi_supervised = stage.config.evaluation.semi_supervised
+    sources = tunable_sources(stage)
+    labelled = [_labelled_ids(stage, images, place) for place in range(len(semi_supervised.fractions))]
+    test = Subset(images.test, torch.arange(len(images.test)), images.test_labels)
+    results: dict[str, Any] = {}
+    for source in sources:
+        encoder, epoch = load_backbone(stage, source)
+        rows = []
+        for place, (fraction, (ids, list_file)) in enumerate(zip(semi_supervised.fractions, labelled, strict=True)):
+            title = f"{_per_cent(fraction)} of the labels, {TITLES[source]}"
+            train = Subset(images.train, ids, images.train_labels)
+            options = _options(stage, source, place, len(ids))
+            tag = f"semi_supervised/{source}_{fraction:g}"
+            training = Training(title, tag, encoder, options, train, test, images.num_classes)
+            figures = train_once(stage, training)
+            rows.append({"fraction": fraction, "labels": list_file, **figures, "recipe": recipe(options)})
+            stage.log.say(f"{title} ({len(ids)} images): {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
+            stage.log.metrics(epoch or 0, {f"{tag}_top1": figures["top1"]})
+        results[source] = {"layer": LAYERS, "epoch": epoch, "fractions": rows}
+    return {"figures": results, "evaluated_on": describe_images(stage, images)}
+
+
+def _labelled_ids(stage: Stage, images: LabelledImages, place: int) -> tuple[Tensor, str]:
+    """The images of one fraction that have labels, and the list that names them. Collective.
+
+    Raises:
+        UserError: when a list that was given does not fit the images.
+    """
+    semi_supervised = stage.config.evaluation.semi_supervised
+    fraction, names = semi_supervised.fractions[place], images.train.names
+
+    def find() -> tuple[Tensor, str]:
+        if semi_supervised.list_files is not None:
+            path = semi_supervised.list_files[place]
+            return read_label_list(path, names), str(path)
+        # Rounded down, as SimCLR's 12,811 and 128,116 of 1,281,167 are; one of each class at least.
+        count = max(images.num_classes, math.floor(fraction * len(names) + 1e-9))
+        ids = draw_balanced(images.train_labels.cpu(), min(count, len(names)), stage.config.seed)
+        drawn = Path(stage.directory.name) / f"labels_{fraction:g}.txt"
+        write_label_list(stage.run_directory / drawn, names, ids)
+        return ids, str(drawn)
+
+    found = stage.together(lambda: find() if stage.world.rank == 0 else None)
+    ids, list_file = stage.world.broadcast_object(found)
+    return ids, list_file
+
+
+def _options(stage: Stage, source: str, place: int, num_images: int) -> TrainingOptions:
+    semi_supervised = stage.config.evaluation.semi_supervised
+    rates = semi_supervised.backbone_learning_rate, semi_supervised.classifier_learning_rates[place]
+    epochs = semi_supervised.epochs
+    if source == "random":
+        rates = semi_supervised.random_learning_rate, semi_supervised.random_learning_rate
+        epochs = semi_supervised.random_epochs or epochs
+    steps_per_epoch = -(-num_images // semi_supervised.global_batch_size)
+    return TrainingOptions(
+        steps=epochs * steps_per_epoch,
+        backbone_learning_rate=rates[0],
+        classifier_learning_rate=rates[1],
+        global_batch_size=semi_supervised.global_batch_size,
+        schedule="milestones",
+        milestones=tuple(round(share * epochs) for share in semi_supervised.milestones),
+        decay_factor=semi_supervised.decay_factor,
+        weight_decay=semi_supervised.weight_decay,
+    )
+
+
+def _per_cent(fraction: float) -> str:
+    return f"{100 * fraction:g} %"

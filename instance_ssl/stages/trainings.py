@@ -1,0 +1,97 @@
+"""A training of an evaluation: done once, and gone on with where it stopped.
+
+Each has a name that is the digest of all that decides its outcome. Below D/<stage>/trainings, its figures lie in
+<name>.json once it has ended, and its state in <name>.pt until then; what the same command, or one with further
+fractions or grid points, finds there is not done again.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from instance_ssl.checkpoint_files import read_tensors, write_file
+from instance_ssl.evaluation.progress import DivergedError, Progress
+from instance_ssl.run_directory import write_json
+from instance_ssl.stages.context import Stage
+
+# A state is written at the end of an epoch, but no more than this share of the time is spent on it.
+_SAVING_SHARE = 0.05
+
+
+def train_or_find(
+    stage: Stage,
+    title: str,
+    decisive: dict[str, Any],
+    train: Callable[[dict[str, Any] | None, Callable[[Progress], None]], dict[str, Any]],
+) -> dict[str, Any]:
+    """What a training gives, or what it gave before. Collective.
+
+    Args:
+        decisive: all that decides its outcome, but for the number of ranks.
+        train: takes the state to go on from, if any, and what every epoch's progress is offered to.
+
+    Raises:
+        DivergedError: when the loss is no longer a number.
+    """
+    directory = stage.directory / "trainings"
+    name = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+    name = stage.world.broadcast_object(name)
+    figures_path, state_path = directory / f"{name}.json", directory / f"{name}.pt"
+    found = _read_figures(figures_path) if stage.world.rank == 0 else None
+    if (found := stage.world.broadcast_object(found)) is not None:
+        stage.log.say(f"{title}: done before")
+        if "diverged" in found:
+            raise DivergedError(found["diverged"])
+        return found
+    directory.mkdir(parents=True, exist_ok=True)
+    has_state = stage.world.broadcast_object(state_path.exists())
+    state = stage.together(lambda: read_tensors(state_path)) if has_state else None
+    if state is not None:
+        stage.log.say(f"{title}: going on after {state['epochs']} epochs")
+    try:
+        figures = train(state, _Saver(stage, state_path).offer)
+    except DivergedError as error:  # on all ranks, and so it would another time
+        _conclude(stage, {"diverged": str(error)}, figures_path, state_path)
+        raise
+    _conclude(stage, figures, figures_path, state_path)
+    return figures
+
+
+def _conclude(stage: Stage, figures: dict[str, Any], figures_path: Path, state_path: Path) -> None:
+    if stage.world.rank == 0:
+        write_json(figures_path, figures)
+        state_path.unlink(missing_ok=True)
+
+
+class _Saver:
+    """Writes states, whole or not at all, and not so often that it would show."""
+
+    def __init__(self, stage: Stage, path: Path) -> None:
+        self._stage, self._path = stage, path
+        self._not_before = 0.0
+
+    def offer(self, done: Progress) -> None:
+        """A state that may be written."""
+        began = time.monotonic()
+        if self._stage.world.rank != 0 or began < self._not_before:
+            return
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        try:
+            write_file(temporary, done.state())
+            temporary.replace(self._path)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            reason = " ".join(str(error).split())
+            self._stage.log.say(f"warning: {self._path} is not written ({reason}); a stop now would lose the epochs")
+        now = time.monotonic()
+        self._not_before = now + (now - began) / _SAVING_SHARE
+
+
+def _read_figures(path: Path) -> dict[str, Any] | None:
+    """Figures of a training that has ended; a damaged file is as good as none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
