@@ -28,6 +28,8 @@ _TILES: tuple[tuple[str, str, tuple[str, ...], float, str], ...] = (
     ("k-NN", "evaluate_knn", ("figures", "trained", "top1"), 1.0, " %"),
     ("linear", "evaluate_linear", ("figures", "trained", "top1"), 1.0, " %"),
     ("retrieval top-1", "evaluate_retrieval", ("figures", "trained", "top1"), 1.0, " %"),
+    ("fine-tuned", "evaluate_fine_tune", ("figures", "trained", "top1"), 1.0, " %"),
+    ("detection AP50", "evaluate_detection", ("figures", "trained", "AP50"), 1.0, ""),
     ("instance accuracy", "pretrain", ("instance_accuracy",), 100.0, " %"),
     ("loss", "pretrain", ("loss",), 1.0, ""),
     ("epochs", "pretrain", ("epochs",), 1.0, ""),

@@ -34,6 +34,8 @@ def picture(path: Path, alt: str) -> str:
 
 def hard_class_gallery(run: Run) -> str:
     """Images beside those of their hardest classes, by the newest checkpoint; says why where there are none."""
+    if "pretrain" not in run.stages:
+        return ""
     checkpoint = run.newest_checkpoint()
     if checkpoint is None or run.config is None:
         return _note("the training has written no checkpoint yet")
