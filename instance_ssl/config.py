@@ -21,6 +21,7 @@ from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
 
 SourceName = Literal["pixels", "random", "trained", "weights"]
+ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -170,6 +171,20 @@ class EvaluationConfig(_Section):
         return self
 
 
+class ExportConfig(_Section):
+    """What runners/export.py writes.
+
+    Attributes:
+        source: whose backbone: as in `evaluation.sources`.
+        formats: of the backbone (pth, safetensors, detectron2, onnx) and of the rows (npy is always written; parquet).
+        images: a folder whose images' features and embeddings are written; None: none.
+    """
+
+    source: Literal["random", "trained", "weights"] = "trained"
+    formats: tuple[ExportFormat, ...] = ("pth", "safetensors", "detectron2", "onnx", "parquet")
+    images: Path | None = None
+
+
 class LogConfig(_Section):
     """How often figures are written."""
 
@@ -222,6 +237,7 @@ class ExperimentConfig(_Section):
     classifier: ClassifierConfig = ClassifierConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     safety: SafetyConfig = SafetyConfig()

@@ -89,7 +89,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> N
         told = "; ".join(complaint for complaint in complaints if complaint)
         raise UserError(
             f"{origin} does not fit this encoder: {told}; give weights of the same network, or set model.backbone, "
-            "model.stem and data.image_size to what they are of"
+            "model.stem (or data.image_size, which chooses it) and the other keys of model to what they are of"
         )
     module.load_state_dict({**own, **state})
 

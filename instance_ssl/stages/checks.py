@@ -8,7 +8,8 @@ from typing import Any
 import psutil
 
 from instance_ssl import engine
-from instance_ssl.config import DataConfig, ExperimentConfig, flatten, load_config
+from instance_ssl.checkpoint_files import committed_directories
+from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config
 from instance_ssl.data.datasets import ImageSource, open_source, write_instances
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
@@ -16,7 +17,7 @@ from instance_ssl.guard import launchers_of
 from instance_ssl.run_directory import write_json
 
 # Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
-FREE_KEYS = ("evaluation", "log", "checkpoint", "safety", "data.num_workers", "data.limit_test", "data.root")
+FREE_KEYS = ("evaluation", "export", "log", "checkpoint", "safety", "data.num_workers", "data.limit_test", "data.root")
 BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 
@@ -102,11 +103,29 @@ def check_labels(config: ExperimentConfig) -> None:
         )
 
 
-def check_sources(config: ExperimentConfig) -> None:
-    """Refuses an `evaluation.weights` or `evaluation.checkpoint` that is not there, before anything is trained."""
-    for key, path in (("weights", config.evaluation.weights), ("checkpoint", config.evaluation.checkpoint)):
-        if path is not None and not path.exists():
-            raise UserError(f"evaluation.{key} {path} does not exist")
+def check_sources(evaluation: EvaluationConfig, world: Group) -> None:
+    """Refuses a file or checkpoint to evaluate that is not there, on any rank, before anything is trained. Collective.
+
+    Raises:
+        UserError: naming the key and the path.
+    """
+    given = {"evaluation.weights": evaluation.weights, "evaluation.checkpoint": evaluation.checkpoint}
+    absent = [f"{key} {path} does not exist" for key, path in given.items() if path is not None and not path.exists()]
+    for rank, complaints in enumerate(world.all_gather_objects(absent)):
+        if complaints:
+            raise UserError(complaints[0] + (f" where rank {rank} runs" if rank else ""))
+
+
+def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> str | None:
+    """What an evaluation is of: it is done again when training has gone on since, or a file given has changed."""
+    names = [path.name for path in committed_directories(own_checkpoints)[:1]]
+    if evaluation.checkpoint is not None:
+        others = committed_directories(evaluation.checkpoint / "pretrain/checkpoints")
+        names.append(str(others[0] if others else evaluation.checkpoint))
+    if evaluation.weights is not None:
+        status = evaluation.weights.stat()
+        names.append(f"{evaluation.weights} of {status.st_size} bytes and time {status.st_mtime_ns}")
+    return ", ".join(names) or None
 
 
 def open_evaluation(config: ExperimentConfig, source: ImageSource, world: Group) -> tuple[ImageSource, ImageSource]:

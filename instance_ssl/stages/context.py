@@ -20,7 +20,6 @@ import torchvision
 import yaml
 
 from instance_ssl import engine
-from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import ExperimentConfig, flatten, load_config
 from instance_ssl.console import complain, heard_or_not
 from instance_ssl.data.datasets import ImageSource
@@ -269,7 +268,6 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     engine.check_zero_section(ds)
     if needs_labels:
         checks.check_labels(config)
-    checks.check_sources(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
     world = comm.initialize(config.safety.join_seconds)
     process.meet(world)
@@ -282,6 +280,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
         },
         world,
     )
+    checks.check_sources(config.evaluation, world)
     checks.check_unchanged(config, run_directory)
     source = checks.open_images(config.data, "train", world)
     checks.check_size(config, len(source))
@@ -313,7 +312,9 @@ def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], proces
             record = {
                 "stage": stage.name,
                 **figures,
-                "newest_checkpoint": _newest_checkpoint_name(stage),
+                "newest_checkpoint": checks.what_is_evaluated(
+                    stage.config.evaluation, stage.checkpoints_of("pretrain")
+                ),
                 "data": data,
                 "seconds": round(time.perf_counter() - started, 3),
                 **_environment(stage.world),
@@ -332,7 +333,7 @@ def _is_complete(stage: Stage) -> bool:
         return True
     same = config_path.exists() and flatten(load_config(config_path)) == flatten(stage.config)
     evaluated = json.loads(result_path.read_text()).get("newest_checkpoint")
-    return same and evaluated == _newest_checkpoint_name(stage)
+    return same and evaluated == checks.what_is_evaluated(stage.config.evaluation, stage.checkpoints_of("pretrain"))
 
 
 def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
@@ -359,11 +360,6 @@ def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
     problem = stage.world.broadcast_object(problem)
     if problem is not None:
         raise UserError(problem)
-
-
-def _newest_checkpoint_name(stage: Stage) -> str | None:
-    """What an evaluation was of: it is done again when training has gone on since."""
-    return next((path.name for path in committed_directories(stage.checkpoints_of("pretrain"))), None)
 
 
 def _environment(world: Group) -> dict[str, Any]:

@@ -45,7 +45,10 @@ def run(stage: Stage) -> dict[str, Any]:
         )
         grid = [{"k": k, "temperature": t, **figures} for (k, t), figures in accuracies.items()]
         headline = grid[0]  # named beforehand: the best of the grid would be chosen on the test set
-        results[source] = {**headline, "layer": representation.layer, "epoch": representation.epoch, "grid": grid}
+        results[source] = {
+            **headline, "layer": representation.layer, "epoch": representation.epoch, "origin": representation.origin,
+            "grid": grid,
+        }  # fmt: skip
         neighbour_ids[source] = nearest_neighbours(
             train_nF, _rows_of_all(stage, test_mF, query_ids), stage.world, _PICTURE_NEIGHBOURS
         ).tolist()

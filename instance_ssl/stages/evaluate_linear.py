@@ -35,7 +35,9 @@ def run(stage: Stage) -> dict[str, Any]:
         figures = evaluate(stage, representation, images)
         if representation.encoder is not None and state_digest(representation.encoder) != before:
             raise RuntimeError("the frozen encoder has changed during linear evaluation")
-        results[source] = {**figures, "layer": representation.layer, "epoch": representation.epoch}
+        results[source] = {
+            **figures, "layer": representation.layer, "epoch": representation.epoch, "origin": representation.origin
+        }  # fmt: skip
         stage.log.say(f"linear ({protocol}), {TITLES[source]}: {figures['top1']:.2f} %")
         stage.log.metrics(representation.epoch or 0, {f"linear/{source}_top1": figures["top1"]})
     return {"protocol": protocol, "figures": results}

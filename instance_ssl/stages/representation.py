@@ -1,7 +1,8 @@
 """What is evaluated: pixels, the random network, a trained one or a weights file, as a function images → features."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class Representation:
         encoder: the network behind it, if any.
         epoch: epochs it was trained; None for pixels and weights.
         layer: what the features are, for result.json.
+        origin: the checkpoint or file that the encoder is of, for result.json.
     """
 
     source: str
@@ -42,6 +44,7 @@ class Representation:
     encoder: Encoder | None
     epoch: int | None
     layer: str
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,14 @@ def represent(stage: Stage, source: str) -> Representation:
     if source == "pixels":
         feature_dim = 3 * evaluation_data(stage).image_size ** 2
         return Representation(source, _pixels, feature_dim, None, None, "pixels, normalised by channel")
-    # Not the encoder of `load_backbone`: the frozen random one has the running statistics of the prior's pass.
-    encoder, epoch = (
-        _load_weights(stage) if source == "weights" else _load_checkpoint(stage, _checkpoint(stage, source))
-    )
+    encoder, epoch, origin = _load(stage, source)
     encoder.eval().requires_grad_(False)
 
     def features(images: Tensor) -> Tensor:
         with stage.autocast():
             return encoder.features(images)
 
-    return Representation(source, features, encoder.feature_dim, encoder, epoch, "backbone output")
+    return Representation(source, features, encoder.feature_dim, encoder, epoch, "backbone output", origin)
 
 
 def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
@@ -106,14 +106,12 @@ def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
         UserError: when training has not been run, or the file or checkpoint given does not fit.
         ValueError: for pixels, which have no encoder.
     """
-    match source:
-        case "random":
-            return seeded_encoder(stage.config).to(stage.world.device), 0
-        case "trained":
-            return _load_checkpoint(stage, _checkpoint(stage, source))
-        case "weights":
-            return _load_weights(stage)
-    raise ValueError(f"{source!r} has no encoder")
+    if source == "pixels":
+        raise ValueError("pixels have no encoder")
+    if source == "random":
+        return seeded_encoder(stage.config).to(stage.world.device), 0
+    encoder, epoch, _ = _load(stage, source)
+    return encoder, epoch
 
 
 def own_batches(stage: Stage, images: ImageSource, view: Transform) -> Iterable[Batch]:
@@ -146,6 +144,24 @@ def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:
     return labels_N[start:stop]
 
 
+def _load(stage: Stage, source: str) -> tuple[Encoder, int | None, dict[str, Any]]:
+    """Encoder, epoch and origin of random (of the prior's pass), trained or weights."""
+    if source == "weights":
+        encoder, origin = _load_weights(stage)
+        return encoder, None, origin
+    checkpoint = _checkpoint(stage, source)
+    encoder = seeded_encoder(stage.config)
+    stage.together(lambda: load_state(encoder, load_encoder(checkpoint)[0], str(checkpoint.directory)))
+    position = checkpoint.position
+    origin = {
+        "checkpoint": str(checkpoint.directory),
+        "step": position.step,
+        "num_instances": position.num_instances,
+        "data_digest": position.digests.get("images"),
+    }
+    return encoder.to(stage.world.device), position.epoch, origin
+
+
 def _checkpoint(stage: Stage, source: str) -> Checkpoint:
     """The checkpoint that `random` or `trained` means."""
     made_by = {"random": "initialize_classifier", "trained": "pretrain"}[source]
@@ -162,14 +178,8 @@ def _checkpoint(stage: Stage, source: str) -> Checkpoint:
     return checkpoint
 
 
-def _load_checkpoint(stage: Stage, checkpoint: Checkpoint) -> tuple[Encoder, int]:
-    encoder = seeded_encoder(stage.config)
-    stage.together(lambda: load_state(encoder, load_encoder(checkpoint)[0], str(checkpoint.directory)))
-    return encoder.to(stage.world.device), checkpoint.position.epoch
-
-
-def _load_weights(stage: Stage) -> tuple[Encoder, None]:
-    """The encoder with the backbone of `evaluation.weights`, which every rank reads for itself."""
+def _load_weights(stage: Stage) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder with the backbone of `evaluation.weights`, which every rank reads for itself, and the file's hash."""
     path = stage.config.evaluation.weights
     if path is None:
         raise UserError("source 'weights' needs a file: set evaluation.weights")
@@ -181,7 +191,7 @@ def _load_weights(stage: Stage) -> tuple[Encoder, None]:
     aside = f"; left aside: {', '.join(weights.ignored[:2])}" if weights.ignored else ""
     more = f" and {len(weights.ignored) - 2} more" if len(weights.ignored) > 2 else ""
     stage.log.say(f"weights: {path}, sha256 {weights.sha256[:12]}{aside}{more}")
-    return encoder.to(stage.world.device), None
+    return encoder.to(stage.world.device), {"file": str(path), "sha256": weights.sha256}
 
 
 def _pixels(images: Tensor) -> Tensor:

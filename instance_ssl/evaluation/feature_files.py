@@ -1,0 +1,95 @@
+"""Features of many images as files: never more of them in memory than a batch, and a stopped rank goes on.
+
+Every rank appends the rows of its contiguous part of the images to a file of its own, plain float32; once all are
+through, one rank joins the parts, in order of rank and so of the images.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from instance_ssl.evaluation.features import forward_frozen
+
+_DTYPE = np.dtype("<f4")
+_CHUNK_BYTES = 2**24
+
+
+def keep_whole_rows(part: Path, width: int) -> int:
+    """Rows (of `width` numbers) that a part holds; what an interruption has left of one more is cut off."""
+    if not part.exists():
+        return 0
+    row = width * _DTYPE.itemsize
+    with part.open("r+b") as file:
+        rows = part.stat().st_size // row
+        file.truncate(rows * row)
+    return rows
+
+
+def append_features(
+    part: Path,
+    model: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    width: int,
+    device: torch.device,
+    *,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Appends the rows (width,) of each batch's images to `part`, batch by batch.
+
+    Args:
+        part: made where it is not there.
+        model: images (b, 3, S, S) to rows (b, width).
+        batches: (images, ids) of those whose rows `part` does not hold yet, in order.
+        on_batch: told the number of images of each batch that is written.
+    """
+    with part.open("ab") as file:
+        for images, _ in batches:
+            rows = forward_frozen(model, images, width, device).cpu().numpy()
+            file.write(rows.astype(_DTYPE, copy=False).tobytes())
+            file.flush()
+            on_batch(len(rows))
+
+
+def join_parts(parts: Sequence[Path], width: int, columns: slice, path: Path) -> None:
+    """Writes columns of the rows of all parts, one part after another, to a .npy file: (N, columns), float32."""
+    rows = sum(part.stat().st_size for part in parts) // (width * _DTYPE.itemsize)
+    shape = (rows, len(range(*columns.indices(width))))
+    with path.open("wb") as file:
+        header = {"descr": _DTYPE.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            with part.open("rb") as source:
+                for chunk in _chunks(source, width):
+                    file.write(np.ascontiguousarray(chunk[:, columns]).tobytes())
+
+
+def write_parquet(names: Sequence[str], arrays: Mapping[str, Path], path: Path) -> None:
+    """A table with a row an image: `name`, and a list of float32 for each .npy file of `arrays`, by its column's name.
+
+    Bytes of a name that are not UTF-8 stand as their escapes.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {name: np.load(file, mmap_mode="r") for name, file in arrays.items()}
+    types = [(name, pyarrow.list_(pyarrow.float32(), array.shape[1])) for name, array in columns.items()]
+    step = max(1, _CHUNK_BYTES // sum(array.shape[1] * _DTYPE.itemsize for array in columns.values()))
+    schema = pyarrow.schema([("name", pyarrow.string()), *types])
+    with pyarrow.parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
+        for start in range(0, len(names), step):
+            chunk = [name.encode("utf-8", "backslashreplace").decode() for name in names[start : start + step]]
+            lists = [
+                pyarrow.FixedSizeListArray.from_arrays(array[start : start + step].reshape(-1), array.shape[1])
+                for array in columns.values()
+            ]
+            writer.write_table(pyarrow.Table.from_arrays([pyarrow.array(chunk), *lists], schema=schema))
+
+
+def _chunks(file: BinaryIO, width: int) -> Iterator[np.ndarray]:
+    step = max(1, _CHUNK_BYTES // (width * _DTYPE.itemsize))
+    while len(values := np.frombuffer(file.read(step * width * _DTYPE.itemsize), _DTYPE)):
+        yield values.reshape(-1, width)

@@ -1,0 +1,205 @@
+"""Stage: an encoder as files for others, with a model card, and the features of any folder of images."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from instance_ssl import faults
+from instance_ssl.config import DataConfig
+from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD, centre_view
+from instance_ssl.data.datasets import ImageSource, write_instances
+from instance_ssl.data.loaders import image_loader
+from instance_ssl.distributed.partition import Partition
+from instance_ssl.errors import UserError
+from instance_ssl.evaluation.feature_files import append_features, join_parts, keep_whole_rows, write_parquet
+from instance_ssl.evaluation.features import state_digest
+from instance_ssl.export import (
+    ONNX_OPSET,
+    loading_code,
+    require_packages,
+    torchvision_state,
+    whole_file,
+    write_detectron2,
+    write_onnx,
+    write_pth,
+    write_safetensors,
+)
+from instance_ssl.models.backbones import choose_stem
+from instance_ssl.models.encoder import Encoder
+from instance_ssl.run_directory import write_json
+from instance_ssl.stages import checks
+from instance_ssl.stages.build import describe_encoder
+from instance_ssl.stages.context import Stage
+from instance_ssl.stages.representation import Representation, represent
+
+_T = TypeVar("_T")
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Files of the backbone and its card, by rank 0; rows of `export.images`, by all ranks."""
+    export = stage.config.export
+    require_packages(export.formats)
+    images = None if export.images is None else _open_folder(stage, export.images)
+    representation = represent(stage, export.source)
+    encoder = representation.encoder
+    assert encoder is not None  # no source of `export` is pixels
+    stage.log.say(describe_encoder(stage.config))
+    files = _on_rank_0(stage, lambda: _write_backbone(stage, encoder))
+    card = {**_describe(stage, representation), "sha256": files}
+    names = [*files, "model_card.json"]
+    if images is not None:
+        card["images"] = _write_rows(stage, representation, encoder, images)
+        names += card["images"]["files"]
+    if stage.world.rank == 0:
+        environment = json.loads((stage.directory / "environment.json").read_text())
+        made_with = {key: environment[key] for key in ("commit", "versions")}
+        write_json(stage.directory / "model_card.json", {**card, **made_with})
+    stage.log.say(f"{', '.join(names)}: in {stage.directory}")
+    return card
+
+
+def _on_rank_0(stage: Stage, write: Callable[[], _T]) -> _T:
+    """What rank 0 alone writes; its result, or its failure, on all ranks. Collective."""
+    return stage.world.broadcast_object(stage.together(lambda: write() if stage.world.rank == 0 else None))
+
+
+def _write_backbone(stage: Stage, encoder: Encoder) -> dict[str, str]:
+    """The files of `export.formats` that there can be of this backbone; the SHA-256 of each by its name."""
+    formats, model = stage.config.export.formats, stage.config.model
+    small = choose_stem(model.backbone, model.stem, stage.config.data.image_size) == "small"
+    state = torchvision_state(encoder.backbone)
+    if model.backbone == "small_cnn":
+        stage.log.say("small_cnn is no torchvision network: its keys are its own")
+    elif small:
+        stage.log.say("the 3x3 stem is not torchvision's: model_card.json says how to load it; none for detectron2")
+    writers: dict[str, tuple[str, Callable[[Path], None]]] = {
+        "pth": ("backbone.pth", lambda path: write_pth(state, path)),
+        "safetensors": ("backbone.safetensors", lambda path: write_safetensors(state, path)),
+        "onnx": ("features.onnx", lambda path: write_onnx(encoder.backbone, stage.config.data.image_size, path)),
+    }
+    if not small:
+        writers["detectron2"] = ("detectron2.pkl", lambda path: write_detectron2(state, path))
+    written = {}
+    for name in ("backbone.pth", "backbone.safetensors", "features.onnx", "detectron2.pkl"):
+        (stage.directory / name).unlink(missing_ok=True)  # another encoder's must not lie beside this one's
+    for form in formats:
+        if form in writers:
+            name, write = writers[form]
+            stage.guard.check()
+            write(stage.directory / name)
+            with (stage.directory / name).open("rb") as file:
+                written[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return written
+
+
+def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
+    """What somebody who has only the files must know."""
+    config, model = stage.config, stage.config.model
+    size = config.data.image_size
+    stem = choose_stem(model.backbone, model.stem, size)
+    described: dict[str, Any] = {
+        "architecture": model.backbone,
+        "stem": {"small": "3x3, stride 1, no max-pool", "imagenet": "7x7, stride 2, max-pool"}[stem],
+        "image_size": size,
+        "channels": "RGB in [0, 1], then normalised",
+        "mean": NORMALISE_MEAN,
+        "std": NORMALISE_STD,
+        "resize": f"bicubic, short side {round(size * 256 / 224)}, centre crop" if size > 64 else "bicubic, whole",
+        "layer": representation.layer,
+        "feature_dim": representation.feature_dim,
+        "classifier": "none: fc is not in the files (with strict=False, torchvision's stays as it is)",
+        "source": representation.source,
+        "epoch": representation.epoch,
+        # Not where it lies: the card goes to others.
+        **{key: value for key, value in representation.origin.items() if key not in ("checkpoint", "file")},
+    }
+    if model.backbone != "small_cnn" and "pth" in config.export.formats:
+        described["load"] = loading_code(model.backbone, small_stem=stem == "small")
+    if "onnx" in config.export.formats:
+        described["onnx"] = {"opset": ONNX_OPSET, "input": "images (batch, 3, S, S)", "output": "features (batch, F)"}
+    return described
+
+
+def _open_folder(stage: Stage, root: Path) -> ImageSource:
+    try:
+        return checks.open_images(DataConfig(kind="folder", root=root), "train", stage.world)
+    except UserError as error:
+        raise UserError(str(error).replace("data.root", "export.images")) from None
+
+
+def _write_rows(stage: Stage, representation: Representation, encoder: Encoder, images: ImageSource) -> dict[str, Any]:
+    """Features of every image of the folder, and embeddings where the projection belongs to them. Collective."""
+    columns = {"features": slice(0, encoder.feature_dim)}
+    if representation.source != "weights":  # a file of weights has no projection
+        columns["embeddings"] = slice(encoder.feature_dim, encoder.feature_dim + stage.config.model.embedding_dim)
+    directory = stage.directory / "images"
+    # Parts are gone on with only where they are of the same rows.
+    recipe = [state_digest(encoder), images.digest, stage.config.data.image_size, stage.ds.autocast_dtype, len(columns)]
+    tag = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
+    parts = [directory / f"part_{tag}_{rank}_of_{stage.world.size}" for rank in range(stage.world.size)]
+    stage.together(lambda: _append_own_rows(stage, encoder, images, parts[stage.world.rank], columns))
+    files = _on_rank_0(stage, lambda: _join(stage, images, parts, columns))
+    dims = {name: place.stop - place.start for name, place in columns.items()}
+    return {"num_images": len(images), "digest": images.digest, "dims": dims, "files": files}
+
+
+def _append_own_rows(
+    stage: Stage, encoder: Encoder, images: ImageSource, part: Path, columns: dict[str, slice]
+) -> None:
+    """This rank's contiguous part of the images, from the first one on whose row is not there yet."""
+    width = max(place.stop for place in columns.values())
+    start, stop = Partition(len(images), stage.world.size).bounds(stage.world.rank)
+
+    def rows_of(images_b: Tensor) -> Tensor:
+        with stage.autocast():
+            features = encoder.backbone(images_b)
+            rows = [features] if "embeddings" not in columns else [features, encoder.projection(features)]
+        return torch.cat([row.float() for row in rows], dim=1)
+
+    try:
+        part.parent.mkdir(exist_ok=True)
+        done = keep_whole_rows(part, width)
+        if done:
+            stage.log.say(f"resuming from {part}: {done:,} images done")
+        size, data = stage.config.evaluation.batch_size, stage.config.data
+        batches = [range(first, min(first + size, stop)) for first in range(start + done, stop, size)]
+        loader = image_loader(images, centre_view(data.image_size), batches, data.num_workers)
+        with stage.log.progress(
+            "features of the folder", len(images), "images", initial=done * stage.world.size
+        ) as progress:
+
+            def on_batch(count: int) -> None:
+                faults.reach("evaluate", stage.world.rank)
+                progress.advance(count * stage.world.size)  # rank 0 speaks for all: the others are as far as it is
+                stage.guard.check()
+
+            append_features(part, rows_of, loader, width, stage.world.device, on_batch=on_batch)
+    except OSError as error:
+        raise UserError(f"{part} cannot be written: {error.strerror or error}") from None
+
+
+def _join(stage: Stage, images: ImageSource, parts: list[Path], columns: dict[str, slice]) -> list[str]:
+    """The .npy files, the list of names and the table; the parts are removed. Their names, relative to the stage's."""
+    directory = parts[0].parent
+    width = max(place.stop for place in columns.values())
+    arrays = {name: directory / f"{name}.npy" for name in columns}
+    for name, path in arrays.items():
+        stage.guard.check()
+        with whole_file(path) as temporary:
+            join_parts(parts, width, columns[name], temporary)
+    write_instances(images, directory / "names.txt")
+    paths = [*arrays.values(), directory / "names.txt"]
+    table = directory / "images.parquet"
+    table.unlink(missing_ok=True)
+    if "parquet" in stage.config.export.formats:
+        with whole_file(table) as temporary:
+            write_parquet(images.names, arrays, temporary)
+        paths.append(table)
+    for part in directory.glob("part_*"):
+        part.unlink()
+    return [str(path.relative_to(stage.directory)) for path in paths]

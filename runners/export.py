@@ -1,0 +1,11 @@
+"""Writes an encoder as files for others, and features of any folder of images.
+
+python runners/export.py --config F --deepspeed_config F --run-dir D --set export.images=FOLDER …
+"""
+
+from instance_ssl.leaving import leave
+from instance_ssl.stages import export
+from instance_ssl.stages.context import StageSpec, run_stages
+
+if __name__ == "__main__":
+    leave(run_stages([StageSpec("export", export.run)]))
