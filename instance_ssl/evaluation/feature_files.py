@@ -79,7 +79,7 @@ def write_parquet(names: Sequence[str], arrays: Mapping[str, Path], path: Path) 
     types = [(name, pyarrow.list_(pyarrow.float32(), array.shape[1])) for name, array in columns.items()]
     step = max(1, _CHUNK_BYTES // sum(array.shape[1] * _DTYPE.itemsize for array in columns.values()))
     schema = pyarrow.schema([("name", pyarrow.string()), *types])
-    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+    with pyarrow.parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
         for start in range(0, len(names), step):
             chunk = [name.encode("utf-8", "backslashreplace").decode() for name in names[start : start + step]]
             lists = [

@@ -78,7 +78,7 @@ def knn_accuracy(
     temperatures: Sequence[float],
     num_classes: int,
     chunk_rows: int = 1024,
-    on_chunk: Callable[[], object] = lambda: None,
+    on_chunk: Callable[[int], object] = lambda count: None,
 ) -> dict[tuple[int, float], dict[str, float]]:
     """Accuracy of the weighted vote for every (k, T), in one pass over the bank.
 
@@ -92,7 +92,7 @@ def knn_accuracy(
         temperatures: the values of T, above 0.
         num_classes: C.
         chunk_rows: queries searched at once.
-        on_chunk: called after each chunk of queries.
+        on_chunk: told the queries of each finished chunk, all ranks' in turn, on all ranks.
 
     Returns:
         {(k, T): {"top1": …, "top5": …}} in per cent, the same on all ranks. Equal votes go to the lower class.
@@ -117,7 +117,7 @@ def knn_accuracy(
             for setting, (k, temperature) in enumerate(settings):
                 votes_qC = _vote(scores_qk[:, :k], labels_N[ids_qk[:, :k]], temperature, num_classes)
                 correct[setting] += count_correct(votes_qC, query_labels_m[rows])
-        on_chunk()
+        on_chunk(len(chunk_qF))
     per_cent = 100 * group.all_reduce_sum_(correct).double() / sum(query_counts)
     return {
         setting: {"top1": top1, "top5": top5} for setting, (top1, top5) in zip(settings, per_cent.tolist(), strict=True)

@@ -21,7 +21,7 @@ def retrieval_recall(
     *,
     recall_at: Sequence[int],
     chunk_rows: int = 1024,
-    on_chunk: Callable[[], object] = lambda: None,
+    on_chunk: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
     """How often an image of the query's class is among its k nearest others, by cosine, exactly.
 
@@ -34,7 +34,7 @@ def retrieval_recall(
         group: the ranks that hold them.
         recall_at: the values of k.
         chunk_rows: queries searched at once.
-        on_chunk: called after each chunk of queries.
+        on_chunk: told the queries of each finished chunk, all ranks' in turn, on all ranks.
 
     Returns:
         "top1" (the nearest other image is of the query's class), "recall@k" for every k, and "chance_top1" (of an
@@ -60,7 +60,7 @@ def retrieval_recall(
             own_q = torch.arange(rows.start, rows.stop, device=ids_qk.device) + first_id
             hits_qk = labels_N[_without(ids_qk, own_q)] == labels_N[own_q, None]
             found_k += (hits_qk.cumsum(dim=1) > 0).sum(dim=0)
-        on_chunk()
+        on_chunk(len(chunk_qF))
     per_cent = (100 * group.all_reduce_sum_(found_k).double() / bank.total).tolist()
     per_class = torch.bincount(labels_N).double()
     chance = 100 * ((per_class * (per_class - 1)).sum() / (bank.total * (bank.total - 1))).item()

@@ -28,6 +28,8 @@ _TILES: tuple[tuple[str, str, tuple[str, ...], float, str], ...] = (
     ("k-NN", "evaluate_knn", ("figures", "trained", "top1"), 1.0, " %"),
     ("linear", "evaluate_linear", ("figures", "trained", "top1"), 1.0, " %"),
     ("retrieval top-1", "evaluate_retrieval", ("figures", "trained", "top1"), 1.0, " %"),
+    ("fine-tuned", "evaluate_fine_tune", ("figures", "trained", "top1"), 1.0, " %"),
+    ("detection AP50", "evaluate_detection", ("figures", "trained", "AP50"), 1.0, ""),
     ("instance accuracy", "pretrain", ("instance_accuracy",), 100.0, " %"),
     ("loss", "pretrain", ("loss",), 1.0, ""),
     ("epochs", "pretrain", ("epochs",), 1.0, ""),
@@ -196,9 +198,9 @@ def _paper_figures(runs: Sequence[Run]) -> str:
     for run in runs:
         figures = run.figure("evaluate_similarity", "figures")
         if isinstance(figures, dict) and figures:
-            charts += [_similarity(run, figures, kind, len(runs) > 1) for kind in ("class", "view", "gap")]
+            charts += [_similarity(run, figures, kind, len(runs) > 1) for kind in ("class", "gap")]
     shown = "".join(charts)
-    return f'<div class="charts small-ones">{shown}</div>' if shown else ""
+    return f'<div class="charts">{shown}</div>' if shown else ""
 
 
 def _correlation(runs: Sequence[Run]) -> str:
@@ -224,10 +226,9 @@ def _similarity(run: Run, figures: dict[str, Any], kind: str, named: bool) -> st
     modes = list(figures)
     names = {
         "class": (("same instance", "intra_class"), ("other instances", "inter_class")),
-        "view": (("same instance", "intra_view"), ("other instances", "inter_view")),
         "gap": (("view and row", "class_gap"), ("two views", "view_gap")),
     }
-    title = {"class": "Cosine of a view and rows of W", "view": "Cosine of two views", "gap": "Gap: same less other"}
+    title = {"class": "Cosine of a view and rows of W", "gap": "Gap: same less other instance"}
     bars = [
         Series(name, _colour(number), [(place, figures[mode][key]) for place, mode in enumerate(modes)])
         for number, (name, key) in enumerate(names[kind])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from instance_ssl.checkpoint_files import read_tensors
 from instance_ssl.config import DataConfig
-from instance_ssl.data.datasets import ImageSource, open_source
+from instance_ssl.data.datasets import FileImages, ImageSource, open_source
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.embedding_map import plane
 from instance_ssl.report.runs import Run
@@ -34,15 +34,17 @@ def picture(path: Path, alt: str) -> str:
 
 def hard_class_gallery(run: Run) -> str:
     """Images beside those of their hardest classes, by the newest checkpoint; says why where there are none."""
+    if "pretrain" not in run.stages:
+        return ""
     checkpoint = run.newest_checkpoint()
     if checkpoint is None or run.config is None:
         return _note("the training has written no checkpoint yet")
     try:
-        source = _open_train(run.config.data)
-        hard = _hard_classes(checkpoint, len(source))
+        hard = _hard_classes(checkpoint)
         if hard is None:
             return _note("this run smooths no labels, so it keeps no hardest classes")
-        rows = "".join(_gallery_row(source, image, others) for image, others in hard)
+        source = _open_some(run.directory, run.config.data, [i for image, others in hard for i in (image, *others)])
+        rows = _gallery_rows(source, [len(others) for _, others in hard])
     except UserError as error:
         return _note(str(error))
     legend = "" if source.labels is None else '<span class="key same"></span>same class <span class="key other"></span>'
@@ -61,6 +63,19 @@ def embedding_maps(file: Path) -> str:
     except (UserError, KeyError) as error:
         return _note(f"{file.name} cannot be shown ({error})")
     return f'<div class="charts">{"".join(figures)}</div>{_label_legend(labels, names)}'
+
+
+class _Chosen(ImageSource):
+    """Some images of a source, by number, in any order."""
+
+    def __init__(self, source: ImageSource, ids: Sequence[int]) -> None:
+        self._source, self._ids = source, ids
+        self.names = [source.names[i] for i in ids]
+        self.labels = None if source.labels is None else source.labels[torch.tensor(ids)]
+        self.class_names, self.digest = source.class_names, source.digest
+
+    def load(self, index: int) -> Image.Image:
+        return self._source.load(self._ids[index])
 
 
 @dataclass(frozen=True)
@@ -88,35 +103,66 @@ class _Thumbnail:
         )
 
 
-def _gallery_row(source: ImageSource, index: int, others: Sequence[int]) -> str:
-    kinds = [""] * len(others)
-    if source.labels is not None:
-        kinds = ["same" if source.labels[other] == source.labels[index] else "other" for other in others]
-    hardest = "".join(_Thumbnail(source, other, kind).html() for other, kind in zip(others, kinds, strict=True))
-    return f'<div class="row">{_Thumbnail(source, index, "query").html()}<span class="gap"></span>{hardest}</div>'
+def _gallery_rows(source: ImageSource, lengths: Sequence[int]) -> str:
+    """Rows of an image and so many others, which follow it in the source."""
+    rows, query = [], 0
+    for length in lengths:
+        others = range(query + 1, query + 1 + length)
+        hardest = "".join(_Thumbnail(source, other, _kind(source, query, other)).html() for other in others)
+        first = _Thumbnail(source, query, "query").html()
+        rows.append(f'<div class="row">{first}<span class="gap"></span>{hardest}</div>')
+        query += 1 + length
+    return "".join(rows)
 
 
-def _hard_classes(checkpoint: Path, total: int) -> list[tuple[int, list[int]]] | None:
+def _kind(source: ImageSource, query: int, other: int) -> str:
+    if source.labels is None:
+        return ""
+    return "same" if source.labels[other] == source.labels[query] else "other"
+
+
+def _hard_classes(checkpoint: Path) -> list[tuple[int, list[int]]] | None:
     """Some classes, evenly spaced, with their hardest ones; None where the checkpoint has none.
 
     Raises:
-        UserError: when the checkpoint is of other images, or its rows cannot be read.
+        UserError: when the checkpoint's rows cannot be read.
     """
+    parts = [tuple(int(part) for part in path.stem.split("_")[1:]) for path in checkpoint.glob("rows_*.pt")]
+    total = max((last for _, last in parts), default=0)
     wanted = torch.linspace(0, total - 1, min(total, _GALLERY_CLASSES), dtype=torch.float64).long().unique().tolist()
     found = []
-    for path in sorted(checkpoint.glob("rows_*.pt")):
-        first, last = (int(part) for part in path.stem.split("_")[1:])
-        if last > total:
-            raise UserError(f"{checkpoint.name} is of other images than {total} that data.root holds now")
-        hard_nK = read_tensors(path).get("hard_classes")
+    for first, last in sorted(parts):
+        hard_nK = read_tensors(checkpoint / f"rows_{first:09d}_{last:09d}.pt").get("hard_classes")
         if hard_nK is None:
             return None
         found += [(i, hard_nK[i - first, :_GALLERY_HARDEST].tolist()) for i in wanted if first <= i < last]
     return found
 
 
-def _open_train(data: DataConfig) -> ImageSource:
-    return open_source(data.kind, "train", root=data.root, list_file=data.list_file, limit=data.limit_train)
+def _open_some(run: Path, data: DataConfig, ids: Sequence[int]) -> ImageSource:
+    """These images of the run's list, in this order; of folders no other file is looked at.
+
+    Raises:
+        UserError: when they are not there any more.
+    """
+    if data.kind in ("tree", "folder", "list"):
+        root = data.root or (data.list_file.parent if data.list_file else None)
+        try:
+            names = (run / "instances.txt").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+            chosen = [names[i] for i in ids]
+        except (OSError, IndexError):
+            raise UserError(f"{run / 'instances.txt'} does not name the images of the checkpoint") from None
+        if root is None:
+            raise UserError("data.root is not set: the images cannot be found")
+        if data.kind != "tree":
+            return FileImages(root, chosen, None, None)
+        folders = [name.split("/")[1] for name in chosen]
+        classes = sorted(set(folders))
+        return FileImages(root, chosen, torch.tensor([classes.index(folder) for folder in folders]), classes)
+    whole = open_source(data.kind, "train", root=data.root, list_file=data.list_file, limit=data.limit_train)
+    if max(ids, default=-1) >= len(whole):
+        raise UserError(f"the checkpoint is of more images than the {len(whole)} that data.root holds now")
+    return _Chosen(whole, ids)
 
 
 def _map(source: str, sample: dict[str, Tensor], labels: Tensor, names: Sequence[str] | None) -> str:

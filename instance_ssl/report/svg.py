@@ -78,7 +78,7 @@ def bar_chart(groups: Sequence[str], series: Sequence[Series], *, y_name: str) -
             body.append(
                 f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{max(bottom - top, 0.5):.1f}" '
                 f'fill="{line.colour}" rx="1.5"><title>{title}</title></rect>'
-                f'<text class="value" x="{(left + right) / 2:.1f}" y="{top - 3:.1f}">{y:.3f}</text>'
+                f'<text class="value" x="{(left + right) / 2:.1f}" y="{top - 3:.1f}">{round(y, 3) + 0.0:.3f}</text>'
             )
     names = "".join(
         f'<text class="tick" text-anchor="middle" x="{frame.x(place):.1f}" y="{_HEIGHT - 18}">{escape(name)}</text>'

@@ -23,6 +23,7 @@ from instance_ssl.stages.representation import (
     labels_of_own_part,
     open_labelled,
     represent_checkpoint,
+    search_progress,
 )
 from instance_ssl.stages.session import require_same_run
 
@@ -59,17 +60,20 @@ def _measure(stage: Stage, checkpoint: Checkpoint, images: LabelledImages) -> di
     position, knn = checkpoint.position, stage.config.evaluation.knn
     instance = _instance_accuracy(stage, checkpoint, representation)
     label = f"epoch {position.epoch}"
-    accuracies = knn_accuracy(
-        cached_features(stage, representation, images.train, f"{label}: train features"),
-        labels_of_own_part(stage, images.train_labels),
-        cached_features(stage, representation, images.test, f"{label}: test features"),
-        labels_of_own_part(stage, images.test_labels),
-        stage.world,
-        neighbours=knn.neighbours[:1],
-        temperatures=knn.temperatures[:1],
-        num_classes=images.num_classes,
-        on_chunk=stage.guard.check,
-    )
+    train_nF = cached_features(stage, representation, images.train, f"{label}: train features")
+    test_mF = cached_features(stage, representation, images.test, f"{label}: test features")
+    with search_progress(stage, f"{label}: k-NN", len(images.test)) as on_chunk:
+        accuracies = knn_accuracy(
+            train_nF,
+            labels_of_own_part(stage, images.train_labels),
+            test_mF,
+            labels_of_own_part(stage, images.test_labels),
+            stage.world,
+            neighbours=knn.neighbours[:1],
+            temperatures=knn.temperatures[:1],
+            num_classes=images.num_classes,
+            on_chunk=on_chunk,
+        )
     logged = position.figures.get("instance_accuracy")
     return {
         "epoch": position.epoch,

@@ -19,6 +19,7 @@ from instance_ssl.stages.representation import (
     labels_of_own_part,
     open_labelled,
     represent,
+    search_progress,
 )
 
 _PICTURE_QUERIES = 12
@@ -63,17 +64,18 @@ def run(stage: Stage) -> dict[str, Any]:
 
 def _vote(stage: Stage, images: LabelledImages, train_nF: Tensor, test_mF: Tensor) -> dict[str, Any]:
     """The headline, which is the grid's first pair, and the grid."""
-    accuracies = knn_accuracy(
-        train_nF,
-        labels_of_own_part(stage, images.train_labels),
-        test_mF,
-        labels_of_own_part(stage, images.test_labels),
-        stage.world,
-        neighbours=stage.config.evaluation.knn.neighbours,
-        temperatures=stage.config.evaluation.knn.temperatures,
-        num_classes=images.num_classes,
-        on_chunk=stage.guard.check,
-    )
+    with search_progress(stage, "k-NN", len(images.test)) as on_chunk:
+        accuracies = knn_accuracy(
+            train_nF,
+            labels_of_own_part(stage, images.train_labels),
+            test_mF,
+            labels_of_own_part(stage, images.test_labels),
+            stage.world,
+            neighbours=stage.config.evaluation.knn.neighbours,
+            temperatures=stage.config.evaluation.knn.temperatures,
+            num_classes=images.num_classes,
+            on_chunk=on_chunk,
+        )
     grid = [{"k": k, "temperature": t, **figures} for (k, t), figures in accuracies.items()]
     return {**grid[0], "grid": grid}  # named beforehand: the best of the grid would be chosen on the test set
 

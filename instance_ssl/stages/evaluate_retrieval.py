@@ -19,6 +19,7 @@ from instance_ssl.stages.representation import (
     labels_of_own_part,
     open_labelled,
     represent,
+    search_progress,
 )
 
 
@@ -58,14 +59,15 @@ def _retrieve(
     """Figures of features and, where there is a projection, of embeddings."""
 
     def recall(rows: Tensor, layer: str) -> dict[str, Any]:
-        figures = retrieval_recall(
-            rows,
-            labels_of_own_part(stage, images.train_labels),
-            stage.world,
-            recall_at=stage.config.evaluation.retrieval.recall_at,
-            on_chunk=stage.guard.check,
-        )
-        return {**figures, "layer": layer, "epoch": representation.epoch}
+        with search_progress(stage, "retrieval", len(images.train)) as on_chunk:
+            figures = retrieval_recall(
+                rows,
+                labels_of_own_part(stage, images.train_labels),
+                stage.world,
+                recall_at=stage.config.evaluation.retrieval.recall_at,
+                on_chunk=on_chunk,
+            )
+        return {**figures, "layer": layer, "epoch": representation.epoch, "origin": representation.origin}
 
     figures = recall(features_nF, representation.layer)
     embeddings_nD = embeddings_of(stage, representation, features_nF)

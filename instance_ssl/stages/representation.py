@@ -1,6 +1,7 @@
 """What is evaluated: pixels, the random network, a trained one or a weights file, as a function images → features."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +151,18 @@ def embeddings_of(stage: Stage, representation: Representation, features_nF: Ten
     with torch.inference_mode(), stage.autocast():
         blocks = [encoder.projection(block_bF).float() for block_bF in features_nF.split(_PROJECTED_ROWS)]
     return torch.cat(blocks)
+
+
+@contextmanager
+def search_progress(stage: Stage, label: str, num_queries: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar of a search by all ranks together; what it yields is told of each chunk of queries. Collective."""
+    with stage.log.progress(label, num_queries, "queries") as progress:
+
+        def on_chunk(count: int) -> None:
+            progress.advance(count)
+            stage.check_together()
+
+        yield on_chunk
 
 
 def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What is evaluated, and export, by stages: other runs' checkpoints, weights files, folders of images."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,11 @@ def test_two_ranks_write_the_rows_of_a_folder_like_one_from_another_runs_checkpo
 ) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     checkpoint = run / "initialize_classifier/checkpoints/step_000000000"
-    sections: dict[str, Any] = {"evaluation": {"checkpoint": str(checkpoint), "batch_size": 2}}
-    sections["export"] = {"images": str(folder), "formats": ["pth", "parquet"]}
+    shutil.copytree(checkpoint, tmp_path / "other/pretrain/checkpoints/step_000000003")  # its newest
+    sections: dict[str, Any] = {"export": {"images": str(folder), "formats": ["pth", "parquet"]}}
     arrays = []
-    for size in (1, 2):
+    for size, given in ((1, checkpoint), (2, tmp_path / "other")):
+        sections["evaluation"] = {"checkpoint": str(given), "batch_size": 2}
         cards = run_ranks(_export, size, tmp_path / f"run_{size}", sections)
         directory = tmp_path / f"run_{size}/export/images"
         assert cards[0] == cards[-1]
