@@ -8,7 +8,7 @@ The faults are numbered F1 to F40:
     test_foreign.py       F10 names that are no checkpoint's, F32 in every file and form
     test_resume.py        F11-F15, F18, F39: going on, to the bit, or with other ranks and settings
     test_stops.py         the same for stops in every step, evaluations, four ranks, closed terminals
-    test_fine_tuning.py   F16, F18 in the trainings of evaluations
+    test_fine_tuning_resume.py  F16, F18 in the trainings of evaluations
     test_launcher.py      F16 signals, F19 dead launchers
     test_ends.py          F20 dead, F21 hung, F22 slow ranks; F26 dead loaders; F27 ranks that disagree; F36 logs
     test_numbers.py       F23 numbers that are not finite, F24 spikes of the loss
