@@ -53,6 +53,7 @@ def probe_cached_features(
     held_out_fraction: float = 0.1,
     seed: int,
     max_iterations: int = 200,
+    on_evaluation: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Multinomial logistic regression on cached features, the penalty chosen on held-out training images.
 
@@ -70,6 +71,7 @@ def probe_cached_features(
         held_out_fraction: share of the training images the penalty is chosen on, at least one image.
         seed: decides which images those are, whatever the number of ranks.
         max_iterations: L-BFGS iterations of each fit.
+        on_evaluation: called on all ranks before each evaluation of the objective.
 
     Returns:
         "top1", "top5" and "held_out_top1" in per cent; "l2_penalty" chosen; "iterations" of the last
@@ -87,11 +89,11 @@ def probe_cached_features(
     theta = torch.zeros(num_classes, train_nF.shape[1] + 1, dtype=torch.float64, device=group.device)
     best_top1, best_penalty, best_theta = -1.0, max(l2_penalties), theta
     for penalty in sorted(l2_penalties, reverse=True):
-        theta, _ = _fit(theta, fitted, penalty, group, max_iterations)
+        theta, _ = _fit(theta, fitted, penalty, group, max_iterations, on_evaluation)
         top1 = _accuracy(theta, held_out.blocks(), group)["top1"]
         if top1 > best_top1:
             best_top1, best_penalty, best_theta = top1, penalty, theta
-    theta, iterations = _fit(best_theta, train, best_penalty, group, max_iterations)
+    theta, iterations = _fit(best_theta, train, best_penalty, group, max_iterations, on_evaluation)
     return {
         **_accuracy(theta, test.blocks(), group),
         "l2_penalty": best_penalty,
@@ -221,7 +223,14 @@ def _moments(features_nF: Tensor, total: int, group: Group) -> tuple[Tensor, Ten
     return mean_F, torch.where(std_F > 1e-6 * mean_F.abs(), std_F, 1.0)
 
 
-def _fit(start_theta: Tensor, rows: _Rows, penalty: float, group: Group, max_iterations: int) -> tuple[Tensor, int]:
+def _fit(
+    start_theta: Tensor,
+    rows: _Rows,
+    penalty: float,
+    group: Group,
+    max_iterations: int,
+    on_evaluation: Callable[[], None],
+) -> tuple[Tensor, int]:
     """The minimum found from `start_theta`, and the iterations it took."""
     theta = start_theta.clone()
     total = sum(group.row_counts(rows.labels_n.shape[0]))
@@ -231,6 +240,7 @@ def _fit(start_theta: Tensor, rows: _Rows, penalty: float, group: Group, max_ite
 
     @torch.no_grad()
     def evaluate() -> Tensor:
+        on_evaluation()
         packed = theta.new_zeros(theta.numel() + 1)
         for rows_bF, labels_b in rows.blocks():
             packed += _loss_and_gradient(theta, rows_bF, labels_b)

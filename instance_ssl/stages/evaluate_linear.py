@@ -56,6 +56,7 @@ def _probe_cached(stage: Stage, representation: Representation, images: Labelled
         num_classes=images.num_classes,
         l2_penalties=stage.config.evaluation.linear.l2_penalties,
         seed=stage.config.seed,
+        on_evaluation=stage.check_together,
     )
 
 
