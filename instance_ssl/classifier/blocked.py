@@ -1,14 +1,15 @@
 """Both passes over the shard (see `cosine_softmax.py`) in PyTorch, one block of classes after another.
 
 The readable reference of the Triton kernels, and what runs on CPUs. Every buffer is made before the loop over blocks
-and reused in it: no tensor of B x n (rows x own classes) exists, and the loop allocates nothing but the few numbers of
+and reused in it: no tensor of B x n (rows x own classes) exists, unless a budget is given for one (`kept_terms.py`,
+which saves one of the four matrix products and the second exp of the classes that fit); and the loop allocates nothing but the few numbers of
 the entries of y that fall into the block.
 
 Most of the time goes into the four matrix products; the rest is kept to as few passes over a block as there can be:
 
 - exp(s) is 2^(s/ln 2), the factor in the embeddings that the products take: torch's `exp2` is three times as fast as
   its `exp` in float32, which it hands to MKL.
-- The entries of y are taken apart from the dense products, many blocks' at once, before the loop (`_EntryTerms`).
+- The entries of y are taken apart from the dense products, many blocks' at once, before the loop (`entries.py`).
   In it their logits become -inf, which adds nothing to any sum.
 
 Precision: the matrix products take and give `matmul_dtype`. The first pass widens bfloat16 logits before exp, so that
@@ -17,9 +18,8 @@ in the embeddings' precision (float32; float64 in the tests).
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from instance_ssl.classifier.cosine_softmax import (
     SoftmaxOptions,
     SoftmaxSums,
 )
+from instance_ssl.classifier.entries import entry_sums, gradient_terms
 from instance_ssl.classifier.kept_terms import KeptTerms
 from instance_ssl.classifier.matmul import cache_bytes, fast_float32_products
 from instance_ssl.classifier.rounding import round_stochastically_
@@ -101,9 +102,9 @@ def softmax_sums(
         kept: filled with exp(s) of the classes that it has room for.
     """
     num_rows = unit_x_BD.shape[0]
-    sums = _entry_sums(labels, weight_nD, unit_x_BD, options)
     logit_x_BD = _logit_embeddings(unit_x_BD, options)
     block = _UnitBlock(weight_nD, unit_x_BD, options)
+    sums = entry_sums(labels, weight_nD, unit_x_BD, options, block_classes(options, *unit_x_BD.shape))
     wide = unit_x_BD.new_empty(num_rows * block.length)
     narrow = _narrow(wide, options)
     sum_B, product_BD = torch.empty_like(sums.z_B), torch.empty_like(logit_x_BD)
@@ -111,8 +112,10 @@ def softmax_sums(
         for (start, stop), (first, last) in zip(block.bounds(), _entry_bounds(labels, block), strict=True):
             unit_mD = block.load(start, stop)
             shape = (num_rows, stop - start)
-            logit_Bm = None if kept is None else kept.block(start, stop)
-            logit_Bm = _shaped(narrow, shape) if logit_Bm is None else logit_Bm
+            place = None if kept is None else kept.block(start, stop)
+            logit_Bm = _shaped(narrow, shape) if place is None else place[0]
+            if place is not None:
+                place[1].copy_(block.inverse_norms_m1)
             exp_Bm = logit_Bm if narrow is wide else _shaped(wide, shape)
             torch.mm(logit_x_BD, unit_mD.T, out=logit_Bm)
             places_p = labels.classes[first:last].sub(start).add_(labels.rows[first:last], alpha=stop - start)
@@ -150,7 +153,8 @@ def update_rows(
         kept: what the first pass over these very rows has filled; overwritten.
     """
     num_rows = unit_x_BD.shape[0]
-    term_P = _gradient_terms(unit_x_BD, z_B, y_B, labels, weight_nD, options)
+    at_once = block_classes(options, *unit_x_BD.shape)
+    term_P = gradient_terms(unit_x_BD, z_B, y_B, labels, weight_nD, options, at_once)
     logit_x_DB = _logit_embeddings(unit_x_BD, options).T.contiguous()
     scale = options.temperature * (num_rows if total_rows is None else total_rows)
     scaled_x_BD = (unit_x_BD / (z_B[:, None] * scale)).to(options.matmul_dtype)
@@ -161,18 +165,19 @@ def update_rows(
     rows = _UpdatedRows(weight_nD, momentum_nD, block.length, update)
     with fast_float32_products(options.matmul_dtype):
         for (start, stop), (first, last) in zip(block.bounds(), _entry_bounds(labels, block), strict=True):
-            unit_mD = block.load(start, stop)
-            exp_Bm = None if kept is None else kept.block(start, stop)
-            if exp_Bm is None:
+            place = None if kept is None else kept.block(start, stop)
+            if place is None:
                 exp_mB = _shaped(buffer, (stop - start, num_rows))
-                torch.mm(unit_mD, logit_x_DB, out=exp_mB).exp2_()
+                torch.mm(block.load(start, stop), logit_x_DB, out=exp_mB).exp2_()
                 places_p = labels.classes[first:last].sub(start).mul_(num_rows).add_(labels.rows[first:last])
                 exp_mB.view(-1).index_copy_(0, places_p, term_P[first:last])
             else:
+                exp_Bm, inverse_norms_m1 = place
+                block.recall(inverse_norms_m1)
                 exp_mB = exp_Bm.T
                 places_p = labels.classes[first:last].sub(start).add_(labels.rows[first:last], alpha=stop - start)
                 exp_Bm.view(-1).index_copy_(0, places_p, term_P[first:last])
-            shape = unit_mD.shape
+            shape = torch.Size((stop - start, unit_x_BD.shape[1]))
             gradient_mD = _cast(torch.mm(exp_mB, scaled_x_BD, out=_shaped(narrow, shape)), _shaped(wide, shape))
             if sum_gradient_ is not None:
                 sum_gradient_(gradient_mD)
@@ -228,6 +233,11 @@ class _UnitBlock:
         torch.mul(rows_mD, self.inverse_norms_m1, out=self.unit_mD)
         return _cast(self.unit_mD, self._matmul[:size])
 
+    def recall(self, inverse_norms_m1: Tensor) -> None:
+        """In place of `load` where only the norms are needed, and are known."""
+        self._size = len(inverse_norms_m1)
+        self.inverse_norms_m1.copy_(inverse_norms_m1)
+
     @property
     def unit_mD(self) -> Tensor:
         """The loaded unit rows in the embeddings' precision."""
@@ -238,9 +248,10 @@ class _UnitBlock:
         """1/‖w‖ of the loaded rows, 0 where a row has no direction."""
         return self._inverse_norms[: self._size]
 
-    def along(self, gradient_mD: Tensor) -> Tensor:
-        """ŵᵀg of each loaded row, (m, 1). The unit rows are gone then."""
-        return torch.sum(self.unit_mD.mul_(gradient_mD), dim=1, keepdim=True, out=self._along[: self._size])
+    def along(self, rows_mD: Tensor, gradient_mD: Tensor) -> Tensor:
+        """ŵᵀg of each row, (m, 1). The unit rows are gone then."""
+        products_mD = torch.mul(rows_mD, gradient_mD, out=self.unit_mD)
+        return torch.sum(products_mD, dim=1, keepdim=True, out=self._along[: self._size]).mul_(self.inverse_norms_m1)
 
 
 class _UpdatedRows:
@@ -267,7 +278,7 @@ class _UpdatedRows:
         stored_rows, stored_momentum = self._weight_nD[start:stop], self._momentum_nD[start:stop]
         rows = stored_rows if self._rows is None else self._rows[:size].copy_(stored_rows)
         momentum = stored_momentum if self._momentum is None else self._momentum[:size].copy_(stored_momentum)
-        inverse_m1, factor_m1 = block.inverse_norms_m1, block.along(gradient_mD)
+        inverse_m1, factor_m1 = block.inverse_norms_m1, block.along(rows, gradient_mD)
         factor_m1.mul_(inverse_m1).mul_(inverse_m1).neg_().add_(update.weight_decay)
         gradient_mD.mul_(inverse_m1).addcmul_(rows, factor_m1)
         torch.add(gradient_mD, momentum, alpha=update.momentum, out=momentum)
@@ -278,98 +289,9 @@ class _UpdatedRows:
             stored_rows.copy_(round_stochastically_(rows, self._bits[:size], self._generator))
 
 
-@dataclass(frozen=True)
-class _EntryTerms:
-    """Some entries of y and their terms of the softmax, exact whatever the precision of the products.
-
-    Attributes:
-        rows: (p,) int64.
-        values: (p,) y_ij.
-        unit_pD: (p, D) ŵ_j.
-        logits: (p,) s_ij.
-        exp: (p,) exp(s_ij).
-    """
-
-    rows: Tensor
-    values: Tensor
-    unit_pD: Tensor
-    logits: Tensor
-    exp: Tensor
-
-    def sums(self, values_p: Tensor, num_rows: int) -> Tensor:
-        """Σ_j values_j ŵ_j over each row's entries, (B, D); the entries have to ascend by row."""
-        row_starts = torch.searchsorted(self.rows, torch.arange(num_rows + 1, device=self.rows.device))
-        columns = torch.arange(len(values_p), device=values_p.device)
-        return _sparse_matrix(row_starts, columns, values_p, num_rows, len(values_p)) @ self.unit_pD
-
-
-def _entry_terms(
-    labels: SmoothedLabels, weight_nD: Tensor, unit_x_BD: Tensor, options: SoftmaxOptions
-) -> Iterator[_EntryTerms]:
-    """Entries of y in the order of `labels`, as many at once as a block has classes."""
-    count = block_classes(options, *unit_x_BD.shape)
-    split = zip(labels.rows.split(count), labels.classes.split(count), labels.values.split(count), strict=True)
-    for rows_p, classes_p, values_p in split:
-        unit_pD = weight_nD.index_select(0, classes_p).to(unit_x_BD.dtype)
-        norms_p1 = torch.linalg.vector_norm(unit_pD, dim=1, keepdim=True)
-        unit_pD.mul_(norms_p1.reciprocal().masked_fill_(norms_p1 <= NORM_EPSILON, 0))
-        # One entry a row of a sparse matrix, in the column of its row of the batch: that product alone is computed.
-        row_starts = torch.arange(len(rows_p) + 1, device=rows_p.device)
-        places = _sparse_matrix(row_starts, rows_p, values_p, len(rows_p), len(unit_x_BD))
-        logit_p = torch.sparse.sampled_addmm(places, unit_pD, unit_x_BD.T, beta=0.0, alpha=1 / options.temperature)
-        yield _EntryTerms(rows_p, values_p, unit_pD, logit_p.values(), logit_p.values().exp())
-
-
-def _by_row(labels: SmoothedLabels) -> SmoothedLabels:
-    """The entries of y, ascending by row of the batch."""
-    order = _argsort(labels.rows)
-    return SmoothedLabels(labels.rows[order], labels.classes[order], labels.values[order])
-
-
-def _entry_sums(labels: SmoothedLabels, weight_nD: Tensor, unit_x_BD: Tensor, options: SoftmaxOptions) -> SoftmaxSums:
-    """What the entries of y alone give.
-
-    The terms that Z and Y have in common, and A and C, are the very same numbers: their errors cancel where a row
-    knows its class.
-    """
-    num_rows, mixture = len(unit_x_BD), options.form == "mixture"
-    sums = SoftmaxSums(*unit_x_BD.new_zeros(2, num_rows), *unit_x_BD.new_zeros(2, *unit_x_BD.shape))
-    for part in _entry_terms(_by_row(labels), weight_nD, unit_x_BD, options):
-        weight_p = part.values * part.exp if mixture else part.values
-        sums.z_B.index_add_(0, part.rows, part.exp)
-        sums.y_B.index_add_(0, part.rows, weight_p if mixture else weight_p * part.logits)
-        sums.dense_BD.add_(part.sums(part.exp, num_rows))
-        sums.sparse_BD.add_(part.sums(weight_p, num_rows))
-    return sums
-
-
-def _gradient_terms(
-    unit_x_BD: Tensor, z_B: Tensor, y_B: Tensor, labels: SmoothedLabels, weight_nD: Tensor, options: SoftmaxOptions
-) -> Tensor:
-    """Z_i (p_ij - q_ij) of each entry of y, in the order of `labels`, in matmul_dtype.
-
-    In place of Z_i p_ij in a block they let one product serve the dense and the sparse part.
-    """
-    term_P = labels.values.new_empty(len(labels.rows), dtype=options.matmul_dtype)
-    first = 0
-    for part in _entry_terms(labels, weight_nD, unit_x_BD, options):
-        zq_p = part.values * z_B[part.rows]
-        if options.form == "mixture":
-            zq_p.mul_(part.exp).div_(y_B[part.rows])
-        term_P[first : first + len(zq_p)] = part.exp - zq_p
-        first += len(zq_p)
-    return term_P
-
-
 def _logit_embeddings(unit_x_BD: Tensor, options: SoftmaxOptions) -> Tensor:
     """What gives s / ln 2 when multiplied with unit rows, in matmul_dtype."""
     return (unit_x_BD / (options.temperature * math.log(2))).to(options.matmul_dtype)
-
-
-def _sparse_matrix(row_starts: Tensor, columns_p: Tensor, values_p: Tensor, rows: int, columns: int) -> Tensor:
-    with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.sparse_csr_tensor(row_starts, columns_p, values_p, (rows, columns), check_invariants=False)
 
 
 def _entry_bounds(labels: SmoothedLabels, block: _UnitBlock) -> Iterator[tuple[int, int]]:
@@ -377,11 +299,6 @@ def _entry_bounds(labels: SmoothedLabels, block: _UnitBlock) -> Iterator[tuple[i
     stops = torch.tensor([stop for _, stop in block.bounds()], device=labels.classes.device)
     ends = torch.searchsorted(labels.classes, stops).tolist()
     return zip([0, *ends[:-1]], ends, strict=True)
-
-
-def _argsort(keys_P: Tensor) -> Tensor:
-    """Ascending order; on a CPU by NumPy, whose vectorised sort is four times as fast as torch's."""
-    return torch.from_numpy(keys_P.numpy().argsort()) if keys_P.device.type == "cpu" else keys_P.argsort()
 
 
 def _narrow(wide: Tensor, options: SoftmaxOptions) -> Tensor:

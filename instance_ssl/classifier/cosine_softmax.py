@@ -85,11 +85,13 @@ class SmoothedLabels:
         rows: (P,) int64, row i of the global batch.
         classes: (P,) int64, class j counted from the shard's first row, ascending.
         values: (P,) y_ij.
+        exp: (P,) exp(s_ij), for the second pass, where the first has found them.
     """
 
     rows: Tensor
     classes: Tensor
     values: Tensor
+    exp: Tensor | None = None
 
     @staticmethod
     def concatenate(parts: Sequence["SmoothedLabels"], row_counts: Sequence[int]) -> "SmoothedLabels":
@@ -99,7 +101,9 @@ class SmoothedLabels:
         firsts = [0, *itertools.accumulate(row_counts)]
         rows = torch.cat([part.rows + first for part, first in zip(parts, firsts, strict=False)])
         classes, order = torch.sort(torch.cat([part.classes for part in parts]), stable=True)
-        return SmoothedLabels(rows[order], classes, torch.cat([part.values for part in parts])[order])
+        found = [part.exp for part in parts if part.exp is not None]
+        exp = torch.cat(found)[order] if len(found) == len(parts) else None
+        return SmoothedLabels(rows[order], classes, torch.cat([part.values for part in parts])[order], exp)
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,14 @@ class SoftmaxSums:
         y_B: Σ y_ij exp(s_ij) over own classes (cross_entropy: Σ y_ij s_ij).
         dense_BD: A_i = Σ exp(s_ij) ŵ_j.
         sparse_BD: C_i = Σ y_ij exp(s_ij) ŵ_j (cross_entropy: Σ y_ij ŵ_j).
+        entry_exp_P: exp(s_ij) of the entries of y, in their order; None where they were not kept apart.
     """
 
     z_B: Tensor
     y_B: Tensor
     dense_BD: Tensor
     sparse_BD: Tensor
+    entry_exp_P: Tensor | None = None
 
 
 def own_labels(

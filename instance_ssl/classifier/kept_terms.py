@@ -26,13 +26,20 @@ class KeptTerms:
         self.shape = (num_rows, num_classes)
         self._num_kept = kept_classes(num_bytes, num_rows, num_classes, dtype)
         self._terms = torch.empty(self._num_kept * num_rows, dtype=dtype, device=device)
+        self._inverse_norms = torch.empty(
+            self._num_kept, 1, dtype=torch.promote_types(dtype, torch.float32), device=device
+        )
 
-    def block(self, start: int, stop: int) -> Tensor | None:
-        """The place of classes start … stop - 1, (B, m), in both passes; None where the budget does not reach."""
+    def block(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """Where classes start … stop - 1 have their terms (B, m), and the 1/‖w‖ that these are with (m, 1).
+
+        None where the budget does not reach.
+        """
         num_rows, _ = self.shape
         if stop > self._num_kept:
             return None
-        return self._terms[start * num_rows : stop * num_rows].view(num_rows, stop - start)
+        terms_Bm = self._terms[start * num_rows : stop * num_rows].view(num_rows, stop - start)
+        return terms_Bm, self._inverse_norms[start:stop]
 
 
 def kept_classes(num_bytes: int, num_rows: int, num_classes: int, dtype: torch.dtype) -> int:

@@ -146,7 +146,7 @@ def classifier_memory(size: ClassifierSize) -> ClassifierMemory:
         momentum=n * width * size.momentum_dtype.itemsize,
         hard_classes=n * num_hard * _INT,
         clock=0 if size.num_sampled_classes is None else n * _ID,
-        kept_terms=size.kept_classes * size.gathered_rows * size.options.matmul_dtype.itemsize,
+        kept_terms=size.kept_classes * (size.gathered_rows * size.options.matmul_dtype.itemsize + _FLOAT),
         sums_block=sums_block,
         update_block=update_block,
         first_pass=sampled + (size.accumulation_steps - 1) * pending + _first_pass_bytes(size, sums_block),
@@ -161,13 +161,13 @@ def _block_length(size: ClassifierSize, num_rows: int) -> int:
 
 
 def _pending_bytes(size: ClassifierSize) -> int:
-    """`_PendingRows`: unit features, Z and Y, and the labels' two ids and value."""
+    """`_PendingRows`: unit features, Z and Y, and the labels' two ids, value and exp(s)."""
     rows = size.gathered_rows * (size.embedding_dim + 2) * _FLOAT
-    return rows + size.own_entries * (2 * _ID + _FLOAT)
+    return rows + size.own_entries * (2 * _ID + 2 * _FLOAT)
 
 
 def _entry_terms_bytes(size: ClassifierSize, num_rows: int, entries: int) -> int:
-    """`blocked._entry_terms`: rows of W of some entries, their products, and the ids of sparse matrices."""
+    """`entries._entry_terms`: rows of W of some entries, their products, and the ids of sparse matrices."""
     width, narrow = size.embedding_dim, size.row_dtype.itemsize
     at_once = min(entries, block_classes(size.options, num_rows, width))
     return at_once * (width * _FLOAT + max(width * narrow if narrow < _FLOAT else 0, 5 * (_ID + _FLOAT)))
@@ -203,6 +203,8 @@ def _update_bytes(size: ClassifierSize, block: int) -> int:
     joined = entries * (2 * _ID + _FLOAT) if size.accumulation_steps > 1 else 0
     terms = entries * narrow  # of the entries, beside which first their rows are held, then the blocks
     workspace = rows * size.embedding_dim * _FLOAT if narrow < _FLOAT else 0  # of oneDNN's products
+    if size.kept_classes and narrow < _FLOAT:  # which copies some 128 columns of kept terms a thread
+        workspace += 2 * 128 * rows * narrow
     return features + joined + terms + max(_entry_terms_bytes(size, rows, entries), block + workspace)
 
 

@@ -181,7 +181,7 @@ class ClassifierShard:
         z_B, y_B = self.group.all_reduce_sum_(torch.stack([sums.z_B, sums.y_B]))
         gradient_BD = unit_feature_gradient(sums, z_B, y_B, self.options, total_rows)
         gradient_bD = self.group.reduce_scatter_rows(gradient_BD, row_counts)
-        self._pending.append(_PendingRows(unit_x_BD, z_B, y_B, labels, total_rows, kept))
+        self._pending.append(_PendingRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows, kept))
         loss = row_losses(z_B, y_B, self.options.form).sum()
         num_zero_features = (torch.linalg.vector_norm(unit_x_BD, dim=1) == 0).sum()
         figures = self._sum_over_replicas(torch.stack([loss, z_B.log().mean(), num_zero_features.to(loss.dtype)]))
