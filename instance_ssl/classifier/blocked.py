@@ -1,9 +1,9 @@
 """Both passes over the shard (see `cosine_softmax.py`) in PyTorch, one block of classes after another.
 
 The readable reference of the Triton kernels, and what runs on CPUs. Every buffer is made before the loop over blocks
-and reused in it: no tensor of B x n (rows x own classes) exists, unless a budget is given for one (`kept_terms.py`,
-which saves one of the four matrix products and the second exp of the classes that fit); and the loop allocates nothing but the few numbers of
-the entries of y that fall into the block.
+and reused in it, and the loop allocates nothing but the few numbers of the entries of y that fall into the block. No
+tensor of B x n (rows x own classes) exists, unless a budget is given for one (`kept_terms.py`), which saves one of the
+four matrix products and the second exp of the classes that fit.
 
 Most of the time goes into the four matrix products; the rest is kept to as few passes over a block as there can be:
 
