@@ -157,6 +157,13 @@ def write_file(path: Path, content: Content, on_begun: Callable[[], object] = la
     return FileRecord(hashing.size, hashing.digest.hexdigest())
 
 
+def replace_file(path: Path, content: Content) -> None:
+    """`write_file`, whole or not at all: what was there before stays until then."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_file(temporary, content)
+    temporary.replace(path)
+
+
 def _save_tensors(content: dict[str, Any], file: BinaryIO) -> None:
     """`torch.save` without its own checksums, which would take half as long again as SHA-256 does."""
     before = torch.serialization.get_crc32_options()

@@ -13,6 +13,7 @@ from instance_ssl.data.detection_batches import DetectionBatch
 from instance_ssl.data.voc import Annotation
 from instance_ssl.distributed.batch_norm import SynchronisedBatchNorm2d, synchronise_batch_norm
 from instance_ssl.distributed.comm import Group
+from instance_ssl.distributed.gradients import sum_gradients
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.detection_metrics import Detections, Objects, coco_metrics, voc_metrics
 from instance_ssl.models.detector import Detector
@@ -77,18 +78,15 @@ class DetectorTraining:
         share = len(batch.images) / self.batch_size
         self._optimizer.zero_grad()
         (torch.stack(list(losses.values())).sum() * share).backward()
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters.values()]
-        own = [*(gradient.flatten() for gradient in gradients), torch.stack(list(losses.values())).detach() * share]
-        summed = self.group.all_reduce_sum_(torch.cat(own)).split([len(part) for part in own])
-        figures = dict(zip(losses, summed[-1].tolist(), strict=True))
+        own = torch.stack(list(losses.values())).detach() * share
+        summed = sum_gradients(self._parameters.values(), own, self.group)
+        figures = dict(zip(losses, summed.tolist(), strict=True))
         figures["loss"] = sum(figures.values())
         if not math.isfinite(figures["loss"]):
             raise UserError(
                 f"detection: the loss became {figures['loss']} at iteration {self.iteration}; lower "
                 "evaluation.detection.learning_rate"
             )
-        for parameter, gradient in zip(self._parameters.values(), summed[:-1], strict=True):
-            parameter.grad = gradient.view_as(parameter)
         for settings in self._optimizer.param_groups:
             settings["lr"] = self.schedule.rate(self.iteration)
         self._optimizer.step()

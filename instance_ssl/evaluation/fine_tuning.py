@@ -16,9 +16,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from instance_ssl.distributed.comm import Group
+from instance_ssl.distributed.gradients import sum_gradients
 from instance_ssl.evaluation.features import evaluation_mode
 from instance_ssl.evaluation.linear import places
-from instance_ssl.evaluation.progress import DivergedError, Progress
+from instance_ssl.evaluation.progress import Progress, mean_loss
 
 Parts = Callable[[int], Iterable[Iterable[tuple[Tensor, Tensor]]]]
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -194,27 +195,13 @@ def _train_epoch(
             loss = cross_entropy(logits_bC, labels[ids.to(group.device)], reduction="sum")
             loss.backward()
             own += torch.stack([loss.detach(), loss.new_tensor(ids.shape[0])])
-        totals += _sum_gradients(network, own, group)
+        summed = sum_gradients(network.parameters(), own, group)
+        for parameter in network.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= summed[1].clamp_min(1)
+        totals += summed
         optimizer.step()
-    loss_sum, images_seen = totals.tolist()
-    if images_seen == 0:
-        raise ValueError("no training images")
-    if not math.isfinite(loss_sum):
-        raise DivergedError(f"fine-tuning: the loss became {loss_sum}; lower its learning rates")
-    return loss_sum / images_seen
-
-
-@torch.no_grad()
-def _sum_gradients(network: _Network, own_totals: Tensor, group: Group) -> Tensor:
-    """Turns the gradients of own summed losses into that of the global batch's mean; its summed loss and images."""
-    parameters = list(network.parameters())
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    packed = group.all_reduce_sum_(torch.cat([own_totals, *[gradient.flatten() for gradient in gradients]]))
-    packed[2:] /= packed[1].clamp_min(1)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, gradient in zip(parameters, packed[2:].split(sizes), strict=True):
-        parameter.grad = gradient.view_as(parameter)
-    return packed[:2]
+    return mean_loss(totals, "fine-tuning", "lower its learning rates")
 
 
 def _average_statistics(network: _Network, group: Group) -> None:

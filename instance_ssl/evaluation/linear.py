@@ -15,7 +15,7 @@ from torch import Tensor
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import evaluation_mode, extract_features
-from instance_ssl.evaluation.progress import DivergedError, Progress
+from instance_ssl.evaluation.progress import Progress, mean_loss
 
 _BLOCK_ROWS = 65536
 _HISTORY = 10
@@ -304,12 +304,7 @@ def _train_epoch(
     for rate, (rows_bF, labels_b) in zip(rates, parts, strict=True):
         optimizer.param_groups[0]["lr"] = rate
         totals += _step(optimizer, theta, rows_bF, labels_b, group)
-    loss_sum, images = totals.tolist()
-    if images == 0:
-        raise ValueError("no training images")
-    if not math.isfinite(loss_sum):
-        raise DivergedError(f"linear classifier: the loss became {loss_sum}; lower its learning rate")
-    return loss_sum / images
+    return mean_loss(totals, "linear classifier", "lower its learning rate")
 
 
 @torch.no_grad()

@@ -103,6 +103,14 @@ class Stage:
             raise UserError(problem)
         return cast(_T, result)
 
+    def on_rank_0(self, work: Callable[[], _T]) -> _T:
+        """What rank 0 alone does: its (picklable) result on all ranks, or its failure. Collective.
+
+        Raises:
+            UserError: on all ranks.
+        """
+        return cast(_T, self.world.broadcast_object(self.together(lambda: work() if self.world.rank == 0 else None)))
+
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The JSON's precision, for forward passes outside the engine."""
         dtype = self.ds.autocast_dtype

@@ -11,7 +11,6 @@ from instance_ssl.checkpoint import Checkpoint, intact_checkpoints, load_rows
 from instance_ssl.data.loaders import image_loader
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.correlation import correlations, draw_correlation, instance_accuracy
-from instance_ssl.evaluation.knn import knn_accuracy
 from instance_ssl.run_directory import write_json
 from instance_ssl.stages.build import classifier_shard, own_parts, training_view
 from instance_ssl.stages.checks import config_digest
@@ -20,10 +19,9 @@ from instance_ssl.stages.representation import (
     LabelledImages,
     Representation,
     cached_features,
-    labels_of_own_part,
     open_labelled,
     represent_checkpoint,
-    search_progress,
+    vote,
 )
 from instance_ssl.stages.session import require_same_run
 
@@ -62,18 +60,8 @@ def _measure(stage: Stage, checkpoint: Checkpoint, images: LabelledImages) -> di
     label = f"epoch {position.epoch}"
     train_nF = cached_features(stage, representation, images.train, f"{label}: train features")
     test_mF = cached_features(stage, representation, images.test, f"{label}: test features")
-    with search_progress(stage, f"{label}: k-NN", len(images.test)) as on_chunk:
-        accuracies = knn_accuracy(
-            train_nF,
-            labels_of_own_part(stage, images.train_labels),
-            test_mF,
-            labels_of_own_part(stage, images.test_labels),
-            stage.world,
-            neighbours=knn.neighbours[:1],
-            temperatures=knn.temperatures[:1],
-            num_classes=images.num_classes,
-            on_chunk=on_chunk,
-        )
+    headline = knn.model_copy(update={"neighbours": knn.neighbours[:1], "temperatures": knn.temperatures[:1]})
+    accuracies = vote(stage, images, train_nF, test_mF, headline, f"{label}: k-NN")
     logged = position.figures.get("instance_accuracy")
     return {
         "epoch": position.epoch,

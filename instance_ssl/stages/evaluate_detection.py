@@ -1,14 +1,13 @@
 """Stage: detection on PASCAL VOC, every source's backbone tuned whole inside Faster R-CNN."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from instance_ssl.checkpoint_files import read_tensors, write_file
+from instance_ssl.checkpoint_files import read_tensors, replace_file
 from instance_ssl.config_detection import DetectionConfig
 from instance_ssl.data.detection_batches import DetectionBatch, Resizing, single_images, training_batches
 from instance_ssl.data.voc import VocImages, open_voc
@@ -82,9 +81,7 @@ def _refuse(stage: Stage) -> None:
 def _open(stage: Stage, lists: Sequence[str]) -> VocImages:
     """The images of some lists: read by rank 0 and sent to all. Collective."""
     detection = stage.config.evaluation.detection
-    is_main = stage.world.rank == 0
-    read = stage.together(lambda: open_voc(detection.root, lists, detection.classes) if is_main else None)
-    data: VocImages = stage.world.broadcast_object(read)
+    data = stage.on_rank_0(lambda: open_voc(detection.root, lists, detection.classes))
 
     def check() -> None:
         if (problem := data.images.missing_here()) is not None:
@@ -210,10 +207,8 @@ def _save(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> N
     def write() -> None:
         if stage.world.rank != 0:
             return
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            write_file(temporary, {**training.state(), "bound": bound})
-            os.replace(temporary, path)
+            replace_file(path, {**training.state(), "bound": bound})
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             raise UserError(f"{path} could not be written ({' '.join(str(error).split())})") from None
 

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl.checkpoint_files import write_file
+from instance_ssl.checkpoint_files import replace_file
 from instance_ssl.evaluation.embedding_map import principal_components
-from instance_ssl.evaluation.knn import knn_accuracy
 from instance_ssl.evaluation.neighbours import NeighbourRow, draw_neighbours, nearest_neighbours
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.representation import (
@@ -16,10 +15,9 @@ from instance_ssl.stages.representation import (
     LabelledImages,
     cached_features,
     embeddings_of,
-    labels_of_own_part,
     open_labelled,
     represent,
-    search_progress,
+    vote,
 )
 
 _PICTURE_QUERIES = 12
@@ -58,24 +56,13 @@ def run(stage: Stage) -> dict[str, Any]:
     if stage.world.rank == 0:
         _draw(picture, images, query_ids.tolist(), neighbour_ids)
         labels = {"labels": images.test_labels.cpu(), "class_names": images.test.class_names}
-        write_file(stage.directory / MAP_FILE, {"sources": samples, **labels})
+        replace_file(stage.directory / MAP_FILE, {"sources": samples, **labels})
     return {"figures": results, "picture": str(picture.relative_to(stage.run_directory))}
 
 
 def _vote(stage: Stage, images: LabelledImages, train_nF: Tensor, test_mF: Tensor) -> dict[str, Any]:
     """The headline, which is the grid's first pair, and the grid."""
-    with search_progress(stage, "k-NN", len(images.test)) as on_chunk:
-        accuracies = knn_accuracy(
-            train_nF,
-            labels_of_own_part(stage, images.train_labels),
-            test_mF,
-            labels_of_own_part(stage, images.test_labels),
-            stage.world,
-            neighbours=stage.config.evaluation.knn.neighbours,
-            temperatures=stage.config.evaluation.knn.temperatures,
-            num_classes=images.num_classes,
-            on_chunk=on_chunk,
-        )
+    accuracies = vote(stage, images, train_nF, test_mF, stage.config.evaluation.knn, "k-NN")
     grid = [{"k": k, "temperature": t, **figures} for (k, t), figures in accuracies.items()]
     return {**grid[0], "grid": grid}  # named beforehand: the best of the grid would be chosen on the test set
 

@@ -59,9 +59,7 @@ def _labelled_ids(stage: Stage, images: LabelledImages, place: int) -> tuple[Ten
         write_label_list(stage.run_directory / drawn, names, ids)
         return ids, str(drawn)
 
-    found = stage.together(lambda: find() if stage.world.rank == 0 else None)
-    ids, list_file = stage.world.broadcast_object(found)
-    return ids, list_file
+    return stage.on_rank_0(find)
 
 
 def _options(stage: Stage, source: str, place: int, num_images: int) -> TrainingOptions:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +37,6 @@ from instance_ssl.stages.build import describe_encoder
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.representation import Representation, represent
 
-_T = TypeVar("_T")
-
 
 def run(stage: Stage) -> dict[str, Any]:
     """Files of the backbone and its card, by rank 0; rows of `export.images`, by all ranks."""
@@ -49,7 +47,7 @@ def run(stage: Stage) -> dict[str, Any]:
     encoder = representation.encoder
     assert encoder is not None  # no source of `export` is pixels
     stage.log.say(describe_encoder(stage.config))
-    files = _on_rank_0(stage, lambda: _write_backbone(stage, encoder))
+    files = stage.on_rank_0(lambda: _write_backbone(stage, encoder))
     card = {**_describe(stage, representation), "sha256": files}
     names = [*files, "model_card.json"]
     if images is not None:
@@ -61,11 +59,6 @@ def run(stage: Stage) -> dict[str, Any]:
         write_json(stage.directory / "model_card.json", {**card, **made_with})
     stage.log.say(f"{', '.join(names)}: in {stage.directory}")
     return card
-
-
-def _on_rank_0(stage: Stage, write: Callable[[], _T]) -> _T:
-    """What rank 0 alone writes; its result, or its failure, on all ranks. Collective."""
-    return stage.world.broadcast_object(stage.together(lambda: write() if stage.world.rank == 0 else None))
 
 
 def _write_backbone(stage: Stage, encoder: Encoder) -> dict[str, str]:
@@ -143,7 +136,7 @@ def _write_rows(stage: Stage, representation: Representation, encoder: Encoder, 
     tag = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
     parts = [directory / f"part_{tag}_{rank}_of_{stage.world.size}" for rank in range(stage.world.size)]
     stage.together(lambda: _append_own_rows(stage, encoder, images, parts[stage.world.rank], columns))
-    files = _on_rank_0(stage, lambda: _join(stage, images, parts, columns))
+    files = stage.on_rank_0(lambda: _join(stage, images, parts, columns))
     dims = {name: place.stop - place.start for name, place in columns.items()}
     return {"num_images": len(images), "digest": images.digest, "dims": dims, "files": files}
 

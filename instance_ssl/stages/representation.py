@@ -10,13 +10,14 @@ from torch import Tensor
 
 from instance_ssl import faults
 from instance_ssl.checkpoint import ENCODER_FILES, Checkpoint, checkpoint_at, load_encoder, newest_checkpoint
-from instance_ssl.config import DataConfig
+from instance_ssl.config import DataConfig, KnnConfig
 from instance_ssl.data.augmentations import Transform, centre_view
 from instance_ssl.data.datasets import ImageSource
 from instance_ssl.data.loaders import Batch, image_loader
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import extract_features
+from instance_ssl.evaluation.knn import knn_accuracy
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.build import seeded_encoder
 from instance_ssl.stages.context import Stage
@@ -163,6 +164,24 @@ def search_progress(stage: Stage, label: str, num_queries: int) -> Iterator[Call
             stage.check_together()
 
         yield on_chunk
+
+
+def vote(
+    stage: Stage, images: LabelledImages, train_nF: Tensor, test_mF: Tensor, knn: KnnConfig, label: str
+) -> dict[tuple[int, float], dict[str, float]]:
+    """k-NN accuracies by (k, temperature) of this rank's features of the labelled images. Collective."""
+    with search_progress(stage, label, len(images.test)) as on_chunk:
+        return knn_accuracy(
+            train_nF,
+            labels_of_own_part(stage, images.train_labels),
+            test_mF,
+            labels_of_own_part(stage, images.test_labels),
+            stage.world,
+            neighbours=knn.neighbours,
+            temperatures=knn.temperatures,
+            num_classes=images.num_classes,
+            on_chunk=on_chunk,
+        )
 
 
 def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:

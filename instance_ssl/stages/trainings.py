@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.checkpoint_files import read_tensors, write_file
+from instance_ssl.checkpoint_files import read_tensors, replace_file
 from instance_ssl.evaluation.progress import DivergedError, Progress
 from instance_ssl.run_directory import write_json
 from instance_ssl.stages.context import Stage
@@ -78,10 +78,8 @@ class _Saver:
         began = time.monotonic()
         if self._stage.world.rank != 0 or began < self._not_before:
             return
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
         try:
-            write_file(temporary, done.state())
-            temporary.replace(self._path)
+            replace_file(self._path, done.state())
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             reason = " ".join(str(error).split())
             self._stage.log.say(f"warning: {self._path} is not written ({reason}); a stop now would lose the epochs")
