@@ -72,7 +72,8 @@ def draw_similarities(path: Path, figures: Mapping[str, Mapping[str, float]]) ->
         axes.set_title(f"Mean cosine of {title}", fontsize=10)
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    picture.axes[0].legend(fontsize=8)
+    handles, labels = picture.axes[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     picture.savefig(path, dpi=120)
     return True
 
