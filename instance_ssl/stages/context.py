@@ -22,7 +22,7 @@ import yaml
 from instance_ssl import engine, faults
 from instance_ssl.config import ExperimentConfig, flatten, load_config
 from instance_ssl.console import complain, heard_or_not
-from instance_ssl.data.datasets import ImageSource
+from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
