@@ -1,6 +1,7 @@
 """From the bytes of an image file to pixels, by the decoders that are allowed."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -9,13 +10,13 @@ from PIL import Image
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(file: Path | BinaryIO) -> Image.Image:
     """The image of a file whose header has been read, by the decoders that are allowed, and within PIL's bound.
 
     Raises:
         OSError, ValueError, SyntaxError and others of PIL's, for what cannot be read.
     """
-    image = Image.open(path, formats=_FORMATS)
+    image = Image.open(file, formats=_FORMATS)
     # PIL only warns up to twice the bound.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()

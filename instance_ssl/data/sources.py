@@ -1,6 +1,7 @@
 """Sources of images whose index is a stable instance id, and so the class that the instance classifier learns."""
 
 import hashlib
+import io
 import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,39 @@ class ArrayImages(ImageSource):
         return Image.fromarray(self.pixels[index])
 
 
-class FileImages(ImageSource):
+class EncodedImages(ImageSource):
+    """Images that lie somewhere as the bytes of a JPEG, PNG or WebP file, decoded when asked for."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The file of image `index`, as it is.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """What a message calls the file of image `index`, in one line."""
+
+    def load(self, index: int) -> Image.Image:
+        """Image `index` in RGB mode: transparency is dropped, 16-bit grey keeps its upper 8 bits.
+
+        The EXIF orientation is left alone, as torchvision's ImageFolder does.
+
+        Raises:
+            RankError: the file is gone, truncated or otherwise undecodable.
+        """
+        try:
+            with open_image(io.BytesIO(self.read(index))) as image:
+                return convert_to_rgb(image)
+        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+            raise RankError(
+                f"cannot decode {self.where(index)} (image {index}): {reason(error)}; repair or replace the file"
+            ) from error
+
+
+class FileImages(EncodedImages):
     """JPEG, PNG and WebP files under one root, decoded when asked for.
 
     `digest` covers the relative paths and the sizes in bytes, in order, but not the contents: reading a large data set
@@ -123,22 +156,13 @@ class FileImages(ImageSource):
                 return f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
         return None
 
-    def load(self, index: int) -> Image.Image:
-        """Image `index` in RGB mode: transparency is dropped, 16-bit grey keeps its upper 8 bits.
+    def read(self, index: int) -> bytes:
+        """The file of image `index`, as it is."""
+        return (self.root / self.names[index]).read_bytes()
 
-        The EXIF orientation is left alone, as torchvision's ImageFolder does.
-
-        Raises:
-            RankError: the file is gone, truncated or otherwise undecodable.
-        """
-        path = self.root / self.names[index]
-        try:
-            with open_image(path) as image:
-                return convert_to_rgb(image)
-        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-            raise RankError(
-                f"cannot decode {escape(str(path))} (image {index}): {reason(error)}; repair or replace the file"
-            ) from error
+    def where(self, index: int) -> str:
+        """The file's path."""
+        return escape(str(self.root / self.names[index]))
 
 
 def write_instances(source: ImageSource, path: Path) -> None:
