@@ -10,11 +10,9 @@ from torch import Tensor
 
 from instance_ssl import faults
 from instance_ssl.classifier.shard import ClassifierShard, ShardOutput
+from instance_ssl.data.views import ViewBatch
 from instance_ssl.engine import Engine
 from instance_ssl.stopwatch import Stopwatch
-
-# (views (b, V, 3, S, S), instance ids (b,)) of one micro-batch.
-MicroBatch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class StepReport:
 def train_step(
     engine: Engine,
     shard: ClassifierShard,
-    micro_batches: Iterator[MicroBatch],
+    micro_batches: Iterator[ViewBatch],
     accumulation_steps: int,
     positives: Tensor,
     *,
@@ -67,9 +65,9 @@ def train_step(
     for micro_step in range(accumulation_steps):
         watch.start()
         started = time.perf_counter()
-        views, instance_id_b = next(micro_batches)
+        batch = next(micro_batches)
         data_wait_seconds += time.perf_counter() - started
-        images, ids = flatten_views(views, instance_id_b, shard.group.device)
+        images, ids = flatten_views(batch, shard.group.device)
         if faults.reach("step", rank, engine.steps_taken) == "nan":
             images = torch.full_like(images, torch.nan)
         total_rows = len(ids) * shard.world_size * accumulation_steps
@@ -109,17 +107,16 @@ def train_step(
     )
 
 
-def flatten_views(views: Tensor, instance_id_b: Tensor, device: torch.device) -> MicroBatch:
-    """Views (b, V, 3, S, S) and ids (b,) as images (V·b, 3, S, S) and their ids (V·b,), on the device."""
-    num_views = views.shape[1]
-    images = views.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-    return images, instance_id_b.to(device, non_blocking=True).repeat(num_views)
+def flatten_views(batch: ViewBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The views as images (V·b, 3, S, S) and their ids (V·b,), on the device."""
+    images = batch.views.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+    return images, batch.ids.to(device, non_blocking=True).repeat(batch.views.shape[1])
 
 
 def train_epoch(
     engine: Engine,
     shard: ClassifierShard,
-    micro_batches: Iterable[MicroBatch],
+    micro_batches: Iterable[ViewBatch],
     *,
     steps: range,
     accumulation_steps: int,

@@ -9,12 +9,13 @@ from torch import Tensor
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.order import GlobalBatchSampler
+from instance_ssl.data.views import ViewBatch
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.engine import Engine
 from instance_ssl.models.encoder import Encoder, build_encoder
-from instance_ssl.pretraining import MicroBatch, train_step
+from instance_ssl.pretraining import train_step
 
 N, D, K, V, SIZE, GLOBAL_BATCH, STEPS = 96, 16, 5, 2, 16, 32, 4
 TEMPERATURE = 0.15
@@ -58,13 +59,13 @@ def views_of(ids: Tensor) -> Tensor:
     return torch.stack(views)
 
 
-def micro_batches(group: Group, settings: DeepSpeedSettings) -> list[MicroBatch]:
+def micro_batches(group: Group, settings: DeepSpeedSettings) -> list[ViewBatch]:
     """Those of `STEPS` steps."""
     sampler = GlobalBatchSampler(N, GLOBAL_BATCH, settings.micro_batch_size, group.rank, group.size, seed=0)
     batches = []
     while len(batches) < STEPS * settings.accumulation_steps:
         ids = [torch.tensor([index for _, index in keys]) for keys in sampler]
-        batches += [(views_of(ids_b), ids_b) for ids_b in ids]
+        batches += [ViewBatch(views_of(ids_b), ids_b) for ids_b in ids]
         sampler.epoch += 1
     return batches
 

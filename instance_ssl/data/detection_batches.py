@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional
 from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD
 from instance_ssl.data.loaders import BatchLoader
 from instance_ssl.data.order import Key, epoch_order
-from instance_ssl.data.views import ViewDataset, sample_seed
+from instance_ssl.data.views import ViewDataset, ViewItem, sample_seed
 from instance_ssl.data.voc import VocImages
 
 
@@ -72,7 +72,7 @@ def training_batches(
     keys = iter(order)
     for _ in iterations:
         own = [key for (key,) in islice(keys, order.own_size)]
-        loaded = [views[0] for views, _ in islice(images, len(own))]
+        loaded = [batch.views[0] for batch in islice(images, len(own))]
         targets = [_resized_objects(data, resizing, sample_seed(seed, *key, 0), key[1]) for key in own]
         yield DetectionBatch(
             loaded, [b for b, _ in targets], [c for _, c in targets], [sample_seed(seed, *key, 1) for key in own]
@@ -86,8 +86,8 @@ def single_images(data: VocImages, resizing: Resizing, num_workers: int, indices
         RankError: from the iteration, when an image cannot be decoded.
     """
     loader = BatchLoader(_ResizedImages(data, resizing, 0), [[(0, i)] for i in indices], num_workers, persistent=False)
-    for views, _ in loader:
-        yield views[0]
+    for batch in loader:
+        yield batch.views[0]
 
 
 class _EndlessOrder(Sampler[list[Key]]):
@@ -118,19 +118,19 @@ class _EndlessOrder(Sampler[list[Key]]):
 
 
 class _ResizedImages(ViewDataset):
-    """Item (epoch, index) is (image (3, h, w), index)."""
+    """Item (epoch, index) has one view, (3, h, w) without a dimension for views."""
 
     def __init__(self, data: VocImages, resizing: Resizing, seed: int) -> None:
         super().__init__(data.images, functional.pil_to_tensor, num_views=1, seed=seed)
         self.resizing = resizing
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> ViewItem:
         image = self.source.load(key[1])
         width, height, flipped = self.resizing.draw(sample_seed(self.seed, *key, 0), *image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         pixels = functional.pil_to_tensor(image).to(torch.float32).div_(255)
         pixels = pixels.flip(2) if flipped else pixels
-        return functional.normalize(pixels, list(NORMALISE_MEAN), list(NORMALISE_STD)), key[1]
+        return ViewItem(functional.normalize(pixels, list(NORMALISE_MEAN), list(NORMALISE_STD)), key[1])
 
 
 def _resized_objects(data: VocImages, resizing: Resizing, seed: int, index: int) -> tuple[Tensor, Tensor]:

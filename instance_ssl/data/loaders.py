@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from instance_ssl.data.augmentations import Transform
 from instance_ssl.data.order import Key
 from instance_ssl.data.sources import ImageSource
-from instance_ssl.data.views import ViewDataset
+from instance_ssl.data.views import ViewBatch, ViewDataset
 from instance_ssl.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -49,7 +49,7 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ViewBatch]:
         # Workers are born with SIGTERM blocked in every thread they will ever have; see _prepare_worker.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
@@ -67,7 +67,7 @@ class BatchLoader:
 
 
 def view_loader(dataset: ViewDataset, sampler: Sampler[list[Key]], num_workers: int) -> BatchLoader:
-    """Batches (views (b, V, 3, S, S) float32, ids (b,) int64) in the sampler's order, in pinned memory beside a GPU.
+    """Batches of views in the sampler's order, in pinned memory beside a GPU.
 
     Workers, if any, live as long as the loader. `num_workers` 0 loads in this process, with the same result.
 
@@ -134,22 +134,27 @@ class _FirstViews:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for views, ids in self._loader:
-            yield views[:, 0], ids
+        for batch in self._loader:
+            yield batch.views[:, 0], batch.ids
 
 
-class _Batches(Dataset[Batch | UserError]):
+class _Batches(Dataset[ViewBatch | UserError]):
     """Whole batches; a `UserError` comes back as a value, for DataLoader adds a traceback to one that is raised."""
 
     def __init__(self, dataset: ViewDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, keys: list[Key]) -> Batch | UserError:
+    def __getitem__(self, keys: list[Key]) -> ViewBatch | UserError:
         try:
-            views, ids = zip(*(self._dataset[key] for key in keys), strict=True)
+            items = [self._dataset[key] for key in keys]
         except UserError as error:
             return error
-        return torch.stack(views), torch.tensor(ids, dtype=torch.int64)
+        colours = [item.colours for item in items if item.colours is not None]
+        return ViewBatch(
+            torch.stack([item.views for item in items]),
+            torch.tensor([item.id for item in items], dtype=torch.int64),
+            torch.stack(colours) if colours else None,
+        )
 
 
 def _keep(batch: Any) -> Any:

@@ -1,5 +1,7 @@
 """Random views of images, each from a seed of its own."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,10 +16,40 @@ def sample_seed(seed: int, epoch: int, index: int, view: int) -> int:
     return mixed_seed(seed, epoch, index, view)
 
 
-class ViewDataset(Dataset[tuple[Tensor, int]]):
+class ViewItem(NamedTuple):
+    """The views of one image.
+
+    Attributes:
+        views: (V, 3, S, S) float32, normalised; uint8 where `colours` is given.
+        id: instance id of the image.
+        colours: (V, P) float32, the colour changes that are left to the device; None: the views are finished.
+    """
+
+    views: Tensor
+    id: int
+    colours: Tensor | None = None
+
+
+class ViewBatch(NamedTuple):
+    """The views of some images.
+
+    Attributes:
+        views: (b, V, 3, S, S) float32, normalised; uint8 where `colours` is given.
+        ids: (b,) int64, instance ids.
+        colours: (b, V, P) float32, the colour changes that are left to the device; None: the views are finished.
+        unreadable: (k,) int64, images of the batch that could not be read and that others stand for; None: none.
+    """
+
+    views: Tensor
+    ids: Tensor
+    colours: Tensor | None = None
+    unreadable: Tensor | None = None
+
+
+class ViewDataset(Dataset[ViewItem]):
     """Random views of the images of a source, each drawn from its own seed.
 
-    Item (epoch, index) is (views (V, 3, S, S) float32, index). The image is decoded once. torch's default CPU
+    Item (epoch, index) is a `ViewItem`. The image is decoded once. torch's default CPU
     generator is seeded anew for each view and left as it was found.
 
     Args:
@@ -36,7 +68,7 @@ class ViewDataset(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> ViewItem:
         epoch, index = key
         image = self.source.load(index)
         generator = torch.default_generator
@@ -49,4 +81,4 @@ class ViewDataset(Dataset[tuple[Tensor, int]]):
                 views.append(self.transform(image))
         finally:
             generator.set_state(state)
-        return torch.stack(views), index
+        return ViewItem(torch.stack(views), index)

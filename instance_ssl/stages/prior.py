@@ -10,7 +10,7 @@ from instance_ssl.data.augmentations import Transform
 from instance_ssl.data.loaders import BatchLoader
 from instance_ssl.data.order import epoch_order
 from instance_ssl.data.sources import ImageSource
-from instance_ssl.data.views import ViewDataset
+from instance_ssl.data.views import ViewBatch, ViewDataset
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.stages.build import own_parts
 from instance_ssl.stages.context import Stage
@@ -70,8 +70,8 @@ def _own_batches(
     dataset = ViewDataset(images, view, num_views, stage.config.seed)
     loaded = iter(BatchLoader(dataset, keys, stage.config.data.num_workers, persistent=False))
     size = stage.config.data.image_size
-    nothing = torch.empty(0, num_views, 3, size, size), torch.empty(0, dtype=torch.int64)
+    nothing = ViewBatch(torch.empty(0, num_views, 3, size, size), torch.empty(0, dtype=torch.int64))
     for part in parts:
-        views, ids_b = next(loaded) if part else nothing
-        places_b = torch.searchsorted(ids_N, ids_b)
-        yield views.flatten(0, 1), (places_b[:, None] * num_views + torch.arange(num_views)).flatten()
+        batch = next(loaded) if part else nothing
+        places_b = torch.searchsorted(ids_N, batch.ids)
+        yield batch.views.flatten(0, 1), (places_b[:, None] * num_views + torch.arange(num_views)).flatten()

@@ -13,11 +13,12 @@ from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.reference import dense_hard_classes, dense_labels, dense_loss
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.order import GlobalBatchSampler
+from instance_ssl.data.views import ViewBatch
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, InstanceClassifierSection
 from instance_ssl.engine import Engine
-from instance_ssl.pretraining import MicroBatch, train_step
+from instance_ssl.pretraining import train_step
 from instance_ssl.schedules import warmup_cosine
 
 N, D, K, V, BATCH, STEPS = 53, 8, 5, 2, 16, 3
@@ -71,11 +72,11 @@ def make_training(group: Group, zero_stage: int, accumulation: int) -> tuple[Eng
     return engine, shard
 
 
-def micro_batches(group: Group, accumulation: int) -> Iterator[MicroBatch]:
+def micro_batches(group: Group, accumulation: int) -> Iterator[ViewBatch]:
     micro = BATCH // (group.size * accumulation)
     for keys in GlobalBatchSampler(N, BATCH, micro, group.rank, group.size, seed=0):
         ids = torch.tensor([index for _, index in keys])
-        yield views_of(ids), ids
+        yield ViewBatch(views_of(ids), ids)
 
 
 def train_on_ranks(group: Group) -> list[tuple[list[float], dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]]:

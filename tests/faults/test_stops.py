@@ -15,6 +15,7 @@ from PIL import Image
 from rig import EPOCHS, STEPS_PER_EPOCH, checkpoints, digests, quick_first, run, running, status, wait_for
 
 import instance_ssl.pretraining as pretraining
+from instance_ssl.data.views import ViewBatch
 
 
 def test_a_run_that_is_stopped_in_every_step_ends_like_an_undisturbed_one(place: Path, clean: dict[str, str]) -> None:
@@ -32,10 +33,10 @@ def write_down_ids() -> None:
     """Every micro-batch's instance ids go to $IDS."""
     original, path = pretraining.flatten_views, Path(os.environ["IDS"]) / os.environ["RANK"]
 
-    def flatten_views(views: torch.Tensor, ids: torch.Tensor, device: torch.device) -> Any:
+    def flatten_views(batch: ViewBatch, device: torch.device) -> Any:
         with path.open("a") as file:
-            file.write(json.dumps(ids.tolist()) + "\n")
-        return original(views, ids, device)
+            file.write(json.dumps(batch.ids.tolist()) + "\n")
+        return original(batch, device)
 
     pretraining.flatten_views = flatten_views
 

@@ -17,7 +17,7 @@ from instance_ssl.data.datasets import open_source
 from instance_ssl.data.loaders import PartLoader, image_loader, view_loader
 from instance_ssl.data.order import GlobalBatchSampler, epoch_order
 from instance_ssl.data.sources import ArrayImages, ImageSource
-from instance_ssl.data.views import ViewDataset, sample_seed
+from instance_ssl.data.views import ViewBatch, ViewDataset, sample_seed
 from instance_ssl.errors import RankError, UserError
 
 SIZE = 8
@@ -28,13 +28,13 @@ def images(count: int) -> ArrayImages:
     return ArrayImages(pixels, [str(i) for i in range(count)], None, None)
 
 
-def views_of(sampler: GlobalBatchSampler, num_workers: int = 0, num_images: int = 21) -> list[tuple[torch.Tensor, ...]]:
+def views_of(sampler: GlobalBatchSampler, num_workers: int = 0, num_images: int = 21) -> list[ViewBatch]:
     dataset = ViewDataset(images(num_images), simclr_view(SIZE), num_views=2, seed=sampler.seed)
     return list(view_loader(dataset, sampler, num_workers))
 
 
-def by_id(batches: list[tuple[torch.Tensor, ...]]) -> dict[int, torch.Tensor]:
-    return {index: view for views, ids in batches for view, index in zip(views, ids.tolist(), strict=True)}
+def by_id(batches: list[ViewBatch]) -> dict[int, torch.Tensor]:
+    return {index: view for batch in batches for view, index in zip(batch.views, batch.ids.tolist(), strict=True)}
 
 
 def settings_of_a_worker(image: Image.Image) -> torch.Tensor:
@@ -81,13 +81,13 @@ def test_sample_seeds_are_distinct_63_bit_numbers() -> None:
 def test_a_view_depends_on_nothing_but_its_key() -> None:
     dataset = ViewDataset(images(4), simclr_view(SIZE), num_views=3, seed=5)
     torch.manual_seed(1)
-    views, index = dataset[(2, 3)]
+    views, index, _ = dataset[(2, 3)]
     torch.manual_seed(2)
     dataset[(0, 0)]
-    again, _ = dataset[(2, 3)]
+    again = dataset[(2, 3)].views
     assert (views.shape, views.dtype, index) == ((3, 3, SIZE, SIZE), torch.float32, 3)
     assert torch.equal(views, again)
-    others = [*views, dataset[(1, 3)][0][0], ViewDataset(images(4), simclr_view(SIZE), 1, seed=6)[(2, 3)][0][0]]
+    others = [*views, dataset[(1, 3)].views[0], ViewDataset(images(4), simclr_view(SIZE), 1, seed=6)[(2, 3)].views[0]]
     assert len(torch.unique(torch.stack(others).flatten(1), dim=0)) == 5
 
 
@@ -102,10 +102,10 @@ def test_iterating_leaves_the_global_generator_alone(num_workers: int) -> None:
 
 def test_batches_do_not_depend_on_the_number_of_workers() -> None:
     sampler = GlobalBatchSampler(21, 6, 3, 0, 1, seed=3)
-    for (views, ids), (worker_views, worker_ids) in zip(views_of(sampler), views_of(sampler, 2), strict=True):
-        assert torch.equal(ids, worker_ids)
-        assert torch.equal(views, worker_views)
-        assert (views.shape, ids.dtype) == ((3, 2, 3, SIZE, SIZE), torch.int64)
+    for batch, loaded in zip(views_of(sampler), views_of(sampler, 2), strict=True):
+        assert torch.equal(batch.ids, loaded.ids)
+        assert torch.equal(batch.views, loaded.views)
+        assert (batch.views.shape, batch.ids.dtype) == ((3, 2, 3, SIZE, SIZE), torch.int64)
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 2), (2, 4), (4, 1)])
@@ -171,7 +171,7 @@ def test_workers_serve_one_epoch_after_another() -> None:
         if epoch == 1:
             next(iter(loader))  # an epoch left half-way must not leak into the next
             sampler.start_step = 2
-        ids = torch.cat([ids for _, ids in loader])
+        ids = torch.cat([batch.ids for batch in loader])
         assert ids.tolist() == epoch_order(21, 0, epoch)[8 * epoch : 20].tolist()
 
 
@@ -194,7 +194,7 @@ def test_part_loader_draws_views_of_its_epoch_in_pieces(num_workers: int) -> Non
         loaded = [list(batches) for batches in loader.epoch(epoch, parts)]
         assert [[ids.tolist() for _, ids in part] for part in loaded] == [[[7, 1], [4]], [], [[2, 8], [0, 5]], [[3]]]
         for pixels, ids in (batch for part in loaded for batch in part):
-            assert torch.equal(pixels, torch.stack([dataset[(epoch, index)][0][0] for index in ids.tolist()]))
+            assert torch.equal(pixels, torch.stack([dataset[(epoch, index)].views[0] for index in ids.tolist()]))
 
 
 def test_part_loader_keeps_its_workers() -> None:
@@ -249,7 +249,7 @@ def test_workers_use_one_thread_and_end_only_on_word_from_the_main_process() -> 
     sampler = GlobalBatchSampler(21, 1, 1, 0, 1, seed=0)
     loader = view_loader(ViewDataset(images(21), settings_of_a_worker, 1, 0), sampler, num_workers=1)
     iterator = iter(loader)
-    threads, ignored, pid = next(iterator)[0].flatten().tolist()
+    threads, ignored, pid = next(iterator).views.flatten().tolist()
     assert (threads, ignored) == (1, 1)
     [worker] = [child for child in multiprocessing.active_children() if child.pid == pid]
     # Signals from a third process, as a terminal or a launcher would send them.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from instance_ssl.data.views import ViewBatch
 from instance_ssl.pretraining import flatten_views
 from instance_ssl.schedules import warmup_cosine
 
@@ -29,6 +30,6 @@ def test_no_warm_up_is_all_cosine() -> None:
 def test_every_view_keeps_its_image_s_id() -> None:
     ids = torch.tensor([5, 3])
     views = (ids[:, None] * 10 + torch.arange(3)).float()[:, :, None, None, None].expand(2, 3, 3, 4, 4)
-    images, labels = flatten_views(views, ids, torch.device("cpu"))
+    images, labels = flatten_views(ViewBatch(views, ids), torch.device("cpu"))
     assert images.shape == (6, 3, 4, 4)
     assert (images[:, 0, 0, 0] // 10).tolist() == labels.tolist()
