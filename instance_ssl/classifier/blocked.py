@@ -184,10 +184,15 @@ def update_rows(
             rows.step(start, stop, gradient_mD, block)
 
 
-def best_classes(unit_x_BD: Tensor, weight_nD: Tensor, options: SoftmaxOptions) -> tuple[Tensor, Tensor]:
+def best_classes(
+    unit_x_BD: Tensor, weight_nD: Tensor, options: SoftmaxOptions, left_out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Highest cosine of each row over own classes (B,) and its class counted from the shard's first row (B,).
 
     Always in the embeddings' own precision: bfloat16 cannot tell two neighbours near cosine 1 apart.
+
+    Args:
+        left_out: (k,) own classes that are no row's best, int64 on the CPU, counted from the shard's first row.
     """
     options = replace(options, matmul_dtype=unit_x_BD.dtype)
     best_B = unit_x_BD.new_full((unit_x_BD.shape[0],), -torch.inf)
@@ -197,7 +202,11 @@ def best_classes(unit_x_BD: Tensor, weight_nD: Tensor, options: SoftmaxOptions) 
     with fast_float32_products(options.matmul_dtype):
         for start, stop in block.bounds():
             cosine_Bm = _shaped(buffer, (len(best_B), stop - start))
-            value_B, index_B = torch.mm(unit_x_BD, block.load(start, stop).T, out=cosine_Bm).max(dim=1)
+            torch.mm(unit_x_BD, block.load(start, stop).T, out=cosine_Bm)
+            if left_out is not None:
+                inside = left_out[(left_out >= start) & (left_out < stop)] - start
+                cosine_Bm.index_fill_(1, inside.to(cosine_Bm.device), -torch.inf)
+            value_B, index_B = cosine_Bm.max(dim=1)
             better_B = value_B > best_B
             best_B = torch.where(better_B, value_B, best_B)
             class_B = torch.where(better_B, index_B + start, class_B)

@@ -132,16 +132,17 @@ def own_labels(
 
     Args:
         labels_B: (B,) instance id of every row of the global batch.
-        hard_BK: (B, K) hardest classes of each row's instance, or None for one-hot labels (Eq. 1).
+        hard_BK: (B, K) hardest classes of each row's instance, or None for one-hot labels (Eq. 1). -1 is none, where a
+            class has been left out since: those that are there share α, and without any, the label is one-hot.
         smoothing_factor: α in [0, 1).
     """
     classes_BL = labels_B[:, None]
     values_BL = torch.full_like(classes_BL, 1.0, dtype=dtype)
     if hard_BK is not None and smoothing_factor > 0:
-        num_hard_classes = hard_BK.shape[1]
         classes_BL = torch.cat([classes_BL, hard_BK.to(labels_B.dtype)], dim=1)
-        values_BL = torch.full_like(classes_BL, smoothing_factor / num_hard_classes, dtype=dtype)
-        values_BL[:, 0] = 1 - smoothing_factor
+        num_hard_B = (hard_BK >= 0).sum(dim=1).double()
+        values_BL = (smoothing_factor / num_hard_B).to(dtype)[:, None].repeat(1, classes_BL.shape[1])
+        values_BL[:, 0] = 1 - smoothing_factor * (num_hard_B > 0).double()
     rows, columns = torch.nonzero((classes_BL >= start) & (classes_BL < stop), as_tuple=True)
     classes, order = torch.sort(classes_BL[rows, columns] - start, stable=True)
     return SmoothedLabels(rows[order], classes, values_BL[rows, columns][order])

@@ -33,7 +33,7 @@ from instance_ssl.classifier.screening import (
     passing_pairs_transposed,
 )
 from instance_ssl.distributed.comm import Group, Transfer
-from instance_ssl.distributed.partition import Partition
+from instance_ssl.distributed.partition import Partition, Parts
 
 # Longer tiles leave the cache of a CPU core; on a GPU they cost fewer waits of the host.
 _MAX_EDGE = {"cpu": 2048, "cuda": 16384}
@@ -54,6 +54,7 @@ def find_hard_classes(
     block_bytes: int,
     screen_dtype: torch.dtype | None = None,
     on_block: Callable[[int, int], None] | None = None,
+    left_out: Tensor | None = None,
 ) -> Tensor:
     """Top-K of cos(w_i, w_j), j ≠ i, for every own class i.
 
@@ -64,10 +65,37 @@ def find_hard_classes(
         block_bytes: scratch memory, beside unit rows and table.
         screen_dtype: bfloat16 or float32, which changes the time and not the result; None chooses by the device.
         on_block: called with (class blocks done, class blocks in all).
+        left_out: classes, ascending, (k,) int64 on the CPU, that are in nobody's table and have none; None: no class.
 
     Returns:
-        (n, K) int32, hardest first.
+        (n, K) int32, hardest first; -1 where there are not so many classes.
     """
+    if left_out is None or len(left_out) == 0:
+        return _search(weight_nD, num_hard_classes, partition, group, block_bytes, screen_dtype, on_block)
+    table_nK = torch.full((len(weight_nD), num_hard_classes), -1, dtype=torch.int32, device=weight_nD.device)
+    bounds = torch.tensor([partition.bounds(rank) for rank in range(group.size)])
+    taken = torch.searchsorted(left_out, bounds[:, 1]) - torch.searchsorted(left_out, bounds[:, 0])
+    parts = Parts(tuple((bounds[:, 1] - bounds[:, 0] - taken).tolist()))
+    if (num_found := min(num_hard_classes, parts.total - 1)) > 0:
+        start, stop = partition.bounds(group.rank)
+        own = torch.arange(start, stop)
+        live = (own[~torch.isin(own, left_out)] - start).to(weight_nD.device)
+        found_mK = _search(weight_nD[live], num_found, parts, group, block_bytes, screen_dtype, on_block)
+        # Class c of those that are left is c + 1, c + 2, … of all, by how many before it are left out.
+        gaps = (left_out - torch.arange(len(left_out))).to(found_mK)
+        table_nK[live, :num_found] = found_mK + torch.searchsorted(gaps, found_mK, right=True, out_int32=True)
+    return table_nK
+
+
+def _search(
+    weight_nD: Tensor,
+    num_hard_classes: int,
+    partition: Partition | Parts,
+    group: Group,
+    block_bytes: int,
+    screen_dtype: torch.dtype | None,
+    on_block: Callable[[int, int], None] | None,
+) -> Tensor:
     search = _Search(weight_nD, num_hard_classes, partition, group, block_bytes, screen_dtype)
     search.look_first()
     for done, block in enumerate(search.class_blocks(), start=1):
@@ -105,7 +133,7 @@ class _Search:
         self,
         weight_nD: Tensor,
         num_hard_classes: int,
-        partition: Partition,
+        partition: Partition | Parts,
         group: Group,
         block_bytes: int,
         screen_dtype: torch.dtype | None,
@@ -117,7 +145,7 @@ class _Search:
         self.edge = tile_edge(block_bytes, embedding_dim, max(partition.counts()), device.type)
         self.unit_nD, _ = normalise_rows(weight_nD.float())
         errors_n = self.screen.rounding_errors(self.unit_nD)
-        largest = group.all_reduce_max_(errors_n.max())
+        largest = group.all_reduce_max_(errors_n.max() if num_rows else errors_n.new_zeros(()))
         self.margins_n = self.screen.margins(errors_n, largest, embedding_dim)
         self.table = HardTable(num_rows, num_hard_classes, partition.total, device)
         self.blocks = [

@@ -7,12 +7,15 @@ from instance_ssl.classifier.cosine_softmax import LossForm
 
 
 def dense_labels(labels_B: Tensor, hard_BK: Tensor | None, smoothing_factor: float, num_instances: int) -> Tensor:
-    """Eq. 2 as a dense (B, N) float64 tensor."""
+    """Eq. 2 as a dense (B, N) float64 tensor; -1 among the hardest classes is none."""
     y_BN = torch.zeros(labels_B.shape[0], num_instances, dtype=torch.float64)
     if hard_BK is None or smoothing_factor == 0:
         return y_BN.scatter_(1, labels_B[:, None], 1.0)
-    y_BN.scatter_(1, hard_BK.long(), smoothing_factor / hard_BK.shape[1])
-    return y_BN.scatter_(1, labels_B[:, None], 1 - smoothing_factor)
+    for y_N, label, hard_K in zip(y_BN, labels_B.tolist(), hard_BK.tolist(), strict=True):
+        there = [class_ for class_ in hard_K if class_ >= 0]
+        y_N[there] = smoothing_factor / max(1, len(there))
+        y_N[label] = 1 - smoothing_factor if there else 1.0
+    return y_BN
 
 
 def dense_loss(x_BD: Tensor, weight_ND: Tensor, y_BN: Tensor, temperature: float, form: LossForm) -> Tensor:

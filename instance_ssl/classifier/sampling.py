@@ -44,6 +44,12 @@ class ClassSampler:
         self.seed = seed
         # Newest first, without repetition; part of the training state.
         self.recent_classes = torch.empty(0, dtype=torch.int64)
+        self._left_out = torch.empty(0, dtype=torch.int64)
+
+    def leave_out(self, classes: Tensor) -> None:
+        """These (int64, on the CPU) and no others are drawn no more, unless they are positives."""
+        self._left_out = classes
+        self.recent_classes = self.recent_classes[~torch.isin(self.recent_classes, classes)]
 
     def draw(self, positives: Tensor, step: int) -> Tensor:
         """Classes of optimizer step `step`, ascending, (≤ M,) int64 on the CPU.
@@ -57,19 +63,20 @@ class ClassSampler:
             others = self.recent_classes[~torch.isin(self.recent_classes, positives)]
             self.recent_classes = torch.cat([positives, others])[: self.num_sampled_classes]
         else:
-            others = self._random_classes(positives, wanted, step)
+            excluded = torch.cat([positives, self._left_out])
+            others = self._random_classes(excluded, min(wanted, self.num_instances - len(excluded)), step)
         return torch.cat([positives, others[:wanted]]).sort().values
 
-    def _random_classes(self, positives: Tensor, wanted: int, step: int) -> Tensor:
-        """At least `wanted` distinct classes in random order, none of them positive."""
+    def _random_classes(self, excluded: Tensor, wanted: int, step: int) -> Tensor:
+        """At least `wanted` distinct classes in random order, none of them excluded; there are so many."""
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
-        if 2 * (wanted + len(positives)) > self.num_instances:
+        if 2 * (wanted + len(excluded)) > self.num_instances:
             drawn = torch.randperm(self.num_instances, generator=generator)
-            return drawn[~torch.isin(drawn, positives)]
+            return drawn[~torch.isin(drawn, excluded)]
         others = torch.empty(0, dtype=torch.int64)
         while len(others) < wanted:  # at most half of all classes are taken: two or three rounds
             drawn = torch.cat([others, torch.randint(self.num_instances, (2 * wanted,), generator=generator)])
-            others = _first_of_each(drawn[~torch.isin(drawn, positives)])
+            others = _first_of_each(drawn[~torch.isin(drawn, excluded)])
         return others
 
 

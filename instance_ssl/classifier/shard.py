@@ -31,7 +31,9 @@ from instance_ssl.classifier.cosine_softmax import (
 )
 from instance_ssl.classifier.hard_classes import DEFAULT_BLOCK_BYTES, find_hard_classes
 from instance_ssl.classifier.kept_terms import KeptTerms
+from instance_ssl.classifier.left_out import LeftOutClasses
 from instance_ssl.classifier.sampling import ClassSampler, RowClock
+from instance_ssl.classifier.step_rows import PendingRows, SampledRows
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 
@@ -51,27 +53,6 @@ class ShardOutput:
     log_z: Tensor
     num_zero_features: Tensor
     feature_gradient_bD: Tensor
-
-
-@dataclass(frozen=True)
-class _PendingRows:
-    """What the second pass needs of a micro-batch whose weight gradient is still owed."""
-
-    unit_x_BD: Tensor
-    z_B: Tensor
-    y_B: Tensor
-    labels: SmoothedLabels
-    total_rows: int
-    kept: KeptTerms | None
-
-
-@dataclass(frozen=True)
-class _SampledRows:
-    """The own rows that take part in this step, copied out of W: their places in it, ascending, and their contents."""
-
-    places: Tensor
-    weight: Tensor
-    momentum: Tensor
 
 
 class ClassifierShard:
@@ -127,11 +108,12 @@ class ClassifierShard:
         self.weight = torch.zeros(self.stop - self.start, embedding_dim, dtype=row_dtype, device=group.device)
         self.momentum_buffer = torch.zeros_like(self.weight, dtype=momentum_dtype)
         self.hard_classes: Tensor | None = None
+        self.left_out = LeftOutClasses(self.partition, group.rank)
         self.steps_taken = 0
         self._compute_dtype = torch.promote_types(row_dtype, torch.float32)
         self._clock = None if sampler is None else RowClock(self.weight, self.momentum_buffer)
-        self._sampled: _SampledRows | None = None
-        self._pending: list[_PendingRows] = []
+        self._sampled: SampledRows | None = None
+        self._pending: list[PendingRows] = []
         self._copies: dict[str, Tensor | None] = {}
         self._kept: KeptTerms | None = None
 
@@ -157,7 +139,7 @@ class ClassifierShard:
         drawn = self.sampler.draw(positives, self.steps_taken)
         places = (drawn[(drawn >= self.start) & (drawn < self.stop)] - self.start).to(self.weight.device)
         self._clock.settle(places, self._rounding_seed)
-        self._sampled = _SampledRows(places, self.weight[places], self.momentum_buffer[places])
+        self._sampled = SampledRows(places, self.weight[places], self.momentum_buffer[places])
 
     @torch.no_grad()
     def forward(
@@ -178,10 +160,11 @@ class ClassifierShard:
         weight = self.weight if self._sampled is None else self._sampled.weight
         kept = self._kept_terms(len(unit_x_BD), len(weight))
         sums = self._passes.softmax_sums(unit_x_BD, weight, labels, self.options, **_given(kept=kept))
-        z_B, y_B = self.group.all_reduce_sum_(torch.stack([sums.z_B, sums.y_B]))
+        own_z_B = sums.z_B - self.left_out.num_own if self._sampled is None else sums.z_B
+        z_B, y_B = self.group.all_reduce_sum_(torch.stack([own_z_B, sums.y_B]))
         gradient_BD = unit_feature_gradient(sums, z_B, y_B, self.options, total_rows)
         gradient_bD = self.group.reduce_scatter_rows(gradient_BD, row_counts)
-        self._pending.append(_PendingRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows, kept))
+        self._pending.append(PendingRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows, kept))
         loss = row_losses(z_B, y_B, self.options.form).sum()
         num_zero_features = (torch.linalg.vector_norm(unit_x_BD, dim=1) == 0).sum()
         figures = self._sum_over_replicas(torch.stack([loss, z_B.log().mean(), num_zero_features.to(loss.dtype)]))
@@ -253,7 +236,26 @@ class ClassifierShard:
             self.group,
             block_bytes=self.options.block_bytes or DEFAULT_BLOCK_BYTES,
             on_block=on_block,
+            left_out=self.left_out.ids,
         )
+
+    @torch.no_grad()
+    def leave_out(self, ids: Tensor) -> None:
+        """Leaves classes out for good: of Z, of all gradients, of the hardest classes, of what is sampled.
+
+        Between two steps, alike on all ranks.
+
+        Args:
+            ids: (k,) int64 on the CPU, in any order; none of them may be a label from now on.
+        """
+        self.left_out.add(ids)
+        own = self.left_out.own_places().to(self.weight.device)
+        self.weight[own] = 0
+        self.momentum_buffer[own] = 0
+        if self.hard_classes is not None:
+            self.left_out.strike_out_(self.hard_classes)
+        if self.sampler is not None:
+            self.sampler.leave_out(self.left_out.ids)
 
     @torch.no_grad()
     def assign(self, x_BD: Tensor, instance_id_B: Tensor) -> None:
@@ -323,7 +325,9 @@ class ClassifierShard:
         self.settle()
         labels_B = self.group.all_gather_rows(instance_id_b)
         unit_x_BD = self.group.all_gather_rows(normalise_rows(x_bD.to(self._compute_dtype))[0])
-        own_best_B, own_class_B = blocked.best_classes(unit_x_BD, self.weight, self.options)
+        own_best_B, own_class_B = blocked.best_classes(
+            unit_x_BD, self.weight, self.options, left_out=self.left_out.own_places()
+        )
         best_B = self.group.all_reduce_max_(own_best_B.clone())
         nowhere = self.partition.total
         class_B = torch.where(own_best_B == best_B, own_class_B + self.start, nowhere)

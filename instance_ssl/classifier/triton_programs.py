@@ -31,9 +31,10 @@ _PHILOX_ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def _normalise(rows_CD: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Unit rows and norms (C, 1), bounded below as in `cosine_softmax.normalise_rows`."""
-    norms_C1 = tl.maximum(tl.sqrt(tl.sum(rows_CD * rows_CD, axis=1)), _NORM_EPSILON)[:, None]
-    return rows_CD / norms_C1, norms_C1
+    """Unit rows and inverse norms (C, 1), both 0 for a row without direction, as `cosine_softmax.normalise_rows`."""
+    norms_C1 = tl.sqrt(tl.sum(rows_CD * rows_CD, axis=1))[:, None]
+    inverse_C1 = tl.where(norms_C1 > _NORM_EPSILON, 1.0 / tl.maximum(norms_C1, _NORM_EPSILON), 0.0)
+    return rows_CD * inverse_C1, inverse_C1
 
 
 @triton.jit
@@ -291,10 +292,10 @@ def update_kernel(
     # Read again rather than kept: held through the loop, the float32 rows would take a quarter of all registers.
     # (The other eviction hint also keeps the compiler from merging the two loads.)
     rows_CD = tl.load(weight_ptr + index_CD, mask=inside_CD, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    unit_CD, norms_C1 = _normalise(rows_CD)
+    unit_CD, inverse_C1 = _normalise(rows_CD)
     gradient_CD *= gradient_scale
     along_C1 = tl.sum(gradient_CD * unit_CD, axis=1)[:, None]
-    gradient_CD = (gradient_CD - along_C1 * unit_CD) / norms_C1 + weight_decay * rows_CD
+    gradient_CD = (gradient_CD - along_C1 * unit_CD) * inverse_C1 + weight_decay * rows_CD
     buffer_CD = tl.load(momentum_ptr + index_CD, mask=inside_CD, other=0.0).to(tl.float32)
     buffer_CD = momentum * buffer_CD + gradient_CD
     tl.store(momentum_ptr + index_CD, buffer_CD.to(momentum_ptr.dtype.element_ty), mask=inside_CD)

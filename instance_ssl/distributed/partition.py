@@ -34,3 +34,24 @@ class Partition:
     def counts(self) -> list[int]:
         """Number of rows of every part, in order of rank."""
         return [self.count(rank) for rank in range(self.size)]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Contiguous parts of any lengths, which may be 0: a `Partition` of which some rows have been taken out."""
+
+    lengths: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Rows of all parts."""
+        return sum(self.lengths)
+
+    def bounds(self, rank: int) -> tuple[int, int]:
+        """First row of part `rank`, and the row after its last."""
+        start = sum(self.lengths[:rank])
+        return start, start + self.lengths[rank]
+
+    def counts(self) -> list[int]:
+        """Number of rows of every part, in order of rank."""
+        return list(self.lengths)
