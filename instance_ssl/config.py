@@ -35,6 +35,8 @@ class DataConfig(Section):
         image_size: side in pixels of what the encoder sees.
         limit_train: keep this many images, evenly spaced over the sorted ones; None keeps all.
         num_workers: loader processes a rank; changes nothing but speed.
+        on_broken: what an image to train on that cannot be read does: ends the run, or is left out with its class.
+        max_broken_share: of the images that may be left out so, before the run stops all the same.
     """
 
     kind: Literal["digits", "cifar10", "cifar100", "tree", "sun397", "dtd", "inaturalist2018", "folder", "list"] = (
@@ -46,6 +48,8 @@ class DataConfig(Section):
     limit_train: PositiveInt | None = None
     limit_test: PositiveInt | None = None
     num_workers: NonNegativeInt = 8
+    on_broken: Literal["error", "skip"] = "error"
+    max_broken_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
 
 
 class AugmentationConfig(Section):

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class StepReport:
         data_wait_seconds: time this rank waited for its loader.
         own_seconds: time of this rank's own work before the collectives: loading and the encoder's forward passes.
         num_zero_features: rows of the global batch whose embedding was 0 and got no gradient.
+        unreadable: id → why, of this rank's images that were found unreadable.
         embeddings: this rank's last micro-batch (b, D) and its ids (b,), where the loss is not finite.
         instance_accuracy: of the last micro-batch against all N classes, a fraction, where it was measured.
         positive_cosine: mean cos(w_i, x_i) of the last micro-batch, where it was measured.
@@ -40,6 +41,7 @@ class StepReport:
     data_wait_seconds: float
     own_seconds: float
     num_zero_features: int
+    unreadable: dict[int, str] = field(default_factory=dict)
     embeddings: tuple[Tensor, Tensor] | None = None
     instance_accuracy: float | None = None
     positive_cosine: float | None = None
@@ -60,6 +62,7 @@ def train_step(
     """
     learning_rate, rank = engine.learning_rate, engine.group.rank
     outputs: list[ShardOutput] = []
+    unreadable: dict[int, str] = {}
     data_wait_seconds, applied, watch = 0.0, False, Stopwatch(engine.group.device)
     shard.begin_step(positives)
     for micro_step in range(accumulation_steps):
@@ -67,6 +70,7 @@ def train_step(
         started = time.perf_counter()
         batch = next(micro_batches)
         data_wait_seconds += time.perf_counter() - started
+        unreadable |= batch.unreadable or {}
         images, ids = flatten_views(batch, shard.group.device)
         if faults.reach("step", rank, engine.steps_taken) == "nan":
             images = torch.full_like(images, torch.nan)
@@ -101,6 +105,7 @@ def train_step(
         data_wait_seconds,
         watch.seconds(),
         0 if math.isnan(zero_features) else int(zero_features),
+        unreadable,
         embeddings=None if finite else (x_bD.detach(), ids),
         instance_accuracy=accuracy,
         positive_cosine=cosine,

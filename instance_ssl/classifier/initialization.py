@@ -123,16 +123,17 @@ def initialize_from_features(
         shard: takes the rows.
         encoder: images (b, 3, S, S) → embeddings (b, D); its batch-norm statistics end as the pass left them.
         batches: this rank's part of every global batch, (images, instance ids), equally many batches on all ranks
-            and every image once over all of them; a part may be empty.
+            and every image once over all of them; a part may be empty, and so may a whole batch: it changes nothing.
         batches_done: how many an earlier part of the pass has done, for the weight of the next statistics.
         on_batch: called with the number of images of each global batch.
     """
     with batch_norm_statistics(encoder, mode, world, batches_done):
         for images, instance_id_b in batches:
             counts = world.row_counts(len(instance_id_b))
-            x_bD = encoder(images.to(world.device, non_blocking=True))
-            x_BD = world.all_gather_rows(x_bD, counts)
-            shard.assign(x_BD, world.all_gather_rows(instance_id_b.to(world.device), counts))
+            if sum(counts):
+                x_bD = encoder(images.to(world.device, non_blocking=True))
+                x_BD = world.all_gather_rows(x_bD, counts)
+                shard.assign(x_BD, world.all_gather_rows(instance_id_b.to(world.device), counts))
             if on_batch is not None:
                 on_batch(sum(counts))
 

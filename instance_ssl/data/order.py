@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-Key = tuple[int, int]  # (epoch, image index)
+Key = tuple[int, int]  # (epoch, image index); ~index: the image is left out, and another one stands for it
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
@@ -53,6 +53,7 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         self.epoch = 0
         self.start_step = 0
         self._ordered_epoch, self._epoch_order = -1, torch.empty(0, dtype=torch.int64)
+        self._left_out = torch.empty(2, 0, dtype=torch.int64)
         self.steps_per_epoch, self.num_dropped = divmod(num_images, global_batch_size)
         self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)
 
@@ -60,10 +61,26 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         """Micro-batches that an iteration started now would yield."""
         return max(self.steps_per_epoch - self.start_step, 0) * self.accumulation_steps
 
+    def leave_out(self, ids: Tensor, epoch: int) -> None:
+        """Images, (k,) int64, that were found unreadable in this epoch: keys (…, ~index) in it and from then on.
+
+        All batches are as long as before, and all other images stay where they are.
+        """
+        self._left_out = torch.cat([self._left_out, torch.stack([ids, torch.full_like(ids, epoch)])], dim=1)
+
     def global_batch(self, step: int) -> Tensor:
-        """(B,) int64: the images of global batch `step` of this epoch, over all ranks."""
+        """(≤ B,) int64: the images of global batch `step` of this epoch, over all ranks.
+
+        Without those left out in earlier epochs. One that is left out in this epoch is there, as it was when its
+        batch was begun.
+        """
         first = step * self.global_batch_size
-        return self._order()[first : first + self.global_batch_size]
+        ids = self._order()[first : first + self.global_batch_size]
+        return ids[~torch.isin(ids, self._left_out_before(self.epoch))]
+
+    def _left_out_before(self, epoch: int) -> Tensor:
+        ids, epochs = self._left_out
+        return ids[epochs < epoch]
 
     def _order(self) -> Tensor:
         if self._ordered_epoch != self.epoch:
@@ -73,6 +90,7 @@ class GlobalBatchSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.epoch
         order = self._order()[: self.steps_per_epoch * self.global_batch_size]
+        order = torch.where(torch.isin(order, self._left_out_before(epoch + 1)), ~order, order)
         shape = (self.steps_per_epoch * self.accumulation_steps, self.world_size, self.micro_batch_size)
         for micro_batch in order.view(shape)[self.start_step * self.accumulation_steps :, self.rank]:
             yield [(epoch, index) for index in micro_batch.tolist()]

@@ -37,13 +37,13 @@ class ViewBatch(NamedTuple):
         views: (b, V, 3, S, S) float32, normalised; uint8 where `colours` is given.
         ids: (b,) int64, instance ids.
         colours: (b, V, P) float32, the colour changes that are left to the device; None: the views are finished.
-        unreadable: (k,) int64, images of the batch that could not be read and that others stand for; None: none.
+        unreadable: id → why, of the images of the batch that were found unreadable; None: none was.
     """
 
     views: Tensor
     ids: Tensor
     colours: Tensor | None = None
-    unreadable: Tensor | None = None
+    unreadable: dict[int, str] | None = None
 
 
 class ViewDataset(Dataset[ViewItem]):

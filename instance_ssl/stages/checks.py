@@ -18,7 +18,10 @@ from instance_ssl.guard import launchers_of
 from instance_ssl.run_directory import write_json
 
 # Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
-FREE_KEYS = ("evaluation", "export", "log", "checkpoint", "safety", "data.num_workers", "data.limit_test", "data.root")
+FREE_KEYS = (
+    *("evaluation", "export", "log", "checkpoint", "safety"),
+    *("data.num_workers", "data.limit_test", "data.root", "data.on_broken", "data.max_broken_share"),
+)
 BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 

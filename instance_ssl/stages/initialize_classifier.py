@@ -25,6 +25,7 @@ from instance_ssl.guard import Stopped
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.build import classifier_shard, describe_encoder, own_parts, seeded_encoder
 from instance_ssl.stages.context import Stage
+from instance_ssl.stages.left_out import LeftOut, TooManyBroken
 from instance_ssl.stages.session import require_same_run, run_digests
 
 
@@ -35,26 +36,29 @@ def run(stage: Stage) -> dict[str, Any]:
     encoder = seeded_encoder(config).to(stage.world.device)
     shard = classifier_shard(stage)
     mode = config.classifier.initialization
+    left_out = LeftOut(stage)
+    left_out.check_share()
     if stage.world.rank == 0:
         clear_leftovers(stage.checkpoints_of(stage.name))
     if mode == "gaussian":
         initialize_gaussian(shard, config.seed)
     else:
-        _pass_over_images(stage, encoder, shard)
+        _pass_over_images(stage, encoder, shard, left_out)
+    shard.leave_out(left_out.found_by(0))
     path = _save(stage, encoder, shard, "checkpoints", 0)
     if stage.world.rank == 0:
         shutil.rmtree(stage.directory / "partial", ignore_errors=True)
     norms = torch.linalg.vector_norm(shard.weight.float(), dim=1)
-    mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / len(stage.source)).item()
+    mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / (len(stage.source) - len(shard.left_out.ids))).item()
     return {"initialization": mode, "mean_row_norm": mean_norm, "checkpoint": path}
 
 
-def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard) -> None:
+def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, left_out: LeftOut) -> None:
     """The pass, from where it was stopped; at a stop, what has been done is kept.
 
     Batches done are the `step` of what is kept: they are the same global batches on any number of ranks.
     """
-    mode = stage.config.classifier.initialization
+    mode, skips = stage.config.classifier.initialization, stage.config.data.on_broken == "skip"
     done = 0
     partial = newest_checkpoint(stage.directory / "partial", stage.world)
     if partial is not None:
@@ -72,14 +76,16 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard) ->
         faults.reach("initialize", stage.world.rank, done)
         done += 1
         progress.advance(num_images)
+        if skips and left_out.anyone_has_news():
+            left_out.share(0)
+            left_out.check_share()
         stage.check_together()
 
+    batches = _own_batches(stage, done, left_out)
     try:
         with progress, stage.autocast():
-            initialize_from_features(
-                shard, encoder, _own_batches(stage, done), mode, stage.world, batches_done=done, on_batch=on_batch
-            )
-    except Stopped:
+            initialize_from_features(shard, encoder, batches, mode, stage.world, batches_done=done, on_batch=on_batch)
+    except (Stopped, TooManyBroken):
         _save(stage, encoder, shard, "partial", done)
         raise
 
@@ -101,16 +107,28 @@ def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, s
     return str(writer.commit().relative_to(stage.run_directory))
 
 
-def _own_batches(stage: Stage, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _own_batches(stage: Stage, first: int, left_out: LeftOut) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of every global batch from `first` on, in an order shuffled by the seed.
 
-    Folders come sorted by class, and a batch's statistics should not.
+    Folders come sorted by class, and a batch's statistics should not. Batches go without what cannot be read.
     """
     data = stage.config.data
     order = epoch_order(len(stage.source), stage.config.seed, epoch=0)
-    parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]
-    view = centre_view(data.image_size)
-    loaded = iter(image_loader(stage.source, view, [part for part in parts if part], data.num_workers))
+    known = set(left_out.found_by(0).tolist())
+    parts = [
+        [index for index in part if index not in known]
+        for part in own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]
+    ]
+    loaded = iter(
+        image_loader(
+            stage.source,
+            centre_view(data.image_size),
+            [part for part in parts if part],
+            data.num_workers,
+            on_unreadable=left_out.meet if data.on_broken == "skip" else None,
+        )
+    )
     nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)
     for part in parts:
-        yield next(loaded) if part else nothing
+        images, ids_b = next(loaded) if part else nothing
+        yield (images, ids_b) if len(ids_b) else nothing

@@ -27,6 +27,7 @@ from instance_ssl.run_directory import require_space, write_json
 from instance_ssl.schedules import warmup_cosine
 from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_view
 from instance_ssl.stages.context import Stage
+from instance_ssl.stages.left_out import LeftOut
 from instance_ssl.stages.session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
 
 
@@ -45,7 +46,7 @@ def run(stage: Stage) -> dict[str, Any]:
         gc.collect()  # the engine that is left behind refers to itself, and holds the encoder's memory
 
 
-def _train(stage: Stage, left_out: frozenset[int]) -> dict[str, Any]:
+def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
     config, optimization = stage.config, stage.config.optimization
     sampler = GlobalBatchSampler(
         len(stage.source),
@@ -59,17 +60,18 @@ def _train(stage: Stage, left_out: frozenset[int]) -> dict[str, Any]:
     start = _starting_checkpoint(stage)
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(start, shard))
+    left_out = _leave_out(stage, shard, sampler, start)
     engine = _build_engine(stage, start, sampler.steps_per_epoch)
     _require_space(stage, engine, shard)
     # Beyond the guard's own patience, so that a hang ends with stacks and not with an error of a collective.
     comm.set_timeouts(2 * config.safety.hang_seconds)
     view = training_view(config.augmentation, config.data)
     dataset = ViewDataset(stage.source, view, config.augmentation.num_views, config.seed)
-    loader = view_loader(dataset, sampler, config.data.num_workers)
+    loader = view_loader(dataset, sampler, config.data.num_workers, skip_broken=config.data.on_broken == "skip")
     total_steps, per_epoch = optimization.epochs * sampler.steps_per_epoch, sampler.steps_per_epoch
     stage.log.forget_after(start.position.step)
     with stage.log.progress("pretrain", total_steps, "steps", initial=start.position.step) as progress:
-        session = TrainingSession(stage, engine, shard, sampler, start, progress)
+        session = TrainingSession(stage, engine, shard, sampler, left_out, start, progress)
         for epoch in range(session.step // per_epoch, optimization.epochs):
             sampler.epoch, sampler.start_step = epoch, session.step % per_epoch
             if sampler.start_step == 0:
@@ -83,7 +85,7 @@ def _train(stage: Stage, left_out: frozenset[int]) -> dict[str, Any]:
                 positives_of=sampler.global_batch,
                 measure_every_steps=config.log.every_steps,
                 on_step=session.after_step,
-                left_out={step - epoch * per_epoch for step in left_out},
+                left_out={step - epoch * per_epoch for step in left_out_steps},
             )
         session.finish()
     return {"epochs": optimization.epochs, "steps": total_steps, **session.figures}
@@ -113,6 +115,16 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
         )
     require_same_run(found, stage)
     return found
+
+
+def _leave_out(stage: Stage, shard: ClassifierShard, sampler: GlobalBatchSampler, start: Checkpoint) -> LeftOut:
+    """What takes no part where the training starts, and what is known to take none later."""
+    left_out = LeftOut(stage)
+    left_out.check_share()
+    shard.leave_out(left_out.found_by(start.position.step))
+    for step in left_out.steps:
+        sampler.leave_out(left_out.found_at(step), (step - 1) // sampler.steps_per_epoch)
+    return left_out
 
 
 def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engine:

@@ -121,7 +121,10 @@ def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
 
 
 def own_batches(stage: Stage, images: ImageSource, view: Transform) -> Iterable[Batch]:
-    """This rank's contiguous part of the images, in batches; nothing dropped, nothing twice."""
+    """This rank's contiguous part of the images, in batches; nothing dropped, nothing twice.
+
+    An image that cannot be read is an error whatever `data.on_broken` says: figures are of all images or of none.
+    """
     start, stop = Partition(len(images), stage.world.size).bounds(stage.world.rank)
     size = stage.config.evaluation.batch_size
     batches = [range(first, min(first + size, stop)) for first in range(start, stop, size)]

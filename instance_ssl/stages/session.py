@@ -19,6 +19,7 @@ from instance_ssl.pretraining import StepReport
 from instance_ssl.run_log import Progress
 from instance_ssl.stages.checks import config_digest
 from instance_ssl.stages.context import Stage
+from instance_ssl.stages.left_out import LeftOut, TooManyBroken
 
 # A rank is named when its own work takes so many times the median's, and so many seconds a step more.
 _STRAGGLER_RATIO, _STRAGGLER_SECONDS = 1.5, 0.01
@@ -43,6 +44,7 @@ class TrainingSession:
     loss) or agreed on once a step, in one small all-reduce.
 
     Args:
+        left_out: what is left out where the training starts, and what is met on the way.
         start: where the training starts.
         progress: counts steps.
     """
@@ -53,10 +55,12 @@ class TrainingSession:
         engine: Engine,
         shard: ClassifierShard,
         sampler: GlobalBatchSampler,
+        left_out: LeftOut,
         start: Checkpoint,
         progress: Progress,
     ) -> None:
         self._stage, self._engine, self._shard, self._progress = stage, engine, shard, progress
+        self._sampler, self._left_out = sampler, left_out
         self._checkpoint, self._safety = stage.config.checkpoint, stage.config.safety
         self._steps_per_epoch = sampler.steps_per_epoch
         self.step = self._first_step = start.position.step
@@ -85,7 +89,8 @@ class TrainingSession:
         Raises:
             Stopped: when an end was asked for on any rank; the state has been saved.
             Rollback: at a spike of the loss, where the configuration says so.
-            UserError: when too many steps in a row were skipped, or too many saves failed.
+            UserError: when too many steps in a row were skipped, too many saves failed, or too many images cannot be
+                read (then the state has been saved).
         """
         if self.step == self._first_step:
             self._start_seconds = time.time() - psutil.Process().create_time()
@@ -94,6 +99,7 @@ class TrainingSession:
         if report is not None:
             self._since_log.add(report)
             self._epoch.add(report)
+            self._left_out.meet(report.unreadable)
             self._judge(report)
             rate = self._progress.rate * self._images_per_step
             self._progress.advance(note=f"loss {report.loss:.3f}, {rate:.0f} images/s")
@@ -101,9 +107,9 @@ class TrainingSession:
             self._log()
         if is_last:
             self.figures = self._epoch_figures()
+        self._look_around()
         if self._is_due(is_last):
             self.save()
-        self._look_around()
 
     def save(self) -> None:
         """Begins a checkpoint of the state as it is; the files are written while training goes on."""
@@ -151,15 +157,31 @@ class TrainingSession:
         self._look_around()
 
     def _look_around(self) -> None:
-        """One all-reduce: is an end asked for anywhere, is anyone still writing?"""
-        flags = [self._stage.guard.reason is not None, self._writer.is_writing]
+        """One all-reduce: is an end asked for anywhere, is anyone still writing, has anyone met what is unreadable?"""
+        flags = [self._stage.guard.reason is not None, self._writer.is_writing, self._left_out.has_news]
         agreed = torch.tensor(flags, dtype=torch.int64, device=self._stage.world.device)
-        stop, writing = self._stage.world.all_reduce_max_(agreed).tolist()
+        stop, writing, news = self._stage.world.all_reduce_max_(agreed).tolist()
         if self._writer.is_busy and not writing:
             self._commit()
+        self._leave_out(has_news=bool(news))
         if stop:
             self.finish()
             self._stage.stop_together()
+
+    def _leave_out(self, *, has_news: bool) -> None:
+        """Between two steps: what was found in the last one takes no part from here on."""
+        if has_news:
+            self._left_out.share(self.step)
+        found = self._left_out.found_at(self.step)
+        if len(found):
+            self._shard.leave_out(found)
+        if has_news:
+            self._sampler.leave_out(found, (self.step - 1) // self._steps_per_epoch)
+            try:
+                self._left_out.check_share()
+            except TooManyBroken:
+                self.finish()
+                raise
 
     def _commit(self) -> None:
         try:

@@ -137,7 +137,7 @@ def test_values_and_gradients_are_those_without_the_columns(
         rows = slice(result[0], result[0] + len(result[2]))
         torch.testing.assert_close(result[2], weight_ND[rows], rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(result[3], buffer_ND[rows], rtol=1e-10, atol=1e-13)
-        own = ALL[(ALL >= rows.start) & (ALL < rows.stop)] - rows.start
+        own = ALL[(rows.start <= ALL) & (rows.stop > ALL)] - rows.start
         assert not result[2][own].any()
         assert not result[3][own].any()
 
