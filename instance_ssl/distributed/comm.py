@@ -178,7 +178,7 @@ def launched_rank() -> int:
 
 
 def launched_beside_rank_0() -> bool:
-    """Whether a launcher started this process and rank 0, another one, on the same machine."""
+    """Whether rank 0 is another process that was started on the same machine."""
     return 0 < launched_rank() == int(os.environ.get("LOCAL_RANK", "0"))
 
 

@@ -200,7 +200,7 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
             process.end("failed", str(error))
         if not isinstance(error, RankError):  # then all ranks are here, and leave together
             comm.finalize()
-            if comm.launched_beside_rank_0():
+            if process.guard.is_launched and comm.launched_beside_rank_0():
                 # A launcher ends all at the first exit it sees, and rank 0, which says it, may have to start up yet.
                 process.guard.await_end(seconds=60)
         return EXIT_LOST_PEER if isinstance(error, AbsentPeersError) else EXIT_USER_ERROR
