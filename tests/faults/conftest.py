@@ -13,7 +13,8 @@ The faults are numbered F1 to F40:
     test_ends.py          F20 dead, F21 hung, F22 slow ranks; F26 dead loaders; F27 ranks that disagree; F36 logs
     test_numbers.py       F23 numbers that are not finite, F24 spikes of the loss
     test_gradients.py     F23 in the encoder alone, F29 no hidden clipping
-    test_images.py        F25 images that cannot be read
+    test_images.py        F25 images that cannot be read, and end the run
+    test_broken.py        F25 images that cannot be read, and are left out
     test_surroundings.py  F5 full disks, F36 consoles, F40 ports
 
 Elsewhere: F28 in tests/unit/test_ds_config.py; F30 in tests/unit/test_launch_checks.py; F31 with the tests of nodes.

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,26 @@ def test_a_stopped_run_ends_like_an_undisturbed_one(
     steps = [line["step"] for line in metrics(place) if "train/loss" in line]
     assert steps == sorted(set(steps))
     assert steps[-1] == TOTAL_STEPS
+
+
+@pytest.mark.parametrize(("size", "micro_batch"), [(1, 3), (3, 2)])
+def test_other_numbers_of_ranks_go_on_at_the_exact_sample_too(
+    initialised: Path, tmp_path: Path, size: int, micro_batch: int
+) -> None:
+    """Stopped in the middle of an epoch, where a step is several micro-batches."""
+    ends = []
+    for name, fault in (("undisturbed", None), ("stopped", f"step:{size - 1}:7:term")):
+        place = tmp_path / name
+        place.mkdir()
+        fresh_copy(initialised, place)
+        options: dict[str, Any] = {"size": size, "micro_batch": micro_batch, "settings": {"data.num_workers": 1}}
+        if fault is not None:
+            assert set(run(place, fault=fault, **options).wait()) == {75}
+            assert checkpoints(place)[-1].name == "step_000000008"
+        finished = run(place, **options)
+        assert set(finished.wait()) == {0}, finished.text()
+        ends.append(digests(place))
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize("batch", [0, 3])
