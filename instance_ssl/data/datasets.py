@@ -1,13 +1,15 @@
 """Opens data sets: which files or arrays they are, and which image has which instance id."""
 
 import os
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from instance_ssl.data.broken import REFUSE, OnBroken
 from instance_ssl.data.folders import (
     SUFFIXES,
     class_folders,
@@ -17,6 +19,7 @@ from instance_ssl.data.folders import (
     required_root,
     scan_images,
 )
+from instance_ssl.data.name_table import NameTable, packed
 from instance_ssl.data.sources import ArrayImages, FileImages, ImageSource
 from instance_ssl.data.transfer_sets import LabelledFiles, find_dtd, find_inaturalist2018, find_sun397
 from instance_ssl.errors import UserError
@@ -24,7 +27,15 @@ from instance_ssl.errors import UserError
 _DIGITS_TEST_SIZE = 360
 
 
-def open_source(kind: str, split: str, *, root: Path | None, list_file: Path | None, limit: int | None) -> ImageSource:
+def open_source(
+    kind: str,
+    split: str,
+    *,
+    root: Path | None,
+    list_file: Path | None,
+    limit: int | None,
+    on_broken: OnBroken = REFUSE,
+) -> ImageSource:
     """Opens a data set.
 
     Files are taken in the plain string order of their relative POSIX paths, so ids do not depend on the order in which
@@ -38,6 +49,7 @@ def open_source(kind: str, split: str, *, root: Path | None, list_file: Path | N
         root: `data.root`. Paths of a list are relative to it, or to the list file's folder where it is None.
         list_file: `data.list_file`: one path a line, in the order wanted; blank lines and # comments are ignored.
         limit: keeps image floor(i * N / limit) for i = 0 ... limit - 1; None keeps all N.
+        on_broken: what becomes of files that cannot be read, among those that the limit keeps.
 
     Raises:
         UserError: one line that names the key and the path at fault.
@@ -52,19 +64,19 @@ def open_source(kind: str, split: str, *, root: Path | None, list_file: Path | N
         case "cifar100":
             return _open_cifar(CIFAR100, kind, split, required_root(root, kind), limit)
         case "tree":
-            return _open_tree(split, existing_root(root, kind), limit)
+            return _open_tree(split, existing_root(root, kind), limit, on_broken)
         case "sun397":
-            return _open_listed(find_sun397, split, existing_root(root, kind), limit)
+            return _open_listed(find_sun397, split, existing_root(root, kind), limit, on_broken)
         case "dtd":
-            return _open_listed(find_dtd, split, existing_root(root, kind), limit)
+            return _open_listed(find_dtd, split, existing_root(root, kind), limit, on_broken)
         case "inaturalist2018":
-            return _open_listed(find_inaturalist2018, split, existing_root(root, kind), limit)
+            return _open_listed(find_inaturalist2018, split, existing_root(root, kind), limit, on_broken)
         case "folder":
             _refuse_test_split(kind, split)
-            return _open_folder(existing_root(root, kind), limit)
+            return _open_folder(existing_root(root, kind), limit, on_broken)
         case "list":
             _refuse_test_split(kind, split)
-            return _open_list(root, list_file, limit)
+            return _open_list(root, list_file, limit, on_broken)
     raise ValueError(f"unknown kind of data set {kind!r}")
 
 
@@ -107,7 +119,7 @@ def _open_cifar(dataset: type[CIFAR10], kind: str, split: str, root: Path, limit
     return ArrayImages(images.data[kept], [f"{kind}/{split}/{i}" for i in kept], labels, list(images.classes))
 
 
-def _open_tree(split: str, root: Path, limit: int | None) -> FileImages:
+def _open_tree(split: str, root: Path, limit: int | None, on_broken: OnBroken) -> FileImages:
     train_classes = class_folders(root, "train")
     folder = "train"
     if split == "test":
@@ -121,60 +133,81 @@ def _open_tree(split: str, root: Path, limit: int | None) -> FileImages:
                 f"data.root {escape(str(root))}: train and {folder} must hold the same class folders, "
                 f"but {escape(first)!r} is not in {other}"
             )
-    names = [f"{folder}/{name}" for name in scan_images(root / folder)]
     class_index = {name: index for index, name in enumerate(train_classes)}
-    for name in names:
-        if name.count("/") < 2:
-            raise UserError(f"data.root: {escape(str(root / name))} lies in no class folder; move it into one")
-    labels = torch.tensor([class_index[name.split("/")[1]] for name in names], dtype=torch.int64)
-    for class_name, size in zip(train_classes, labels.bincount(minlength=len(train_classes)), strict=True):
+    labels = array("q")
+
+    def labelled_names() -> Iterator[str]:
+        for name in scan_images(root / folder):
+            if "/" not in name:
+                raise UserError(
+                    f"data.root: {escape(str(root / folder / name))} lies in no class folder; move it into one"
+                )
+            labels.append(class_index[name.partition("/")[0]])
+            yield f"{folder}/{name}"
+
+    names = packed(labelled_names())
+    labels_N = torch.frombuffer(labels, dtype=torch.int64)
+    for class_name, size in zip(train_classes, labels_N.bincount(minlength=len(train_classes)).tolist(), strict=True):
         if size == 0:
             raise UserError(f"data.root: class folder {escape(str(root / folder / class_name))} holds no image")
     kept = _kept_indices(len(names), limit, split)
-    return FileImages(root, [names[i] for i in kept], labels[torch.from_numpy(kept)], train_classes)
+    return FileImages(root, (names[i] for i in kept), labels_N[torch.from_numpy(kept)], train_classes, on_broken)
 
 
-def _open_listed(find: Callable[[Path, str], LabelledFiles], split: str, root: Path, limit: int | None) -> FileImages:
+def _open_listed(
+    find: Callable[[Path, str], LabelledFiles], split: str, root: Path, limit: int | None, on_broken: OnBroken
+) -> FileImages:
     files = find(root, split)
     kept = _kept_indices(len(files.names), limit, split)
-    labels = torch.tensor(files.labels, dtype=torch.int64)[torch.from_numpy(kept)]
-    source = FileImages(root, [files.names[i] for i in kept], labels, files.class_names)
-    if files.held_out is not None:
-        source.held_out = torch.tensor(files.held_out)[torch.from_numpy(kept)].nonzero()[:, 0]
-    return source
+    rows = torch.from_numpy(kept)
+    labels = torch.tensor(files.labels, dtype=torch.int64)[rows]
+    held_out = None if files.held_out is None else torch.tensor(files.held_out)[rows]
+    return FileImages(root, (files.names[i] for i in kept), labels, files.class_names, on_broken, held_out)
 
 
-def _open_folder(root: Path, limit: int | None) -> FileImages:
-    names = scan_images(root)
+def _open_folder(root: Path, limit: int | None, on_broken: OnBroken) -> FileImages:
+    names = packed(scan_images(root))
     if not names:
         raise UserError(f"data.root {escape(str(root))} holds no {', '.join(sorted(SUFFIXES))} file")
-    return FileImages(root, [names[i] for i in _kept_indices(len(names), limit, "train")], None, None)
+    return FileImages(root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken)
 
 
-def _open_list(root: Path | None, list_file: Path | None, limit: int | None) -> FileImages:
+def _open_list(root: Path | None, list_file: Path | None, limit: int | None, on_broken: OnBroken) -> FileImages:
     if list_file is None:
         raise UserError("data.list_file is not set; data.kind 'list' needs a text file of image paths")
     root = list_file.parent if root is None else existing_root(root, "list")
     shown = f"data.list_file {escape(str(list_file))}"
+    lines = array("q")
+
+    def listed_names() -> Iterator[str]:
+        with list_file.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if (entry := line.strip()) and not entry.startswith("#"):
+                    lines.append(number)
+                    yield os.path.normpath(entry)
+
     try:
-        lines = list_file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+        names = packed(listed_names())
     except OSError as error:
         raise UserError(f"{shown} cannot be read: {reason(error)}") from error
-    line_of: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        entry = line.strip()
-        if not entry or entry.startswith("#"):
-            continue
-        name = os.path.normpath(entry)
-        if name in line_of:
-            raise UserError(f"{shown}, line {number}: {escape(entry)} is on line {line_of[name]} already")
+    if not names:
+        raise UserError(f"{shown} lists no image")
+    first, second = _first_repeated(names)
+    if second:
+        raise UserError(f"{shown}, line {lines[second]}: {escape(names[second])} is on line {lines[first]} already")
+    for number, name in zip(lines, () if on_broken.skip else names, strict=not on_broken.skip):
         if not os.path.isfile(root / name):
             raise UserError(f"{shown}, line {number}: there is no file {escape(str(root / name))}")
-        line_of[name] = number
-    if not line_of:
-        raise UserError(f"{shown} lists no image")
-    names = list(line_of)
-    return FileImages(root, [names[i] for i in _kept_indices(len(names), limit, "train")], None, None)
+    return FileImages(root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken)
+
+
+def _first_repeated(names: NameTable) -> tuple[int, int]:
+    """Places of the first name that is there a second time; (0, 0) where all differ."""
+    hashes = np.fromiter((hash(name) for name in names), np.int64, count=len(names))
+    order = hashes.argsort(kind="stable")
+    alike = (hashes[order[1:]] == hashes[order[:-1]]).nonzero()[0]
+    pairs = [(int(order[i]), int(order[i + 1])) for i in alike if names[order[i]] == names[order[i + 1]]]
+    return min(pairs, key=lambda pair: pair[1], default=(0, 0))
 
 
 def _refuse_test_split(kind: str, split: str) -> None:

@@ -51,9 +51,9 @@ def class_folders(root: Path, folder: str) -> list[str]:
     return names
 
 
-def scan_images(root: Path) -> list[str]:
-    """POSIX paths relative to `root` of all images below it, in plain string order."""
-    return sorted(_walk(root, "", set()))
+def scan_images(root: Path) -> Iterator[str]:
+    """POSIX paths relative to `root` of all images below it, in plain string order, a folder at a time."""
+    return _walk(root, "", set())
 
 
 def _walk(root: Path, folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
@@ -63,14 +63,25 @@ def _walk(root: Path, folder: str, visited: set[tuple[int, int]]) -> Iterator[st
     if (status.st_dev, status.st_ino) in visited:
         return
     visited.add((status.st_dev, status.st_ino))
-    for entry in sorted(_list_folder(root / folder), key=lambda entry: entry.name):
+    for name, is_folder in _sorted_entries(root / folder):
+        if is_folder:
+            yield from _walk(root, folder + name, visited)
+        else:
+            yield folder + name
+
+
+def _sorted_entries(path: Path) -> list[tuple[str, bool]]:
+    """Images and folders in a folder; a folder's name ends in "/", with which whole paths sort as these do."""
+    found = []
+    for entry in _list_folder(path):
         if entry.name.startswith("."):
             continue
         if os.path.isdir(entry):  # unlike entry.is_dir, False for a link to itself
-            yield from _walk(root, f"{folder}{entry.name}/", visited)
+            found.append((entry.name + "/", True))
         # A broken link counts as an image, to be refused by name later; a pipe or a socket does not.
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (entry.is_symlink() or entry.is_file()):
-            yield folder + entry.name
+            found.append((entry.name, False))
+    return sorted(found)
 
 
 def _list_folder(path: Path) -> list[os.DirEntry[str]]:

@@ -3,42 +3,63 @@
 import hashlib
 import io
 import os
+import warnings
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from instance_ssl.data.broken import REFUSE, OnBroken, check_files
+from instance_ssl.data.columns import Columns
 from instance_ssl.data.decoding import convert_to_rgb, open_image
 from instance_ssl.data.folders import escape, reason
-from instance_ssl.errors import RankError, UserError
+from instance_ssl.data.name_table import NameTable, pack_names
+from instance_ssl.errors import RankError
 
-_HEADERS_PER_TASK = 256
 _PROBED_FILES = 64
 
 
 class ImageSource(ABC):
     """N images in a fixed order; the position of an image is its instance id.
 
-    A source pickles cheaply (names and labels, and pixels only if they are in memory anyway), so that one rank can
-    open it and hand it to the others.
+    All that has an entry an image lies in `columns`, so a source pickles cheaply once those lie in a file, and one rank
+    can open it and hand it to the others.
+
+    Args:
+        columns: of N entries each: what `pack_names` gives, `labels` (N,) int64 where there are any, and what an
+            implementation keeps there.
 
     Attributes:
         names: one name an image: the path relative to the root for files, such as "digits/train/17" for arrays.
-        labels: (N,) int64 class indices, or None where the images have no labels.
         class_names: the name of each class index, or None with `labels`.
         digest: SHA-256 in hexadecimal; what it covers, each implementation says.
         held_out: ids, (n,) int64, of the training images that the data set itself keeps for the choice of parameters;
             None where it has no such part.
+        left_out: the images that could not be read and have no id, a line each that names the image and the reason.
     """
 
-    names: list[str]
-    labels: torch.Tensor | None
+    names: Sequence[str]
     class_names: list[str] | None
     digest: str
     held_out: torch.Tensor | None = None
+    left_out: Sequence[str] = ()
+
+    def __init__(self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, digest: str) -> None:
+        self.columns = Columns(columns)
+        self.names = NameTable(self.columns)
+        self.class_names, self.digest = class_names, digest
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """(N,) int64 class indices, not to be written to; None where the images have no labels."""
+        if "labels" not in self.columns:
+            return None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(self.columns["labels"])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -67,15 +88,20 @@ class ArrayImages(ImageSource):
     """
 
     def __init__(
-        self, pixels: np.ndarray, names: list[str], labels: torch.Tensor | None, class_names: list[str] | None
+        self, pixels: np.ndarray, names: Sequence[str], labels: torch.Tensor | None, class_names: list[str] | None
     ) -> None:
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(names):
             raise ValueError(f"expected {len(names)} uint8 RGB images, got {pixels.dtype} of shape {pixels.shape}")
-        self.pixels = np.ascontiguousarray(pixels)
-        self.names, self.labels, self.class_names = names, labels, class_names
+        pixels = np.ascontiguousarray(pixels)
         digest = hashlib.sha256(repr(pixels.shape).encode())
-        digest.update(self.pixels.reshape(-1).data)
-        self.digest = digest.hexdigest()
+        digest.update(pixels.reshape(-1).data)
+        columns = {**pack_names(names), "pixels": pixels, **label_column(labels)}
+        super().__init__(columns, class_names, digest.hexdigest())
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """(N, H, W, 3) uint8, not to be written to."""
+        return self.columns["pixels"]
 
     def load(self, index: int) -> Image.Image:
         """Image `index` in RGB mode, a copy."""
@@ -120,34 +146,48 @@ class FileImages(EncodedImages):
     `digest` covers the relative paths and the sizes in bytes, in order, but not the contents: reading a large data set
     whole at each start costs too much. A file replaced by another of the same size goes unnoticed.
 
-    Every header is read once here, so an empty or foreign file is refused before training rather than in its midst.
+    Every header is read once here, so an empty or foreign file is found before training rather than in its midst. Those
+    that are left out have no id: the next one has it.
 
     Args:
         root: folder that the names are relative to.
-        names: N relative POSIX paths.
-        labels: (N,) int64, or None.
+        names: relative POSIX paths.
+        labels: one int64 for each, or None.
         class_names: the name of each label, or None.
+        on_broken: what becomes of a file that is missing, empty, too large, or no JPEG, PNG or WebP image.
+        held_out: for each whether it is in the data set's own held-out part, or None.
 
     Raises:
-        UserError: a file is missing, empty, too large, or no JPEG, PNG or WebP image.
+        UserError: where `on_broken` does not let a file pass.
     """
 
     def __init__(
-        self, root: Path, names: list[str], labels: torch.Tensor | None, class_names: list[str] | None
+        self,
+        root: Path,
+        names: Iterable[str],
+        labels: torch.Tensor | None,
+        class_names: list[str] | None,
+        on_broken: OnBroken = REFUSE,
+        held_out: torch.Tensor | None = None,
     ) -> None:
         self.root = root
-        self.names, self.labels, self.class_names = names, labels, class_names
-        digest, sizes = hashlib.sha256(), _check_headers(root, names)
-        for name, size in zip(names, sizes, strict=True):
-            digest.update(os.fsencode(name) + b"\0%d\0" % size)
-        self.digest = digest.hexdigest()
-        step = max(1, len(names) // _PROBED_FILES)
-        self._probes = list(zip(names[::step], sizes[::step], strict=True))
+        packed = pack_names(names)
+        listed = NameTable(Columns(packed))
+        sizes, problems = check_files(root, listed, on_broken)
+        columns = {**packed, "sizes": sizes, **label_column(labels)}
+        if problems:
+            self.left_out = [f"{escape(listed[index])}: {why}" for index, why in problems.items()]
+            kept = np.delete(np.arange(len(listed)), list(problems))
+            columns = {**pack_names(listed[int(i)] for i in kept), "sizes": sizes[kept], **label_column(labels, kept)}
+            held_out = None if held_out is None else held_out[torch.from_numpy(kept)]
+        super().__init__(columns, class_names, names_digest(columns))
+        if held_out is not None:
+            self.held_out = held_out.nonzero()[:, 0]
 
     def missing_here(self) -> str | None:
         """The first of some files, evenly spread, that is absent or of another size on this machine."""
-        for name, size in self._probes:
-            path = self.root / name
+        for index in range(0, len(self), max(1, len(self) // _PROBED_FILES)):
+            path, size = self.root / self.names[index], self.columns["sizes"][index]
             try:
                 found = path.stat().st_size
             except OSError as error:
@@ -165,33 +205,32 @@ class FileImages(EncodedImages):
         return escape(str(self.root / self.names[index]))
 
 
+def label_column(labels: torch.Tensor | None, kept: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """The labels as a column, those of the `kept` rows alone where given; nothing where there are none."""
+    if labels is None:
+        return {}
+    return {"labels": labels.numpy() if kept is None else labels.numpy()[kept]}
+
+
+def names_digest(columns: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the names and the sizes in bytes, in order: the same for the same files, in folders or in tars."""
+    digest = hashlib.sha256()
+    for name, size in zip(NameTable(Columns(columns)), columns["sizes"].tolist(), strict=True):
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0%d\0" % size)
+    return digest.hexdigest()
+
+
 def write_instances(source: ImageSource, path: Path) -> None:
     r"""Writes the name of image i to line i, counted from 0, of `path`: N lines, all or nothing.
 
     Newlines, carriage returns and backslashes within a name are written as \n, \r and \\.
     """
+    write_lines((escape(name) for name in source.names), path)
+
+
+def write_lines(lines: Iterable[str], path: Path) -> None:
+    """Writes a file of so many lines, whole or not at all, and never all of them in memory."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        file.writelines(escape(name) + "\n" for name in source.names)
+        file.writelines(line + "\n" for line in lines)
     os.replace(temporary, path)
-
-
-def _check_headers(root: Path, names: list[str]) -> list[int]:
-    """Sizes in bytes of the files, in order, after each one's header has been read; the first bad file is raised."""
-
-    def check(start: int) -> list[int]:
-        return [_check_header(root / name) for name in names[start : start + _HEADERS_PER_TASK]]
-
-    with ThreadPoolExecutor() as pool:
-        return [size for sizes in pool.map(check, range(0, len(names), _HEADERS_PER_TASK)) for size in sizes]
-
-
-def _check_header(path: Path) -> int:
-    try:
-        size = path.stat().st_size
-        if size == 0:
-            raise ValueError("the file is empty")
-        with open_image(path):
-            return size
-    except Exception as error:  # PIL's parsers raise OSError, SyntaxError, ValueError, struct.error and more
-        raise UserError(f"cannot read image {escape(str(path))}: {reason(error)}; repair or remove it") from error

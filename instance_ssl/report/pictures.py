@@ -14,7 +14,8 @@ from torch import Tensor
 from instance_ssl.checkpoint_files import read_tensors
 from instance_ssl.config import DataConfig
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.sources import FileImages, ImageSource
+from instance_ssl.data.name_table import pack_names
+from instance_ssl.data.sources import FileImages, ImageSource, label_column
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.embedding_map import plane
 from instance_ssl.report.runs import Run
@@ -70,10 +71,10 @@ class _Chosen(ImageSource):
     """Some images of a source, by number, in any order."""
 
     def __init__(self, source: ImageSource, ids: Sequence[int]) -> None:
+        labels = None if source.labels is None else source.labels[torch.tensor(ids)]
+        columns = {**pack_names(source.names[i] for i in ids), **label_column(labels)}
+        super().__init__(columns, source.class_names, source.digest)
         self._source, self._ids = source, ids
-        self.names = [source.names[i] for i in ids]
-        self.labels = None if source.labels is None else source.labels[torch.tensor(ids)]
-        self.class_names, self.digest = source.class_names, source.digest
 
     def load(self, index: int) -> Image.Image:
         return self._source.load(self._ids[index])

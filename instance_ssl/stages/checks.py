@@ -16,6 +16,7 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.guard import launchers_of
 from instance_ssl.run_directory import write_json
+from instance_ssl.stages.sharing import share_images
 
 # Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
 FREE_KEYS = (
@@ -86,15 +87,12 @@ def open_images(data: DataConfig, split: str, world: Group) -> ImageSource:
             opened = open_source(data.kind, split, root=data.root, list_file=data.list_file, limit=limit)
         except UserError as error:
             opened = UserError(str(error))
-    opened = world.broadcast_object(opened)
-    if isinstance(opened, UserError):
-        raise opened
-    assert opened is not None
-    problem = opened.missing_here()
+    images = share_images(opened, world)
+    problem = images.missing_here()
     problems = [f"rank {rank}: {text}" for rank, text in enumerate(world.all_gather_objects(problem)) if text]
     if problems:
         raise UserError(f"data.root: {problems[0]}; every node needs the same images at the same path")
-    return opened
+    return images
 
 
 def check_labels(config: ExperimentConfig) -> None:

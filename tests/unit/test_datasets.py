@@ -44,7 +44,7 @@ def test_digits_are_split_as_scikit_learn_would_and_labelled() -> None:
     train = open_files("digits", None)
     test = open_files("digits", None, split="test")
     assert (len(train), len(test)) == (1437, 360)
-    rows = [int(name.split("/")[2]) for name in train.names + test.names]
+    rows = [int(name.split("/")[2]) for name in [*train.names, *test.names]]
     assert sorted(rows) == list(range(1797))
     assert train.names[0].startswith("digits/train/")
     from sklearn.datasets import load_digits

@@ -1,0 +1,81 @@
+"""Names of millions of images as two arrays, where a list of strings would take a hundred bytes more for each."""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import overload
+
+import numpy as np
+
+from instance_ssl.data.columns import Columns
+
+_NAMES_PER_CHUNK = 1 << 16
+
+
+class NameTable(Sequence[str]):
+    """N names, whose bytes and 8 more each is all they take; any bytes that a file's name may have.
+
+    Equal to any sequence of the same strings.
+
+    Args:
+        columns: holds what `pack_names` gives.
+    """
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self._columns["name_ends"]) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"name {index} of {count}")
+        ends = self._columns["name_ends"]
+        start = index % count
+        return _decode(self._columns["names"][ends[start] : ends[start + 1]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        text, ends = self._columns["names"], self._columns["name_ends"]
+        for first in range(0, len(self), _NAMES_PER_CHUNK):
+            places = ends[first : first + _NAMES_PER_CHUNK + 1]
+            chunk = text[places[0] : places[-1]].tobytes()
+            offsets = (places - places[0]).tolist()
+            for start, end in pairwise(offsets):
+                yield _decode(chunk[start:end])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<NameTable of {len(self)} names>"
+
+
+def pack_names(names: Iterable[str]) -> dict[str, np.ndarray]:
+    """`names` (bytes,) uint8 and `name_ends` (N + 1,) int64: name i is bytes name_ends[i] … name_ends[i + 1]."""
+    text, ends = bytearray(), array("q", [0])
+    for name in names:
+        text += name.encode("utf-8", "surrogateescape")
+        ends.append(len(text))
+    return {"names": np.frombuffer(text, np.uint8), "name_ends": np.frombuffer(ends, np.int64)}
+
+
+def packed(names: Iterable[str]) -> NameTable:
+    """The names as a table in memory."""
+    return NameTable(Columns(pack_names(names)))
+
+
+def _decode(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

@@ -1,0 +1,70 @@
+"""Rank 0's images reach all ranks, with one table of names a machine."""
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from ranks import run_ranks
+
+from instance_ssl.data.columns import Columns, Place
+from instance_ssl.data.sources import ArrayImages
+from instance_ssl.distributed.comm import Group
+from instance_ssl.errors import UserError
+from instance_ssl.stages import sharing
+
+NAMES = [f"images/{i}/ü\n\udcff.jpg" for i in range(5000)]
+
+
+def share_over_two_machines(group: Group) -> list[Any]:
+    """Rank 0 is on one machine, ranks 1 and 2 are on another: what each got, and then with a full disk there."""
+    first = os.getpid() if group.rank == 0 else 0
+    first = group.broadcast_object(first)
+    there = group.rank > 0
+    attach = Columns.attach
+
+    def attach_here(self: Columns, place: Place | None = None) -> bool:
+        wanted = place or self.place
+        return not (there and wanted is not None and f"/proc/{first}/" in wanted.path) and attach(self, place)
+
+    def full(self: Columns, chunks: Iterator[np.ndarray]) -> None:
+        next(chunks)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Columns.attach = attach_here  # type: ignore[method-assign]
+    socket.gethostname = lambda: "there" if there else "here"
+    sharing._CHUNK_BYTES = 10_000
+    answers: list[Any] = []
+    images = sharing.share_images(_images() if group.rank == 0 else None, group)
+    assert images.columns._file is not None
+    answers += [
+        images.names == NAMES,
+        images.load(4999).getpixel((0, 0)),
+        os.fstat(images.columns._file.fileno()).st_ino,
+    ]
+    Columns.receive = full  # type: ignore[method-assign]
+    for opened in (_images(), UserError("no such folder")):
+        try:
+            sharing.share_images(opened if group.rank == 0 else None, group)
+        except UserError as error:
+            answers.append(str(error))
+    return answers
+
+
+def _images() -> ArrayImages:
+    pixels = np.zeros((5000, 2, 2, 3), np.uint8)
+    pixels[4999] = 7
+    return ArrayImages(pixels, NAMES, None, None)
+
+
+def test_each_machine_has_one_table_and_a_full_disk_ends_all_ranks() -> None:
+    answers = run_ranks(share_over_two_machines, 3)
+    assert [answer[:2] for answer in answers] == [[True, (7, 7, 7)]] * 3
+    files = [answer[2] for answer in answers]
+    assert files[1] == files[2] != files[0]
+    for answer in answers:
+        assert "on there (No space left on device)" in answer[3]
+        assert "TMPDIR" in answer[3]
+        assert answer[4:] == ["no such folder"]
