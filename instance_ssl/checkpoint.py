@@ -47,6 +47,7 @@ class TrainingPosition:
         loss_scale: state of float16's loss scale.
         skipped_in_a_row: steps that have not moved anything, counted back from this one.
         loss_level: what the next loss is compared with, for spikes.
+        stretches: those of the `EpochClock`, where a data set has grown on the way; empty: all epochs are alike.
     """
 
     step: int
@@ -59,6 +60,7 @@ class TrainingPosition:
     loss_scale: dict[str, Any] | None = None
     skipped_in_a_row: int = 0
     loss_level: float | None = None
+    stretches: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,15 @@ def load_own_buffers(checkpoint: Checkpoint, world: Group) -> dict[str, Tensor] 
 def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
     """Fills the shard's rows, momentum, hard classes and counters from whichever files hold them.
 
+    A checkpoint of fewer images has the first rows; the others stay as they are, and hard classes are not taken over.
+
     Raises:
-        UserError: when the checkpoint is of another number of images or embedding dimension, or lacks rows.
+        UserError: when the checkpoint is of more images or another embedding dimension, or lacks rows.
     """
     position = checkpoint.position
     found = (position.num_instances, position.embedding_dim)
     expected = (shard.partition.total, shard.weight.shape[1])
-    if found != expected:
+    if found[0] > expected[0] or found[1] != expected[1]:
         raise UserError(f"{checkpoint.directory} holds {found[0]} x {found[1]} weights, this run needs {expected}")
     shard.steps_taken = position.step
     if shard.sampler is not None and (checkpoint.directory / _SAMPLING).exists():
@@ -206,8 +210,12 @@ def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
         first, last = (int(part) for part in path.stem.split("_")[1:])
         if max(first, shard.start) < min(last, shard.stop):
             filled += shard.restore_rows(first, last, read_tensors(path))
-    if filled != len(shard.weight):
-        raise UserError(f"{checkpoint.directory} lacks rows of the classifier: {filled} of {len(shard.weight)} found")
+    needed = max(0, min(position.num_instances, shard.stop) - shard.start)
+    if filled != needed:
+        raise UserError(f"{checkpoint.directory} lacks rows of the classifier: {filled} of {needed} found")
+    if found[0] < expected[0]:
+        shard.hard_classes = None
+        shard.settle()  # the rows to come have missed nothing
 
 
 def checkpoint_bytes(shard: ClassifierShard, num_hard_classes: int, encoder_bytes: int) -> int:

@@ -37,6 +37,7 @@ class DataConfig(Section):
         num_workers: loader processes a rank; changes nothing but speed.
         on_broken: what an image to train on that cannot be read does: ends the run, or is left out with its class.
         max_broken_share: of the images that may be left out so, before the run stops all the same.
+        allow_lost: a run goes on without images that are not in the list any more; their classes are left out.
     """
 
     kind: Literal["digits", "cifar10", "cifar100", "tree", "sun397", "dtd", "inaturalist2018", "folder", "list"] = (
@@ -50,6 +51,7 @@ class DataConfig(Section):
     num_workers: NonNegativeInt = 8
     on_broken: Literal["error", "skip"] = "error"
     max_broken_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    allow_lost: bool = False
 
 
 class AugmentationConfig(Section):

@@ -47,7 +47,7 @@ class ClassSampler:
         self._left_out = torch.empty(0, dtype=torch.int64)
 
     def leave_out(self, classes: Tensor) -> None:
-        """These (int64, on the CPU) and no others are drawn no more, unless they are positives."""
+        """These (int64, on the CPU) and no others are drawn no more, not even where the batch was to have them."""
         self._left_out = classes
         self.recent_classes = self.recent_classes[~torch.isin(self.recent_classes, classes)]
 
@@ -58,6 +58,7 @@ class ClassSampler:
             positives: instance ids of the whole global batch, int64 on the CPU.
         """
         positives = positives.unique()
+        positives = positives[~torch.isin(positives, self._left_out)]
         wanted = max(0, self.num_sampled_classes - len(positives))
         if self.mode == "recent":
             others = self.recent_classes[~torch.isin(self.recent_classes, positives)]

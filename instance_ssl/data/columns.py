@@ -59,6 +59,9 @@ class Columns:
     def __contains__(self, name: str) -> bool:
         return name in (self._arrays if self._place is None else self._place.layout)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays if self._place is None else self._place.layout)
+
     @property
     def place(self) -> Place | None:
         """Where other processes of this machine find the file; None while the arrays are in memory."""

@@ -69,18 +69,9 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         self._left_out = torch.cat([self._left_out, torch.stack([ids, torch.full_like(ids, epoch)])], dim=1)
 
     def global_batch(self, step: int) -> Tensor:
-        """(≤ B,) int64: the images of global batch `step` of this epoch, over all ranks.
-
-        Without those left out in earlier epochs. One that is left out in this epoch is there, as it was when its
-        batch was begun.
-        """
+        """(B,) int64: the images of global batch `step` of this epoch, over all ranks, left out or not."""
         first = step * self.global_batch_size
-        ids = self._order()[first : first + self.global_batch_size]
-        return ids[~torch.isin(ids, self._left_out_before(self.epoch))]
-
-    def _left_out_before(self, epoch: int) -> Tensor:
-        ids, epochs = self._left_out
-        return ids[epochs < epoch]
+        return self._order()[first : first + self.global_batch_size]
 
     def _order(self) -> Tensor:
         if self._ordered_epoch != self.epoch:
@@ -90,7 +81,8 @@ class GlobalBatchSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.epoch
         order = self._order()[: self.steps_per_epoch * self.global_batch_size]
-        order = torch.where(torch.isin(order, self._left_out_before(epoch + 1)), ~order, order)
+        left_out, since = self._left_out
+        order = torch.where(torch.isin(order, left_out[since <= epoch]), ~order, order)
         shape = (self.steps_per_epoch * self.accumulation_steps, self.world_size, self.micro_batch_size)
         for micro_batch in order.view(shape)[self.start_step * self.accumulation_steps :, self.rank]:
             yield [(epoch, index) for index in micro_batch.tolist()]

@@ -39,6 +39,7 @@ class ImageSource(ABC):
         held_out: ids, (n,) int64, of the training images that the data set itself keeps for the choice of parameters;
             None where it has no such part.
         left_out: the images that could not be read and have no id, a line each that names the image and the reason.
+        absent: id → why, of images that have an id from an earlier time and are not there any more.
     """
 
     names: Sequence[str]
@@ -46,6 +47,7 @@ class ImageSource(ABC):
     digest: str
     held_out: torch.Tensor | None = None
     left_out: Sequence[str] = ()
+    absent: Mapping[int, str] = {}
 
     def __init__(self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, digest: str) -> None:
         self.columns = Columns(columns)
@@ -187,6 +189,8 @@ class FileImages(EncodedImages):
     def missing_here(self) -> str | None:
         """The first of some files, evenly spread, that is absent or of another size on this machine."""
         for index in range(0, len(self), max(1, len(self) // _PROBED_FILES)):
+            if index in self.absent:
+                continue
             path, size = self.root / self.names[index], self.columns["sizes"][index]
             try:
                 found = path.stat().st_size
@@ -214,8 +218,13 @@ def label_column(labels: torch.Tensor | None, kept: np.ndarray | None = None) ->
 
 def names_digest(columns: Mapping[str, np.ndarray]) -> str:
     """SHA-256 of the names and the sizes in bytes, in order: the same for the same files, in folders or in tars."""
+    return digest_of(NameTable(Columns(columns)), columns["sizes"])
+
+
+def digest_of(names: Iterable[str], sizes: np.ndarray) -> str:
+    """The same of names and sizes, as many of either."""
     digest = hashlib.sha256()
-    for name, size in zip(NameTable(Columns(columns)), columns["sizes"].tolist(), strict=True):
+    for name, size in zip(names, sizes.tolist(), strict=True):
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0%d\0" % size)
     return digest.hexdigest()
 

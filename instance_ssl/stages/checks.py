@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -11,17 +11,17 @@ from instance_ssl import engine
 from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.sources import ImageSource, write_instances
+from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.guard import launchers_of
-from instance_ssl.run_directory import write_json
 from instance_ssl.stages.sharing import share_images
 
 # Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
 FREE_KEYS = (
     *("evaluation", "export", "log", "checkpoint", "safety"),
-    *("data.num_workers", "data.limit_test", "data.root", "data.on_broken", "data.max_broken_share"),
+    *("data.num_workers", "data.limit_test", "data.root"),
+    *("data.on_broken", "data.max_broken_share", "data.allow_lost"),
 )
 BOUND_STAGES = ("initialize_classifier", "pretrain")
 
@@ -74,8 +74,13 @@ def config_digest(config: ExperimentConfig) -> str:
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
-def open_images(data: DataConfig, split: str, world: Group) -> ImageSource:
+def open_images(
+    data: DataConfig, split: str, world: Group, arrange: Callable[[ImageSource], ImageSource] = lambda images: images
+) -> ImageSource:
     """The images of a split, opened by rank 0 and sent to all: every rank sees the same list.
+
+    Args:
+        arrange: what rank 0 does with them first.
 
     Raises:
         UserError: for what cannot be opened, or where another rank's disk does not hold the same files.
@@ -84,7 +89,7 @@ def open_images(data: DataConfig, split: str, world: Group) -> ImageSource:
     if world.rank == 0:
         limit = data.limit_train if split == "train" else data.limit_test
         try:
-            opened = open_source(data.kind, split, root=data.root, list_file=data.list_file, limit=limit)
+            opened = arrange(open_source(data.kind, split, root=data.root, list_file=data.list_file, limit=limit))
         except UserError as error:
             opened = UserError(str(error))
     images = share_images(opened, world)
@@ -174,35 +179,6 @@ def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
                 f"{run_directory} holds a run with {key} = {then.get(key)}, not {now[key]}{more}; give another "
                 f"--run-dir or the same value (only {', '.join(FREE_KEYS)} may change in a run)"
             )
-
-
-def record_instances(source: ImageSource, run_directory: Path, world: Group) -> None:
-    """instances.txt and data.json: which image is which class. A run goes on only with the very same list."""
-    problem = _record_instances(source, run_directory) if world.rank == 0 else None
-    problem = world.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
-
-
-def _record_instances(source: ImageSource, run_directory: Path) -> str | None:
-    record: dict[str, Any] = {"num_instances": len(source), "digest": source.digest}
-    path = run_directory / "data.json"
-    try:
-        if path.exists():
-            if json.loads(path.read_text()) != record:
-                return (
-                    f"the images have changed since {run_directory} was begun ({path} has another digest): instance "
-                    "ids would no longer match the classifier's rows; restore the images or give another --run-dir"
-                )
-            return None
-        run_directory.mkdir(parents=True, exist_ok=True)
-        write_instances(source, run_directory / "instances.txt")
-        write_json(path, record)
-    except OSError as error:
-        return f"--run-dir {run_directory}: {error.strerror}"
-    except ValueError:
-        return f"{path} is damaged: restore it or give another --run-dir"
-    return None
 
 
 def versions_in_use() -> str:

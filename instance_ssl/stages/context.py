@@ -30,7 +30,7 @@ from instance_ssl.errors import AbsentPeersError, RankError, UserError
 from instance_ssl.guard import EXIT_LOST_PEER, Guard, Stopped, own_process_id
 from instance_ssl.run_directory import State, locked, read_state, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
-from instance_ssl.stages import checks
+from instance_ssl.stages import checks, instances
 
 _T = TypeVar("_T")
 
@@ -294,10 +294,10 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     )
     checks.check_sources(config.evaluation, world)
     checks.check_unchanged(config, run_directory)
-    source = checks.open_images(config.data, "train", world)
+    source = checks.open_images(config.data, "train", world, instances.as_known(run_directory, config.data))
     checks.check_size(config, len(source))
     evaluation_sources = checks.open_evaluation(config, source, world) if needs_labels else None
-    checks.record_instances(source, run_directory, world)
+    instances.record(source, run_directory, world)
     process.log.say(
         f"{len(source):,} images, {world.size} x {world.device.type}; global batch "
         f"{config.optimization.global_batch_size} = {ds.micro_batch_size} images x {ds.accumulation_steps} "

@@ -18,14 +18,12 @@ from instance_ssl.checkpoint import (
 from instance_ssl.checkpoint_files import DirectoryWriter, clear_leftovers
 from instance_ssl.classifier.initialization import initialize_from_features, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.data.augmentations import centre_view
-from instance_ssl.data.loaders import image_loader
 from instance_ssl.data.order import epoch_order
 from instance_ssl.guard import Stopped
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.build import classifier_shard, describe_encoder, own_parts, seeded_encoder
 from instance_ssl.stages.context import Stage
-from instance_ssl.stages.left_out import LeftOut, TooManyBroken
+from instance_ssl.stages.left_out import LeftOut, TooManyBroken, readable_batches
 from instance_ssl.stages.session import require_same_run, run_digests
 
 
@@ -37,6 +35,7 @@ def run(stage: Stage) -> dict[str, Any]:
     shard = classifier_shard(stage)
     mode = config.classifier.initialization
     left_out = LeftOut(stage)
+    left_out.take_absent(0)
     left_out.check_share()
     if stage.world.rank == 0:
         clear_leftovers(stage.checkpoints_of(stage.name))
@@ -112,23 +111,7 @@ def _own_batches(stage: Stage, first: int, left_out: LeftOut) -> Iterator[tuple[
 
     Folders come sorted by class, and a batch's statistics should not. Batches go without what cannot be read.
     """
-    data = stage.config.data
     order = epoch_order(len(stage.source), stage.config.seed, epoch=0)
     known = set(left_out.found_by(0).tolist())
-    parts = [
-        [index for index in part if index not in known]
-        for part in own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]
-    ]
-    loaded = iter(
-        image_loader(
-            stage.source,
-            centre_view(data.image_size),
-            [part for part in parts if part],
-            data.num_workers,
-            on_unreadable=left_out.meet if data.on_broken == "skip" else None,
-        )
-    )
-    nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)
-    for part in parts:
-        images, ids_b = next(loaded) if part else nothing
-        yield (images, ids_b) if len(ids_b) else nothing
+    parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]
+    return readable_batches(stage, [[index for index in part if index not in known] for part in parts], left_out)

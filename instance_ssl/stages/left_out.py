@@ -1,21 +1,20 @@
-"""Images that take no part any more, with their classes: those that cannot be read, if `data.on_broken` is `skip`.
+"""Images that take no part any more, with their classes: those that cannot be read, if `data.on_broken` is `skip`, and
+those that the data set has lost, if `data.allow_lost` is set.
 
-D/left_out.txt is the record of them, one image a line, in the order in which they were found: id, steps of the training
-that were done by then (0: found before it), why, and name, with tabs between. A run that goes on reads it. It goes on
-to the bit: an image that is found after the checkpoint's step is left out at that same step again.
+D/left_out.txt is the record of them (`left_out_record.py`). A run that goes on reads it, and goes on to the bit: an
+image that is found after the checkpoint's step is left out at that same step again.
 """
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from instance_ssl.data.folders import escape
+from instance_ssl.data.augmentations import centre_view
+from instance_ssl.data.loaders import image_loader
 from instance_ssl.errors import UserError
 from instance_ssl.stages.context import Stage
+from instance_ssl.stages.left_out_record import LOST, Found, append_left_out, read_left_out, record_path
 
 _NAMED = 10
 _NAMED_AT_THE_END = 3
@@ -23,12 +22,6 @@ _NAMED_AT_THE_END = 3
 
 class TooManyBroken(UserError):
     """More images than `data.max_broken_share` could not be read."""
-
-
-@dataclass(frozen=True)
-class _Found:
-    step: int
-    why: str
 
 
 class LeftOut:
@@ -40,11 +33,10 @@ class LeftOut:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        self._path = stage.run_directory / "left_out.txt"
-        self._found: dict[int, _Found] = stage.on_rank_0(lambda: _read(self._path, len(stage.source)))
+        self._found: dict[int, Found] = {}
         self._at: dict[int, list[int]] = {}
-        self._index(self._found)
         self._met: dict[int, str] = {}
+        self._know(stage.on_rank_0(lambda: read_left_out(stage.run_directory, len(stage.source))))
 
     def meet(self, unreadable: Mapping[int, str]) -> None:
         """Takes id → why of images that this rank found unreadable, for the next `share`."""
@@ -61,23 +53,22 @@ class LeftOut:
         return bool(world.all_reduce_max_(torch.tensor([int(self.has_news)], device=world.device)).item())
 
     def share(self, step: int) -> None:
-        """Makes known to all what any has met, at step `step`: it is said, and recorded. Collective.
+        """Makes known to all what any has met, when `step` steps are done: it is said, and recorded. Collective.
 
         Raises:
             UserError: when it cannot be recorded.
         """
         met = {index: why for part in self._stage.world.all_gather_objects(self._met) for index, why in part.items()}
-        new = {index: _Found(step, why) for index, why in sorted(met.items()) if index not in self._found}
         self._met = {}
-        before = len(self._found)
-        self._found |= new
-        self._index(new)
-        self._stage.on_rank_0(lambda: self._append(new))
-        for number, found in enumerate(new.values(), start=before + 1):
-            if number <= _NAMED:
-                self._stage.log.say(f"warning: {found.why}; its class is left out")
-            elif number % _NAMED == 0:
-                self._stage.log.say(f"warning: {number} images cannot be read by now, see {self._path}")
+        self._add(met, step)
+
+    def take_absent(self, step: int) -> None:
+        """Leaves out what the data set has lost since the run began, `step` steps being done. Collective.
+
+        Raises:
+            UserError: when it cannot be recorded.
+        """
+        self._add(self._stage.source.absent, step)
 
     def found_at(self, step: int) -> Tensor:
         """Ids, int64, of the images that are left out from the end of this step on, those of a run before this too."""
@@ -93,53 +84,55 @@ class LeftOut:
         return list(self._at)
 
     def check_share(self) -> None:
-        """Ends a run of which too much is left out.
+        """Ends a run in which too many images cannot be read.
 
         Raises:
             TooManyBroken: naming files.
         """
         share, total = self._stage.config.data.max_broken_share, len(self._stage.source)
-        if len(self._found) > share * total:
-            last = "; ".join([found.why for found in self._found.values()][-_NAMED_AT_THE_END:])
+        broken = [found.why for found in self._found.values() if found.why != LOST]
+        if len(broken) > share * total:
             raise TooManyBroken(
-                f"{len(self._found)} of {total} images cannot be read, more than data.max_broken_share {share} "
-                f"({last}): repair them, or raise the share; {self._path} lists all"
+                f"{len(broken)} of {total} images cannot be read, more than data.max_broken_share {share} "
+                f"({'; '.join(broken[-_NAMED_AT_THE_END:])}): repair them, or raise the share; "
+                f"{record_path(self._stage.run_directory)} lists all"
             )
 
-    def _index(self, found: Mapping[int, _Found]) -> None:
+    def _add(self, whys: Mapping[int, str], step: int) -> None:
+        new = {index: Found(step, why) for index, why in sorted(whys.items()) if index not in self._found}
+        before = len(self._found)
+        self._know(new)
+        self._stage.on_rank_0(lambda: append_left_out(self._stage.run_directory, new, self._stage.source))
+        for number, (index, found) in enumerate(new.items(), start=before + 1):
+            if number <= _NAMED:
+                what = f"{self._stage.source.names[index]} is {LOST}" if found.why == LOST else found.why
+                self._stage.log.say(f"warning: {what}; its class is left out")
+            elif number % _NAMED == 0:
+                self._stage.log.say(
+                    f"warning: {number} images are left out by now, see {record_path(self._stage.run_directory)}"
+                )
+
+    def _know(self, found: Mapping[int, Found]) -> None:
+        self._found |= found
         for index, one in found.items():
             self._at.setdefault(one.step, []).append(index)
 
-    def _append(self, new: Mapping[int, _Found]) -> None:
-        lines = [
-            f"{index}\t{found.step}\t{escape(found.why)}\t{escape(self._stage.source.names[index])}\n"
-            for index, found in new.items()
-        ]
-        try:
-            with self._path.open("ab") as file:
-                file.write("".join(lines).encode("utf-8", "surrogateescape"))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written: {error.strerror}") from None
 
+def readable_batches(
+    stage: Stage, parts: Sequence[Sequence[int]], left_out: LeftOut
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (b, 3, S, S) of the evaluation view and their ids (b,), for each list of ids; b is 0 for an empty one.
 
-def _read(path: Path, num_images: int) -> dict[int, _Found]:
-    """What is recorded; a last line that was not written to its end is taken away."""
-    if not path.exists():
-        return {}
-    found = {}
-    try:
-        whole, _, torn = path.read_bytes().rpartition(b"\n")
-        if torn:
-            os.truncate(path, len(whole) + 1 if whole else 0)
-        for line in whole.decode("utf-8", "surrogateescape").split("\n") if whole else []:
-            index, step, why, _ = line.split("\t", 3)
-            found[int(index)] = _Found(int(step), why)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged: restore it") from None
-    if any(not 0 <= index < num_images for index in found):
-        raise UserError(f"{path} is not of these {num_images} images: restore it")
-    return found
+    Without what cannot be read, where the policy is to skip it: `left_out` is told.
+
+    Raises:
+        RankError: at the first such image, where the policy is another.
+    """
+    data = stage.config.data
+    on_unreadable = left_out.meet if data.on_broken == "skip" else None
+    view, read = centre_view(data.image_size), [part for part in parts if part]
+    loaded = iter(image_loader(stage.source, view, read, data.num_workers, on_unreadable=on_unreadable))
+    nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)
+    for part in parts:
+        images, ids_b = next(loaded) if part else nothing
+        yield (images, ids_b) if len(ids_b) else nothing

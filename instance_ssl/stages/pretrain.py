@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from instance_ssl import faults
 from instance_ssl.checkpoint import (
     Checkpoint,
@@ -22,11 +24,13 @@ from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed import comm
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError
+from instance_ssl.models.encoder import Encoder
 from instance_ssl.pretraining import train_epoch
 from instance_ssl.run_directory import require_space, write_json
-from instance_ssl.schedules import warmup_cosine
+from instance_ssl.schedules import EpochClock, warmup_cosine
 from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_view
 from instance_ssl.stages.context import Stage
+from instance_ssl.stages.growth import add_rows
 from instance_ssl.stages.left_out import LeftOut
 from instance_ssl.stages.session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
 
@@ -58,34 +62,37 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
     )
     _describe(stage, sampler)
     start = _starting_checkpoint(stage)
+    clock = _epoch_clock(stage, start, sampler.steps_per_epoch)
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(start, shard))
-    left_out = _leave_out(stage, shard, sampler, start)
-    engine = _build_engine(stage, start, sampler.steps_per_epoch)
+    encoder, momentum = _load_encoder(stage, start)
+    left_out = _leave_out(stage, shard, encoder, sampler, clock, start)
+    engine = _build_engine(stage, start, clock, encoder, momentum)
     _require_space(stage, engine, shard)
     # Beyond the guard's own patience, so that a hang ends with stacks and not with an error of a collective.
     comm.set_timeouts(2 * config.safety.hang_seconds)
     view = training_view(config.augmentation, config.data)
     dataset = ViewDataset(stage.source, view, config.augmentation.num_views, config.seed)
     loader = view_loader(dataset, sampler, config.data.num_workers, skip_broken=config.data.on_broken == "skip")
-    total_steps, per_epoch = optimization.epochs * sampler.steps_per_epoch, sampler.steps_per_epoch
+    total_steps = clock.total_steps(optimization.epochs)
     stage.log.forget_after(start.position.step)
     with stage.log.progress("pretrain", total_steps, "steps", initial=start.position.step) as progress:
-        session = TrainingSession(stage, engine, shard, sampler, left_out, start, progress)
-        for epoch in range(session.step // per_epoch, optimization.epochs):
-            sampler.epoch, sampler.start_step = epoch, session.step % per_epoch
+        session = TrainingSession(stage, engine, shard, sampler, clock, left_out, start, progress)
+        while session.step < total_steps:
+            sampler.epoch, sampler.start_step = clock.place(session.step)
+            first_step = session.step - sampler.start_step
             if sampler.start_step == 0:
                 _refresh_hard_classes(stage, shard, session)
             train_epoch(
                 engine,
                 shard,
                 loader,
-                steps=range(sampler.start_step, per_epoch),
+                steps=range(sampler.start_step, clock.steps_per_epoch),
                 accumulation_steps=sampler.accumulation_steps,
                 positives_of=sampler.global_batch,
                 measure_every_steps=config.log.every_steps,
                 on_step=session.after_step,
-                left_out={step - epoch * per_epoch for step in left_out_steps},
+                left_out={step - first_step for step in left_out_steps},
             )
         session.finish()
     return {"epochs": optimization.epochs, "steps": total_steps, **session.figures}
@@ -117,28 +124,59 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
     return found
 
 
-def _leave_out(stage: Stage, shard: ClassifierShard, sampler: GlobalBatchSampler, start: Checkpoint) -> LeftOut:
-    """What takes no part where the training starts, and what is known to take none later."""
-    left_out = LeftOut(stage)
-    left_out.check_share()
-    shard.leave_out(left_out.found_by(start.position.step))
-    for step in left_out.steps:
-        sampler.leave_out(left_out.found_at(step), (step - 1) // sampler.steps_per_epoch)
-    return left_out
+def _epoch_clock(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> EpochClock:
+    """Of the training so far, and of longer epochs from here on where images have come since."""
+    position = start.position
+    before = position.num_instances // stage.config.optimization.global_batch_size
+    clock = EpochClock(tuple((a, b, c) for a, b, c in position.stretches) or ((0, 0, before),))
+    if position.num_instances == len(stage.source):
+        return clock
+    if clock.done(position.step)[1]:
+        stage.log.say(
+            f"epoch {position.epoch}, in the middle of which the training was, begins again with the new images"
+        )
+    return clock.longer(position.step, steps_per_epoch)
 
 
-def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engine:
-    optimization = stage.config.optimization
+def _load_encoder(stage: Stage, start: Checkpoint) -> tuple[Encoder, dict[str, Tensor]]:
+    """The encoder as it was, and its momentum."""
     encoder = seeded_encoder(stage.config, recompute_stages=stage.ds.recompute_stages)
     state, momentum = stage.together(lambda: load_encoder(start))
     encoder.load_state_dict(state)
+    return encoder, momentum
+
+
+def _leave_out(
+    stage: Stage,
+    shard: ClassifierShard,
+    encoder: Encoder,
+    sampler: GlobalBatchSampler,
+    clock: EpochClock,
+    start: Checkpoint,
+) -> LeftOut:
+    """What takes no part where the training starts, and what is known to take none later; new images get their rows."""
+    left_out, step = LeftOut(stage), start.position.step
+    left_out.take_absent(step)
+    if start.position.num_instances < len(stage.source):
+        add_rows(stage, shard, encoder, start.position.num_instances, left_out, step)
+    left_out.check_share()
+    shard.leave_out(left_out.found_by(step))
+    for found_step in left_out.steps:
+        sampler.leave_out(left_out.found_at(found_step), clock.place(found_step - 1)[0])
+    return left_out
+
+
+def _build_engine(
+    stage: Stage, start: Checkpoint, clock: EpochClock, encoder: Encoder, momentum: dict[str, Tensor]
+) -> Engine:
+    optimization = stage.config.optimization
 
     def schedule(step: int) -> float:
         return warmup_cosine(
-            step,
+            clock.scheduled(step),
             peak=optimization.peak_learning_rate,
-            warmup_steps=optimization.warmup_epochs * steps_per_epoch,
-            total_steps=optimization.epochs * steps_per_epoch,
+            warmup_steps=optimization.warmup_epochs * clock.steps_per_epoch,
+            total_steps=optimization.epochs * clock.steps_per_epoch,
         )
 
     engine = Engine(

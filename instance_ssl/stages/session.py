@@ -12,11 +12,13 @@ from instance_ssl.checkpoint import Checkpoint, TrainingPosition, start_checkpoi
 from instance_ssl.checkpoint_files import DirectoryWriter
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.order import GlobalBatchSampler
+from instance_ssl.data.rearrangement import digest_of_first
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError
 from instance_ssl.metrics import LossLevel, TrainingMeter
 from instance_ssl.pretraining import StepReport
 from instance_ssl.run_log import Progress
+from instance_ssl.schedules import EpochClock
 from instance_ssl.stages.checks import config_digest
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.left_out import LeftOut, TooManyBroken
@@ -55,14 +57,14 @@ class TrainingSession:
         engine: Engine,
         shard: ClassifierShard,
         sampler: GlobalBatchSampler,
+        clock: EpochClock,
         left_out: LeftOut,
         start: Checkpoint,
         progress: Progress,
     ) -> None:
         self._stage, self._engine, self._shard, self._progress = stage, engine, shard, progress
-        self._sampler, self._left_out = sampler, left_out
+        self._sampler, self._clock, self._left_out = sampler, clock, left_out
         self._checkpoint, self._safety = stage.config.checkpoint, stage.config.safety
-        self._steps_per_epoch = sampler.steps_per_epoch
         self.step = self._first_step = start.position.step
         self._saved_step = self.step if start.directory.parent == stage.checkpoints_of(stage.name) else -1
         self.figures = start.position.figures
@@ -95,7 +97,7 @@ class TrainingSession:
         if self.step == self._first_step:
             self._start_seconds = time.time() - psutil.Process().create_time()
         self.step += 1
-        is_last = step + 1 == self._steps_per_epoch
+        is_last = step + 1 == self._clock.steps_per_epoch
         if report is not None:
             self._since_log.add(report)
             self._epoch.add(report)
@@ -118,7 +120,7 @@ class TrainingSession:
         started = time.perf_counter()
         position = TrainingPosition(
             step=self.step,
-            epoch=self.step // self._steps_per_epoch,
+            epoch=self._clock.done(self.step)[0],
             num_instances=len(self._stage.source),
             embedding_dim=self._stage.config.model.embedding_dim,
             world_size=self._stage.world.size,
@@ -127,6 +129,7 @@ class TrainingSession:
             loss_scale=self._engine.loss_scale,
             skipped_in_a_row=self._skipped_in_a_row,
             loss_level=self._loss.level,
+            stretches=list(self._clock.stretches),
         )
         state, momentum = self._engine.full_state()
         buffers = self._engine.own_buffers()
@@ -176,7 +179,7 @@ class TrainingSession:
         if len(found):
             self._shard.leave_out(found)
         if has_news:
-            self._sampler.leave_out(found, (self.step - 1) // self._steps_per_epoch)
+            self._sampler.leave_out(found, self._clock.place(self.step - 1)[0])
             try:
                 self._left_out.check_share()
             except TooManyBroken:
@@ -198,11 +201,10 @@ class TrainingSession:
         every_steps = self._checkpoint.every_steps
         if every_steps is not None and self.step % every_steps == 0:
             return True
-        epochs_done = self.step // self._steps_per_epoch
-        return is_last and epochs_done % self._checkpoint.every_epochs == 0
+        return is_last and self._clock.done(self.step)[0] % self._checkpoint.every_epochs == 0
 
     def _is_permanent(self, step: int) -> bool:
-        every, (epochs, rest) = self._checkpoint.keep_every_epochs, divmod(step, self._steps_per_epoch)
+        every, (epochs, rest) = self._checkpoint.keep_every_epochs, self._clock.done(step)
         return every is not None and rest == 0 and epochs % every == 0
 
     def _judge(self, report: StepReport) -> None:
@@ -282,7 +284,10 @@ def require_same_run(checkpoint: Checkpoint, stage: Stage) -> None:
     Raises:
         UserError: saying which of configuration and images differs.
     """
-    for name, digest in run_digests(stage).items():
+    expected, num_images = run_digests(stage), checkpoint.position.num_instances
+    if num_images < len(stage.source):
+        expected["images"] = digest_of_first(stage.source, num_images)
+    for name, digest in expected.items():
         if checkpoint.position.digests.get(name, digest) != digest:
             raise UserError(f"{checkpoint.directory} is of a run with other {name}: give that run's own --run-dir")
 

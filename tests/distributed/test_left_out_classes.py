@@ -211,4 +211,8 @@ def test_sampled_negatives_are_none_of_them() -> None:
         assert drawn.max() < 50
     few = ClassSampler("random", 100, 99, seed=0)
     few.leave_out(torch.arange(50, 100))
-    assert few.draw(torch.tensor([1, 2]), 0).tolist() == list(range(50))
+    assert few.draw(torch.tensor([1, 2, 70]), 0).tolist() == list(range(50))  # 70 has a substitute in its batch
+    recent = ClassSampler("recent", 100, 6, seed=0)
+    recent.draw(torch.tensor([1, 2, 3]), 0)
+    recent.leave_out(torch.tensor([2, 5]))
+    assert recent.draw(torch.tensor([4, 5]), 1).tolist() == [1, 3, 4]

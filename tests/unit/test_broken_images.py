@@ -110,12 +110,3 @@ def test_the_order_is_that_of_all_images_on_any_number_of_ranks() -> None:
             parts = zip(*samplers, strict=True)
             keys = [index for micro_batches in parts for micro_batch in micro_batches for _, index in micro_batch]
             assert keys == [~index if is_marked and index in left_out else index for index in whole]
-
-
-def test_positives_are_those_of_the_epoch_in_which_they_were_found_and_no_more() -> None:
-    sampler = sampler_of(epoch=2)
-    sampler.leave_out(torch.tensor([3]), epoch=2)
-    assert torch.cat([sampler.global_batch(step) for step in range(4)]).sort().values.tolist() == list(range(N))
-    sampler.epoch = 3
-    without = [index for index in range(N) if index != 3]
-    assert torch.cat([sampler.global_batch(step) for step in range(4)]).sort().values.tolist() == without

@@ -1,0 +1,177 @@
+"""Which image is which class, in a run directory: written at its beginning, kept to when the list of images changes.
+
+    instances.txt        the name of image i in line i
+    instance_sizes.npy   (N,) int64, of the images' files in bytes, where they are files
+    data.json            N, and the digest of names and sizes
+    data_changes.jsonl   one line for each time that images have come
+
+An image keeps its id for good, whatever the order of the list. New ones are put behind. One that is not in the list any
+more keeps its row, which takes no part (`left_out.py`). So all that was ever written about the first n images stays
+right, whatever comes behind them.
+"""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instance_ssl.checkpoint_files import committed_directories
+from instance_ssl.config import DataConfig
+from instance_ssl.data.folders import escape
+from instance_ssl.data.name_table import NameTable, packed
+from instance_ssl.data.rearrangement import places_of, rearranged
+from instance_ssl.data.sources import ImageSource, write_instances
+from instance_ssl.distributed.comm import Group
+from instance_ssl.errors import UserError
+from instance_ssl.run_directory import write_json
+from instance_ssl.stages.left_out_record import LOST, read_left_out
+
+_NAMED = 3
+
+
+def as_known(run_directory: Path, data: DataConfig) -> Callable[[ImageSource], ImageSource]:
+    """What gives images the ids by which a run knows them, as one process alone does it.
+
+    It raises `UserError` for images that have changed, are lost though nobody allowed it, or come too late.
+    """
+
+    def arrange(source: ImageSource) -> ImageSource:
+        record = _read(run_directory)
+        if record is None or record == _record_of(source):
+            return source
+        sizes_path = run_directory / "instance_sizes.npy"
+        if "sizes" not in source.columns or source.held_out is not None or not sizes_path.exists():
+            raise _changed(run_directory, f"{run_directory / 'data.json'} has another digest")
+        sizes = np.load(sizes_path, allow_pickle=False)[: record["num_instances"]]
+        names = _known_names(run_directory, record["num_instances"])
+        places = places_of(names, source.names)
+        lost = (places < 0).nonzero()[0]
+        there = (places >= 0).nonzero()[0]
+        others = there[source.columns["sizes"][places[there]] != sizes[there]]
+        if len(others):
+            raise _changed(run_directory, f"{_list(names, others)} {_have(others)} another size")
+        absent = _why_absent(names, lost, source, run_directory, data)
+        arranged = rearranged(source, names, sizes, places, absent)
+        if len(arranged) > len(names) and (problem := _cannot_grow(run_directory)):
+            come = range(len(names), len(arranged))
+            raise _changed(run_directory, f"{_list(arranged.names, come)} {_have(come)} come, and {problem}")
+        return arranged
+
+    return arrange
+
+
+def record(source: ImageSource, run_directory: Path, world: Group) -> None:
+    """Writes down which image is which class. Collective.
+
+    Raises:
+        UserError: when that is impossible.
+    """
+    problem = None
+    if world.rank == 0:
+        try:
+            _write(source, run_directory)
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"--run-dir {run_directory}: {error.strerror}"
+    problem = world.broadcast_object(problem)
+    if problem is not None:
+        raise UserError(problem)
+
+
+def _write(source: ImageSource, run_directory: Path) -> None:
+    """data.json comes last: until it is there, what else was written says nothing new about the images it counts."""
+    before, now = _read(run_directory), _record_of(source)
+    if before == now:
+        return
+    run_directory.mkdir(parents=True, exist_ok=True)
+    write_instances(source, run_directory / "instances.txt")
+    if "sizes" in source.columns:
+        temporary = run_directory / ".instance_sizes.tmp.npy"
+        np.save(temporary, source.columns["sizes"])
+        temporary.replace(run_directory / "instance_sizes.npy")
+    if before is not None:
+        change = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "before": before, "now": now}
+        with (run_directory / "data_changes.jsonl").open("a") as file:
+            file.write(json.dumps(change) + "\n")
+    write_json(run_directory / "data.json", now)
+
+
+def _record_of(source: ImageSource) -> dict[str, Any]:
+    return {"num_instances": len(source), "digest": source.digest}
+
+
+def _read(run_directory: Path) -> dict[str, Any] | None:
+    path = run_directory / "data.json"
+    try:
+        if not path.exists():
+            return None
+        record = json.loads(path.read_text())
+        return {"num_instances": int(record["num_instances"]), "digest": str(record["digest"])}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: restore it or give another --run-dir") from None
+
+
+def _known_names(run_directory: Path, count: int) -> NameTable:
+    path = run_directory / "instances.txt"
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            names = packed(_unescape(line.removesuffix("\n")) for line, _ in zip(file, range(count), strict=False))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if len(names) != count:
+        raise UserError(f"{path} has {len(names)} names of {count}: restore it or give another --run-dir")
+    return names
+
+
+def _unescape(line: str) -> str:
+    parts = [part.replace("\\n", "\n").replace("\\r", "\r") for part in line.split("\\\\")]
+    return "\\".join(parts)
+
+
+def _why_absent(
+    names: NameTable, lost: np.ndarray, source: ImageSource, run_directory: Path, data: DataConfig
+) -> dict[int, str]:
+    """Id → why of the images that are not in the list: left out already, broken, or lost where that is allowed."""
+    known = {index: found.why for index, found in read_left_out(run_directory, len(names)).items()}
+    absent, unknown = dict(known), []
+    for index in lost.tolist():
+        name = escape(names[index])
+        broken = next((line for line in source.left_out if line.startswith(f"{name}: ")), None)
+        if index not in known:
+            absent[index] = LOST if broken is None else broken
+            if broken is None:
+                unknown.append(index)
+    if unknown and not data.allow_lost:
+        raise _changed(
+            run_directory,
+            f"{_list(names, unknown)} {_have(unknown)} gone",
+            ", or set data.allow_lost to leave them out",
+        )
+    return {index: absent[index] for index in lost.tolist()}
+
+
+def _cannot_grow(run_directory: Path) -> str | None:
+    if (run_directory / "pretrain/result.json").exists():
+        return "training is complete"
+    if not committed_directories(run_directory / "initialize_classifier/checkpoints"):
+        return "there is no classifier yet that they could join"
+    return None
+
+
+def _changed(run_directory: Path, what: str, cure: str = "") -> UserError:
+    return UserError(
+        f"the images have changed since {run_directory} was begun ({what}): restore them{cure}, or give another --run-dir"
+    )
+
+
+def _list(names: NameTable | Any, indices: Any) -> str:
+    first = ", ".join(escape(names[int(index)]) for index in list(indices)[:_NAMED])
+    return first + (f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else "")
+
+
+def _have(indices: Any) -> str:
+    return "has" if len(indices) == 1 else "have"
