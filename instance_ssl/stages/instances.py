@@ -164,7 +164,8 @@ def _cannot_grow(run_directory: Path) -> str | None:
 
 def _changed(run_directory: Path, what: str, cure: str = "") -> UserError:
     return UserError(
-        f"the images have changed since {run_directory} was begun ({what}): restore them{cure}, or give another --run-dir"
+        f"the images have changed since {run_directory} was begun ({what}): restore them{cure}, or give another "
+        "--run-dir"
     )
 
 

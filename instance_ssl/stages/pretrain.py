@@ -132,9 +132,7 @@ def _epoch_clock(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Epoch
     if position.num_instances == len(stage.source):
         return clock
     if clock.done(position.step)[1]:
-        stage.log.say(
-            f"epoch {position.epoch}, in the middle of which the training was, begins again with the new images"
-        )
+        stage.log.say(f"the training was in the middle of epoch {position.epoch + 1}, which begins again")
     return clock.longer(position.step, steps_per_epoch)
 
 

@@ -125,7 +125,7 @@ def test_images_that_go_are_refused_and_then_left_out_if_that_is_allowed(place: 
     refused = run(place)
     assert refused.wait() == [2, 2], refused.text()
     assert refused.text().count("error: ") == 1
-    assert "003.png, 050.png have gone): restore them, set data.allow_lost to leave them out" in refused.text()
+    assert "003.png, 050.png have gone): restore them, or set data.allow_lost to leave them out" in refused.text()
     settings = {"data.allow_lost": True, "data.max_broken_share": 0}
     goes_on = run(place, settings=settings, fault="step:1:9:term")
     assert goes_on.wait() == [75, 75], goes_on.text()
