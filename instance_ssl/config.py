@@ -35,6 +35,8 @@ class DataConfig(Section):
         image_size: side in pixels of what the encoder sees.
         limit_train: keep this many images, evenly spaced over the sorted ones; None keeps all.
         num_workers: loader processes a rank; changes nothing but speed.
+        augment_on: who changes the colours of the training views (jitter, grey, blur) and normalises them: the loader
+            processes, or the device, which then gets crops of 8 bits. The same views but for rounding.
     """
 
     kind: Literal["digits", "cifar10", "cifar100", "tree", "sun397", "dtd", "inaturalist2018", "folder", "list"] = (
@@ -46,6 +48,7 @@ class DataConfig(Section):
     limit_train: PositiveInt | None = None
     limit_test: PositiveInt | None = None
     num_workers: NonNegativeInt = 8
+    augment_on: Literal["cpu", "device"] = "cpu"
 
 
 class AugmentationConfig(Section):
@@ -269,6 +272,14 @@ class ExperimentConfig(Section):
         if not (isinstance(data, dict) and isinstance(evaluation, dict) and isinstance(evaluation.get("data"), dict)):
             return values
         return {**values, "evaluation": {**evaluation, "data": {**data, **evaluation["data"]}}}
+
+    @model_validator(mode="after")
+    def _the_device_knows_the_view(self) -> "ExperimentConfig":
+        if self.data.augment_on == "device" and self.augmentation.view != "simclr":
+            raise ValueError(
+                f"data.augment_on device does not know augmentation.view {self.augmentation.view}: set it to cpu"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "ExperimentConfig":

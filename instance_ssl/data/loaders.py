@@ -149,12 +149,7 @@ class _Batches(Dataset[ViewBatch | UserError]):
             items = [self._dataset[key] for key in keys]
         except UserError as error:
             return error
-        colours = [item.colours for item in items if item.colours is not None]
-        return ViewBatch(
-            torch.stack([item.views for item in items]),
-            torch.tensor([item.id for item in items], dtype=torch.int64),
-            torch.stack(colours) if colours else None,
-        )
+        return self._dataset.collate(items)
 
 
 def _keep(batch: Any) -> Any:

@@ -18,7 +18,17 @@ from instance_ssl.guard import launchers_of
 from instance_ssl.run_directory import write_json
 
 # Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
-FREE_KEYS = ("evaluation", "export", "log", "checkpoint", "safety", "data.num_workers", "data.limit_test", "data.root")
+FREE_KEYS = (
+    "evaluation",
+    "export",
+    "log",
+    "checkpoint",
+    "safety",
+    "data.num_workers",
+    "data.augment_on",
+    "data.limit_test",
+    "data.root",
+)
 BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 

@@ -64,7 +64,13 @@ def _train(stage: Stage, left_out: frozenset[int]) -> dict[str, Any]:
     # Beyond the guard's own patience, so that a hang ends with stacks and not with an error of a collective.
     comm.set_timeouts(2 * config.safety.hang_seconds)
     view = training_view(config.augmentation, config.data)
-    dataset = ViewDataset(stage.source, view, config.augmentation.num_views, config.seed)
+    dataset = ViewDataset(
+        stage.source,
+        view,
+        config.augmentation.num_views,
+        config.seed,
+        leave_colours=config.data.augment_on == "device",
+    )
     loader = view_loader(dataset, sampler, config.data.num_workers)
     total_steps, per_epoch = optimization.epochs * sampler.steps_per_epoch, sampler.steps_per_epoch
     stage.log.forget_after(start.position.step)
