@@ -35,6 +35,8 @@ class DataConfig(Section):
         image_size: side in pixels of what the encoder sees.
         limit_train: keep this many images, evenly spaced over the sorted ones; None keeps all.
         num_workers: loader processes a rank; changes nothing but speed.
+        augment_on: who changes the colours of the training views (jitter, grey, blur) and normalises them: the loader
+            processes, or the device, which then gets crops of 8 bits. The same views but for rounding.
         on_broken: what an image to train on that cannot be read does: ends the run, or is left out with its class.
         max_broken_share: of the images that may be left out so, before the run stops all the same.
         allow_lost: a run goes on without images that are not in the list any more; their classes are left out.
@@ -49,6 +51,7 @@ class DataConfig(Section):
     limit_train: PositiveInt | None = None
     limit_test: PositiveInt | None = None
     num_workers: NonNegativeInt = 8
+    augment_on: Literal["cpu", "device"] = "cpu"
     on_broken: Literal["error", "skip"] = "error"
     max_broken_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
     allow_lost: bool = False
@@ -275,6 +278,14 @@ class ExperimentConfig(Section):
         if not (isinstance(data, dict) and isinstance(evaluation, dict) and isinstance(evaluation.get("data"), dict)):
             return values
         return {**values, "evaluation": {**evaluation, "data": {**data, **evaluation["data"]}}}
+
+    @model_validator(mode="after")
+    def _the_device_knows_the_view(self) -> "ExperimentConfig":
+        if self.data.augment_on == "device" and self.augmentation.view != "simclr":
+            raise ValueError(
+                f"data.augment_on device does not know augmentation.view {self.augmentation.view}: set it to cpu"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "ExperimentConfig":

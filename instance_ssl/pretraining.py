@@ -10,6 +10,7 @@ from torch import Tensor
 
 from instance_ssl import faults
 from instance_ssl.classifier.shard import ClassifierShard, ShardOutput
+from instance_ssl.data.colours import apply_colours
 from instance_ssl.data.views import ViewBatch
 from instance_ssl.engine import Engine
 from instance_ssl.stopwatch import Stopwatch
@@ -113,8 +114,10 @@ def train_step(
 
 
 def flatten_views(batch: ViewBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The views as images (V·b, 3, S, S) and their ids (V·b,), on the device."""
+    """The views as images (V·b, 3, S, S) and their ids (V·b,), on the device, which does the colours left to it."""
     images = batch.views.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+    if batch.colours is not None:
+        images = apply_colours(images, batch.colours.transpose(0, 1).flatten(0, 1))
     return images, batch.ids.to(device, non_blocking=True).repeat(batch.views.shape[1])
 
 

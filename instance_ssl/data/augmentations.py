@@ -14,14 +14,59 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-Transform = Callable[[Image.Image], Tensor]
+from instance_ssl.data.colours import (
+    NORMALISE_MEAN,
+    NORMALISE_STD,
+    NUM_UNIFORM,
+    UNCHANGED,
+    ColourRanges,
+    apply_colours,
+)
+from instance_ssl.data.crops import Crop, crop_resized, draw_crop
+from instance_ssl.data.decoding import image_pixels
 
-# ImageNet channel statistics, for every data set: features learnt on one are then fed alike on another.
-NORMALISE_MEAN = (0.485, 0.456, 0.406)
-NORMALISE_STD = (0.229, 0.224, 0.225)
+Transform = Callable[[Image.Image], Tensor]
 
 # Up to this side length, CIFAR's conventions hold: weaker jitter, no blur, no margin around the evaluation crop.
 _SMALL_IMAGE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class DrawnView:
+    """What chance has chosen for one view: the crop, and its row of colour changes (see colours.py)."""
+
+    crop: Crop
+    colours: list[float]
+
+
+@dataclass(frozen=True)
+class RandomView:
+    """A view that is a crop of the image, perhaps flipped, and then perhaps changed in colour.
+
+    Drawing, cropping and colouring can be had one by one: the draw needs no more than the image's size, and colours can
+    be left to the device.
+
+    Attributes:
+        image_size: S, side of the view in pixels.
+        min_crop_scale: smallest share of the image's area that a crop keeps, in (0, 1].
+        colours: what colour changes are drawn from; None: there are none.
+    """
+
+    image_size: int
+    min_crop_scale: float
+    colours: ColourRanges | None
+
+    def draw(self, width: int, height: int) -> DrawnView:
+        """A view of an image of that size, from torch's default CPU generator."""
+        uniform = torch.rand(Crop.NUM_UNIFORM + NUM_UNIFORM).tolist()
+        crop = draw_crop(width, height, self.min_crop_scale, uniform[NUM_UNIFORM:])
+        return DrawnView(crop, list(UNCHANGED) if self.colours is None else self.colours.draw(uniform[:NUM_UNIFORM]))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """A view of an RGB image, float32 (3, S, S), normalised."""
+        drawn = self.draw(*image.size)
+        view = crop_resized(image_pixels(image), drawn.crop, image.width, self.image_size)
+        return apply_colours(view[None], torch.tensor([drawn.colours]))[0]
 
 
 def simclr_view(
@@ -30,7 +75,7 @@ def simclr_view(
     min_crop_scale: float = 0.08,
     jitter_strength: float | None = None,
     blur: bool | None = None,
-) -> Transform:
+) -> RandomView:
     """SimCLR's random view: crop, flip, colour jitter, grey, blur (arXiv 2002.05709, appendix A; simclr data_util.py).
 
     Args:
@@ -41,18 +86,8 @@ def simclr_view(
     """
     small = image_size <= _SMALL_IMAGE_SIZE
     strength = jitter_strength if jitter_strength is not None else (0.5 if small else 1.0)
-    jitter = v2.ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
-    steps: list[Transform] = [
-        _random_crop(image_size, min_crop_scale),
-        v2.RandomHorizontalFlip(0.5),
-        v2.RandomApply([jitter], p=0.8),
-        v2.RandomGrayscale(0.2),
-    ]
-    if blur if blur is not None else not small:
-        # The odd number nearest to image_size / 10; a kernel of one pixel would not blur at all.
-        kernel_size = max(3, 2 * (image_size // 20) + 1)
-        steps.append(v2.RandomApply([v2.GaussianBlur(kernel_size, sigma=(0.1, 2.0))], p=0.5))
-    return v2.Compose([*steps, _to_unit_range, _normalise])
+    blurred = blur if blur is not None else not small
+    return RandomView(image_size, min_crop_scale, ColourRanges(strength, blurred))
 
 
 def digit_view(image_size: int) -> Transform:
@@ -65,9 +100,9 @@ def digit_view(image_size: int) -> Transform:
     return _DigitView(image_size)
 
 
-def probe_view(image_size: int) -> Transform:
+def probe_view(image_size: int) -> RandomView:
     """The linear probe's training view: random resized crop and flip (moco main_lincls.py)."""
-    return v2.Compose([_random_crop(image_size, 0.08), v2.RandomHorizontalFlip(0.5), _to_unit_range, _normalise])
+    return RandomView(image_size, min_crop_scale=0.08, colours=None)
 
 
 def centre_view(image_size: int) -> Transform:
@@ -119,12 +154,6 @@ def _inverse_affine(
     d, e = -sin / scale, cos / scale
     x, y = centre + shift_x, centre + shift_y
     return a, b, centre - a * x - b * y, d, e, centre - d * x - e * y
-
-
-def _random_crop(image_size: int, min_scale: float) -> v2.RandomResizedCrop:
-    return v2.RandomResizedCrop(
-        image_size, scale=(min_scale, 1.0), ratio=(3 / 4, 4 / 3), interpolation=v2.InterpolationMode.BICUBIC
-    )
 
 
 def _to_unit_range(image: Image.Image) -> Tensor:

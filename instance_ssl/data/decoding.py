@@ -1,13 +1,21 @@
 """From the bytes of an image file to pixels, by the decoders that are allowed."""
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 # Only these decoders are ever run, whatever a file's name says.
 _FORMATS = ("JPEG", "PNG", "WEBP")
+
+# From the width and height in a header to the factor, 1, 2, 4 or 8, by which the image may be decoded smaller.
+ChooseReduction = Callable[[int, int], int]
 
 
 def open_image(file: Path | BinaryIO) -> Image.Image:
@@ -32,3 +40,26 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
+
+
+def decode_pixels(data: bytes, choose_reduction: ChooseReduction) -> Tensor:
+    """The image of a file as (3, H, W) uint8, RGB, with the channels of a pixel side by side in memory.
+
+    JPEGs of colour or grey go to torchvision's decoder, the rest to PIL; both are libjpeg-turbo and agree to the bit. A
+    JPEG that may be smaller is decoded so by PIL, from the low frequencies of its blocks; other formats come whole.
+
+    Raises:
+        OSError, ValueError, RuntimeError, SyntaxError and others, for what cannot be read.
+    """
+    with open_image(io.BytesIO(data)) as image:
+        reduction = choose_reduction(*image.size)
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            if reduction == 1:
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            image.draft(image.mode, (image.width // reduction, image.height // reduction))
+        return image_pixels(convert_to_rgb(image))
+
+
+def image_pixels(image: Image.Image) -> Tensor:
+    """An RGB image as (3, H, W) uint8, with the channels of a pixel side by side in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

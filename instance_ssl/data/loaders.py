@@ -188,13 +188,7 @@ class _Batches(Dataset[ViewBatch | UserError]):
             return RankError(self._nothing_to_read(keys, unreadable))
         if self._on_broken != "drop":
             items = with_substitutes(places)
-        colours = [item.colours for item in items if item.colours is not None]
-        return ViewBatch(
-            torch.stack([item.views for item in items]),
-            torch.tensor([item.id for item in items], dtype=torch.int64),
-            torch.stack(colours) if colours else None,
-            unreadable or None,
-        )
+        return self._dataset.collate(items)._replace(unreadable=unreadable or None)
 
     def _nothing_to_read(self, keys: list[Key], unreadable: dict[int, str]) -> str:
         """What to say of a batch of which nothing can be read."""

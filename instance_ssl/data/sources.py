@@ -5,7 +5,8 @@ import io
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from instance_ssl.data.broken import REFUSE, OnBroken, check_files
 from instance_ssl.data.columns import Columns
-from instance_ssl.data.decoding import convert_to_rgb, open_image
+from instance_ssl.data.decoding import ChooseReduction, convert_to_rgb, decode_pixels, image_pixels, open_image
 from instance_ssl.data.folders import escape, reason
 from instance_ssl.data.name_table import NameTable, pack_names
 from instance_ssl.errors import RankError
@@ -78,6 +79,18 @@ class ImageSource(ABC):
             RankError: the image cannot be read; one line that names the file.
         """
 
+    def load_pixels(self, index: int, choose_reduction: ChooseReduction) -> torch.Tensor:
+        """Image `index` as (3, H, W) uint8, RGB; by up to the factor chosen smaller, where its format allows that.
+
+        `choose_reduction` gets the image's width and height and is called once, before anything is decoded.
+
+        Raises:
+            RankError: the image cannot be read; one line that names the file.
+        """
+        image = self.load(index)
+        choose_reduction(*image.size)
+        return image_pixels(image)
+
 
 class ArrayImages(ImageSource):
     """Images held in memory as one array; `digest` covers the raw pixels and the array's shape, not the labels.
@@ -133,10 +146,23 @@ class EncodedImages(ImageSource):
         Raises:
             RankError: the file is gone, truncated or otherwise undecodable.
         """
+        with self._named(index), open_image(io.BytesIO(self.read(index))) as image:
+            return convert_to_rgb(image)
+
+    def load_pixels(self, index: int, choose_reduction: ChooseReduction) -> torch.Tensor:
+        """Image `index` as (3, H, W) uint8, RGB; a JPEG smaller by the factor chosen.
+
+        Raises:
+            RankError: the file is gone, truncated or otherwise undecodable.
+        """
+        with self._named(index):
+            return decode_pixels(self.read(index), choose_reduction)
+
+    @contextmanager
+    def _named(self, index: int) -> Iterator[None]:
         try:
-            with open_image(io.BytesIO(self.read(index))) as image:
-                return convert_to_rgb(image)
-        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+            yield
+        except Exception as error:  # decoders raise OSError, RuntimeError, SyntaxError, struct.error and more
             raise RankError(
                 f"cannot decode {self.where(index)} (image {index}): {reason(error)}; repair or replace the file"
             ) from error

@@ -1,14 +1,19 @@
 """Random views of images, each from a seed of its own."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from instance_ssl.data.augmentations import Transform
+from instance_ssl.data.augmentations import DrawnView, RandomView, Transform
+from instance_ssl.data.colours import apply_colours
+from instance_ssl.data.crops import crop_resized, reduction_for
 from instance_ssl.data.order import Key, mixed_seed
 from instance_ssl.data.sources import ImageSource
+
+T = TypeVar("T")
 
 
 def sample_seed(seed: int, epoch: int, index: int, view: int) -> int:
@@ -49,36 +54,75 @@ class ViewBatch(NamedTuple):
 class ViewDataset(Dataset[ViewItem]):
     """Random views of the images of a source, each drawn from its own seed.
 
-    Item (epoch, index) is a `ViewItem`. The image is decoded once. torch's default CPU
-    generator is seeded anew for each view and left as it was found.
+    Item (epoch, index) is a `ViewItem`, and `collate` makes a batch of some. The image is read and decoded once for all
+    its views. torch's default CPU generator is seeded anew for each view and left as it was found.
 
     Args:
         source: the images.
         transform: RGB image -> (3, S, S) float32; takes its randomness from torch's default CPU generator.
         num_views: V, views an image.
         seed: the experiment's seed.
+        leave_colours: batches of a `RandomView` are uint8 crops with the colour changes that are still to be made.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, num_views: int, seed: int) -> None:
+    def __init__(
+        self, source: ImageSource, transform: Transform, num_views: int, seed: int, *, leave_colours: bool = False
+    ) -> None:
         self.source = source
         self.transform = transform
         self.num_views = num_views
         self.seed = seed
+        self.leave_colours = leave_colours
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: Key) -> ViewItem:
-        epoch, index = key
-        image = self.source.load(index)
+        transform = self.transform
+        if isinstance(transform, RandomView):
+            return self._crops(key, transform)
+        image = self.source.load(key[1])
+        return ViewItem(torch.stack(self._seeded(key, lambda: transform(image))), key[1])
+
+    def collate(self, items: Sequence[ViewItem]) -> ViewBatch:
+        """The batch of these items, with the colours done unless they are left."""
+        ids = torch.tensor([item.id for item in items], dtype=torch.int64)
+        rows = [item.colours for item in items if item.colours is not None]
+        if not rows:
+            return ViewBatch(torch.stack([item.views for item in items]), ids)
+        # Stacked in the order of memory.
+        views = torch.stack([item.views.permute(0, 2, 3, 1) for item in items]).permute(0, 1, 4, 2, 3)
+        colours = torch.stack(rows)
+        if self.leave_colours:
+            return ViewBatch(views, ids, colours)
+        return ViewBatch(
+            apply_colours(views.flatten(0, 1), colours.flatten(0, 1)).unflatten(0, (len(items), self.num_views)), ids
+        )
+
+    def _crops(self, key: Key, view: RandomView) -> ViewItem:
+        drawn: list[DrawnView] = []
+        full_width = 0
+
+        def draw(width: int, height: int) -> int:
+            nonlocal full_width
+            full_width = width
+            drawn.extend(self._seeded(key, lambda: view.draw(width, height)))
+            return reduction_for([one.crop for one in drawn], view.image_size)
+
+        pixels = self.source.load_pixels(key[1], draw)
+        crops = [crop_resized(pixels, one.crop, full_width, view.image_size).permute(1, 2, 0) for one in drawn]
+        return ViewItem(torch.stack(crops).permute(0, 3, 1, 2), key[1], torch.tensor([one.colours for one in drawn]))
+
+    def _seeded(self, key: Key, make: Callable[[], T]) -> list[T]:
+        """What `make` gives for each view, under that view's seed."""
         generator = torch.default_generator
         state = generator.get_state()
+        made = []
         try:
-            views = []
             for view in range(self.num_views):
                 # Not torch.manual_seed, which would seed the accelerator's generators as well.
-                generator.manual_seed(sample_seed(self.seed, epoch, index, view))
-                views.append(self.transform(image))
+                generator.manual_seed(sample_seed(self.seed, *key, view))
+                made.append(make())
         finally:
             generator.set_state(state)
-        return ViewItem(torch.stack(views), index)
+        return made

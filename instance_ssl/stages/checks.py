@@ -20,7 +20,7 @@ from instance_ssl.stages.sharing import share_images
 # Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
 FREE_KEYS = (
     *("evaluation", "export", "log", "checkpoint", "safety"),
-    *("data.num_workers", "data.limit_test", "data.root"),
+    *("data.num_workers", "data.augment_on", "data.limit_test", "data.root"),
     *("data.on_broken", "data.max_broken_share", "data.allow_lost"),
 )
 BOUND_STAGES = ("initialize_classifier", "pretrain")

@@ -72,7 +72,13 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
     # Beyond the guard's own patience, so that a hang ends with stacks and not with an error of a collective.
     comm.set_timeouts(2 * config.safety.hang_seconds)
     view = training_view(config.augmentation, config.data)
-    dataset = ViewDataset(stage.source, view, config.augmentation.num_views, config.seed)
+    dataset = ViewDataset(
+        stage.source,
+        view,
+        config.augmentation.num_views,
+        config.seed,
+        leave_colours=config.data.augment_on == "device",
+    )
     loader = view_loader(dataset, sampler, config.data.num_workers, skip_broken=config.data.on_broken == "skip")
     total_steps = clock.total_steps(optimization.epochs)
     stage.log.forget_after(start.position.step)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 from instance_ssl.data.augmentations import (
     NORMALISE_MEAN,
     NORMALISE_STD,
+    RandomView,
     Transform,
     centre_view,
     digit_view,
@@ -27,11 +27,6 @@ def noise(width: int, height: int) -> Image.Image:
 
 def unit(view: torch.Tensor) -> torch.Tensor:
     return view * torch.tensor(NORMALISE_STD)[:, None, None] + torch.tensor(NORMALISE_MEAN)[:, None, None]
-
-
-def steps_of(transform: Transform) -> list[object]:
-    assert isinstance(transform, v2.Compose)
-    return list(transform.transforms)
 
 
 @pytest.mark.parametrize("build", [simclr_view, digit_view, probe_view, centre_view])
@@ -73,17 +68,16 @@ def test_simclr_flips_half_the_views_and_greys_a_fifth() -> None:
 
 
 def test_simclr_strength_and_blur_follow_the_image_size() -> None:
-    def settings(transform: Transform) -> tuple[tuple[float, ...], int | None]:
-        applied = [step.transforms[0] for step in steps_of(transform) if isinstance(step, v2.RandomApply)]
-        kernel = applied[1].kernel_size[0] if len(applied) > 1 else None
-        return applied[0].hue, kernel
+    def settings(view: RandomView) -> tuple[float, bool]:
+        assert view.colours is not None
+        return view.colours.strength, view.colours.blur
 
-    assert settings(simclr_view(32)) == ((-0.1, 0.1), None)
-    assert settings(simclr_view(64)) == ((-0.1, 0.1), None)
-    assert settings(simclr_view(224)) == ((-0.2, 0.2), 23)
-    assert settings(simclr_view(96, jitter_strength=0.5)) == ((-0.1, 0.1), 9)
-    assert settings(simclr_view(96, blur=False)) == ((-0.2, 0.2), None)
-    assert settings(simclr_view(16, blur=True)) == ((-0.1, 0.1), 3)
+    assert settings(simclr_view(32)) == (0.5, False)
+    assert settings(simclr_view(64)) == (0.5, False)
+    assert settings(simclr_view(224)) == (1.0, True)
+    assert settings(simclr_view(96, jitter_strength=0.5)) == (0.5, True)
+    assert settings(simclr_view(96, blur=False)) == (1.0, False)
+    assert settings(simclr_view(16, blur=True)) == (0.5, True)
 
 
 def test_crop_scale_bounds_the_area_that_a_view_keeps() -> None:

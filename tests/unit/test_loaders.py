@@ -15,7 +15,7 @@ from PIL import Image
 from instance_ssl.data.augmentations import centre_view, simclr_view
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.loaders import PartLoader, image_loader, view_loader
-from instance_ssl.data.order import GlobalBatchSampler, epoch_order
+from instance_ssl.data.order import GlobalBatchSampler, Key, epoch_order
 from instance_ssl.data.sources import ArrayImages, ImageSource
 from instance_ssl.data.views import ViewBatch, ViewDataset, sample_seed
 from instance_ssl.errors import RankError, UserError
@@ -31,6 +31,10 @@ def images(count: int) -> ArrayImages:
 def views_of(sampler: GlobalBatchSampler, num_workers: int = 0, num_images: int = 21) -> list[ViewBatch]:
     dataset = ViewDataset(images(num_images), simclr_view(SIZE), num_views=2, seed=sampler.seed)
     return list(view_loader(dataset, sampler, num_workers))
+
+
+def finished(dataset: ViewDataset, key: Key) -> torch.Tensor:
+    return dataset.collate([dataset[key]]).views[0]
 
 
 def by_id(batches: list[ViewBatch]) -> dict[int, torch.Tensor]:
@@ -81,13 +85,13 @@ def test_sample_seeds_are_distinct_63_bit_numbers() -> None:
 def test_a_view_depends_on_nothing_but_its_key() -> None:
     dataset = ViewDataset(images(4), simclr_view(SIZE), num_views=3, seed=5)
     torch.manual_seed(1)
-    views, index, _ = dataset[(2, 3)]
+    views = finished(dataset, (2, 3))
     torch.manual_seed(2)
-    dataset[(0, 0)]
-    again = dataset[(2, 3)].views
-    assert (views.shape, views.dtype, index) == ((3, 3, SIZE, SIZE), torch.float32, 3)
-    assert torch.equal(views, again)
-    others = [*views, dataset[(1, 3)].views[0], ViewDataset(images(4), simclr_view(SIZE), 1, seed=6)[(2, 3)].views[0]]
+    again = dataset.collate([dataset[(0, 0)], dataset[(2, 3)]])
+    assert (views.shape, views.dtype, again.ids.tolist()) == ((3, 3, SIZE, SIZE), torch.float32, [0, 3])
+    assert torch.equal(views, again.views[1])
+    of_another_seed = ViewDataset(images(4), simclr_view(SIZE), 1, seed=6)
+    others = [*views, finished(dataset, (1, 3))[0], finished(of_another_seed, (2, 3))[0]]
     assert len(torch.unique(torch.stack(others).flatten(1), dim=0)) == 5
 
 
@@ -194,7 +198,7 @@ def test_part_loader_draws_views_of_its_epoch_in_pieces(num_workers: int) -> Non
         loaded = [list(batches) for batches in loader.epoch(epoch, parts)]
         assert [[ids.tolist() for _, ids in part] for part in loaded] == [[[7, 1], [4]], [], [[2, 8], [0, 5]], [[3]]]
         for pixels, ids in (batch for part in loaded for batch in part):
-            assert torch.equal(pixels, torch.stack([dataset[(epoch, index)].views[0] for index in ids.tolist()]))
+            assert torch.equal(pixels, torch.stack([finished(dataset, (epoch, index))[0] for index in ids.tolist()]))
 
 
 def test_part_loader_keeps_its_workers() -> None:
