@@ -10,6 +10,7 @@ import psutil
 from instance_ssl import engine
 from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config
+from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
@@ -89,7 +90,15 @@ def open_images(
     if world.rank == 0:
         limit = data.limit_train if split == "train" else data.limit_test
         try:
-            opened = arrange(open_source(data.kind, split, root=data.root, list_file=data.list_file, limit=limit))
+            opened = open_source(
+                data.kind,
+                split,
+                root=data.root,
+                list_file=data.list_file,
+                limit=limit,
+                on_broken=OnBroken(data.on_broken == "skip", data.max_broken_share),
+            )
+            opened = arrange(opened)
         except UserError as error:
             opened = UserError(str(error))
     images = share_images(opened, world)

@@ -3,6 +3,7 @@
     instances.txt        the name of image i in line i
     instance_sizes.npy   (N,) int64, of the images' files in bytes, where they are files
     data.json            N, and the digest of names and sizes
+    unreadable.txt       the images that had no id because they could not be read at the time, a line each
     data_changes.jsonl   one line for each time that images have come
 
 An image keeps its id for good, whatever the order of the list. New ones are put behind. One that is not in the list any
@@ -23,7 +24,7 @@ from instance_ssl.config import DataConfig
 from instance_ssl.data.folders import escape
 from instance_ssl.data.name_table import NameTable, packed
 from instance_ssl.data.rearrangement import places_of, rearranged
-from instance_ssl.data.sources import ImageSource, write_instances
+from instance_ssl.data.sources import ImageSource, write_instances, write_lines
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run_directory import write_json
@@ -48,12 +49,13 @@ def as_known(run_directory: Path, data: DataConfig) -> Callable[[ImageSource], I
         sizes = np.load(sizes_path, allow_pickle=False)[: record["num_instances"]]
         names = _known_names(run_directory, record["num_instances"])
         places = places_of(names, source.names)
-        lost = (places < 0).nonzero()[0]
+        known = {index: found.why for index, found in read_left_out(run_directory, len(names)).items()}
         there = (places >= 0).nonzero()[0]
-        others = there[source.columns["sizes"][places[there]] != sizes[there]]
-        if len(others):
-            raise _changed(run_directory, f"{_list(names, others)} {_have(others)} another size")
-        absent = _why_absent(names, lost, source, run_directory, data)
+        others = there[source.columns["sizes"][places[there]] != sizes[there]].tolist()
+        if changed := [index for index in others if index not in known]:
+            raise _changed(run_directory, f"{_list(names, changed)} {_have(changed)} another size")
+        absent = {index: known[index] for index in others}
+        absent |= _why_gone(names, (places < 0).nonzero()[0].tolist(), known, source, run_directory, data)
         arranged = rearranged(source, names, sizes, places, absent)
         if len(arranged) > len(names) and (problem := _cannot_grow(run_directory)):
             come = range(len(names), len(arranged))
@@ -93,6 +95,8 @@ def _write(source: ImageSource, run_directory: Path) -> None:
         temporary = run_directory / ".instance_sizes.tmp.npy"
         np.save(temporary, source.columns["sizes"])
         temporary.replace(run_directory / "instance_sizes.npy")
+    if source.left_out:
+        write_lines(source.left_out, run_directory / "unreadable.txt")
     if before is not None:
         change = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "before": before, "now": now}
         with (run_directory / "data_changes.jsonl").open("a") as file:
@@ -132,26 +136,26 @@ def _unescape(line: str) -> str:
     return "\\".join(parts)
 
 
-def _why_absent(
-    names: NameTable, lost: np.ndarray, source: ImageSource, run_directory: Path, data: DataConfig
+def _why_gone(
+    names: NameTable,
+    gone: list[int],
+    known: dict[int, str],
+    source: ImageSource,
+    run_directory: Path,
+    data: DataConfig,
 ) -> dict[int, str]:
     """Id → why of the images that are not in the list: left out already, broken, or lost where that is allowed."""
-    known = {index: found.why for index, found in read_left_out(run_directory, len(names)).items()}
-    absent, unknown = dict(known), []
-    for index in lost.tolist():
+    whys, lost = {}, []
+    for index in gone:
         name = escape(names[index])
         broken = next((line for line in source.left_out if line.startswith(f"{name}: ")), None)
-        if index not in known:
-            absent[index] = LOST if broken is None else broken
-            if broken is None:
-                unknown.append(index)
-    if unknown and not data.allow_lost:
-        raise _changed(
-            run_directory,
-            f"{_list(names, unknown)} {_have(unknown)} gone",
-            ", or set data.allow_lost to leave them out",
-        )
-    return {index: absent[index] for index in lost.tolist()}
+        if index not in known and broken is None:
+            lost.append(index)
+        whys[index] = known.get(index) or broken or LOST
+    if lost and not data.allow_lost:
+        what = f"{_list(names, lost)} {_have(lost)} gone"
+        raise _changed(run_directory, what, ", or set data.allow_lost to leave them out")
+    return whys
 
 
 def _cannot_grow(run_directory: Path) -> str | None:

@@ -18,7 +18,7 @@ from instance_ssl.checkpoint import (
 )
 from instance_ssl.checkpoint_files import clear_leftovers
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.data.loaders import view_loader
+from instance_ssl.data.loaders import BatchLoader, view_loader
 from instance_ssl.data.order import GlobalBatchSampler
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed import comm
@@ -71,15 +71,7 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
     _require_space(stage, engine, shard)
     # Beyond the guard's own patience, so that a hang ends with stacks and not with an error of a collective.
     comm.set_timeouts(2 * config.safety.hang_seconds)
-    view = training_view(config.augmentation, config.data)
-    dataset = ViewDataset(
-        stage.source,
-        view,
-        config.augmentation.num_views,
-        config.seed,
-        leave_colours=config.data.augment_on == "device",
-    )
-    loader = view_loader(dataset, sampler, config.data.num_workers, skip_broken=config.data.on_broken == "skip")
+    loader = _loader(stage, sampler)
     total_steps = clock.total_steps(optimization.epochs)
     stage.log.forget_after(start.position.step)
     with stage.log.progress("pretrain", total_steps, "steps", initial=start.position.step) as progress:
@@ -102,6 +94,18 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
             )
         session.finish()
     return {"epochs": optimization.epochs, "steps": total_steps, **session.figures}
+
+
+def _loader(stage: Stage, sampler: GlobalBatchSampler) -> BatchLoader:
+    data, augmentation = stage.config.data, stage.config.augmentation
+    dataset = ViewDataset(
+        stage.source,
+        training_view(augmentation, data),
+        augmentation.num_views,
+        stage.config.seed,
+        leave_colours=data.augment_on == "device",
+    )
+    return view_loader(dataset, sampler, data.num_workers, skip_broken=data.on_broken == "skip")
 
 
 def _describe(stage: Stage, sampler: GlobalBatchSampler) -> None:

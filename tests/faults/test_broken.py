@@ -166,3 +166,30 @@ def test_files_that_vanish_while_it_runs_are_left_out_by_worker_processes_too(pl
     found = {index for index, _ in record(place)} - {TRUNCATED}
     assert found
     assert found <= {10, 11, 12}
+
+
+def test_what_is_left_out_may_be_gone_or_another_file_when_the_run_goes_on(place: Path, images: Path) -> None:
+    initialise(place)
+    stopped = run(place, settings=SKIP, fault="step:0:9:term", prepare=vanish_once_opened)
+    assert stopped.wait() == [75, 75], stopped.text()
+    found = record(place)
+    assert len(found) == 3
+    (images / "003.png").unlink()
+    (images / "007.png").write_bytes(b"")
+    (images / "040.png").write_bytes((images / "040.png").read_bytes()[:500])
+    done = run(place, settings=SKIP)
+    assert done.wait() == [0, 0], done.text()
+    assert record(place) == found
+    for rows in weight_and_momentum(checkpoints(place)[-1]):
+        assert (rows == 0).all(dim=1).nonzero()[:, 0].tolist() == [3, 7, 40]
+
+
+def test_what_breaks_between_two_runs_is_left_out_with_its_class(place: Path, images: Path) -> None:
+    initialise(place)
+    (images / "020.png").write_bytes(b"")
+    done = run(place, settings=SKIP)
+    assert done.wait() == [0, 0], done.text()
+    assert "020.png: the file is empty; its class is left out" in done.text()
+    assert record(place) == [(TRUNCATED, 0), (20, 0)]
+    weight, _ = weight_and_momentum(checkpoints(place)[-1])
+    assert (weight == 0).all(dim=1).nonzero()[:, 0].tolist() == [TRUNCATED, 20]
