@@ -137,8 +137,11 @@ def _hard_classes(checkpoint: Path) -> list[tuple[int, list[int]]] | None:
         hard_nK = read_tensors(checkpoint / f"rows_{first:09d}_{last:09d}.pt").get("hard_classes")
         if hard_nK is None:
             return None
-        found += [(i, hard_nK[i - first, :_GALLERY_HARDEST].tolist()) for i in wanted if first <= i < last]
-    return found
+        for i in wanted:
+            if first <= i < last:
+                hardest = hard_nK[i - first, :_GALLERY_HARDEST]
+                found.append((i, hardest[hardest >= 0].tolist()))
+    return [(i, hardest) for i, hardest in found if hardest]  # a class that is left out has none
 
 
 def _open_some(run: Path, data: DataConfig, ids: Sequence[int]) -> ImageSource:

@@ -15,6 +15,7 @@ from instance_ssl.run_directory import write_json
 from instance_ssl.stages.build import classifier_shard, own_parts, training_view
 from instance_ssl.stages.checks import config_digest
 from instance_ssl.stages.context import Stage
+from instance_ssl.stages.left_out import LeftOut
 from instance_ssl.stages.representation import (
     LabelledImages,
     Representation,
@@ -73,18 +74,25 @@ def _measure(stage: Stage, checkpoint: Checkpoint, images: LabelledImages) -> di
 
 
 def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Representation) -> float:
-    """Of one seeded random view of every image: the deterministic view is what the rows were initialised with."""
-    encoder = representation.encoder
+    """Of one seeded random view of every image: the deterministic view is what the rows were initialised with.
+
+    Of the images that the checkpoint knew and that are not left out today, among the classes that took part then.
+    """
+    encoder, left_out = representation.encoder, LeftOut(stage)
     assert encoder is not None
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(checkpoint, shard))
+    ids = torch.arange(len(stage.source))
+    known = ids < checkpoint.position.num_instances
+    shard.leave_out(torch.cat([left_out.found_by(checkpoint.position.step), ids[~known]]))
+    ids = ids[known & ~torch.isin(ids, left_out.ids)]
 
     def embed(images: Tensor) -> Tensor:
         with stage.autocast():
             return encoder(images)
 
     label = f"epoch {checkpoint.position.epoch}: instances"
-    with stage.log.progress(label, len(stage.source), "images") as progress:
+    with stage.log.progress(label, len(ids), "images") as progress:
 
         def on_batch(count: int) -> None:
             progress.advance(count)
@@ -93,7 +101,7 @@ def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Rep
         figures = instance_accuracy(
             embed,
             shard,
-            _own_views(stage),
+            _own_views(stage, ids),
             stage.world,
             embedding_dim=stage.config.model.embedding_dim,
             on_batch=on_batch,
@@ -101,10 +109,10 @@ def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Rep
     return figures["instance_accuracy"]
 
 
-def _own_views(stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of every batch; a part of the last may be empty."""
+def _own_views(stage: Stage, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of every batch of these images; a part of the last may be empty."""
     data, size = stage.config.data, stage.config.evaluation.batch_size
-    parts = own_parts(torch.arange(len(stage.source)), size * stage.world.size, stage.world)
+    parts = own_parts(ids, size * stage.world.size, stage.world)
     view = training_view(stage.config.augmentation, data)
     loaded = iter(image_loader(stage.source, view, [part for part in parts if part], data.num_workers))
     nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)

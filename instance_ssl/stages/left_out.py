@@ -70,6 +70,11 @@ class LeftOut:
         """
         self._add(self._stage.source.absent, step)
 
+    @property
+    def ids(self) -> Tensor:
+        """Ids, int64, of all that are known, whenever they were found."""
+        return torch.tensor(list(self._found), dtype=torch.int64)
+
     def found_at(self, step: int) -> Tensor:
         """Ids, int64, of the images that are left out from the end of this step on, those of a run before this too."""
         return torch.tensor(self._at.get(step, []), dtype=torch.int64)

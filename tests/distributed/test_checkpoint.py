@@ -193,10 +193,31 @@ def read_another_size(group: Group, parent: Path) -> str:
     checkpoint = newest_checkpoint(parent, group)
     assert checkpoint is not None
     with pytest.raises(UserError) as caught:
-        load_rows(checkpoint, make_shard(group, N + 1))
+        load_rows(checkpoint, make_shard(group, N - 1))
     return str(caught.value)
 
 
 def test_rows_of_another_problem_are_refused(tmp_path: Path) -> None:
     run_ranks(write, 1, tmp_path, [10])
     assert "65 x 4" in run_ranks(read_another_size, 1, tmp_path)[0]
+
+
+def read_into_more(group: Group, parent: Path) -> tuple[Tensor, Tensor]:
+    checkpoint = newest_checkpoint(parent, group)
+    assert checkpoint is not None
+    shard = make_shard(group, N + 20)
+    shard.weight.zero_()
+    shard.momentum_buffer.zero_()
+    load_rows(checkpoint, shard)
+    assert shard.hard_classes is None
+    return shard.weight, shard.momentum_buffer
+
+
+@pytest.mark.parametrize("world_size", [1, 4])  # a rank of four has new rows alone
+def test_more_classes_than_were_written_take_the_first_rows(tmp_path: Path, world_size: int) -> None:
+    run_ranks(write, 2, tmp_path, [10])
+    rows = torch.arange(N * D, dtype=torch.float32).view(N, D)
+    results = run_ranks(read_into_more, world_size, tmp_path)
+    weight, momentum = (torch.cat([result[part] for result in results]) for part in (0, 1))
+    assert torch.equal(weight, torch.cat([rows + 1, torch.zeros(20, D)]))
+    assert torch.equal(momentum, torch.cat([-rows, torch.zeros(20, D)]))
