@@ -47,9 +47,10 @@ def run(stage: Stage) -> dict[str, Any]:
     path = _save(stage, encoder, shard, "checkpoints", 0)
     if stage.world.rank == 0:
         shutil.rmtree(stage.directory / "partial", ignore_errors=True)
+    num_left_out = len(shard.left_out.ids)
     norms = torch.linalg.vector_norm(shard.weight.float(), dim=1)
-    mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / (len(stage.source) - len(shard.left_out.ids))).item()
-    return {"initialization": mode, "mean_row_norm": mean_norm, "checkpoint": path}
+    mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / (len(stage.source) - num_left_out)).item()
+    return {"initialization": mode, "mean_row_norm": mean_norm, "images_left_out": num_left_out, "checkpoint": path}
 
 
 def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, left_out: LeftOut) -> None:

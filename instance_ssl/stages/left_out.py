@@ -105,6 +105,8 @@ class LeftOut:
 
     def _add(self, whys: Mapping[int, str], step: int) -> None:
         new = {index: Found(step, why) for index, why in sorted(whys.items()) if index not in self._found}
+        if not new:
+            return
         before = len(self._found)
         self._know(new)
         self._stage.on_rank_0(lambda: append_left_out(self._stage.run_directory, new, self._stage.source))

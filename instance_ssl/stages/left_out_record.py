@@ -34,7 +34,7 @@ def record_path(run_directory: Path) -> Path:
 
 
 def read_left_out(run_directory: Path, num_images: int) -> dict[int, Found]:
-    """What is recorded by id; a last line that was not written to its end is taken away.
+    """What is recorded by id, without a last line that was not written to its end.
 
     Raises:
         UserError: when it cannot be read, or is not of so many images.
@@ -43,9 +43,7 @@ def read_left_out(run_directory: Path, num_images: int) -> dict[int, Found]:
     if not path.exists():
         return {}
     try:
-        whole, _, torn = path.read_bytes().rpartition(b"\n")
-        if torn:
-            os.truncate(path, len(whole) + 1 if whole else 0)
+        whole, _, _ = path.read_bytes().rpartition(b"\n")
         for line in whole.decode("utf-8", "surrogateescape").split("\n") if whole else []:
             index, step, why, _ = line.split("\t", 3)
             found[int(index)] = Found(int(step), why)
@@ -59,15 +57,20 @@ def read_left_out(run_directory: Path, num_images: int) -> dict[int, Found]:
 
 
 def append_left_out(run_directory: Path, found: Mapping[int, Found], source: ImageSource) -> None:
-    """Adds to the record.
+    """Adds to the record, from which a line that was not written to its end is taken away.
 
     Raises:
         UserError: when it cannot be written.
     """
     path = record_path(run_directory)
-    lines = [f"{index}\t{one.step}\t{escape(one.why)}\t{escape(source.names[index])}\n" for index, one in found.items()]
+    lines = []
+    for index, one in found.items():
+        why = escape(one.why).replace("\t", " ")
+        lines.append(f"{index}\t{one.step}\t{why}\t{escape(source.names[index])}\n")
     try:
-        with path.open("ab") as file:
+        with path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
             file.write("".join(lines).encode("utf-8", "surrogateescape"))
             file.flush()
             os.fsync(file.fileno())

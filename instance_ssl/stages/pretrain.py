@@ -93,7 +93,8 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
                 left_out={step - first_step for step in left_out_steps},
             )
         session.finish()
-    return {"epochs": optimization.epochs, "steps": total_steps, **session.figures}
+    counts = {"epochs": optimization.epochs, "steps": total_steps, "images_left_out": len(left_out.ids)}
+    return {**counts, **session.figures}
 
 
 def _loader(stage: Stage, sampler: GlobalBatchSampler) -> BatchLoader:

@@ -261,6 +261,8 @@ class TrainingSession:
                 f"{median:.3f} s: all wait for it"
             )
             figures["speed/straggler_rank"] = float(slowest)
+        if num_left_out := len(self._left_out.ids):
+            figures["data/images_left_out"] = float(num_left_out)
         self._stage.log.metrics(self.step, figures)
 
     def _epoch_figures(self) -> dict[str, float | None]:

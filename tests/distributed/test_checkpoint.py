@@ -221,3 +221,32 @@ def test_more_classes_than_were_written_take_the_first_rows(tmp_path: Path, worl
     weight, momentum = (torch.cat([result[part] for result in results]) for part in (0, 1))
     assert torch.equal(weight, torch.cat([rows + 1, torch.zeros(20, D)]))
     assert torch.equal(momentum, torch.cat([-rows, torch.zeros(20, D)]))
+
+
+def make_sampled_shard(world: Group, num_instances: int) -> ClassifierShard:
+    options = SoftmaxOptions(temperature=0.15, form="mixture", block_bytes=1000, matmul_dtype=torch.float32)
+    sampler = ClassSampler("random", num_instances, 20, seed=0)
+    return ClassifierShard(num_instances, D, world, options, sampler=sampler, weight_decay=0.1)
+
+
+def grow_sampled(world: Group, parent: Path) -> tuple[Tensor, Tensor]:
+    """Rows of a run that samples classes, and those of a longer one that goes on from it, settled."""
+    shard = make_sampled_shard(world, N)
+    shard.weight.copy_(torch.randn(N, D, generator=torch.Generator().manual_seed(1)))
+    for step in range(3):
+        step_copied_shard(world, shard, step)
+    save_checkpoint(parent, TrainingPosition(3, 1, N, D), {}, {}, shard, world, keep=1)
+    checkpoint = newest_checkpoint(parent, world)
+    assert checkpoint is not None
+    longer = make_sampled_shard(world, N + 20)
+    load_rows(checkpoint, longer)
+    longer.weight[N:] = 1
+    longer.settle()
+    shard.settle()
+    return shard.weight, longer.weight
+
+
+def test_new_rows_have_missed_no_step_of_a_run_that_samples(tmp_path: Path) -> None:
+    before, after = run_ranks(grow_sampled, 1, tmp_path)[0]
+    assert torch.equal(after[:N], before)
+    assert torch.equal(after[N:], torch.ones(20, D))
