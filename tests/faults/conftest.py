@@ -15,6 +15,7 @@ The faults are numbered F1 to F40:
     test_gradients.py     F23 in the encoder alone, F29 no hidden clipping
     test_images.py        F25 images that cannot be read, and end the run
     test_broken.py        F25 images that cannot be read, and are left out
+    test_growth.py        F15 images that come and go between two runs
     test_surroundings.py  F5 full disks, F36 consoles, F40 ports
 
 Elsewhere: F28 in tests/unit/test_ds_config.py; F30 in tests/unit/test_launch_checks.py; F31 with the tests of nodes.
