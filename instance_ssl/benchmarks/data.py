@@ -1,8 +1,10 @@
 """Images a second of the loaders, on real photographs, beside what one would write with torchvision and PIL."""
 
 import io
+import itertools
+import multiprocessing
+import os
 import random
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +25,7 @@ from instance_ssl.data.augmentations import RandomView, simclr_view
 from instance_ssl.data.colours import NORMALISE_MEAN, NORMALISE_STD, apply_colours
 from instance_ssl.data.decoding import convert_to_rgb, decode_pixels, image_pixels
 from instance_ssl.data.loaders import BatchLoader
+from instance_ssl.data.order import Key, epoch_order
 from instance_ssl.data.sources import EncodedImages, FileImages, ImageSource
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError
@@ -104,24 +107,25 @@ def _usual_images(source: ImageSource) -> Iterator[Dataset[Any]]:
 
 def _usual_pass(images: Dataset[Any], view: Callable[..., Tensor], decodings: int, settings: Settings) -> Pass:
     dataset = _TwoViews(images, view, decodings)
-    return lambda: iter(DataLoader(dataset, settings.batch_size, shuffle=True, num_workers=settings.workers))
+    persistent = settings.workers > 0
+    loader = DataLoader(
+        dataset, settings.batch_size, shuffle=True, num_workers=settings.workers, persistent_workers=persistent
+    )
+    return lambda: iter(loader)
 
 
 def _own_pass(source: ImageSource, settings: Settings, *, leave_colours: bool) -> Pass:
     dataset = ViewDataset(source, simclr_view(settings.image_size), 2, seed=0, leave_colours=leave_colours)
-    passes = iter(range(10**9))
+    keys: list[list[Key]] = []  # read anew at every pass
+    loader, epochs = BatchLoader(dataset, keys, settings.workers, persistent=True), itertools.count()
 
     def batches() -> Iterator[Tensor]:
-        epoch = next(passes)
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(epoch)).tolist()
-        keys = [[(epoch, i) for i in part] for part in _parts(order, settings.batch_size)]
-        return (batch.views for batch in BatchLoader(dataset, keys, settings.workers, persistent=False))
+        epoch, size = next(epochs), settings.batch_size
+        order = epoch_order(len(source), 0, epoch).tolist()
+        keys[:] = [[(epoch, i) for i in order[first : first + size]] for first in range(0, len(order), size)]
+        return (batch.views for batch in loader)
 
     return batches
-
-
-def _parts(order: list[int], size: int) -> list[list[int]]:
-    return [order[first : first + size] for first in range(0, len(order), size)]
 
 
 def compare(sources: Mapping[str, ImageSource], settings: Settings) -> list[Row]:
@@ -188,8 +192,11 @@ def _time(passes: Mapping[str, Pass], repeats: int) -> dict[str, list[tuple[floa
 
 
 def _cpu_seconds() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    """Of this process and its workers, which live as long as their loaders."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        ticks += sum(map(int, Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _rows(
