@@ -162,7 +162,8 @@ def _hue(x: Tensor, turns: list[float]) -> None:
     hue = middle.sub_(low).div_(torch.mul(chroma, 6, out=low).add_(1e-20)).add_(turn).abs_()
     # Two turns on, where all are positive, for frac.
     torch.add(hue[:, None], _on_device([[turn + 2, turn + 5 / 3, turn + 4 / 3] for turn in turns], x), out=x)
-    x.frac_().sub_(0.5).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    x.frac_().sub_(0.5).abs_()
+    torch.sub(torch.full((), 2.0, device=x.device), x, alpha=6, out=x).clamp_(0, 1)
     torch.addcmul(largest[:, None], chroma[:, None], x, value=-1, out=x)
 
 
