@@ -14,6 +14,7 @@ The operations are torchvision's (transforms v2 on float images), without its ro
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,8 +35,8 @@ _ORDERS = tuple(itertools.permutations((0.0, 1.0, 2.0, 3.0)))
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 # A tap of the blur that is a smaller share of the kernel than this changes no pixel by half a level.
 _SMALLEST_TAP = 1e-3
-# Pixels of the views that are changed together on a CPU: their planes stay in its second-level cache.
-_PIXELS_IN_CACHE = 224 * 224
+# Pixels of the views that are changed together on a CPU: one of 224 x 224 fills its second-level cache.
+_PIXELS_IN_CACHE = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class ColourRanges:
         return row
 
 
-def apply_colours(views: Tensor, colours: Tensor) -> Tensor:
-    """Changed and normalised views, float32 (n, 3, S, S).
+def apply_colours(views: Tensor, colours: Tensor, out: Tensor | None = None) -> Tensor:
+    """Changed and normalised views, float32 (n, 3, S, S), written to `out` if that is given.
 
     A view's result does not depend on the others beside it.
 
@@ -74,60 +75,68 @@ def apply_colours(views: Tensor, colours: Tensor) -> Tensor:
         views: (n, 3, S, S) uint8, on any device.
         colours: (n, P) float32 on the CPU, so that a GPU is never waited for.
     """
-    changed = torch.empty(views.shape, dtype=torch.float32, device=views.device)
-    size = len(views)
-    if views.device.type == "cpu":
-        size = max(1, _PIXELS_IN_CACHE // (views.shape[2] * views.shape[3]))
+    changed = torch.empty(views.shape, dtype=torch.float32, device=views.device) if out is None else out
+    size = views_at_once(views.shape[2]) if views.device.type == "cpu" else len(views)
     for first in range(0, len(views), size):
-        _change(changed[first : first + size].copy_(views[first : first + size]), colours[first : first + size])
+        part = changed[first : first + size].copy_(views[first : first + size])
+        _change(part, colours[first : first + size].tolist())
     return changed
 
 
-def _change(x: Tensor, colours: Tensor) -> None:
-    x.mul_(1 / 255)
-    rows = colours.tolist()
+def views_at_once(image_size: int) -> int:
+    """Views that a CPU had better change together: more of them, the longer each is in its cache than in Python."""
+    return max(1, _PIXELS_IN_CACHE // image_size**2)
+
+
+def _change(x: Tensor, rows: list[list[float]]) -> None:
+    """Changes levels 0 ... 255, (n, 3, S, S), into normalised views."""
     for place in range(4, 8):
         for operation, change in enumerate((_brightness, _contrast, _saturation, _hue)):
-            chosen = [i for i, row in enumerate(rows) if row[place] == operation]
-            _change_some(x, chosen, change, colours[:, operation])
-    _change_some(x, [i for i, row in enumerate(rows) if row[8]], _grey, colours[:, 8])
-    _change_some(x, [i for i, row in enumerate(rows) if row[9]], _blur, colours[:, 9])
-    mean, std = (torch.tensor(numbers).to(x.device, non_blocking=True) for numbers in (NORMALISE_MEAN, NORMALISE_STD))
-    x.sub_(mean[:, None, None]).div_(std[:, None, None])
+            _change_some(x, [i for i, row in enumerate(rows) if row[place] == operation], change, rows, operation)
+    _change_some(x, [i for i, row in enumerate(rows) if row[8]], _grey, rows, 8)
+    _change_some(x, [i for i, row in enumerate(rows) if row[9]], _blur, rows, 9)
+    x.sub_(_on_device([[255 * mean for mean in NORMALISE_MEAN]], x))
+    x.div_(_on_device([[255 * std for std in NORMALISE_STD]], x))
 
 
-def _change_some(x: Tensor, chosen: list[int], change: Callable[[Tensor, Tensor], None], values: Tensor) -> None:
+def _change_some(
+    x: Tensor, chosen: list[int], change: Callable[[Tensor, list[float]], None], rows: list[list[float]], place: int
+) -> None:
+    """Changes the chosen images, each by the number at a place of its row."""
+    if not chosen:
+        return
+    values = [rows[i][place] for i in chosen]
     if len(chosen) == len(x):
         change(x, values)
-    elif chosen:
-        index = torch.tensor(chosen)
-        values, index = values[index], index.to(x.device, non_blocking=True)
-        part = x[index]
-        change(part, values)
-        x.index_copy_(0, index, part)
+        return
+    index = torch.tensor(chosen).to(x.device, non_blocking=True)
+    part = x[index]
+    change(part, values)
+    x.index_copy_(0, index, part)
 
 
-def _brightness(x: Tensor, factors: Tensor) -> None:
-    x.mul_(_on_device(factors, x)).clamp_(0, 1)
+def _brightness(x: Tensor, factors: list[float]) -> None:
+    x.mul_(_on_device([[factor] for factor in factors], x)).clamp_(0, 255)
 
 
-def _contrast(x: Tensor, factors: Tensor) -> None:
+def _contrast(x: Tensor, factors: list[float]) -> None:
     # Rows before planes: the sum's order, and so its bits, depend neither on the batch nor on the number of threads.
-    mean = _grey_levels(x).sum(dim=2).sum(dim=1).div_(x.shape[2] * x.shape[3])
-    _blend(x, mean[:, None, None, None], factors)
+    sums = x.sum(dim=3).sum(dim=2)
+    grey = _grey_levels(sums[:, :, None, None]).div_(x.shape[2] * x.shape[3])
+    _blend(x, grey[:, None], factors)
 
 
-def _saturation(x: Tensor, factors: Tensor) -> None:
+def _saturation(x: Tensor, factors: list[float]) -> None:
     _blend(x, _grey_levels(x)[:, None], factors)
 
 
-def _grey(x: Tensor, _: Tensor) -> None:
+def _grey(x: Tensor, _: list[float]) -> None:
     x.copy_(_grey_levels(x)[:, None].expand_as(x))
 
 
-def _blend(x: Tensor, other: Tensor, factors: Tensor) -> None:
-    factor = _on_device(factors, x)
-    x.mul_(factor).add_(other.mul_(1 - factor)).clamp_(0, 1)
+def _blend(x: Tensor, other: Tensor, factors: list[float]) -> None:
+    x.mul_(_on_device([[factor] for factor in factors], x))
+    x.add_(other.mul_(_on_device([[1 - factor] for factor in factors], x))).clamp_(0, 255)
 
 
 def _grey_levels(x: Tensor) -> Tensor:
@@ -136,57 +145,61 @@ def _grey_levels(x: Tensor) -> Tensor:
     return torch.mul(x[:, 0], red).add_(x[:, 1], alpha=green).add_(x[:, 2], alpha=blue)
 
 
-def _hue(x: Tensor, turns: Tensor) -> None:
+def _hue(x: Tensor, turns: list[float]) -> None:
     """Turns the hue of HSV at equal saturation and value, without branches.
 
     With M and C the largest channel and its distance to the smallest, a channel of the result is
-    M - C · clamp(2 - 6 · |its distance on the colour wheel from the turned hue|, 0, 1).
+    M - C · clamp(2 - 6 · |its distance on the colour wheel from where it is smallest|, 0, 1).
     """
     red, green, blue = x.unbind(1)
-    # The three channels sorted by two exchanges; `turn` is where on the wheel that sector begins, with its sense.
+    # The channels sorted by two exchanges (-1: made); with them goes where on the wheel the sector begins.
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
-    turn = torch.sub(green, blue).sign_().clamp_(max=0)  # -1: exchanged
+    turn = torch.sub(green, blue).sign_().clamp_(max=0)
     exchanged = torch.sub(red, high).sign_().clamp_(max=0)
-    turn.addcmul_(exchanged, turn.mul(2).add_(1 / 3))
+    turn.addcmul_(exchanged, torch.mul(turn, 2).add_(1 / 3))
     largest, middle = torch.maximum(red, high), torch.minimum(red, high, out=high)
-    chroma = torch.minimum(middle, low, out=exchanged).sub_(largest).neg_()
-    hue = middle.sub_(low).div_(low.copy_(chroma).mul_(6).add_(1e-20)).add_(turn).abs_()
-    # Half a turn from where the channel is smallest, moved to positive numbers for frac.
-    shift = _on_device(turns, x) + torch.tensor([2.0, 5 / 3, 4 / 3]).to(x.device, non_blocking=True)[:, None, None]
-    torch.add(hue[:, None], shift, out=x)
-    x.frac_().sub_(0.5).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    chroma = torch.sub(largest, torch.minimum(middle, low, out=exchanged), out=exchanged)
+    hue = middle.sub_(low).div_(torch.mul(chroma, 6, out=low).add_(1e-20)).add_(turn).abs_()
+    # Two turns on, where all are positive, for frac.
+    torch.add(hue[:, None], _on_device([[turn + 2, turn + 5 / 3, turn + 4 / 3] for turn in turns], x), out=x)
+    x.frac_().sub_(0.5).abs_()
+    torch.sub(torch.full((), 2.0, device=x.device), x, alpha=6, out=x).clamp_(0, 1)
     torch.addcmul(largest[:, None], chroma[:, None], x, value=-1, out=x)
 
 
-def _blur(x: Tensor, sigmas: Tensor) -> None:
+def _blur(x: Tensor, sigmas: list[float]) -> None:
     """Gaussian blur with SimCLR's kernel, the odd number of taps nearest to S / 10, and reflected borders."""
     kernels = _kernels(sigmas, max(1, x.shape[3] // 20))
-    radius, height, width = kernels.shape[1] // 2, x.shape[2], x.shape[3] + kernels.shape[1] - 1
+    radius, height, width = len(kernels[0]) // 2, x.shape[2], x.shape[3] + len(kernels[0]) - 1
     padded = functional.pad(x, (radius, radius, radius, radius), mode="reflect").flatten(2)
     # Rows lie one after another, so that a shifted image is a slice; what runs over a row's end is cut off at last.
-    taps = kernels.to(x.device, non_blocking=True).t()[:, :, None, None].unbind(0)
-    rows = torch.zeros_like(padded)
-    _add_taps(rows[..., : rows.shape[2] - 2 * radius], padded, taps, 1)
-    blurred = _add_taps(torch.zeros_like(padded[..., : height * width]), rows, taps, width)
-    x.copy_(blurred.unflatten(2, (height, width))[..., : x.shape[3]])
+    taps = _on_device(kernels, x)[..., 0].unbind(1)
+    rows = torch.empty_like(padded)
+    _filter(padded, taps, 1, out=rows[..., : rows.shape[2] - 2 * radius])
+    _filter(rows, taps, width, out=padded[..., : height * width])
+    x.copy_(padded[..., : height * width].unflatten(2, (height, width))[..., : x.shape[3]])
 
 
-def _add_taps(total: Tensor, images: Tensor, taps: Sequence[Tensor], step: int) -> Tensor:
-    for i, tap in enumerate(taps):
-        total.addcmul_(images[..., i * step : i * step + total.shape[2]], tap)
-    return total
+def _filter(images: Tensor, taps: Sequence[Tensor], step: int, out: Tensor) -> None:
+    size = out.shape[2]
+    torch.mul(images[..., :size], taps[0][:, None], out=out)
+    for i, tap in enumerate(taps[1:], start=1):
+        out.addcmul_(images[..., i * step : i * step + size], tap[:, None])
 
 
-def _kernels(sigmas: Tensor, radius: int) -> Tensor:
-    """(n, taps): the kernels, cut to the widest one's taps that matter; each adds up to 1."""
-    distances = torch.arange(-radius, radius + 1)
-    kernels = torch.exp(-0.5 * (distances / sigmas[:, None]).square())
-    kernels /= kernels.sum(dim=1, keepdim=True)
-    kernels *= kernels >= _SMALLEST_TAP
-    kernels /= kernels.sum(dim=1, keepdim=True)
-    cut = int((kernels[:, :radius] == 0).all(dim=0).sum())
-    return kernels[:, cut : kernels.shape[1] - cut]
+def _kernels(sigmas: list[float], radius: int) -> list[list[float]]:
+    """The kernels of these sigmas, each adding up to 1, of so many taps as the widest needs."""
+    kernels = []
+    for sigma in sigmas:
+        side = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(radius + 1)]
+        whole = 2 * sum(side) - 1
+        side = [tap if tap >= _SMALLEST_TAP * whole else 0.0 for tap in side]
+        whole = 2 * sum(side) - 1
+        kernels.append([tap / whole for tap in side])
+    needed = max(sum(tap > 0 for tap in side) for side in kernels)
+    return [side[needed - 1 : 0 : -1] + side[:needed] for side in kernels]
 
 
-def _on_device(factors: Tensor, x: Tensor) -> Tensor:
-    return factors.to(x.device, non_blocking=True)[:, None, None, None]
+def _on_device(numbers: list[list[float]], x: Tensor) -> Tensor:
+    """(n, m) numbers as (n, m, 1, 1)."""
+    return torch.tensor(numbers)[:, :, None, None].to(x.device, non_blocking=True)

@@ -10,6 +10,7 @@ from PIL import Image
 from test_colours import kolmogorov
 from torchvision.transforms import v2
 
+from instance_ssl.data import decoding
 from instance_ssl.data.crops import Crop, crop_resized, draw_crop, reduction_for
 from instance_ssl.data.decoding import convert_to_rgb, decode_pixels, image_pixels, open_image
 
@@ -117,6 +118,13 @@ def test_both_decoders_give_pil_s_pixels(kind: str) -> None:
     pixels = decode_pixels(data, choose)
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)
     assert (pixels.dtype, pixels.stride()[0], sizes) == (torch.uint8, 1, [(61, 43)])
+
+
+def test_without_torchvision_s_decoder_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(picture(61, 43))
+    expected = decode_pixels(data, lambda w, h: 1)
+    monkeypatch.setattr(decoding, "decode_jpeg", None)
+    assert torch.equal(decode_pixels(data, lambda w, h: 1), expected)
 
 
 @pytest.mark.parametrize("reduction", [1, 2])

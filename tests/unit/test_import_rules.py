@@ -14,7 +14,7 @@ LAYERS = {
     "models": {"errors"},
     "distributed": {"errors"},
     "classifier": {"distributed", "errors", "ordering"},
-    "benchmarks": {"distributed", "classifier", "checkpoint", "checkpoint_files", "errors"},
+    "benchmarks": {"distributed", "data", "classifier", "checkpoint", "checkpoint_files", "errors"},
     "evaluation": {"distributed", "data", "models", "classifier", "errors", "ordering"},
     "report": {"checkpoint_files", "config", "data", "errors", "evaluation", "run_directory"},
 }
@@ -30,6 +30,7 @@ RESERVED = {
         "instance_ssl/stages/plan.py",
         "runners/benchmark_checkpoint.py",
         "runners/benchmark_classifier.py",
+        "runners/benchmark_data.py",
         "runners/benchmark_hard_classes.py",
         "runners/supervise.py",
     },

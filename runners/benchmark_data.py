@@ -1,0 +1,56 @@
+"""Times the loaders on a folder of photographs, two views an image, beside torchvision's ImageFolder with PIL.
+
+OMP_NUM_THREADS=1 python runners/benchmark_data.py --images FOLDER --workers 2 --output DIR
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from instance_ssl.benchmarks.data import Settings, compare, compare_decoders
+from instance_ssl.benchmarks.measure import describe_machine, format_table, markdown_table
+from instance_ssl.data.datasets import open_source
+from instance_ssl.data.sources import EncodedImages
+from instance_ssl.distributed.comm import Group
+from instance_ssl.leaving import leave
+from instance_ssl.stages.context import run_measurement
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--images", type=Path, help="folder of images, nested or not")
+    parser.add_argument("--cifar10", type=Path, metavar="ROOT", help="instead: CIFAR-10's training images")
+    parser.add_argument("--image-size", type=int, help="side of a view; 224, or 32 for CIFAR-10")
+    parser.add_argument("--limit", type=int, help="take so many images, evenly spaced; all of them where not given")
+    parser.add_argument("--batch", type=int, default=32, metavar="B", help="images a batch")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument("--repeats", type=int, default=7, help="passes over the images of each loader, in turns")
+    parser.add_argument("--output", type=Path, help="directory for data.json and data.md")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
+    arguments = parser.parse_args()
+    if (arguments.images is None) == (arguments.cifar10 is None):
+        parser.error("give one of --images and --cifar10")
+    return arguments
+
+
+def _run(world: Group) -> None:
+    arguments = _arguments()
+    kind, root = ("folder", arguments.images) if arguments.cifar10 is None else ("cifar10", arguments.cifar10)
+    source = open_source(kind, "train", root=root, list_file=None, limit=arguments.limit)
+    size = arguments.image_size or (224 if kind == "folder" else 32)
+    settings = Settings(size, arguments.batch, arguments.workers, arguments.repeats)
+    rows = compare({kind: source}, settings)
+    title = f"{len(source)} images, two views of {size} px, {settings.workers} workers; {describe_machine(world)}"
+    tables = [rows]
+    if isinstance(source, EncodedImages):
+        tables.append(compare_decoders(source, settings.repeats))
+    print("\n\n".join([title, *(format_table(table) for table in tables)]))
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "data.json").write_text(json.dumps({"title": title, "tables": tables}, indent=1) + "\n")
+        text = "\n\n".join([title, *(markdown_table(table) for table in tables)])
+        (arguments.output / "data.md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    leave(run_measurement(_run))
