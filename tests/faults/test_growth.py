@@ -68,7 +68,7 @@ def embeddings(images: Path, checkpoint: Path) -> torch.Tensor:
         return encoder.eval()(batch)
 
 
-@pytest.mark.parametrize(("size", "micro_batch"), [(2, 3), (3, 2)])
+@pytest.mark.parametrize(("size", "micro_batch"), [(2, 3), pytest.param(3, 2, marks=pytest.mark.fault)])
 def test_images_that_come_get_rows_of_their_features_behind_the_old_ones(
     place: Path, images: Path, size: int, micro_batch: int
 ) -> None:
