@@ -40,14 +40,13 @@ def as_known(run_directory: Path, data: DataConfig) -> Callable[[ImageSource], I
     """
 
     def arrange(source: ImageSource) -> ImageSource:
-        record = _read(run_directory)
-        if record is None or record == _record_of(source):
+        before = _read(run_directory)
+        if before is None or before == _record_of(source):
             return source
-        sizes_path = run_directory / "instance_sizes.npy"
-        if "sizes" not in source.columns or source.held_out is not None or not sizes_path.exists():
+        sizes = _known_sizes(run_directory, before["num_instances"])
+        if sizes is None or "sizes" not in source.columns or source.held_out is not None:
             raise _changed(run_directory, f"{run_directory / 'data.json'} has another digest")
-        sizes = np.load(sizes_path, allow_pickle=False)[: record["num_instances"]]
-        names = _known_names(run_directory, record["num_instances"])
+        names = _known_names(run_directory, before["num_instances"])
         places = places_of(names, source.names)
         known = {index: found.why for index, found in read_left_out(run_directory, len(names)).items()}
         there = (places >= 0).nonzero()[0]
@@ -129,6 +128,20 @@ def _known_names(run_directory: Path, count: int) -> NameTable:
     if len(names) != count:
         raise UserError(f"{path} has {len(names)} names of {count}: restore it or give another --run-dir")
     return names
+
+
+def _known_sizes(run_directory: Path, count: int) -> np.ndarray | None:
+    """None where a run has none: its images are no files, or it was begun before there was such a record."""
+    path = run_directory / "instance_sizes.npy"
+    if not path.exists():
+        return None
+    try:
+        sizes = np.load(path, allow_pickle=False)
+        if sizes.dtype != np.int64 or len(sizes) < count:
+            raise ValueError
+    except (OSError, ValueError):
+        raise UserError(f"{path} is damaged: restore it or give another --run-dir") from None
+    return sizes[:count]
 
 
 def _unescape(line: str) -> str:
