@@ -18,14 +18,13 @@ from instance_ssl.checkpoint_files import clear_leftovers
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.order import GlobalBatchSampler
-from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed import comm
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError
 from instance_ssl.pretraining import train_epoch
 from instance_ssl.run_directory import require_space, write_json
 from instance_ssl.schedules import warmup_cosine
-from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_view
+from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_views
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
 
@@ -63,15 +62,7 @@ def _train(stage: Stage, left_out: frozenset[int]) -> dict[str, Any]:
     _require_space(stage, engine, shard)
     # Beyond the guard's own patience, so that a hang ends with stacks and not with an error of a collective.
     comm.set_timeouts(2 * config.safety.hang_seconds)
-    view = training_view(config.augmentation, config.data)
-    dataset = ViewDataset(
-        stage.source,
-        view,
-        config.augmentation.num_views,
-        config.seed,
-        leave_colours=config.data.augment_on == "device",
-    )
-    loader = view_loader(dataset, sampler, config.data.num_workers)
+    loader = view_loader(training_views(config, stage.source), sampler, config.data.num_workers)
     total_steps, per_epoch = optimization.epochs * sampler.steps_per_epoch, sampler.steps_per_epoch
     stage.log.forget_after(start.position.step)
     with stage.log.progress("pretrain", total_steps, "steps", initial=start.position.step) as progress:
