@@ -9,6 +9,8 @@ from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.config import AugmentationConfig, DataConfig, ExperimentConfig
 from instance_ssl.data.augmentations import Transform, digit_view, simclr_view
+from instance_ssl.data.sources import ImageSource
+from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
@@ -84,6 +86,17 @@ def training_view(augmentation: AugmentationConfig, data: DataConfig) -> Transfo
         min_crop_scale=augmentation.min_crop_scale,
         jitter_strength=augmentation.jitter_strength,
         blur=augmentation.blur,
+    )
+
+
+def training_views(config: ExperimentConfig, source: ImageSource) -> ViewDataset:
+    """The views that are trained on, finished or left to the device."""
+    return ViewDataset(
+        source,
+        training_view(config.augmentation, config.data),
+        config.augmentation.num_views,
+        config.seed,
+        leave_colours=config.data.augment_on == "device",
     )
 
 

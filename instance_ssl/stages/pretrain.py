@@ -18,9 +18,8 @@ from instance_ssl.checkpoint import (
 )
 from instance_ssl.checkpoint_files import clear_leftovers
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.data.loaders import BatchLoader, view_loader
+from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.order import GlobalBatchSampler
-from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed import comm
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError
@@ -28,7 +27,7 @@ from instance_ssl.models.encoder import Encoder
 from instance_ssl.pretraining import train_epoch
 from instance_ssl.run_directory import require_space, write_json
 from instance_ssl.schedules import EpochClock, warmup_cosine
-from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_view
+from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_views
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.growth import add_rows
 from instance_ssl.stages.left_out import LeftOut
@@ -71,7 +70,8 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
     _require_space(stage, engine, shard)
     # Beyond the guard's own patience, so that a hang ends with stacks and not with an error of a collective.
     comm.set_timeouts(2 * config.safety.hang_seconds)
-    loader = _loader(stage, sampler)
+    skips = config.data.on_broken == "skip"
+    loader = view_loader(training_views(config, stage.source), sampler, config.data.num_workers, skip_broken=skips)
     total_steps = clock.total_steps(optimization.epochs)
     stage.log.forget_after(start.position.step)
     with stage.log.progress("pretrain", total_steps, "steps", initial=start.position.step) as progress:
@@ -95,18 +95,6 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
         session.finish()
     counts = {"epochs": optimization.epochs, "steps": total_steps, "images_left_out": len(left_out.ids)}
     return {**counts, **session.figures}
-
-
-def _loader(stage: Stage, sampler: GlobalBatchSampler) -> BatchLoader:
-    data, augmentation = stage.config.data, stage.config.augmentation
-    dataset = ViewDataset(
-        stage.source,
-        training_view(augmentation, data),
-        augmentation.num_views,
-        stage.config.seed,
-        leave_colours=data.augment_on == "device",
-    )
-    return view_loader(dataset, sampler, data.num_workers, skip_broken=data.on_broken == "skip")
 
 
 def _describe(stage: Stage, sampler: GlobalBatchSampler) -> None:

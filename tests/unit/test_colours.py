@@ -8,6 +8,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from instance_ssl.config import DataConfig, ExperimentConfig
 from instance_ssl.data.augmentations import centre_view, simclr_view
 from instance_ssl.data.colours import (
     NORMALISE_MEAN,
@@ -21,6 +22,7 @@ from instance_ssl.data.colours import (
 from instance_ssl.data.sources import ArrayImages
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.pretraining import flatten_views
+from instance_ssl.stages.build import training_views
 
 OPERATIONS = [
     functional.adjust_brightness,
@@ -167,6 +169,14 @@ def test_left_to_the_device_the_views_are_the_same() -> None:
     (images, ids), (expected, _) = (flatten_views(batch, torch.device("cpu")) for batch in (left, finished))
     assert torch.equal(images, expected)
     assert ids.tolist() == [4, 0, 5, 1] * 2
+
+
+def test_the_configuration_says_who_does_the_colours() -> None:
+    source = ArrayImages(pixels(2, 40).permute(0, 2, 3, 1).numpy(), ["a", "b"], None, None)
+    for augment_on, dtype in (("cpu", torch.float32), ("device", torch.uint8)):
+        config = ExperimentConfig(data=DataConfig(augment_on=augment_on, image_size=40))
+        dataset = training_views(config, source)
+        assert dataset.collate([dataset[(0, 1)]]).views.dtype == dtype
 
 
 def test_a_view_without_colours_to_change_is_never_left() -> None:
