@@ -23,6 +23,7 @@ from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
 
 SourceName = Literal["pixels", "random", "trained", "weights"]
+DataKind = Literal["digits", "cifar10", "cifar100", "tree", "sun397", "dtd", "inaturalist2018", "folder", "list", "tar"]
 ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
 
 
@@ -32,16 +33,20 @@ class DataConfig(Section):
     Attributes:
         root: directory of the images (of the dataset's own files for CIFAR).
         list_file: for `list`: one path a line, relative to `root`.
+        shards: for `tar`: the training shards, as a glob or brace list relative to `root`; None: by their place in it.
+        on_broken: an image that cannot be read is an `error`, or is left out (`skip`).
+        max_broken_share: of all images that `skip` may leave out.
         image_size: side in pixels of what the encoder sees.
         limit_train: keep this many images, evenly spaced over the sorted ones; None keeps all.
         num_workers: loader processes a rank; changes nothing but speed.
     """
 
-    kind: Literal["digits", "cifar10", "cifar100", "tree", "sun397", "dtd", "inaturalist2018", "folder", "list"] = (
-        "tree"
-    )
+    kind: DataKind = "tree"
     root: Path | None = None
     list_file: Path | None = None
+    shards: str | None = None
+    on_broken: Literal["error", "skip"] = "error"
+    max_broken_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
     image_size: PositiveInt = 224
     limit_train: PositiveInt | None = None
     limit_test: PositiveInt | None = None

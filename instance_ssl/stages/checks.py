@@ -10,16 +10,22 @@ import psutil
 from instance_ssl import engine
 from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config
+from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.sources import ImageSource, write_instances
+from instance_ssl.data.sources import ImageSource, write_instances, write_lines
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.guard import launchers_of
 from instance_ssl.run_directory import write_json
+from instance_ssl.run_log import RunLog
 from instance_ssl.stages.sharing import share_images
 
 # Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
-FREE_KEYS = ("evaluation", "export", "log", "checkpoint", "safety", "data.num_workers", "data.limit_test", "data.root")
+FREE_KEYS = (
+    "evaluation", "export", "log", "checkpoint", "safety", "data.num_workers", "data.limit_test", "data.root",
+    "data.shards", "data.on_broken", "data.max_broken_share",
+)  # fmt: skip
+_SAID = 10
 BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 
@@ -81,7 +87,15 @@ def open_images(data: DataConfig, split: str, world: Group) -> ImageSource:
     if world.rank == 0:
         limit = data.limit_train if split == "train" else data.limit_test
         try:
-            opened = open_source(data.kind, split, root=data.root, list_file=data.list_file, limit=limit)
+            opened = open_source(
+                data.kind,
+                split,
+                root=data.root,
+                list_file=data.list_file,
+                limit=limit,
+                shards=data.shards,
+                on_broken=OnBroken(data.on_broken == "skip", data.max_broken_share),
+            )
         except UserError as error:
             opened = UserError(str(error))
     images = share_images(opened, world)
@@ -137,6 +151,11 @@ def open_evaluation(config: ExperimentConfig, source: ImageSource, world: Group)
         )
     train = source if config.evaluation.data is None else open_images(data, "train", world)
     test = open_images(data, "test", world)
+    if train.labels is None or test.labels is None:
+        raise UserError(
+            f"data.kind {data.kind}: these images have no labels to evaluate with (.cls files beside them in the "
+            "tar): point evaluation.data at a labelled set"
+        )
     largest = max(config.evaluation.knn.neighbours)
     if largest > len(train):
         raise UserError(f"evaluation.knn.neighbours asks for {largest} of {len(train)} training images")
@@ -194,12 +213,22 @@ def _record_instances(source: ImageSource, run_directory: Path) -> str | None:
             return None
         run_directory.mkdir(parents=True, exist_ok=True)
         write_instances(source, run_directory / "instances.txt")
+        if source.left_out:
+            write_lines(source.left_out, run_directory / "left_out.txt")
         write_json(path, record)
     except OSError as error:
         return f"--run-dir {run_directory}: {error.strerror}"
     except ValueError:
         return f"{path} is damaged: restore it or give another --run-dir"
     return None
+
+
+def say_left_out(source: ImageSource, log: RunLog) -> None:
+    """Says which images could not be read when the source was opened: some by name, then how many."""
+    for line in source.left_out[:_SAID]:
+        log.say(f"left out, it cannot be read: {line}")
+    if len(source.left_out) > _SAID:
+        log.say(f"left out, they cannot be read: {len(source.left_out) - _SAID:,} more images")
 
 
 def versions_in_use() -> str:
