@@ -38,7 +38,6 @@ class ShardIndex:
         labels: (n,) int64; -1 where there is none.
         problems: by place, what is wrong with images whose header cannot be read.
         shard_bytes: of the shard itself.
-        digest: SHA-256 of the shard, in hexadecimal, where it was known when the shard was written; else "".
     """
 
     names: NameTable
@@ -47,7 +46,6 @@ class ShardIndex:
     labels: np.ndarray
     problems: dict[int, str]
     shard_bytes: int
-    digest: str = ""
 
 
 @dataclass
@@ -104,17 +102,17 @@ def index_shard(shard: Path, *, every_member: bool) -> ShardIndex:
     except OSError as error:
         raise UserError(f"data.root: {escape(str(shard))} cannot be read: {reason(error)}") from error
     for path in _index_files(shard):
-        if write_index(index, path, status, every_member=every_member):
+        if _write(index, path, status, every_member=every_member):
             break
     return index
 
 
-def index_file(shard: Path) -> Path:
+def _index_file(shard: Path) -> Path:
     """Where the index of a shard lies, if its folder may be written to."""
     return shard.with_name(shard.name + ".index")
 
 
-def write_index(index: ShardIndex, path: Path, status: os.stat_result, *, every_member: bool) -> bool:
+def _write(index: ShardIndex, path: Path, status: os.stat_result, *, every_member: bool) -> bool:
     """Writes an index file, whole or not at all; whether that was possible.
 
     Args:
@@ -123,7 +121,6 @@ def write_index(index: ShardIndex, path: Path, status: os.stat_result, *, every_
     content: dict[str, Any] = {
         "version": _VERSION,
         "shard": np.array([status.st_size, status.st_mtime_ns, every_member], np.int64),
-        "digest": np.frombuffer(bytes.fromhex(index.digest), np.uint8),
         **pack_names(index.names),
         **{name: getattr(index, name) for name in _COLUMNS},
         "broken": np.array(list(index.problems), np.int64),
@@ -145,9 +142,9 @@ def write_index(index: ShardIndex, path: Path, status: os.stat_result, *, every_
 def _index_files(shard: Path) -> list[Path]:
     tag = sha256(os.fsencode(shard.absolute())).hexdigest()[:32]
     try:
-        return [index_file(shard), Path.home() / ".cache/instance_ssl" / f"{tag}.index"]
+        return [_index_file(shard), Path.home() / ".cache/instance_ssl" / f"{tag}.index"]
     except RuntimeError:  # nobody's home
-        return [index_file(shard)]
+        return [_index_file(shard)]
 
 
 def _read(path: Path, status: os.stat_result, every_member: bool) -> ShardIndex | None:
@@ -167,9 +164,7 @@ def _read(path: Path, status: os.stat_result, every_member: bool) -> ShardIndex 
         if any(len(column) != len(names) for column in columns.values()) or not fits.all():
             return None
         broken = dict(zip(content["broken"].tolist(), problems, strict=True))
-        return ShardIndex(
-            names, **columns, problems=broken, shard_bytes=status.st_size, digest=content["digest"].tobytes().hex()
-        )
+        return ShardIndex(names, **columns, problems=broken, shard_bytes=status.st_size)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 

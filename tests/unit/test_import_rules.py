@@ -31,6 +31,7 @@ RESERVED = {
         "runners/benchmark_checkpoint.py",
         "runners/benchmark_classifier.py",
         "runners/benchmark_hard_classes.py",
+        "runners/pack_dataset.py",
         "runners/supervise.py",
     },
 }
