@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from instance_ssl.classifier.cosine_softmax import MIN_TEMPERATURE, LossForm
 from instance_ssl.classifier.initialization import InitializationMode
 from instance_ssl.classifier.sampling import SamplingMode
+from instance_ssl.config_data import DataConfig
 from instance_ssl.config_detection import DetectionConfig
 from instance_ssl.config_fine_tuning import FineTuneConfig, SemiSupervisedConfig
 from instance_ssl.config_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
@@ -24,37 +25,6 @@ from instance_ssl.models.encoder import ProjectionName
 
 SourceName = Literal["pixels", "random", "trained", "weights"]
 ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
-
-
-class DataConfig(Section):
-    """Which images. `tree` is ImageNet's layout (root/train/class, root/val/class); `folder` and `list` need no labels.
-
-    Attributes:
-        root: directory of the images (of the dataset's own files for CIFAR).
-        list_file: for `list`: one path a line, relative to `root`.
-        image_size: side in pixels of what the encoder sees.
-        limit_train: keep this many images, evenly spaced over the sorted ones; None keeps all.
-        num_workers: loader processes a rank; changes nothing but speed.
-        augment_on: who changes the colours of the training views (jitter, grey, blur) and normalises them: the loader
-            processes, or the device, which then gets crops of 8 bits. The same views but for rounding.
-        on_broken: what an image to train on that cannot be read does: ends the run, or is left out with its class.
-        max_broken_share: of the images that may be left out so, before the run stops all the same.
-        allow_lost: a run goes on without images that are not in the list any more; their classes are left out.
-    """
-
-    kind: Literal["digits", "cifar10", "cifar100", "tree", "sun397", "dtd", "inaturalist2018", "folder", "list"] = (
-        "tree"
-    )
-    root: Path | None = None
-    list_file: Path | None = None
-    image_size: PositiveInt = 224
-    limit_train: PositiveInt | None = None
-    limit_test: PositiveInt | None = None
-    num_workers: NonNegativeInt = 8
-    augment_on: Literal["cpu", "device"] = "cpu"
-    on_broken: Literal["error", "skip"] = "error"
-    max_broken_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    allow_lost: bool = False
 
 
 class AugmentationConfig(Section):

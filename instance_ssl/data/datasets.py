@@ -19,8 +19,9 @@ from instance_ssl.data.folders import (
     required_root,
     scan_images,
 )
-from instance_ssl.data.name_table import NameTable, packed
+from instance_ssl.data.name_table import packed, repetitions
 from instance_ssl.data.sources import ArrayImages, FileImages, ImageSource
+from instance_ssl.data.tar_images import list_tar, open_listing
 from instance_ssl.data.transfer_sets import LabelledFiles, find_dtd, find_inaturalist2018, find_sun397
 from instance_ssl.errors import UserError
 
@@ -34,6 +35,7 @@ def open_source(
     root: Path | None,
     list_file: Path | None,
     limit: int | None,
+    shards: str | None = None,
     on_broken: OnBroken = REFUSE,
 ) -> ImageSource:
     """Opens a data set.
@@ -44,11 +46,13 @@ def open_source(
     Args:
         kind: "digits" (scikit-learn's, split here), "cifar10" or "cifar100" (downloaded if absent), "tree" (ImageNet's
             layout: root/train/<class>/ and root/val/<class>/, or root/test), "sun397", "dtd", "inaturalist2018" (see
-            transfer_sets.py), "folder" (images without labels, nested or not), "list" (a text file of paths).
+            transfer_sets.py), "folder" (images without labels, nested or not), "list" (a text file of paths), "tar"
+            (tar shards, see tar_images.py).
         split: "train" or "test"; "folder" and "list" have no test split.
         root: `data.root`. Paths of a list are relative to it, or to the list file's folder where it is None.
         list_file: `data.list_file`: one path a line, in the order wanted; blank lines and # comments are ignored.
         limit: keeps image floor(i * N / limit) for i = 0 ... limit - 1; None keeps all N.
+        shards: `data.shards`, for "tar".
         on_broken: what becomes of files that cannot be read, among those that the limit keeps.
 
     Raises:
@@ -77,6 +81,9 @@ def open_source(
         case "list":
             _refuse_test_split(kind, split)
             return _open_list(root, list_file, limit, on_broken)
+        case "tar":
+            listing = list_tar(root, shards, split)
+            return open_listing(listing, _kept_indices(len(listing), limit, split), on_broken)
     raise ValueError(f"unknown kind of data set {kind!r}")
 
 
@@ -192,29 +199,19 @@ def _open_list(root: Path | None, list_file: Path | None, limit: int | None, on_
         raise UserError(f"{shown} cannot be read: {reason(error)}") from error
     if not names:
         raise UserError(f"{shown} lists no image")
-    first, second = _first_repeated(names)
-    if second:
-        raise UserError(f"{shown}, line {lines[second]}: {escape(names[second])} is on line {lines[first]} already")
+    for place, first in repetitions(names).items():
+        raise UserError(f"{shown}, line {lines[place]}: {escape(names[place])} is on line {lines[first]} already")
     for number, name in zip(lines, () if on_broken.skip else names, strict=not on_broken.skip):
         if not os.path.isfile(root / name):
             raise UserError(f"{shown}, line {number}: there is no file {escape(str(root / name))}")
     return FileImages(root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken)
 
 
-def _first_repeated(names: NameTable) -> tuple[int, int]:
-    """Places of the first name that is there a second time; (0, 0) where all differ."""
-    hashes = np.fromiter((hash(name) for name in names), np.int64, count=len(names))
-    order = hashes.argsort(kind="stable")
-    alike = (hashes[order[1:]] == hashes[order[:-1]]).nonzero()[0]
-    pairs = [(int(order[i]), int(order[i + 1])) for i in alike if names[order[i]] == names[order[i + 1]]]
-    return min(pairs, key=lambda pair: pair[1], default=(0, 0))
-
-
 def _refuse_test_split(kind: str, split: str) -> None:
     if split == "test":
         raise UserError(
-            f"data.kind '{kind}' has no labels and so no test split; digits, cifar10, cifar100, tree, sun397, dtd and "
-            "inaturalist2018 have one"
+            f"data.kind '{kind}' has no labels and so no test split; digits, cifar10, cifar100, tree, tar, sun397, dtd "
+            "and inaturalist2018 have one"
         )
 
 

@@ -24,6 +24,19 @@ class NameTable(Sequence[str]):
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
 
+    @classmethod
+    def of(cls, text: np.ndarray, ends: np.ndarray) -> "NameTable":
+        """A table of what `pack_names` gave, from a file perhaps.
+
+        Raises:
+            ValueError: the arrays do not belong together.
+        """
+        if ends.dtype != np.int64 or text.dtype != np.uint8 or len(ends) == 0 or ends[0] != 0 or ends[-1] != len(text):
+            raise ValueError("no table of names")
+        if (np.diff(ends) < 0).any():
+            raise ValueError("no table of names")
+        return cls(Columns({"names": text, "name_ends": ends}))
+
     def __len__(self) -> int:
         return len(self._columns["name_ends"]) - 1
 
@@ -75,6 +88,17 @@ def pack_names(names: Iterable[str]) -> dict[str, np.ndarray]:
 def packed(names: Iterable[str]) -> NameTable:
     """The names as a table in memory."""
     return NameTable(Columns(pack_names(names)))
+
+
+def repetitions(names: NameTable) -> dict[int, int]:
+    """For each name that is there before already, by its place: the place of the first one like it, in order."""
+    hashes = np.fromiter((hash(name) for name in names), np.int64, count=len(names))
+    order = hashes.argsort(kind="stable")
+    alike = (hashes[order[1:]] == hashes[order[:-1]]).nonzero()[0]
+    first_of: dict[str, int] = {}
+    places = sorted({*order[alike].tolist(), *order[alike + 1].tolist()})
+    firsts = {place: first_of.setdefault(names[place], place) for place in places}
+    return {place: first for place, first in firsts.items() if place != first}
 
 
 def _decode(name: bytes) -> str:

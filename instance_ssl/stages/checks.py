@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -16,14 +16,16 @@ from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.guard import launchers_of
+from instance_ssl.run_log import RunLog
 from instance_ssl.stages.sharing import share_images
 
 # Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
 FREE_KEYS = (
     *("evaluation", "export", "log", "checkpoint", "safety"),
-    *("data.num_workers", "data.augment_on", "data.limit_test", "data.root"),
+    *("data.num_workers", "data.augment_on", "data.limit_test", "data.root", "data.shards"),
     *("data.on_broken", "data.max_broken_share", "data.allow_lost"),
 )
+_SAID = 10
 BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 
@@ -96,6 +98,7 @@ def open_images(
                 root=data.root,
                 list_file=data.list_file,
                 limit=limit,
+                shards=data.shards,
                 on_broken=OnBroken(data.on_broken == "skip", data.max_broken_share),
             )
             opened = arrange(opened)
@@ -154,6 +157,11 @@ def open_evaluation(config: ExperimentConfig, source: ImageSource, world: Group)
         )
     train = source if config.evaluation.data is None else open_images(data, "train", world)
     test = open_images(data, "test", world)
+    if train.labels is None or test.labels is None:
+        raise UserError(
+            f"data.kind {data.kind}: these images have no labels to evaluate with (.cls files beside them in the "
+            "tar): point evaluation.data at a labelled set"
+        )
     largest = max(config.evaluation.knn.neighbours)
     if largest > len(train):
         raise UserError(f"evaluation.knn.neighbours asks for {largest} of {len(train)} training images")
@@ -188,6 +196,15 @@ def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
                 f"{run_directory} holds a run with {key} = {then.get(key)}, not {now[key]}{more}; give another "
                 f"--run-dir or the same value (only {', '.join(FREE_KEYS)} may change in a run)"
             )
+
+
+def say_left_out(sources: Iterable[ImageSource], log: RunLog) -> None:
+    """Says which images could not be read when the sources were opened: some by name, then how many."""
+    for source in sources:
+        for line in source.left_out[:_SAID]:
+            log.say(f"left out, it cannot be read: {line}")
+        if len(source.left_out) > _SAID:
+            log.say(f"left out, they cannot be read: {len(source.left_out) - _SAID:,} more images")
 
 
 def versions_in_use() -> str:

@@ -298,6 +298,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     checks.check_size(config, len(source))
     evaluation_sources = checks.open_evaluation(config, source, world) if needs_labels else None
     instances.record(source, run_directory, world)
+    checks.say_left_out((source, *(evaluation_sources or ())), process.log)
     process.log.say(
         f"{len(source):,} images, {world.size} x {world.device.type}; global batch "
         f"{config.optimization.global_batch_size} = {ds.micro_batch_size} images x {ds.accumulation_steps} "

@@ -4,16 +4,19 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from image_files import encoded
 from ranks import run_ranks
 
+from instance_ssl.config import DataConfig
 from instance_ssl.data.columns import Columns, Place
 from instance_ssl.data.sources import ArrayImages
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
-from instance_ssl.stages import sharing
+from instance_ssl.stages import checks, sharing
 
 NAMES = [f"images/{i}/ü\n\udcff.jpg" for i in range(5000)]
 
@@ -68,3 +71,26 @@ def test_each_machine_has_one_table_and_a_full_disk_ends_all_ranks() -> None:
         assert "on there (No space left on device)" in answer[3]
         assert "TMPDIR" in answer[3]
         assert answer[4:] == ["no such folder"]
+
+
+def open_with_broken_files(group: Group, root: Path, run: Path) -> tuple[list[str], str]:
+    data = DataConfig(kind="folder", root=root, on_broken="skip", max_broken_share=0.5)
+    images = checks.open_images(data, "train", group)
+    instances.record(images, run, group)
+    try:
+        checks.open_images(data.model_copy(update={"max_broken_share": 0.1}), "train", group)
+    except UserError as error:
+        return list(images.names), str(error)
+    return list(images.names), ""
+
+
+def test_what_is_left_out_is_left_out_on_all_ranks_and_written_down(tmp_path: Path) -> None:
+    for name, content in {f"{i}.jpg": encoded(i) for i in range(5)}.items():
+        (tmp_path / name).write_bytes(b"" if name == "1.jpg" else content)
+    answers = run_ranks(open_with_broken_files, 2, tmp_path, tmp_path / "run")
+    assert answers[0] == answers[1]
+    names, refusal = answers[0]
+    assert names == ["0.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    assert "1 of 5 images" in refusal
+    assert (tmp_path / "run/instances.txt").read_text().split() == names
+    assert (tmp_path / "run/unreadable.txt").read_text() == "1.jpg: the file is empty\n"

@@ -32,6 +32,7 @@ RESERVED = {
         "runners/benchmark_classifier.py",
         "runners/benchmark_data.py",
         "runners/benchmark_hard_classes.py",
+        "runners/pack_dataset.py",
         "runners/supervise.py",
     },
 }

@@ -1,0 +1,41 @@
+"""The experiment's section `data`: which images, and what becomes of those that cannot be read."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from instance_ssl.config_types import NonNegativeInt, PositiveInt, Section
+
+DataKind = Literal["digits", "cifar10", "cifar100", "tree", "sun397", "dtd", "inaturalist2018", "folder", "list", "tar"]
+
+
+class DataConfig(Section):
+    """Which images. `tree` is ImageNet's layout (root/train/class, root/val/class); `folder` and `list` need no labels.
+
+    Attributes:
+        root: directory of the images (of the dataset's own files for CIFAR).
+        list_file: for `list`: one path a line, relative to `root`.
+        shards: for `tar`: the training shards, as a glob or brace list relative to `root`; None: by their place in it.
+        on_broken: an image that cannot be read is an `error`, or is left out with its class (`skip`).
+        max_broken_share: of all images that `skip` may leave out.
+        allow_lost: a run goes on without images that are not in the list any more; their classes are left out.
+        image_size: side in pixels of what the encoder sees.
+        limit_train: keep this many images, evenly spaced over the sorted ones; None keeps all.
+        num_workers: loader processes a rank; changes nothing but speed.
+        augment_on: who changes the colours of the training views (jitter, grey, blur) and normalises them: the loader
+            processes, or the device, which then gets crops of 8 bits. The same views but for rounding.
+    """
+
+    kind: DataKind = "tree"
+    root: Path | None = None
+    list_file: Path | None = None
+    shards: str | None = None
+    on_broken: Literal["error", "skip"] = "error"
+    max_broken_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    allow_lost: bool = False
+    image_size: PositiveInt = 224
+    limit_train: PositiveInt | None = None
+    limit_test: PositiveInt | None = None
+    num_workers: NonNegativeInt = 8
+    augment_on: Literal["cpu", "device"] = "cpu"

@@ -1,0 +1,277 @@
+"""Images in tar shards of WebDataset's layout, read in place by an index of where each lies."""
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from instance_ssl.data.broken import OnBroken
+from instance_ssl.data.columns import Columns
+from instance_ssl.data.folders import escape, existing_root, reason
+from instance_ssl.data.name_table import NameTable, pack_names, repetitions
+from instance_ssl.data.packed_set import PackedSet, read_packed_set
+from instance_ssl.data.sources import EncodedImages, names_digest
+from instance_ssl.data.tar_index import ShardIndex, index_shard
+from instance_ssl.errors import UserError
+
+_OPEN_SHARDS = 64
+# Where the shards of a split are looked for below the root, the first place that has any.
+_PLACES = {"train": ("train/*.tar", "train*.tar"), "test": ("val/*.tar", "val*.tar", "test/*.tar", "test*.tar")}
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class TarImages(EncodedImages):
+    """Images of tar shards in order: shards by name, images as they lie in their shard.
+
+    `digest` covers the names and the sizes in bytes, in order, as for the same files in a folder.
+
+    Args:
+        shards: the tar files.
+        shard_bytes: of each.
+        columns: what `pack_names` gives, `shards` (N,) int32 and `offsets` (N,) int64, where each image begins, `sizes`
+            (N,) int64, and `labels` where there are any.
+        class_names: of the labels, or None.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        shard_bytes: Sequence[int],
+        columns: dict[str, np.ndarray],
+        class_names: list[str] | None,
+    ) -> None:
+        super().__init__(columns, class_names, names_digest(columns))
+        self._shards, self._shard_bytes = list(shards), list(shard_bytes)
+        self._open: dict[int, IO[bytes]] = {}
+
+    @property
+    def shard_of(self) -> np.ndarray:
+        """(N,) int32, ascending: which shard each image lies in."""
+        return self.columns["shards"]
+
+    def missing_here(self) -> str | None:
+        """The first shard that is absent or of another size on this machine."""
+        for path, size in zip(self._shards, self._shard_bytes, strict=True):
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                return f"{escape(str(path))}: {reason(error)}"
+            if found != size:
+                return f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
+        return None
+
+    def read(self, index: int) -> bytes:
+        """The bytes of image `index`, as they lie in the shard. Processes may share what is open: no position is."""
+        size = int(self.columns["sizes"][index])
+        file = self._opened(int(self.columns["shards"][index]))
+        content = os.pread(file.fileno(), size, int(self.columns["offsets"][index]))
+        if len(content) != size:
+            raise OSError("the tar shard ends before its end")
+        return content
+
+    def where(self, index: int) -> str:
+        """The shard's path and the image's name."""
+        return escape(f"{self._shards[self.columns['shards'][index]]}: {self.names[index]}")
+
+    def _opened(self, shard: int) -> IO[bytes]:
+        file = self._open.get(shard)
+        if file is None:
+            if len(self._open) >= _OPEN_SHARDS:
+                self._open.pop(next(iter(self._open))).close()
+            file = self._shards[shard].open("rb", buffering=0)
+            if os.fstat(file.fileno()).st_size != self._shard_bytes[shard]:
+                file.close()
+                raise OSError("the tar shard has changed since it was indexed")
+            self._open[shard] = file
+        return file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+
+@dataclass(frozen=True)
+class TarListing:
+    """All images of some shards, readable or not.
+
+    Attributes:
+        shards: the tar files, by name.
+        shard_bytes: of each.
+        columns: as TarImages has them.
+        problems: by place, what is wrong with images whose header cannot be read.
+        class_names: of the labels, or None.
+    """
+
+    shards: list[Path]
+    shard_bytes: list[int]
+    columns: dict[str, np.ndarray]
+    problems: dict[int, str]
+    class_names: list[str] | None
+
+    def __len__(self) -> int:
+        return len(self.columns["offsets"])
+
+
+def list_tar(root: Path | None, pattern: str | None, split: str) -> TarListing:
+    """The images of a split.
+
+    Of the train split are the shards that `pattern` names, or root/train/*.tar, or root/train*.tar, or else all of
+    root/*.tar; of the test split root/val/*.tar, root/val*.tar, root/test/*.tar or root/test*.tar. A packed set has a
+    record in its folder, and then every member but .cls is an image.
+
+    Args:
+        root: `data.root`; None where `pattern` says all.
+        pattern: `data.shards`, relative to the root: a path with *, ?, [a-z], {a,b} and {000..146} in it.
+
+    Raises:
+        UserError: one line that names the key and the path at fault.
+    """
+    shards = _find_shards(root, pattern, split)
+    packed_set = _packed_set(shards, complete=pattern is None)
+    indexes = _index_all(shards, packed_set)
+    columns = _join(indexes, shards)
+    labels, class_names = columns.get("labels"), None
+    if labels is not None:
+        class_names = packed_set.class_names if packed_set is not None else _class_names(root, pattern, split, labels)
+        if (highest := int(labels.max())) >= len(class_names or ()):
+            where = escape(str(shards[0].parent))
+            raise UserError(f"data.root: {where} has images of class {highest}, one more than there are train classes")
+    problems: dict[int, str] = {}
+    first = 0
+    for index in indexes:
+        problems |= {first + place: why for place, why in index.problems.items()}
+        first += len(index.names)
+    return TarListing(shards, [index.shard_bytes for index in indexes], columns, problems, class_names)
+
+
+def open_listing(listing: TarListing, kept: np.ndarray, on_broken: OnBroken) -> TarImages:
+    """The `kept` images (n,) of a listing, but for those that cannot be read.
+
+    Raises:
+        UserError: where `on_broken` does not let one pass.
+    """
+    columns = listing.columns
+    names = NameTable(Columns(columns))
+    broken = [place for place in kept.tolist() if place in listing.problems] if listing.problems else []
+    shown = [listing.shards[columns["shards"][place]] for place in broken]
+    on_broken.judge(
+        [
+            (escape(f"{shard}: {names[place]}"), listing.problems[place])
+            for shard, place in zip(shown, broken, strict=True)
+        ],
+        len(kept),
+    )
+    if broken or len(kept) < len(listing):
+        kept = kept[~np.isin(kept, broken)]
+        others = {name: column[kept] for name, column in columns.items() if name not in ("names", "name_ends")}
+        columns = {**pack_names(names[place] for place in kept.tolist()), **others}
+    images = TarImages(listing.shards, listing.shard_bytes, columns, listing.class_names)
+    images.left_out = [f"{escape(names[place])}: {listing.problems[place]}" for place in broken]
+    return images
+
+
+def _index_all(shards: Sequence[Path], packed_set: PackedSet | None) -> list[ShardIndex]:
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda shard: index_shard(shard, every_member=packed_set is not None), shards))
+
+
+def _join(indexes: Sequence[ShardIndex], shards: Sequence[Path]) -> dict[str, np.ndarray]:
+    """The columns of all shards together. Of names that are there again, the second ends in #2, and so on.
+
+    Raises:
+        UserError: there is no image, or only some have a label.
+    """
+    columns = pack_names(name for index in indexes for name in index.names)
+    counts = [len(index.names) for index in indexes]
+    if sum(counts) == 0:
+        raise UserError(f"data.root: {escape(str(shards[0].parent))} has tar shards without any image")
+    columns["shards"] = np.repeat(np.arange(len(indexes), dtype=np.int32), counts)
+    for name in ("offsets", "sizes", "labels"):
+        columns[name] = np.concatenate([getattr(index, name) for index in indexes])
+    names = NameTable(Columns(columns))
+    unlabelled = (columns["labels"] < 0).nonzero()[0]
+    if len(unlabelled) == len(names):
+        del columns["labels"]
+    elif len(unlabelled):
+        place = int(unlabelled[0])
+        where = escape(f"{shards[columns['shards'][place]]}: {names[place]}")
+        raise UserError(
+            f"data.root: {where} has no .cls, as other images of the set have: give all of them one, or none"
+        )
+    if repeated := repetitions(names):
+        columns |= pack_names(_told_apart(names, repeated))
+    return columns
+
+
+def _told_apart(names: NameTable, repeated: dict[int, int]) -> Iterator[str]:
+    counts: Counter[int] = Counter()
+    for place, name in enumerate(names):
+        if (first := repeated.get(place)) is None:
+            yield name
+        else:
+            counts[first] += 1
+            yield f"{name}#{counts[first] + 1}"
+
+
+def _class_names(root: Path | None, pattern: str | None, split: str, labels: np.ndarray) -> list[str]:
+    """Numbers, as far as the labels of the train split go."""
+    if split != "train":
+        train = _index_all(_find_shards(root, pattern, "train"), None)
+        labels = np.concatenate([index.labels for index in train])
+    return [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
+
+
+def _packed_set(shards: Sequence[Path], *, complete: bool) -> PackedSet | None:
+    folder = shards[0].parent
+    if any(shard.parent != folder for shard in shards) or (packed_set := read_packed_set(folder)) is None:
+        return None
+    names = [shard.name for shard in shards]
+    odd = set(names) ^ set(packed_set.shards) if complete else set(names) - set(packed_set.shards)
+    if odd:
+        what = "is in no record of" if min(odd) in names else "is absent from"
+        raise UserError(f"data.root: {escape(str(folder / min(odd)))} {what} this packed set; pack the images again")
+    return packed_set
+
+
+def _find_shards(root: Path | None, pattern: str | None, split: str) -> list[Path]:
+    """The shards of a split, by name; at least one."""
+    if split == "train" and pattern is not None:
+        base = "" if root is None else str(existing_root(root, "tar"))
+        found = {path for text in _expand(pattern) for path in _matches(base, text)}
+        if not found:
+            raise UserError(f"data.shards {escape(pattern)} names no tar shard; it is relative to data.root, where set")
+        return sorted(Path(path) for path in found)
+    root = existing_root(root, "tar")
+    for place in _PLACES[split]:
+        if found := set(glob.glob(place, root_dir=root)):
+            return [root / name for name in sorted(found)]
+    rest = [name for name in glob.glob("*.tar", root_dir=root) if not name.startswith(("val", "test"))]
+    if split == "train" and rest:
+        return [root / name for name in sorted(rest)]
+    raise UserError(f"data.root {escape(str(root))} holds no {split} shard: {', '.join(_PLACES[split])}")
+
+
+def _matches(base: str, text: str) -> list[str]:
+    if glob.has_magic(text):
+        return glob.glob(os.path.join(glob.escape(base), text))
+    return [os.path.join(base, text)]
+
+
+def _expand(pattern: str) -> list[str]:
+    """`{a,b}` and `{000..146}` written out, as shells and WebDataset do."""
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        return [pattern]
+    if (bounds := _RANGE.fullmatch(braces[1])) is None:
+        inner = braces[1].split(",")
+    else:
+        inner = [str(number).zfill(len(bounds[1])) for number in range(int(bounds[1]), int(bounds[2]) + 1)]
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [text for part in inner for text in _expand(before + part + after)]
