@@ -16,7 +16,7 @@ from instance_ssl.data.columns import Columns, Place
 from instance_ssl.data.sources import ArrayImages
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
-from instance_ssl.stages import checks, sharing
+from instance_ssl.stages import checks, instances, sharing
 
 NAMES = [f"images/{i}/ü\n\udcff.jpg" for i in range(5000)]
 
