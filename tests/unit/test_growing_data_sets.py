@@ -1,14 +1,17 @@
 """Lists that have changed: every image keeps its id; and steps go on being counted where epochs become longer."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import encoded
 from PIL import Image
 
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.rearrangement import digest_of_first, places_of, rearranged
-from instance_ssl.data.sources import FileImages
+from instance_ssl.data.sources import EncodedImages, FileImages
 from instance_ssl.schedules import EpochClock
 
 
@@ -95,3 +98,27 @@ def test_an_epoch_that_was_begun_begins_again() -> None:
     assert again.place(13) == (2, 0)
     assert again.done(5) == (1, 0)
     assert again.total_steps(3) == 20
+
+
+def write_tar(path: Path, numbers: range) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            content = encoded(number)
+            member = tarfile.TarInfo(f"{number:03d}.jpg")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_images_of_a_shard_that_comes_first_are_put_behind(tmp_path: Path) -> None:
+    write_tar(tmp_path / "b.tar", range(3))
+    before = open_source("tar", "train", root=tmp_path, list_file=None, limit=None)
+    assert isinstance(before, EncodedImages)
+    names, sizes = list(before.names), before.columns["sizes"].copy()
+    write_tar(tmp_path / "a.tar", range(10, 12))
+    now = open_source("tar", "train", root=tmp_path, list_file=None, limit=None)
+    assert list(now.names) == ["010.jpg", "011.jpg", *names]
+    after = rearranged(now, names, sizes, places_of(names, now.names), {})
+    assert isinstance(after, EncodedImages)
+    assert [after.read(index) for index in range(5)] == [encoded(number) for number in (0, 1, 2, 10, 11)]
+    assert "a.tar" in after.where(3)
+    assert digest_of_first(after, 3) == before.digest
