@@ -66,8 +66,8 @@ class ColourRanges:
         return row
 
 
-def apply_colours(views: Tensor, colours: Tensor, out: Tensor | None = None) -> Tensor:
-    """Changed and normalised views, float32 (n, 3, S, S), written to `out` if that is given.
+def apply_colours(views: Tensor, colours: Tensor) -> Tensor:
+    """Changed and normalised views, float32 (n, 3, S, S).
 
     A view's result does not depend on the others beside it.
 
@@ -75,7 +75,7 @@ def apply_colours(views: Tensor, colours: Tensor, out: Tensor | None = None) -> 
         views: (n, 3, S, S) uint8, on any device.
         colours: (n, P) float32 on the CPU, so that a GPU is never waited for.
     """
-    changed = torch.empty(views.shape, dtype=torch.float32, device=views.device) if out is None else out
+    changed = torch.empty(views.shape, dtype=torch.float32, device=views.device)
     size = views_at_once(views.shape[2]) if views.device.type == "cpu" else len(views)
     for first in range(0, len(views), size):
         part = changed[first : first + size].copy_(views[first : first + size])

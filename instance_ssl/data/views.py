@@ -1,17 +1,17 @@
 """Random views of images, each from a seed of its own."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from instance_ssl.data.augmentations import DrawnView, RandomView, Transform
 from instance_ssl.data.colours import apply_colours, views_at_once
 from instance_ssl.data.crops import crop_resized, reduction_for
 from instance_ssl.data.order import Key, mixed_seed
+from instance_ssl.data.shared import joined
 from instance_ssl.data.sources import ImageSource
 
 T = TypeVar("T")
@@ -88,21 +88,25 @@ class ViewDataset(Dataset[ViewItem]):
     def collate(self, items: Sequence[ViewItem]) -> ViewBatch:
         """The batch of these items, with the colours done unless they are left.
 
-        In a worker process it lies in memory shared with the main process from the first, and is never copied.
+        In a worker process it lies in memory that the main process shares.
         """
         ids = torch.tensor([item.id for item in items], dtype=torch.int64)
         views, colours = [item.views for item in items], [item.colours for item in items if item.colours is not None]
+        shape = (len(items), *views[0].shape)
         if not colours:
-            return ViewBatch(torch.stack(views, out=_empty((len(items), *views[0].shape), views[0].dtype)), ids)
+            return ViewBatch(joined((view[None] for view in views), shape, views[0].dtype), ids)
         if self.leave_colours:
-            return ViewBatch(_stacked(views, _empty), ids, torch.stack(colours))
-        batch = _empty((len(items), *views[0].shape), torch.float32)
-        size = -(-views_at_once(views[0].shape[-1]) // self.num_views)
-        for first in range(0, len(items), size):
-            part = slice(first, first + size)
-            crops, rows = _stacked(views[part], torch.empty), torch.stack(colours[part])
-            apply_colours(crops.flatten(0, 1), rows.flatten(0, 1), out=batch[part].flatten(0, 1))
-        return ViewBatch(batch, ids)
+            # As they lie in memory: the channels of a pixel side by side.
+            parts = (view.permute(0, 2, 3, 1)[None] for view in views)
+            crops = joined(parts, tuple(shape[place] for place in (0, 1, 3, 4, 2)), torch.uint8)
+            return ViewBatch(crops.permute(0, 1, 4, 2, 3), ids, torch.stack(colours))
+        size = -(-views_at_once(shape[-1]) // self.num_views)
+        finished = (
+            apply_colours(torch.cat(views[first : first + size]), torch.cat(colours[first : first + size]))
+            for first in range(0, len(items), size)
+        )
+        flat = joined(finished, (len(items) * self.num_views, *shape[2:]), torch.float32)
+        return ViewBatch(flat.view(shape), ids)
 
     def _crops(self, key: Key, view: RandomView) -> ViewItem:
         drawn: list[DrawnView] = []
@@ -131,19 +135,3 @@ class ViewDataset(Dataset[ViewItem]):
         finally:
             generator.set_state(state)
         return made
-
-
-def _stacked(views: Sequence[Tensor], empty: Callable[..., Tensor]) -> Tensor:
-    """(b, V, 3, S, S) uint8, the channels of a pixel side by side in memory, as in each of the views."""
-    num_views, channels, height, width = views[0].shape
-    stacked = empty((len(views), num_views, height, width, channels), dtype=torch.uint8)
-    return torch.stack([view.permute(0, 2, 3, 1) for view in views], out=stacked).permute(0, 1, 4, 2, 3)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for a batch: in a worker process, shared memory, as torch's default_collate takes it."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    size = math.prod(shape)
-    storage = torch.UntypedStorage._new_shared(size * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, torch.empty(shape, device="meta").stride())
