@@ -2,24 +2,12 @@
 
 import os
 import shutil
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
+from image_files import png_that_claims
 from PIL import Image
 from rig import checkpoints, digests, quick_first, run, running, status, wait_for
-
-
-def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG whose header promises more than its few bytes hold."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
 
 FOUND_AT_ONCE = {
     "empty": b"",
