@@ -9,5 +9,9 @@ class RankError(UserError):
     """A `UserError` met by one rank alone (a file that cannot be decoded, say): that rank prints it."""
 
 
+class LoaderFault(Exception):
+    """A fault of the program while an image was loaded, in one line that names the image; a note has the traceback."""
+
+
 class AbsentPeersError(RankError):
     """The other ranks did not come: no mistake of this one's, and another start may find them."""

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional
 
 from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD
 from instance_ssl.data.loaders import BatchLoader
-from instance_ssl.data.order import Key, epoch_order
+from instance_ssl.data.order import BatchKeys, Key, consecutive_batches, epoch_order
 from instance_ssl.data.views import ViewDataset, ViewItem, sample_seed
 from instance_ssl.data.voc import VocImages
 
@@ -85,7 +85,8 @@ def single_images(data: VocImages, resizing: Resizing, num_workers: int, indices
     Raises:
         RankError: from the iteration, when an image cannot be decoded.
     """
-    loader = BatchLoader(_ResizedImages(data, resizing, 0), [[(0, i)] for i in indices], num_workers, persistent=False)
+    keys = BatchKeys(consecutive_batches(indices.start, indices.stop, 1))
+    loader = BatchLoader(_ResizedImages(data, resizing, 0), keys, num_workers, persistent=False)
     for batch in loader:
         yield batch.views[0]
 

@@ -1,9 +1,11 @@
 """Batches of views, from worker processes that change nothing but the speed."""
 
+import errno
 import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -11,22 +13,30 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from instance_ssl.data.augmentations import Transform
 from instance_ssl.data.folders import escape
-from instance_ssl.data.order import Key
+from instance_ssl.data.order import BatchKeys, Key
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.data.views import ViewBatch, ViewDataset, ViewItem
-from instance_ssl.errors import RankError, UserError
+from instance_ssl.errors import LoaderFault, RankError, UserError
 
 Batch = tuple[Tensor, Tensor]
+_PREFETCHED_BATCHES = 2  # that each worker has ready or in the making
 # What comes of an image that cannot be read: the end, another image of its batch in its place, or a shorter batch.
 OnBroken = Literal["error", "substitute", "drop"]
 
 
 class BatchLoader:
-    """An iterable of batches that re-raises a worker's `UserError` as it was, without torch's traceback."""
+    """An iterable of batches that re-raises a worker's error as it was, without torch's traceback.
+
+    A worker is a copy of this process, and keeps what is freed or written here later. So persistent ones are started at
+    once: make the loader before what grows with the number of images.
+
+    Raises:
+        RankError: when /dev/shm is full, from the iteration unless `persistent`.
+    """
 
     def __init__(
         self,
@@ -36,9 +46,10 @@ class BatchLoader:
         persistent: bool,
         on_broken: OnBroken = "error",
     ) -> None:
+        self._batches = _Gate(batches)
         self._loader = DataLoader(
             _Batches(dataset, on_broken),
-            sampler=batches,
+            sampler=self._batches,
             batch_size=None,  # the sampler's items are batches already
             collate_fn=_keep,
             num_workers=num_workers,
@@ -49,20 +60,34 @@ class BatchLoader:
             # Without one of its own, each iteration would draw a base seed from the global generator.
             generator=torch.Generator(),
             persistent_workers=persistent and num_workers > 0,
+            prefetch_factor=_PREFETCHED_BATCHES if num_workers > 0 else None,
         )
+        if persistent:
+            list(self._begin())
+        self._batches.is_open = True
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[ViewBatch]:
+    def _begin(self) -> Iterator[Any]:
         # Workers are born with SIGTERM blocked in every thread they will ever have; see _prepare_worker.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            batches = iter(self._loader)
+            return iter(self._loader)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise RankError(
+                f"/dev/shm has no room for the locks of {self._loader.num_workers} loader processes, a few pages each: "
+                "make room in it (docker run --shm-size=64m), or lower data.num_workers"
+            ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def __iter__(self) -> Iterator[ViewBatch]:
+        batches = self._begin()
         for batch in batches:
-            if isinstance(batch, UserError):
+            if isinstance(batch, UserError | LoaderFault):
                 try:
                     raise batch
                 finally:
@@ -76,7 +101,8 @@ def view_loader(
 ) -> BatchLoader:
     """Batches of views in the sampler's order, in pinned memory beside a GPU.
 
-    Workers, if any, live as long as the loader. `num_workers` 0 loads in this process, with the same result.
+    Workers, if any, live as long as the loader, from now on (see `BatchLoader`). `num_workers` 0 loads in this process,
+    with the same result.
 
     Args:
         skip_broken: in place of an image that cannot be read comes the next of its batch that can, under its own id;
@@ -102,17 +128,17 @@ def image_loader(
 
     Args:
         transform: the deterministic view.
-        batches: image indices of each batch; none is empty.
+        batches: image indices of each batch, read anew at every pass; an empty one is passed over.
         on_unreadable: told id → why of a batch's images that cannot be read, before the batch comes without them
             (with images (0, 3, 0, 0), where none is left); None: the first of them is an error.
 
     Raises:
         RankError: from the iteration, when an image cannot be decoded.
     """
-    keys = [[(0, int(index)) for index in batch] for batch in batches]
     dataset = ViewDataset(source, transform, num_views=1, seed=0)
     on_broken: OnBroken = "error" if on_unreadable is None else "drop"
-    return _FirstViews(BatchLoader(dataset, keys, num_workers, persistent=False, on_broken=on_broken), on_unreadable)
+    loader = BatchLoader(dataset, BatchKeys(batches), num_workers, persistent=False, on_broken=on_broken)
+    return _FirstViews(loader, on_unreadable)
 
 
 class PartLoader:
@@ -127,22 +153,46 @@ class PartLoader:
         self, source: ImageSource, transform: Transform, num_workers: int, *, seed: int, max_batch_size: int
     ) -> None:
         self._max_batch_size = max_batch_size
-        self._keys: list[list[Key]] = []  # the loader's sampler, which it reads anew at every pass
+        self._keys = BatchKeys(())
         dataset = ViewDataset(source, transform, num_views=1, seed=seed)
         self._loader = _FirstViews(BatchLoader(dataset, self._keys, num_workers, persistent=True))
 
-    def epoch(self, epoch: int, parts: Iterable[Sequence[int]]) -> Iterator[Iterator[Batch]]:
+    def epoch(self, epoch: int, parts: Sequence[Sequence[int]]) -> Iterator[Iterator[Batch]]:
         """The batches (images (b, 3, S, S) float32, ids (b,) int64) of each part in turn; an empty part has none.
 
         Raises:
             RankError: from the iteration, when an image cannot be decoded.
         """
         size = self._max_batch_size
-        pieces = [[part[first : first + size] for first in range(0, len(part), size)] for part in parts]
-        self._keys[:] = [[(epoch, index) for index in piece] for part in pieces for piece in part]
+        self._keys.epoch, self._keys.batches = epoch, _Pieces(parts, size)
         batches = iter(self._loader)
-        for part in pieces:
-            yield islice(batches, len(part))
+        for part in parts:
+            yield islice(batches, -(-len(part) // size))
+
+
+class _Pieces(Iterable[Sequence[int]]):
+    """Parts cut into pieces of no more than `size` images, piece after piece."""
+
+    def __init__(self, parts: Iterable[Sequence[int]], size: int) -> None:
+        self._parts, self._size = parts, size
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        for part in self._parts:
+            for first in range(0, len(part), self._size):
+                yield part[first : first + self._size]
+
+
+class _Gate(Sampler[list[Key]]):
+    """Lets batches through once it is open."""
+
+    def __init__(self, batches: Sampler[list[Key]] | Sequence[list[Key]]) -> None:
+        self._batches, self.is_open = batches, False
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self._batches if self.is_open else ())
 
 
 class _FirstViews:
@@ -152,9 +202,6 @@ class _FirstViews:
         self._loader = loader
         self._on_unreadable = on_unreadable
 
-    def __len__(self) -> int:
-        return len(self._loader)
-
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             if self._on_unreadable is not None and batch.unreadable is not None:
@@ -162,14 +209,14 @@ class _FirstViews:
             yield batch.views[:, 0], batch.ids
 
 
-class _Batches(Dataset[ViewBatch | UserError]):
-    """Whole batches; a `UserError` comes back as a value, for DataLoader adds a traceback to one that is raised."""
+class _Batches(Dataset[ViewBatch | UserError | LoaderFault]):
+    """Whole batches; an error comes back as a value, for DataLoader adds a traceback to one that is raised."""
 
     def __init__(self, dataset: ViewDataset, on_broken: OnBroken) -> None:
         self._dataset = dataset
         self._on_broken = on_broken
 
-    def __getitem__(self, keys: list[Key]) -> ViewBatch | UserError:
+    def __getitem__(self, keys: list[Key]) -> ViewBatch | UserError | LoaderFault:
         places: list[ViewItem | None] = []
         unreadable: dict[int, str] = {}
         for epoch, index in keys:
@@ -180,6 +227,8 @@ class _Batches(Dataset[ViewBatch | UserError]):
                     return error
                 unreadable[index] = str(error)
                 places.append(None)
+            except Exception as error:
+                return self._fault((epoch, index), error)
         items = [item for item in places if item is not None]
         if self._on_broken == "drop" and not items:
             nothing = torch.empty(0, self._dataset.num_views, 3, 0, 0)
@@ -189,6 +238,15 @@ class _Batches(Dataset[ViewBatch | UserError]):
         if self._on_broken != "drop":
             items = with_substitutes(places)
         return self._dataset.collate(items)._replace(unreadable=unreadable or None)
+
+    def _fault(self, key: Key, error: Exception) -> LoaderFault:
+        """An error that no image's own contents explain: which image it was, and the traceback as a note."""
+        worker = get_worker_info()
+        who = "the loader" if worker is None else f"loader process {worker.id}"
+        name = escape(self._dataset.source.names[key[1]])
+        fault = LoaderFault(f"{who} failed at {name} (image {key[1]}, epoch {key[0]}): {type(error).__name__}: {error}")
+        fault.add_note(traceback.format_exc())
+        return fault
 
     def _nothing_to_read(self, keys: list[Key], unreadable: dict[int, str]) -> str:
         """What to say of a batch of which nothing can be read."""

@@ -2,7 +2,8 @@
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -11,10 +12,39 @@ from torch.utils.data import Sampler
 Key = tuple[int, int]  # (epoch, image index); ~index: the image is left out, and another one stands for it
 
 
-def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
-    """(num_images,) int64: the permutation in which an epoch visits the images, from (seed, epoch) alone."""
+class Shards(NamedTuple):
+    """Images that lie many to a file, and are best read file by file.
+
+    Attributes:
+        starts: (S,) int64, ascending from 0: the first image of each shard; none is empty.
+        buffer: images that are shuffled among one another, 1 or more.
+    """
+
+    starts: Tensor
+    buffer: int
+
+
+def epoch_order(num_images: int, seed: int, epoch: int, shards: Shards | None = None) -> Tensor:
+    """(num_images,) int64: the permutation in which an epoch visits the images, from (seed, epoch) alone.
+
+    Any permutation is as likely as any other, unless there are shards. Those are put one after another in an order of
+    the epoch's own, and then every `buffer` images in a row are shuffled among one another. So a buffer's images lie in
+    no more than buffer / (shard's size) + 2 shards, and an image moves less than `buffer` places within them.
+    """
     generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
-    return torch.randperm(num_images, generator=generator)
+    if shards is None:
+        return torch.randperm(num_images, generator=generator)
+    order = _shard_after_shard(num_images, shards.starts, generator)
+    for window in order.split(shards.buffer):
+        window.copy_(window[torch.randperm(len(window), generator=generator)])
+    return order
+
+
+def _shard_after_shard(num_images: int, starts_S: Tensor, generator: torch.Generator) -> Tensor:
+    shuffled = torch.randperm(len(starts_S), generator=generator)
+    sizes_S = torch.diff(starts_S, append=torch.tensor([num_images]))[shuffled]
+    moved_S = starts_S[shuffled] - (sizes_S.cumsum(0) - sizes_S)  # from where it stands now to where it lies
+    return torch.arange(num_images) + moved_S.repeat_interleave(sizes_S)
 
 
 class GlobalBatchSampler(Sampler[list[Key]]):
@@ -36,7 +66,14 @@ class GlobalBatchSampler(Sampler[list[Key]]):
     """
 
     def __init__(
-        self, num_images: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, seed: int
+        self,
+        num_images: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shards: Shards | None = None,
     ) -> None:
         if global_batch_size % (micro_batch_size * world_size):
             raise ValueError(f"{global_batch_size} images do not divide into {world_size} x {micro_batch_size}")
@@ -49,7 +86,7 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world_size = world_size
-        self.seed = seed
+        self.seed, self.shards = seed, shards
         self.epoch = 0
         self.start_step = 0
         self._ordered_epoch, self._epoch_order = -1, torch.empty(0, dtype=torch.int64)
@@ -75,7 +112,8 @@ class GlobalBatchSampler(Sampler[list[Key]]):
 
     def _order(self) -> Tensor:
         if self._ordered_epoch != self.epoch:
-            self._ordered_epoch, self._epoch_order = self.epoch, epoch_order(self.num_images, self.seed, self.epoch)
+            self._epoch_order = epoch_order(self.num_images, self.seed, self.epoch, self.shards)
+            self._ordered_epoch = self.epoch
         return self._epoch_order
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -86,6 +124,56 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         shape = (self.steps_per_epoch * self.accumulation_steps, self.world_size, self.micro_batch_size)
         for micro_batch in order.view(shape)[self.start_step * self.accumulation_steps :, self.rank]:
             yield [(epoch, index) for index in micro_batch.tolist()]
+
+
+class LazyBatches(Sequence[Sequence[int]]):
+    """Batches of images, made when they are asked for: millions of images are no Python objects. So are its slices.
+
+    Args:
+        count: of batches.
+        make: number of a batch -> its images.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Sequence[int]]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, place: int) -> Sequence[int]: ...
+    @overload
+    def __getitem__(self, place: slice) -> "LazyBatches": ...
+    def __getitem__(self, place: int | slice) -> "Sequence[int] | LazyBatches":
+        if isinstance(place, int):
+            return self._make(range(self._count)[place])
+        numbers = range(self._count)[place]
+        return LazyBatches(len(numbers), lambda number: self._make(numbers[number]))
+
+
+def consecutive_batches(start: int, stop: int, size: int) -> LazyBatches:
+    """The images from `start` to before `stop`, `size` at a time; the last batch may be short."""
+    return LazyBatches(
+        -(-max(stop - start, 0) // size),
+        lambda number: range(start + number * size, min(start + (number + 1) * size, stop)),
+    )
+
+
+class BatchKeys(Sampler[list[Key]]):
+    """The keys of given batches in one epoch, made as they are asked for; an empty batch has none.
+
+    Attributes:
+        batches, epoch: may be set anew between two passes.
+    """
+
+    def __init__(self, batches: Iterable[Sequence[int]], epoch: int = 0) -> None:
+        self.batches, self.epoch = batches, epoch
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch = self.epoch
+        for batch in self.batches:
+            if len(batch):
+                yield [(epoch, int(index)) for index in batch]
 
 
 def mixed_seed(*numbers: int) -> int:

@@ -13,7 +13,8 @@ def joined(parts: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype) 
     """The parts, contiguous CPU tensors, one after another along the first dimension: a tensor of that shape.
 
     In a worker process of a DataLoader the parts are written into a file in memory, which the main process maps. To
-    write a page takes a third of the time of touching it in a map of one's own, as torch's default_collate does.
+    write a page takes a third of the time of touching it in a map of one's own, as torch's default_collate does. Nor
+    is such a file in /dev/shm, which containers keep at 64 MiB, and where no room is a hang in torch's queues.
     """
     if get_worker_info() is None:
         whole, row = torch.empty(shape, dtype=dtype), 0

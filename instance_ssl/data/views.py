@@ -90,7 +90,7 @@ class ViewDataset(Dataset[ViewItem]):
 
         In a worker process it lies in memory that the main process shares.
         """
-        ids = torch.tensor([item.id for item in items], dtype=torch.int64)
+        ids = joined([torch.tensor([item.id for item in items])], (len(items),), torch.int64)
         views, colours = [item.views for item in items], [item.colours for item in items if item.colours is not None]
         shape = (len(items), *views[0].shape)
         if not colours:
@@ -99,7 +99,8 @@ class ViewDataset(Dataset[ViewItem]):
             # As they lie in memory: the channels of a pixel side by side.
             parts = (view.permute(0, 2, 3, 1)[None] for view in views)
             crops = joined(parts, tuple(shape[place] for place in (0, 1, 3, 4, 2)), torch.uint8)
-            return ViewBatch(crops.permute(0, 1, 4, 2, 3), ids, torch.stack(colours))
+            left = joined((one[None] for one in colours), (len(items), *colours[0].shape), torch.float32)
+            return ViewBatch(crops.permute(0, 1, 4, 2, 3), ids, left)
         size = -(-views_at_once(shape[-1]) // self.num_views)
         finished = (
             apply_colours(torch.cat(views[first : first + size]), torch.cat(colours[first : first + size]))

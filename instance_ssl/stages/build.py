@@ -9,6 +9,7 @@ from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.config import AugmentationConfig, DataConfig, ExperimentConfig
 from instance_ssl.data.augmentations import Transform, digit_view, simclr_view
+from instance_ssl.data.order import LazyBatches
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed import comm
@@ -100,13 +101,14 @@ def training_views(config: ExperimentConfig, source: ImageSource) -> ViewDataset
     )
 
 
-def own_parts(order_N: Tensor, global_batch_size: int, world: Group) -> list[list[int]]:
+def own_parts(order_N: Tensor, global_batch_size: int, world: Group) -> LazyBatches:
     """This rank's part of every global batch of `order_N`; the last batch is short, and parts may then be empty.
 
     The global batches are the same whatever the number of ranks.
     """
-    parts = []
-    for batch in order_N.split(global_batch_size):
-        start, stop = Partition(len(batch), world.size).bounds(world.rank)
-        parts.append(batch[start:stop].tolist())
-    return parts
+
+    def part(number: int) -> list[int]:
+        batch = order_N[number * global_batch_size : (number + 1) * global_batch_size]
+        return batch[slice(*Partition(len(batch), world.size).bounds(world.rank))].tolist()
+
+    return LazyBatches(-(-len(order_N) // global_batch_size), part)

@@ -211,7 +211,8 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
         return EXIT_STOPPED
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
-            reason = f"rank {process.rank}: a loader process was killed, by lack of memory perhaps ({error})"
+            lack = "by lack of memory perhaps, which a lower data.num_workers takes less of"
+            reason = f"rank {process.rank}: a loader process was killed, {lack} ({error})"
             complain(reason)
             process.end("failed", reason)
             return EXIT_FAILURE
@@ -235,7 +236,9 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
 
 def _fault(error: Exception, process: _Process) -> int:
     """No user's mistake: the one end that shows a traceback."""
-    process.end("failed", f"rank {process.rank}: {type(error).__name__}: {error}")
+    reason = f"rank {process.rank}: {type(error).__name__}: {error}"
+    process.end("failed", reason)
+    complain(reason.split("\n")[0])
     with heard_or_not(sys.stderr):
         traceback.print_exception(error)
     return EXIT_FAILURE

@@ -114,7 +114,7 @@ def _own_views(stage: Stage, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     data, size = stage.config.data, stage.config.evaluation.batch_size
     parts = own_parts(ids, size * stage.world.size, stage.world)
     view = training_view(stage.config.augmentation, data)
-    loaded = iter(image_loader(stage.source, view, [part for part in parts if part], data.num_workers))
+    loaded = iter(image_loader(stage.source, view, parts, data.num_workers))
     nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)
     for part in parts:
         yield next(loaded) if part else nothing

@@ -13,6 +13,7 @@ from instance_ssl import faults
 from instance_ssl.config import DataConfig
 from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD, centre_view
 from instance_ssl.data.loaders import image_loader
+from instance_ssl.data.order import consecutive_batches
 from instance_ssl.data.sources import ImageSource, write_instances
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
@@ -160,7 +161,7 @@ def _append_own_rows(
         if done:
             stage.log.say(f"resuming from {part}: {done:,} images done")
         size, data = stage.config.evaluation.batch_size, stage.config.data
-        batches = [range(first, min(first + size, stop)) for first in range(start + done, stop, size)]
+        batches = consecutive_batches(start + done, stop, size)
         loader = image_loader(images, centre_view(data.image_size), batches, data.num_workers)
         with stage.log.progress(
             "features of the folder", len(images), "images", initial=done * stage.world.size

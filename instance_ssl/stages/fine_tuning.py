@@ -14,7 +14,7 @@ from torch import Tensor
 from instance_ssl import faults
 from instance_ssl.data.augmentations import centre_view, probe_view
 from instance_ssl.data.loaders import Batch, PartLoader, image_loader
-from instance_ssl.data.order import epoch_order
+from instance_ssl.data.order import LazyBatches, consecutive_batches, epoch_order
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
@@ -167,7 +167,8 @@ def _own_test_batches(stage: Stage, test: Subset) -> Iterator[Batch]:
     """This rank's contiguous part of the subset, in batches; nothing dropped, nothing twice."""
     data = evaluation_data(stage)
     own = test.ids[slice(*Partition(len(test.ids), stage.world.size).bounds(stage.world.rank))]
-    batches = [piece.tolist() for piece in own.split(stage.config.evaluation.batch_size) if len(piece)]
+    pieces = consecutive_batches(0, len(own), stage.config.evaluation.batch_size)
+    batches = LazyBatches(len(pieces), lambda number: own[pieces[number]].tolist())
     for batch in image_loader(test.images, centre_view(data.image_size), batches, data.num_workers):
         stage.guard.check()
         yield batch

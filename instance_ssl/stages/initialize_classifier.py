@@ -18,7 +18,7 @@ from instance_ssl.checkpoint import (
 from instance_ssl.checkpoint_files import DirectoryWriter, clear_leftovers
 from instance_ssl.classifier.initialization import initialize_from_features, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.data.order import epoch_order
+from instance_ssl.data.order import LazyBatches, epoch_order
 from instance_ssl.guard import Stopped
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.build import classifier_shard, describe_encoder, own_parts, seeded_encoder
@@ -115,4 +115,5 @@ def _own_batches(stage: Stage, first: int, left_out: LeftOut) -> Iterator[tuple[
     order = epoch_order(len(stage.source), stage.config.seed, epoch=0)
     known = set(left_out.found_by(0).tolist())
     parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]
-    return readable_batches(stage, [[index for index in part if index not in known] for part in parts], left_out)
+    readable = LazyBatches(len(parts), lambda number: [index for index in parts[number] if index not in known])
+    return readable_batches(stage, readable, left_out)

@@ -137,8 +137,8 @@ def readable_batches(
     """
     data = stage.config.data
     on_unreadable = left_out.meet if data.on_broken == "skip" else None
-    view, read = centre_view(data.image_size), [part for part in parts if part]
-    loaded = iter(image_loader(stage.source, view, read, data.num_workers, on_unreadable=on_unreadable))
+    view = centre_view(data.image_size)
+    loaded = iter(image_loader(stage.source, view, parts, data.num_workers, on_unreadable=on_unreadable))
     nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)
     for part in parts:
         images, ids_b = next(loaded) if part else nothing

@@ -62,6 +62,8 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
     _describe(stage, sampler)
     start = _starting_checkpoint(stage)
     clock = _epoch_clock(stage, start, sampler.steps_per_epoch)
+    skips = config.data.on_broken == "skip"
+    loader = view_loader(training_views(config, stage.source), sampler, config.data.num_workers, skip_broken=skips)
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(start, shard))
     encoder, momentum = _load_encoder(stage, start)
@@ -70,8 +72,6 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
     _require_space(stage, engine, shard)
     # Beyond the guard's own patience, so that a hang ends with stacks and not with an error of a collective.
     comm.set_timeouts(2 * config.safety.hang_seconds)
-    skips = config.data.on_broken == "skip"
-    loader = view_loader(training_views(config, stage.source), sampler, config.data.num_workers, skip_broken=skips)
     total_steps = clock.total_steps(optimization.epochs)
     stage.log.forget_after(start.position.step)
     with stage.log.progress("pretrain", total_steps, "steps", initial=start.position.step) as progress:

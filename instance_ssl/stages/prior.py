@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from instance_ssl.classifier.initialization import InitializationMode, OwnRows, initialize_from_features
 from instance_ssl.data.augmentations import Transform
 from instance_ssl.data.loaders import BatchLoader
-from instance_ssl.data.order import epoch_order
+from instance_ssl.data.order import BatchKeys, epoch_order
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.data.views import ViewBatch, ViewDataset
 from instance_ssl.distributed.partition import Partition
@@ -66,9 +66,8 @@ def _own_batches(
     """This rank's part of every batch, views flattened: view v of the image at place p has the number p · V + v."""
     order = ids_N[epoch_order(len(ids_N), stage.config.seed, epoch=0)]
     parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)
-    keys = [[(0, index) for index in part] for part in parts if part]
     dataset = ViewDataset(images, view, num_views, stage.config.seed)
-    loaded = iter(BatchLoader(dataset, keys, stage.config.data.num_workers, persistent=False))
+    loaded = iter(BatchLoader(dataset, BatchKeys(parts), stage.config.data.num_workers, persistent=False))
     size = stage.config.data.image_size
     nothing = ViewBatch(torch.empty(0, num_views, 3, size, size), torch.empty(0, dtype=torch.int64))
     for part in parts:

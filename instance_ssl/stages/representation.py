@@ -13,6 +13,7 @@ from instance_ssl.checkpoint import ENCODER_FILES, Checkpoint, checkpoint_at, lo
 from instance_ssl.config import DataConfig, KnnConfig
 from instance_ssl.data.augmentations import Transform, centre_view
 from instance_ssl.data.loaders import Batch, image_loader
+from instance_ssl.data.order import consecutive_batches
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
@@ -127,7 +128,7 @@ def own_batches(stage: Stage, images: ImageSource, view: Transform) -> Iterable[
     """
     start, stop = Partition(len(images), stage.world.size).bounds(stage.world.rank)
     size = stage.config.evaluation.batch_size
-    batches = [range(first, min(first + size, stop)) for first in range(start, stop, size)]
+    batches = consecutive_batches(start, stop, size)
     return image_loader(images, view, batches, evaluation_data(stage).num_workers)
 
 

@@ -18,7 +18,7 @@ from instance_ssl.data.loaders import PartLoader, image_loader, view_loader
 from instance_ssl.data.order import GlobalBatchSampler, Key, epoch_order
 from instance_ssl.data.sources import ArrayImages, ImageSource
 from instance_ssl.data.views import ViewBatch, ViewDataset, sample_seed
-from instance_ssl.errors import RankError, UserError
+from instance_ssl.errors import LoaderFault, RankError, UserError
 
 SIZE = 8
 
@@ -130,6 +130,25 @@ def test_global_batches_do_not_depend_on_the_world_size(world_size: int, micro_b
         assert all(torch.equal(dense[index], sharded[index]) for index in dense)
 
 
+@pytest.mark.parametrize("start_step", [0, 1])
+def test_batches_are_the_same_to_the_bit_by_any_ranks_and_workers(start_step: int) -> None:
+    """With accumulation, and from the middle of an epoch on."""
+
+    def micro_batches(rank: int, world_size: int, size: int, num_workers: int) -> list[ViewBatch]:
+        sampler = GlobalBatchSampler(40, 12, size, rank, world_size, seed=3)
+        sampler.epoch, sampler.start_step = 2, start_step
+        return views_of(sampler, num_workers, num_images=40)
+
+    expected = micro_batches(0, 1, 12, 0)
+    assert len(expected) == 3 - start_step
+    for world_size, size, num_workers in ((1, 12, 1), (1, 6, 4), (3, 4, 0), (3, 2, 1), (3, 2, 4)):
+        ranks = [micro_batches(rank, world_size, size, num_workers) for rank in range(world_size)]
+        in_order = [batch for batches in zip(*ranks, strict=True) for batch in batches]
+        for name in ("views", "ids"):
+            united = torch.cat([getattr(batch, name) for batch in in_order])
+            assert torch.equal(united, torch.cat([getattr(batch, name) for batch in expected]))
+
+
 def test_sampler_lays_a_global_batch_out_by_accumulation_then_rank() -> None:
     order = epoch_order(50, 9, 4).tolist()
     sampler = GlobalBatchSampler(50, 12, 2, 1, 3, seed=9)
@@ -236,9 +255,13 @@ def test_a_broken_image_is_the_same_one_line_error_from_any_process(num_workers:
             list(loader)
 
 
-def test_a_mistake_in_the_program_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError, match="in load"):
-        list(image_loader(broken(FaultySource), centre_view(SIZE), [[0], [1]], num_workers=1))
+def test_a_mistake_in_the_program_names_the_image_and_keeps_its_traceback() -> None:
+    for num_workers, who in ((0, "the loader"), (1, "loader process 0")):
+        with pytest.raises(LoaderFault) as caught:
+            list(image_loader(broken(FaultySource), centre_view(SIZE), [[2], [1]], num_workers))
+        line = f"{who} failed at 2 (image 2, epoch 0): ZeroDivisionError: a mistake in the program"
+        assert str(caught.value) == line
+        assert "in load\n" in caught.value.__notes__[0]
 
 
 def test_a_file_broken_after_opening_reaches_the_caller(tmp_path: Path) -> None:
