@@ -52,7 +52,7 @@ def mib_of_worker() -> float:
 
 def training(count: int) -> float:
     sampler = GlobalBatchSampler(count, 64, 8, 0, 4, seed=0)
-    loader = view_loader(ViewDataset(GreySquares(count), simclr_view(8), 2, seed=0), sampler, 2)
+    loader = view_loader(ViewDataset(GreySquares(count), simclr_view(8), 2, seed=0), sampler, 1)
     for sampler.epoch in range(2):  # the first order is gone in the second
         sampler.global_batch(0)
         batches = iter(loader)
@@ -62,7 +62,7 @@ def training(count: int) -> float:
 
 
 def evaluation(count: int) -> float:
-    batches = iter(image_loader(GreySquares(count), simclr_view(8), consecutive_batches(0, count, 64), 2))
+    batches = iter(image_loader(GreySquares(count), simclr_view(8), consecutive_batches(0, count, 64), 1))
     for _ in range(20):
         next(batches)
     return mib_of_worker()
@@ -70,7 +70,7 @@ def evaluation(count: int) -> float:
 
 def probe(count: int) -> float:
     world = SimpleNamespace(rank=0, size=4)
-    loader = PartLoader(GreySquares(count), simclr_view(8), 2, seed=0, max_batch_size=8)
+    loader = PartLoader(GreySquares(count), simclr_view(8), 1, seed=0, max_batch_size=8)
     for epoch in range(2):
         parts = loader.epoch(epoch, own_parts(epoch_order(count, 0, epoch), 64, world))  # type: ignore[arg-type]
         for _ in range(20):
