@@ -117,13 +117,14 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         return self._epoch_order
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch = self.epoch
-        order = self._order()[: self.steps_per_epoch * self.global_batch_size]
-        left_out, since = self._left_out
-        order = torch.where(torch.isin(order, left_out[since <= epoch]), ~order, order)
-        shape = (self.steps_per_epoch * self.accumulation_steps, self.world_size, self.micro_batch_size)
-        for micro_batch in order.view(shape)[self.start_step * self.accumulation_steps :, self.rank]:
-            yield [(epoch, index) for index in micro_batch.tolist()]
+        epoch, order = self.epoch, self._order()
+        left_out = self._left_out[0, self._left_out[1] <= epoch]
+        size, stride = self.micro_batch_size, self.micro_batch_size * self.world_size
+        first = self.start_step * self.global_batch_size + self.rank * size
+        # One at a time: to iterate over a tensor makes all its parts at once, and an epoch may have a million.
+        for start in range(first, self.steps_per_epoch * self.global_batch_size, stride):
+            ids = order[start : start + size]
+            yield [(epoch, index) for index in torch.where(torch.isin(ids, left_out), ~ids, ids).tolist()]
 
 
 class LazyBatches(Sequence[Sequence[int]]):
