@@ -55,6 +55,32 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+class InputWatch:
+    """When to say that the run waits for its images: as it begins to, and now and then while it lasts.
+
+    The first interval is passed over, in which the loaders start.
+    """
+
+    _SHARE, _INTERVALS_BETWEEN_WORDS = 0.1, 20
+
+    def __init__(self) -> None:
+        self._intervals = 0
+        self._said: int | None = None
+
+    def is_worth_a_word(self, share: float) -> bool:
+        """Takes the share of an interval's time that the slowest rank waited."""
+        self._intervals += 1
+        if self._intervals == 1:
+            return False
+        if share <= self._SHARE:
+            self._said = None
+            return False
+        if self._said is not None and self._intervals - self._said < self._INTERVALS_BETWEEN_WORDS:
+            return False
+        self._said = self._intervals
+        return True
+
+
 class LossLevel:
     """A running mean of the loss, and whether a step's loss stands out of it, once there are enough to stand out of.
 

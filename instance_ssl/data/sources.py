@@ -67,6 +67,11 @@ class ImageSource(ABC):
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def shard_starts(self) -> np.ndarray | None:
+        """(S,) int64, ascending from 0: the first image of each stretch that lies in one shard; None without shards."""
+        return None
+
     def missing_here(self) -> str | None:
         """What this machine lacks of the images, after another machine has opened them; None when nothing."""
         return None

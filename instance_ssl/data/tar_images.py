@@ -57,6 +57,11 @@ class TarImages(EncodedImages):
         """(N,) int32, ascending: which shard each image lies in."""
         return self.columns["shards"]
 
+    @property
+    def shard_starts(self) -> np.ndarray:
+        """(S,) int64, ascending from 0: the first image of each stretch that lies in one shard."""
+        return np.flatnonzero(np.diff(self.shard_of, prepend=-1))
+
     def missing_here(self) -> str | None:
         """The first shard that is absent or of another size on this machine."""
         for path, size in zip(self._shards, self._shard_bytes, strict=True):

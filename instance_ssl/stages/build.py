@@ -9,7 +9,7 @@ from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.config import AugmentationConfig, DataConfig, ExperimentConfig
 from instance_ssl.data.augmentations import Transform, digit_view, simclr_view
-from instance_ssl.data.order import LazyBatches
+from instance_ssl.data.order import LazyBatches, Shards
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed import comm
@@ -99,6 +99,18 @@ def training_views(config: ExperimentConfig, source: ImageSource) -> ViewDataset
         config.seed,
         leave_colours=config.data.augment_on == "device",
     )
+
+
+def training_shards(stage: Stage) -> Shards | None:
+    """How the training images are shuffled where they lie in shards, said aloud; None: all at once."""
+    starts, buffer = stage.source.shard_starts, stage.config.data.shuffle_buffer
+    if starts is None or buffer == 0:
+        return None
+    stage.log.say(
+        f"images are shuffled by shard ({len(starts):,} of them) and within a buffer of {buffer:,}; "
+        "data.shuffle_buffer=0 shuffles all at once"
+    )
+    return Shards(torch.from_numpy(starts), buffer)
 
 
 def own_parts(order_N: Tensor, global_batch_size: int, world: Group) -> LazyBatches:

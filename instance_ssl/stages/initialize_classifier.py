@@ -21,7 +21,7 @@ from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.order import LazyBatches, epoch_order
 from instance_ssl.guard import Stopped
 from instance_ssl.models.encoder import Encoder
-from instance_ssl.stages.build import classifier_shard, describe_encoder, own_parts, seeded_encoder
+from instance_ssl.stages.build import classifier_shard, describe_encoder, own_parts, seeded_encoder, training_shards
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.left_out import LeftOut, TooManyBroken, readable_batches
 from instance_ssl.stages.session import require_same_run, run_digests
@@ -112,7 +112,7 @@ def _own_batches(stage: Stage, first: int, left_out: LeftOut) -> Iterator[tuple[
 
     Folders come sorted by class, and a batch's statistics should not. Batches go without what cannot be read.
     """
-    order = epoch_order(len(stage.source), stage.config.seed, epoch=0)
+    order = epoch_order(len(stage.source), stage.config.seed, 0, training_shards(stage))
     known = set(left_out.found_by(0).tolist())
     parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]
     readable = LazyBatches(len(parts), lambda number: [index for index in parts[number] if index not in known])

@@ -27,7 +27,7 @@ from instance_ssl.models.encoder import Encoder
 from instance_ssl.pretraining import train_epoch
 from instance_ssl.run_directory import require_space, write_json
 from instance_ssl.schedules import EpochClock, warmup_cosine
-from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_views
+from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_shards, training_views
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.growth import add_rows
 from instance_ssl.stages.left_out import LeftOut
@@ -58,6 +58,7 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
         stage.world.rank,
         stage.world.size,
         config.seed,
+        training_shards(stage),
     )
     _describe(stage, sampler)
     start = _starting_checkpoint(stage)

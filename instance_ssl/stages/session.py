@@ -1,6 +1,7 @@
 """What surrounds the steps of a training: figures, checkpoints, requests to end, and steps that went wrong."""
 
 import contextlib
+import os
 import socket
 import statistics
 import time
@@ -15,7 +16,7 @@ from instance_ssl.data.order import GlobalBatchSampler
 from instance_ssl.data.rearrangement import digest_of_first
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError
-from instance_ssl.metrics import LossLevel, TrainingMeter
+from instance_ssl.metrics import InputWatch, LossLevel, TrainingMeter
 from instance_ssl.pretraining import StepReport
 from instance_ssl.run_log import Progress
 from instance_ssl.schedules import EpochClock
@@ -71,6 +72,7 @@ class TrainingSession:
         self._skipped_in_a_row = start.position.skipped_in_a_row
         self._loss = LossLevel(self._safety.spike_nats, start.position.loss_level)
         self._was_spike = False
+        self._input = InputWatch()
         self._failed_saves = 0
         self._pause_seconds: float | None = None
         self._start_seconds: float | None = None
@@ -249,11 +251,12 @@ class TrainingSession:
         figures["speed/checkpoint_pause_seconds"], self._pause_seconds = self._pause_seconds, None
         figures["train/loss_spike"], self._spike_loss = self._spike_loss, None
         figures["speed/seconds_to_first_step"], self._start_seconds = self._start_seconds, None
-        own = figures["speed/own_seconds"] or 0.0
-        seconds = self._stage.world.all_gather_objects((own, socket.gethostname()))
-        median = statistics.median(value for value, _ in seconds)
-        slowest = max(range(len(seconds)), key=lambda rank: seconds[rank][0])
-        worst, host = seconds[slowest]
+        own, waited = figures["speed/own_seconds"] or 0.0, figures["speed/data_wait_share"] or 0.0
+        by_rank = self._stage.world.all_gather_objects((own, waited, socket.gethostname()))
+        figures["speed/data_wait_share"] = self._judge_waiting([(waited, host) for _, waited, host in by_rank])
+        median = statistics.median(value for value, _, _ in by_rank)
+        slowest = max(range(len(by_rank)), key=lambda rank: by_rank[rank][0])
+        worst, _, host = by_rank[slowest]
         figures["speed/slowest_rank_seconds"] = worst
         if worst > _STRAGGLER_RATIO * median and worst - median > _STRAGGLER_SECONDS:
             self._stage.log.say(
@@ -264,6 +267,22 @@ class TrainingSession:
         if num_left_out := len(self._left_out.ids):
             figures["data/images_left_out"] = float(num_left_out)
         self._stage.log.metrics(self.step, figures)
+
+    def _judge_waiting(self, shares: list[tuple[float, str]]) -> float:
+        """The largest share of the time that a rank waited for images; says aloud when it is large."""
+        rank = max(range(len(shares)), key=lambda rank: shares[rank][0])
+        share, host = shares[rank]
+        if self._input.is_worth_a_word(share):
+            data, cores = self._stage.config.data, len(os.sched_getaffinity(0))
+            cures = [f"raise data.num_workers ({data.num_workers} a rank, {cores} cores here)"]
+            on_gpu = self._stage.world.device.type != "cpu"
+            cures += ["set data.augment_on=device"] if on_gpu and data.augment_on == "cpu" else []
+            cures += ["pack the images (runners/pack_dataset.py)"] if data.root is not None else []
+            self._stage.log.say(
+                f"warning: input-bound: rank {rank} on {host} waits for images {share:.0%} of the time; "
+                f"{', or '.join(cures)}"
+            )
+        return share
 
     def _epoch_figures(self) -> dict[str, float | None]:
         """The epoch's means, by plain name; says aloud what should not have been."""

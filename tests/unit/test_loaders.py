@@ -15,7 +15,7 @@ from PIL import Image
 from instance_ssl.data.augmentations import centre_view, simclr_view
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.loaders import PartLoader, image_loader, view_loader
-from instance_ssl.data.order import GlobalBatchSampler, Key, epoch_order
+from instance_ssl.data.order import GlobalBatchSampler, Key, Shards, epoch_order
 from instance_ssl.data.sources import ArrayImages, ImageSource
 from instance_ssl.data.views import ViewBatch, ViewDataset, sample_seed
 from instance_ssl.errors import LoaderFault, RankError, UserError
@@ -68,6 +68,53 @@ def test_epoch_order_is_a_permutation_from_seed_and_epoch() -> None:
     assert all(sorted(order) == list(range(50)) for order in orders)
     torch.manual_seed(99)
     assert tuple(epoch_order(50, 0, 0).tolist()) == orders[0]
+
+
+def shards_of(sizes: list[int], buffer: int) -> Shards:
+    return Shards(torch.tensor([0, *sizes[:-1]]).cumsum(0), buffer)
+
+
+@pytest.mark.parametrize("buffer", [1, 7, 64, 10_000])
+def test_an_epoch_by_shards_takes_every_image_once(buffer: int) -> None:
+    sizes = [40, 1, 25, 60, 33, 41]
+    shards = shards_of(sizes, buffer)
+    orders = [epoch_order(200, seed, epoch, shards).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(map(tuple, orders))) == 4
+    assert all(sorted(order) == list(range(200)) for order in orders)
+    assert epoch_order(200, 0, 1, shards).tolist() == orders[1]
+
+
+def test_shards_are_visited_one_after_another_in_an_order_of_the_epoch_s_own() -> None:
+    shards = shards_of([50] * 8, 1)
+    visits = [epoch_order(400, 0, epoch, shards).view(8, 50) // 50 for epoch in range(4)]
+    assert all((visit == visit[:, :1]).all() for visit in visits)
+    assert len({tuple(visit[:, 0].tolist()) for visit in visits}) == 4
+
+
+def test_a_buffer_mixes_its_shards_well_and_reaches_no_further() -> None:
+    size, buffer = 100, 1000
+    order = epoch_order(20_000, 0, 0, shards_of([size] * 200, buffer))
+    for window in order.split(buffer):
+        assert len(torch.unique(window // size)) == buffer // size
+    place = torch.argsort(order).view(200, size)
+    # Two images of a shard stand a third of the buffer apart on average, as for a permutation of it.
+    apart = (place[:, :-1] - place[:, 1:]).abs().double()
+    assert apart.max() < buffer
+    assert abs(apart.mean() / (buffer / 3) - 1) < 0.05
+    # A batch of a tenth of the buffer has images of most of its shards.
+    batches = (order // size).view(-1, buffer // 10)
+    assert torch.tensor([len(torch.unique(batch)) for batch in batches]).double().mean() > 9.5
+
+
+def test_global_batches_by_shards_are_the_same_by_any_number_of_ranks() -> None:
+    shards = shards_of([17, 30, 3, 50], 20)
+    order = epoch_order(100, 4, 2, shards)
+    for world_size in (1, 3):
+        samplers = [GlobalBatchSampler(100, 12, 4, rank, world_size, 4, shards) for rank in range(world_size)]
+        for sampler in samplers:
+            sampler.epoch, sampler.start_step = 2, 3
+        united = [index for keys in zip(*samplers, strict=True) for part in keys for _, index in part]
+        assert united == order[36:96].tolist()
 
 
 def test_sample_seeds_are_distinct_63_bit_numbers() -> None:

@@ -1,8 +1,8 @@
-"""Which losses count as spikes."""
+"""Which losses count as spikes, and when waiting for images is worth a word."""
 
 import pytest
 
-from instance_ssl.metrics import LossLevel
+from instance_ssl.metrics import InputWatch, LossLevel
 
 
 def test_a_loss_far_above_the_mean_is_a_spike() -> None:
@@ -22,3 +22,10 @@ def test_the_first_steps_are_none_however_they_climb() -> None:
 def test_a_resumed_run_judges_from_its_first_step() -> None:
     assert LossLevel(1.0, 5.0).add(6.1)
     assert not LossLevel(None, 5.0).add(60.0)
+
+
+def test_waiting_is_said_as_it_begins_and_now_and_then() -> None:
+    watch = InputWatch()
+    assert not watch.is_worth_a_word(0.9)  # the loaders start
+    assert [watch.is_worth_a_word(0.5) for _ in range(41)] == [True, *[False] * 19, True, *[False] * 19, True]
+    assert [watch.is_worth_a_word(share) for share in (0.05, 0.3, 0.3, 0.1, 0.11)] == [False, True, False, False, True]
