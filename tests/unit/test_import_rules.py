@@ -28,6 +28,7 @@ RESERVED = {
         "instance_ssl/report/command.py",
         "instance_ssl/stages/context.py",
         "instance_ssl/stages/plan.py",
+        "instance_ssl/stages/show_views.py",
         "runners/benchmark_checkpoint.py",
         "runners/benchmark_classifier.py",
         "runners/benchmark_data.py",

@@ -1,0 +1,71 @@
+"""A look at what the encoder sees: some training images and their views, drawn into a file. Starts no process group."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from instance_ssl.config import load_config
+from instance_ssl.data.broken import OnBroken
+from instance_ssl.data.datasets import open_source
+from instance_ssl.data.folders import escape
+from instance_ssl.data.view_grid import view_grid
+from instance_ssl.errors import UserError
+from instance_ssl.pretraining import flatten_views
+from instance_ssl.stages.build import training_views
+from instance_ssl.stages.context import EXIT_USER_ERROR, add_config_arguments
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Writes the picture and returns the process's exit code; `words` are the command line's, or None for its own."""
+    try:
+        _show(_parse_arguments(words))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument("--images", type=int, default=8, metavar="B", help="images, evenly spaced over all")
+    parser.add_argument("--epoch", type=int, default=0, help="the views of which epoch, counted from 0")
+    parser.add_argument("--out", type=Path, default=Path("views.png"), help="PNG to write")
+    return parser.parse_args(words)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.set)
+    data = config.data
+    source = open_source(
+        data.kind,
+        "train",
+        root=data.root,
+        list_file=data.list_file,
+        limit=data.limit_train,
+        shards=data.shards,
+        on_broken=OnBroken(data.on_broken == "skip", data.max_broken_share),
+    )
+    if not 1 <= arguments.images <= len(source):
+        raise UserError(f"--images {arguments.images}: there are {len(source)}, take 1 to as many")
+    if arguments.epoch < 0:
+        raise UserError(f"--epoch {arguments.epoch}: epochs are counted from 0")
+    ids = [number * len(source) // arguments.images for number in range(arguments.images)]
+    dataset = training_views(config, source)
+    batch = dataset.collate([dataset[arguments.epoch, index] for index in ids])
+    finished, _ = flatten_views(batch, torch.device("cpu"))
+    views = finished.unflatten(0, (-1, len(ids))).transpose(0, 1)
+    captions = [f"{index}: {escape(source.names[index])}" for index in ids]
+    picture = view_grid([source.load(index) for index in ids], views, captions)
+    try:
+        picture.save(arguments.out, format="PNG")
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: {error.strerror or error}") from None
+    print(
+        f"{arguments.out}: {len(ids)} of {len(source):,} images, {views.shape[1]} views each, epoch {arguments.epoch}"
+    )
+    # Names need not be text; a console may have fewer letters than they.
+    print("\n".join(captions).encode("ascii", "backslashreplace").decode())
