@@ -13,6 +13,7 @@ from instance_ssl.checkpoint import Checkpoint, TrainingPosition, start_checkpoi
 from instance_ssl.checkpoint_files import DirectoryWriter
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.order import GlobalBatchSampler
+from instance_ssl.data.sources import FileImages
 from instance_ssl.data.rearrangement import digest_of_first
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError
@@ -277,7 +278,7 @@ class TrainingSession:
             cures = [f"raise data.num_workers ({data.num_workers} a rank, {cores} cores here)"]
             on_gpu = self._stage.world.device.type != "cpu"
             cures += ["set data.augment_on=device"] if on_gpu and data.augment_on == "cpu" else []
-            cures += ["pack the images (runners/pack_dataset.py)"] if data.root is not None else []
+            cures += ["pack the images (runners/pack_dataset.py)"] if isinstance(self._stage.source, FileImages) else []
             self._stage.log.say(
                 f"warning: input-bound: rank {rank} on {host} waits for images {share:.0%} of the time; "
                 f"{', or '.join(cures)}"
