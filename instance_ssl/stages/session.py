@@ -13,8 +13,8 @@ from instance_ssl.checkpoint import Checkpoint, TrainingPosition, start_checkpoi
 from instance_ssl.checkpoint_files import DirectoryWriter
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.order import GlobalBatchSampler
-from instance_ssl.data.sources import FileImages
 from instance_ssl.data.rearrangement import digest_of_first
+from instance_ssl.data.sources import FileImages
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError
 from instance_ssl.metrics import InputWatch, LossLevel, TrainingMeter
