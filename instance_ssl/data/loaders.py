@@ -189,19 +189,20 @@ def view_loader(dataset: ViewDataset, sampler: Sampler[list[Key]], num_workers: 
 
 
 def image_loader(
-    source: ImageSource, transform: Transform, batches: Iterable[Sequence[int]], num_workers: int
+    source: ImageSource, transform: Transform, batches: Iterable[Sequence[int]], num_workers: int, *, seed: int = 0
 ) -> Iterable[Batch]:
     """Batches (images (b, 3, S, S) float32, ids (b,) int64) of the given lists of images, in order.
 
     Args:
-        transform: the deterministic view.
+        transform: a view, deterministic in most cases.
         batches: image indices of each batch; none is empty.
+        seed: of a random view.
 
     Raises:
         RankError: from the iteration, when an image cannot be decoded.
     """
     keys = [[(0, int(index)) for index in batch] for batch in batches]
-    dataset = ViewDataset(source, transform, num_views=1, seed=0)
+    dataset = ViewDataset(source, transform, num_views=1, seed=seed)
     return _FirstViews(BatchLoader(dataset, keys, num_workers, persistent=False))
 
 

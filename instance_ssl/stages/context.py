@@ -125,20 +125,29 @@ class StageSpec(NamedTuple):
     needs_labels: bool = False
 
 
-def run_stages(stages: Sequence[StageSpec], after: Callable[[Stage], None] | None = None) -> int:
+def run_stages(
+    stages: Sequence[StageSpec],
+    after: Callable[[Stage], None] | None = None,
+    *,
+    further: Sequence[StageSpec] = (),
+) -> int:
     """Runs stages one after another in one process group and returns the process's exit code.
 
-    Stages already complete in the run directory are skipped. `after` is called once all are complete.
+    Stages already complete in the run directory are skipped. `after` is called once all are complete. With `further`
+    ones the runner takes `--stages`, which names those of both that are run, in its order; then nothing comes after.
     """
     process = _Process()
     process.guard.start()
 
     def work() -> None:
-        needs_labels = any(spec.needs_labels for spec in stages)
-        context = _open(_parse_arguments(), process, needs_labels=needs_labels)
-        for spec in stages:
+        offered = {spec.name: spec for spec in (*stages, *further)}
+        arguments = _parse_arguments(list(offered) if further else [])
+        named = getattr(arguments, "stages", None)
+        chosen = stages if named is None else [offered[name] for name in named]
+        context = _open(arguments, process, needs_labels=any(spec.needs_labels for spec in chosen))
+        for spec in chosen:
             _run_stage(replace(context, name=spec.name), spec.run, process)
-        if after is not None:
+        if after is not None and named is None:
             after(context)
         context.world.barrier()
 
@@ -255,9 +264,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=v", help="override config keys")
 
 
-def _parse_arguments() -> argparse.Namespace:
+def _parse_arguments(stages: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_config_arguments(parser)
+    if stages:
+        parser.add_argument("--stages", nargs="+", choices=stages, help="these instead, in this order")
     parser.add_argument("--run-dir", type=Path, default=None, help="where the run lies (default: runs/<config name>)")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     return parser.parse_args()

@@ -22,9 +22,12 @@ from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.loaders import epoch_order, image_loader
 from instance_ssl.guard import Stopped
 from instance_ssl.models.encoder import Encoder
-from instance_ssl.stages.build import classifier_shard, describe_encoder, own_parts, seeded_encoder
+from instance_ssl.stages.build import classifier_shard, describe_encoder, own_parts, seeded_encoder, training_view
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.session import require_same_run, run_digests
+
+# Above all seeds of experiments: a random view of this pass is none that the training will see.
+_VIEW_SEEDS = 2**31
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -108,8 +111,12 @@ def _own_batches(stage: Stage, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     data = stage.config.data
     order = epoch_order(len(stage.source), stage.config.seed, epoch=0)
     parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]
-    view = centre_view(data.image_size)
-    loaded = iter(image_loader(stage.source, view, [part for part in parts if part], data.num_workers))
+    if stage.config.classifier.initialization_view == "training":
+        view = training_view(stage.config.augmentation, data)
+    else:
+        view = centre_view(data.image_size)
+    seed = stage.config.seed + _VIEW_SEEDS
+    loaded = iter(image_loader(stage.source, view, [part for part in parts if part], data.num_workers, seed=seed))
     nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)
     for part in parts:
         yield next(loaded) if part else nothing

@@ -16,6 +16,7 @@ LAYERS = {
     "classifier": {"distributed", "errors", "ordering"},
     "benchmarks": {"distributed", "classifier", "checkpoint", "checkpoint_files", "errors"},
     "evaluation": {"distributed", "data", "models", "classifier", "errors", "ordering"},
+    "ablation": {"config", "config_types", "errors"},
     "report": {"checkpoint_files", "config", "data", "errors", "evaluation", "run_directory"},
 }
 # Module → the only files that may import it.
@@ -28,6 +29,7 @@ RESERVED = {
         "instance_ssl/report/command.py",
         "instance_ssl/stages/context.py",
         "instance_ssl/stages/plan.py",
+        "runners/ablate.py",
         "runners/benchmark_checkpoint.py",
         "runners/benchmark_classifier.py",
         "runners/benchmark_hard_classes.py",
