@@ -56,7 +56,7 @@ class Ablation(Section):
         epochs: see `Variant`; None: what config and overrides say.
         reference: the variant that each other of its group is subtracted from, seed by seed; None: none.
         figures: columns: `stage:key.key`, in that stage's result.json. A `*` is the first key there is; as the stage,
-            the first of the run's stages that has the keys.
+            the first of the run's stages that has the keys. Keys of lists are 0, 1 …
         drawn: figures that the picture shows, and that are compared with the reference.
         jobs: runs at once, each with its share of the cores.
     """

@@ -118,6 +118,8 @@ def _find(records: dict[str, Any], where: str) -> float | None:
     for name in records if stage == "*" else [stage]:
         value = records.get(name)
         for key in path.split("."):
+            if isinstance(value, list):
+                value = dict(zip(map(str, range(len(value))), value, strict=True))
             if not isinstance(value, dict):
                 value = None
                 break

@@ -15,7 +15,7 @@ from instance_ssl.ablation import running
 from instance_ssl.ablation.picture import draw
 from instance_ssl.ablation.running import Batch
 from instance_ssl.ablation.settings import Ablation, Row, Run, plan_runs, read_ablation
-from instance_ssl.ablation.table import Values, differences, format_markdown, read_results, to_json
+from instance_ssl.ablation.table import Values, _find, differences, format_markdown, read_results, to_json
 from instance_ssl.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +97,18 @@ def test_mean_spread_and_differences_by_seed() -> None:
     assert values.less(others) == Values({0: 0.0, 1: 1.0})
     assert Values({0: 1.0}).std is None
     assert Values({}).mean is None
+
+
+def test_figures_are_found_by_their_keys() -> None:
+    records = {
+        "first": {"seconds": 1, "figures": {"trained": {"top1": 2.5}}},
+        "second": {"curve": [{"a": 3}, {"a": 4}]},
+    }
+    assert _find(records, "first:figures.*.top1") == 2.5
+    assert _find(records, "*:curve.1.a") == 4
+    assert _find(records, "*:seconds") == 1
+    for absent in ("third:seconds", "first:seconds.more", "*:curve.2.a", "first:figures"):
+        assert _find(records, absent) is None
 
 
 def test_the_table_has_what_is_done(tmp_path: Path) -> None:
