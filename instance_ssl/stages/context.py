@@ -126,28 +126,23 @@ class StageSpec(NamedTuple):
 
 
 def run_stages(
-    stages: Sequence[StageSpec],
-    after: Callable[[Stage], None] | None = None,
-    *,
-    further: Sequence[StageSpec] = (),
+    stages: Sequence[StageSpec], after: Callable[[Stage], None] | None = None, further: Sequence[StageSpec] = ()
 ) -> int:
     """Runs stages one after another in one process group and returns the process's exit code.
 
-    Stages already complete in the run directory are skipped. `after` is called once all are complete. With `further`
-    ones the runner takes `--stages`, which names those of both that are run, in its order; then nothing comes after.
+    Complete stages are skipped; `after` follows the last. `--stages` names those, `further` ones too, to run instead.
     """
     process = _Process()
     process.guard.start()
 
     def work() -> None:
         offered = {spec.name: spec for spec in (*stages, *further)}
-        arguments = _parse_arguments(list(offered) if further else [])
-        named = getattr(arguments, "stages", None)
-        chosen = stages if named is None else [offered[name] for name in named]
+        arguments = _parse_arguments(list(offered))
+        chosen = [offered[name] for name in arguments.stages] if arguments.stages else stages
         context = _open(arguments, process, needs_labels=any(spec.needs_labels for spec in chosen))
         for spec in chosen:
             _run_stage(replace(context, name=spec.name), spec.run, process)
-        if after is not None and named is None:
+        if after is not None and not arguments.stages:
             after(context)
         context.world.barrier()
 
@@ -267,8 +262,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def _parse_arguments(stages: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_config_arguments(parser)
-    if stages:
-        parser.add_argument("--stages", nargs="+", choices=stages, help="these instead, in this order")
+    parser.add_argument("--stages", nargs="+", choices=stages, metavar="NAME", help="these instead, in this order")
     parser.add_argument("--run-dir", type=Path, default=None, help="where the run lies (default: runs/<config name>)")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     return parser.parse_args()
