@@ -8,12 +8,12 @@ from functools import partial
 
 from instance_ssl.benchmarks.peers import PEERS
 from instance_ssl.leaving import leave
-from instance_ssl.stages import benchmark_peers, initialize_classifier, pretrain
+from instance_ssl.stages import benchmark_peers, initialize_classifier
 from instance_ssl.stages.context import StageSpec, run_stages
 
 OWN = [
     StageSpec("initialize_classifier", initialize_classifier.run),
-    StageSpec("pretrain", pretrain.run),
+    StageSpec("pretrain", benchmark_peers.run_training),
     StageSpec("own", benchmark_peers.run_own, needs_labels=True),
 ]
 OTHERS = [StageSpec(name, partial(benchmark_peers.run_peer, name), needs_labels=True) for name in PEERS]

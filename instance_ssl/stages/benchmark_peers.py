@@ -5,6 +5,7 @@ there is training, and stands while there is evaluation. Points lie at the end o
 `checkpoint.keep_every_epochs`: their schedule has not ended yet, that of the last has.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -13,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from instance_ssl.benchmarks.measure import peak_bytes
 from instance_ssl.benchmarks.peers import Peer, PeerName, build_peer
 from instance_ssl.checkpoint import intact_checkpoints
 from instance_ssl.data.loaders import GlobalBatchSampler, ViewDataset, view_loader
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import evaluation_mode
 from instance_ssl.evaluation.linear import probe_cached_features
-from instance_ssl.metrics import peak_memory_gib
 from instance_ssl.models.backbones import ResNet, SmallCnn, build_backbone
 from instance_ssl.schedules import warmup_cosine
+from instance_ssl.stages import pretrain
 from instance_ssl.stages.build import training_view
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.representation import (
@@ -64,13 +66,20 @@ def run_peer(name: PeerName, stage: Stage) -> dict[str, Any]:
         num_instances=len(stage.source),
     ).to(stage.world.device)
     points: list[dict[str, float]] = []
-    seconds, peak_gib = 0.0, 0.0
-    for epoch, spent in enumerate(_epochs(stage, peer), start=1):
+    seconds, first, epochs = 0.0, list[float](), _epochs(stage, peer)
+    peak = peak_bytes(lambda: first.append(next(epochs)), stage.world.device)  # before an evaluation takes more
+    for epoch, spent in enumerate(itertools.chain(first, epochs), start=1):
         seconds += spent
-        peak_gib = peak_gib or peak_memory_gib(stage.world.device)  # before an evaluation takes more
         if _is_point(stage, epoch):
             points.append(_point(stage, images, _frozen(stage, backbone, epoch), epoch, seconds))
-    return _record(stage, points, peak_gib)
+    return _record(stage, points, peak / 2**20)
+
+
+def run_training(stage: Stage) -> dict[str, Any]:
+    """This project's training as it is, with the memory that it took beyond what was held before."""
+    figures: dict[str, Any] = {}
+    peak = peak_bytes(lambda: figures.update(pretrain.run(stage)), stage.world.device)
+    return {**figures, "training_peak_mib": peak / 2**20}
 
 
 def run_own(stage: Stage) -> dict[str, Any]:
@@ -89,7 +98,7 @@ def run_own(stage: Stage) -> dict[str, Any]:
     if not points:
         raise UserError(f"{stage.checkpoints_of(_TRAINING)} holds no checkpoints: run the stage {_TRAINING} before")
     record = json.loads((stage.run_directory / _TRAINING / "result.json").read_text())
-    return _record(stage, points, record["peak_gib"])
+    return _record(stage, points, record["training_peak_mib"])
 
 
 def _epochs(stage: Stage, peer: Peer) -> Iterator[float]:
@@ -176,7 +185,7 @@ def _point(
     return {"epoch": epoch, "seconds": seconds, "knn_top1": knn_top1, "linear_top1": probe["top1"]}
 
 
-def _record(stage: Stage, points: list[dict[str, float]], peak_gib: float) -> dict[str, Any]:
+def _record(stage: Stage, points: list[dict[str, float]], peak_mib: float) -> dict[str, Any]:
     """The curve, its end, and what that took."""
     last, optimization = points[-1], stage.config.optimization
     steps = optimization.epochs * (len(stage.source) // optimization.global_batch_size)
@@ -187,7 +196,7 @@ def _record(stage: Stage, points: list[dict[str, float]], peak_gib: float) -> di
         "linear_top1": last["linear_top1"],
         "training_seconds": last["seconds"],
         "training_images_per_second": steps * optimization.global_batch_size / last["seconds"],
-        "training_peak_gib": peak_gib,
+        "training_peak_mib": peak_mib,
         "curve": points,
     }
 

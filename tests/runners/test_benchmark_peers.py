@@ -13,7 +13,7 @@ FEW += [
     "checkpoint.every_epochs=1",
     "checkpoint.keep_every_epochs=1",
 ]
-KEYS = {"knn_top1", "linear_top1", "training_seconds", "training_images_per_second", "training_peak_gib", "curve"}
+KEYS = {"knn_top1", "linear_top1", "training_seconds", "training_images_per_second", "training_peak_mib", "curve"}
 
 
 def test_our_curve_has_every_kept_checkpoint_and_the_seconds_it_took(tmp_path: Path) -> None:
