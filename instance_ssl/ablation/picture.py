@@ -1,4 +1,4 @@
-"""The picture of an ablation: curves over epochs where there are several lengths, else bars; spread over seeds."""
+"""The picture of an ablation: curves over epochs where there are several lengths, else points; spread over seeds."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def draw(path: Path, ablation: Ablation, results: Results) -> bool:
         curves = len({row.epochs for row in rows}) > 1
         for axes, figure in zip(line, ablation.drawn, strict=True):
             values = {row: results[row][figure] for row in rows if results[row][figure].mean is not None}
-            (_draw_curves if curves else _draw_bars)(axes, values)
+            (_draw_curves if curves else _draw_points)(axes, values)
             axes.set_title(f"{group}: {figure}" if group else figure, fontsize=10)
             axes.grid(axis="y" if curves else "x", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
@@ -44,13 +44,11 @@ def _draw_curves(axes: Any, values: dict[Row, Values]) -> None:
     axes.legend(fontsize=8)
 
 
-def _draw_bars(axes: Any, values: dict[Row, Values]) -> None:
+def _draw_points(axes: Any, values: dict[Row, Values]) -> None:
+    """Not bars: differences of a point or two would not be seen in bars that begin at 0."""
     names = [row.variant for row in values]
-    means = [figures.mean or 0.0 for figures in values.values()]
+    means = [figures.mean for figures in values.values()]
     spreads = [figures.std or 0.0 for figures in values.values()]
-    axes.barh(range(len(names)), means, 0.6, xerr=spreads, color=_COLOURS[0], ecolor="#444444", capsize=3)
+    axes.errorbar(means, range(len(names)), xerr=spreads, fmt="o", color=_COLOURS[0], ecolor="#777777", capsize=3)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
-    if means:  # differences of a point or two would not be seen in bars that begin at 0
-        low, high = min(means) - max(spreads), max(means) + max(spreads)
-        axes.set_xlim(low - 0.3 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
+    axes.set_ylim(len(names) - 0.5, -0.5)
