@@ -116,6 +116,12 @@ class Guard:
         if self.reason is not None:
             raise Stopped(self.reason)
 
+    def await_end(self, seconds: float) -> None:
+        """Waits until an end is asked for, so long at most."""
+        deadline = time.monotonic() + seconds
+        while self.reason is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+
     def beat(self) -> None:
         """Says that work goes on."""
         self._last_beat = time.monotonic()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.data.loaders import GlobalBatchSampler
+from instance_ssl.data.order import GlobalBatchSampler
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config

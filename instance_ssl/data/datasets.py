@@ -1,15 +1,11 @@
-"""Sources of images whose index is a stable instance id, and so the class that the instance classifier learns."""
+"""Opens data sets: which files or arrays they are, and which image has which instance id."""
 
-import hashlib
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from instance_ssl.data.folders import (
@@ -21,137 +17,11 @@ from instance_ssl.data.folders import (
     required_root,
     scan_images,
 )
+from instance_ssl.data.sources import ArrayImages, FileImages, ImageSource
 from instance_ssl.data.transfer_sets import LabelledFiles, find_dtd, find_inaturalist2018, find_sun397
-from instance_ssl.errors import RankError, UserError
+from instance_ssl.errors import UserError
 
-# Only these decoders are ever run, whatever a file's name says.
-_FORMATS = ("JPEG", "PNG", "WEBP")
 _DIGITS_TEST_SIZE = 360
-_HEADERS_PER_TASK = 256
-_PROBED_FILES = 64
-
-
-class ImageSource(ABC):
-    """N images in a fixed order; the position of an image is its instance id.
-
-    A source pickles cheaply (names and labels, and pixels only if they are in memory anyway), so that one rank can
-    open it and hand it to the others.
-
-    Attributes:
-        names: one name an image: the path relative to the root for files, such as "digits/train/17" for arrays.
-        labels: (N,) int64 class indices, or None where the images have no labels.
-        class_names: the name of each class index, or None with `labels`.
-        digest: SHA-256 in hexadecimal; what it covers, each implementation says.
-        held_out: ids, (n,) int64, of the training images that the data set itself keeps for the choice of parameters;
-            None where it has no such part.
-    """
-
-    names: list[str]
-    labels: torch.Tensor | None
-    class_names: list[str] | None
-    digest: str
-    held_out: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def missing_here(self) -> str | None:
-        """What this machine lacks of the images, after another machine has opened them; None when nothing."""
-        return None
-
-    @abstractmethod
-    def load(self, index: int) -> Image.Image:
-        """Image `index` in RGB mode.
-
-        Raises:
-            RankError: the image cannot be read; one line that names the file.
-        """
-
-
-class ArrayImages(ImageSource):
-    """Images held in memory as one array; `digest` covers the raw pixels and the array's shape, not the labels.
-
-    Args:
-        pixels: (N, H, W, 3) uint8.
-        names: N names.
-        labels: (N,) int64, or None.
-        class_names: the name of each label, or None.
-    """
-
-    def __init__(
-        self, pixels: np.ndarray, names: list[str], labels: torch.Tensor | None, class_names: list[str] | None
-    ) -> None:
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(names):
-            raise ValueError(f"expected {len(names)} uint8 RGB images, got {pixels.dtype} of shape {pixels.shape}")
-        self.pixels = np.ascontiguousarray(pixels)
-        self.names, self.labels, self.class_names = names, labels, class_names
-        digest = hashlib.sha256(repr(pixels.shape).encode())
-        digest.update(self.pixels.reshape(-1).data)
-        self.digest = digest.hexdigest()
-
-    def load(self, index: int) -> Image.Image:
-        """Image `index` in RGB mode, a copy."""
-        return Image.fromarray(self.pixels[index])
-
-
-class FileImages(ImageSource):
-    """JPEG, PNG and WebP files under one root, decoded when asked for.
-
-    `digest` covers the relative paths and the sizes in bytes, in order, but not the contents: reading a large data set
-    whole at each start costs too much. A file replaced by another of the same size goes unnoticed.
-
-    Every header is read once here, so an empty or foreign file is refused before training rather than in its midst.
-
-    Args:
-        root: folder that the names are relative to.
-        names: N relative POSIX paths.
-        labels: (N,) int64, or None.
-        class_names: the name of each label, or None.
-
-    Raises:
-        UserError: a file is missing, empty, too large, or no JPEG, PNG or WebP image.
-    """
-
-    def __init__(
-        self, root: Path, names: list[str], labels: torch.Tensor | None, class_names: list[str] | None
-    ) -> None:
-        self.root = root
-        self.names, self.labels, self.class_names = names, labels, class_names
-        digest, sizes = hashlib.sha256(), _check_headers(root, names)
-        for name, size in zip(names, sizes, strict=True):
-            digest.update(os.fsencode(name) + b"\0%d\0" % size)
-        self.digest = digest.hexdigest()
-        step = max(1, len(names) // _PROBED_FILES)
-        self._probes = list(zip(names[::step], sizes[::step], strict=True))
-
-    def missing_here(self) -> str | None:
-        """The first of some files, evenly spread, that is absent or of another size on this machine."""
-        for name, size in self._probes:
-            path = self.root / name
-            try:
-                found = path.stat().st_size
-            except OSError as error:
-                return f"{escape(str(path))}: {reason(error)}"
-            if found != size:
-                return f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
-        return None
-
-    def load(self, index: int) -> Image.Image:
-        """Image `index` in RGB mode: transparency is dropped, 16-bit grey keeps its upper 8 bits.
-
-        The EXIF orientation is left alone, as torchvision's ImageFolder does.
-
-        Raises:
-            RankError: the file is gone, truncated or otherwise undecodable.
-        """
-        path = self.root / self.names[index]
-        try:
-            with open_image(path) as image:
-                return _convert_to_rgb(image)
-        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-            raise RankError(
-                f"cannot decode {escape(str(path))} (image {index}): {reason(error)}; repair or replace the file"
-            ) from error
 
 
 def open_source(kind: str, split: str, *, root: Path | None, list_file: Path | None, limit: int | None) -> ImageSource:
@@ -196,17 +66,6 @@ def open_source(kind: str, split: str, *, root: Path | None, list_file: Path | N
             _refuse_test_split(kind, split)
             return _open_list(root, list_file, limit)
     raise ValueError(f"unknown kind of data set {kind!r}")
-
-
-def write_instances(source: ImageSource, path: Path) -> None:
-    r"""Writes the name of image i to line i, counted from 0, of `path`: N lines, all or nothing.
-
-    Newlines, carriage returns and backslashes within a name are written as \n, \r and \\.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        file.writelines(escape(name) + "\n" for name in source.names)
-    os.replace(temporary, path)
 
 
 def _open_digits(split: str, limit: int | None) -> ArrayImages:
@@ -333,47 +192,3 @@ def _kept_indices(count: int, limit: int | None, split: str) -> np.ndarray:
     if not 1 <= limit <= count:
         raise UserError(f"data.limit_{split} is {limit}, but the {split} split has {count} images: take 1 to {count}")
     return np.arange(limit, dtype=np.int64) * count // limit
-
-
-def _check_headers(root: Path, names: list[str]) -> list[int]:
-    """Sizes in bytes of the files, in order, after each one's header has been read; the first bad file is raised."""
-
-    def check(start: int) -> list[int]:
-        return [_check_header(root / name) for name in names[start : start + _HEADERS_PER_TASK]]
-
-    with ThreadPoolExecutor() as pool:
-        return [size for sizes in pool.map(check, range(0, len(names), _HEADERS_PER_TASK)) for size in sizes]
-
-
-def _check_header(path: Path) -> int:
-    try:
-        size = path.stat().st_size
-        if size == 0:
-            raise ValueError("the file is empty")
-        with open_image(path):
-            return size
-    except Exception as error:  # PIL's parsers raise OSError, SyntaxError, ValueError, struct.error and more
-        raise UserError(f"cannot read image {escape(str(path))}: {reason(error)}; repair or remove it") from error
-
-
-def open_image(path: Path) -> Image.Image:
-    """The image of a file whose header has been read, by the decoders that are allowed, and within PIL's bound.
-
-    Raises:
-        OSError, ValueError, SyntaxError and others of PIL's, for what cannot be read.
-    """
-    image = Image.open(path, formats=_FORMATS)
-    # PIL only warns up to twice the bound.
-    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        image.close()
-        raise Image.DecompressionBombError(
-            f"{image.width} x {image.height} pixels exceed PIL's bound of {Image.MAX_IMAGE_PIXELS}"
-        )
-    return image
-
-
-def _convert_to_rgb(image: Image.Image) -> Image.Image:
-    # PIL clips 16-bit grey at 255, which leaves a white image.
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")

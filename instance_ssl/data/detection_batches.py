@@ -11,7 +11,9 @@ from torch.utils.data import Sampler
 from torchvision.transforms.v2 import functional
 
 from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD
-from instance_ssl.data.loaders import BatchLoader, Key, ViewDataset, epoch_order, sample_seed
+from instance_ssl.data.loaders import BatchLoader
+from instance_ssl.data.order import Key, epoch_order
+from instance_ssl.data.views import ViewDataset, sample_seed
 from instance_ssl.data.voc import VocImages
 
 

@@ -16,7 +16,8 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from instance_ssl.data.datasets import FileImages, open_image
+from instance_ssl.data.decoding import open_image
+from instance_ssl.data.sources import FileImages
 from instance_ssl.errors import UserError
 
 VOC_CLASSES = (

@@ -177,6 +177,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def launched_beside_rank_0() -> bool:
+    """Whether rank 0 is another process that was started on the same machine."""
+    return 0 < launched_rank() == int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def launched_world_size() -> int:
     """World size given by the launcher, 1 when run bare; usable before any group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from instance_ssl.checkpoint_files import read_tensors
 from instance_ssl.config import DataConfig
-from instance_ssl.data.datasets import FileImages, ImageSource, open_source
+from instance_ssl.data.datasets import open_source
+from instance_ssl.data.sources import FileImages, ImageSource
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.embedding_map import plane
 from instance_ssl.report.runs import Run

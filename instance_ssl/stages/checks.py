@@ -10,7 +10,8 @@ import psutil
 from instance_ssl import engine
 from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config
-from instance_ssl.data.datasets import ImageSource, open_source, write_instances
+from instance_ssl.data.datasets import open_source
+from instance_ssl.data.sources import ImageSource, write_instances
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.guard import launchers_of

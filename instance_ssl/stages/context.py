@@ -19,10 +19,10 @@ import torch
 import torchvision
 import yaml
 
-from instance_ssl import engine
+from instance_ssl import engine, faults
 from instance_ssl.config import ExperimentConfig, flatten, load_config
 from instance_ssl.console import complain, heard_or_not
-from instance_ssl.data.datasets import ImageSource
+from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
@@ -133,6 +133,7 @@ def run_stages(
     Complete stages are skipped; `after` follows the last. `--stages` names those, `further` ones too, to run instead.
     """
     process = _Process()
+    faults.reach("start", process.rank)
     process.guard.start()
 
     def work() -> None:
@@ -203,6 +204,9 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
             process.end("failed", str(error))
         if not isinstance(error, RankError):  # then all ranks are here, and leave together
             comm.finalize()
+            if process.guard.is_launched and comm.launched_beside_rank_0():
+                # A launcher ends all at the first exit it sees, and rank 0, which says it, may have to start up yet.
+                process.guard.await_end(seconds=60)
         return EXIT_LOST_PEER if isinstance(error, AbsentPeersError) else EXIT_USER_ERROR
     except Stopped as stop:
         process.log.say(f"stopped ({stop}); the same command goes on from here")

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from instance_ssl.data.augmentations import centre_view, probe_view
-from instance_ssl.data.loaders import Batch, PartLoader, epoch_order
+from instance_ssl.data.loaders import Batch, PartLoader
+from instance_ssl.data.order import epoch_order
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.linear import probe_cached_features, train_linear_classifier
 from instance_ssl.evaluation.progress import Progress

@@ -12,8 +12,8 @@ from torch import Tensor
 from instance_ssl import faults
 from instance_ssl.config import DataConfig
 from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD, centre_view
-from instance_ssl.data.datasets import ImageSource, write_instances
 from instance_ssl.data.loaders import image_loader
+from instance_ssl.data.sources import ImageSource, write_instances
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.feature_files import append_features, join_parts, keep_whole_rows, write_parquet

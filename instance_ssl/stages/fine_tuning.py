@@ -13,8 +13,9 @@ from torch import Tensor
 
 from instance_ssl import faults
 from instance_ssl.data.augmentations import centre_view, probe_view
-from instance_ssl.data.datasets import ImageSource
-from instance_ssl.data.loaders import Batch, PartLoader, epoch_order, image_loader
+from instance_ssl.data.loaders import Batch, PartLoader, image_loader
+from instance_ssl.data.order import epoch_order
+from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import state_digest

@@ -19,7 +19,8 @@ from instance_ssl.checkpoint_files import DirectoryWriter, clear_leftovers
 from instance_ssl.classifier.initialization import initialize_from_features, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.augmentations import centre_view
-from instance_ssl.data.loaders import epoch_order, image_loader
+from instance_ssl.data.loaders import image_loader
+from instance_ssl.data.order import epoch_order
 from instance_ssl.guard import Stopped
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.build import classifier_shard, describe_encoder, own_parts, seeded_encoder, training_view

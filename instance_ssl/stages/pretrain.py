@@ -16,7 +16,9 @@ from instance_ssl.checkpoint import (
 )
 from instance_ssl.checkpoint_files import clear_leftovers
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.data.loaders import GlobalBatchSampler, ViewDataset, view_loader
+from instance_ssl.data.loaders import view_loader
+from instance_ssl.data.order import GlobalBatchSampler
+from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed import comm
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from instance_ssl.classifier.initialization import InitializationMode, OwnRows, initialize_from_features
 from instance_ssl.data.augmentations import Transform
-from instance_ssl.data.datasets import ImageSource
-from instance_ssl.data.loaders import BatchLoader, ViewDataset, epoch_order
+from instance_ssl.data.loaders import BatchLoader
+from instance_ssl.data.order import epoch_order
+from instance_ssl.data.sources import ImageSource
+from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.stages.build import own_parts
 from instance_ssl.stages.context import Stage

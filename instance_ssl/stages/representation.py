@@ -12,8 +12,8 @@ from instance_ssl import faults
 from instance_ssl.checkpoint import ENCODER_FILES, Checkpoint, checkpoint_at, load_encoder, newest_checkpoint
 from instance_ssl.config import DataConfig, KnnConfig
 from instance_ssl.data.augmentations import Transform, centre_view
-from instance_ssl.data.datasets import ImageSource
 from instance_ssl.data.loaders import Batch, image_loader
+from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import extract_features

@@ -11,7 +11,7 @@ import torch
 from instance_ssl.checkpoint import Checkpoint, TrainingPosition, start_checkpoint
 from instance_ssl.checkpoint_files import DirectoryWriter
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.data.loaders import GlobalBatchSampler
+from instance_ssl.data.order import GlobalBatchSampler
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError
 from instance_ssl.metrics import LossLevel, TrainingMeter

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.reference import dense_hard_classes, dense_labels, dense_loss
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.data.loaders import GlobalBatchSampler
+from instance_ssl.data.order import GlobalBatchSampler
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, InstanceClassifierSection

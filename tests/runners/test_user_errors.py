@@ -67,7 +67,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not run_directory.exists()
 
 
-def test_two_ranks_say_it_once(tmp_path: Path) -> None:
+def test_two_ranks_say_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the rank that says it starts up last, and the launcher ends all at the first exit that it sees."""
+    monkeypatch.setenv("INSTANCE_SSL_FAULT", "start:0:*:sleep=5")
     finished = run_launched("pretrain", 2, "--run-dir", str(tmp_path / "run"), "--set", "optimization.epochs=many")
     assert finished.returncode == 2
     assert finished.stderr.count("error: ") == 1

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from instance_ssl.data.datasets import ArrayImages, ImageSource, open_source, write_instances
+from instance_ssl.data.datasets import open_source
+from instance_ssl.data.sources import ArrayImages, ImageSource, write_instances
 from instance_ssl.errors import RankError, UserError
 
 

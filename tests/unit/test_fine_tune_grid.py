@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from instance_ssl.config import ExperimentConfig
-from instance_ssl.data.datasets import ArrayImages
+from instance_ssl.data.sources import ArrayImages
 from instance_ssl.errors import UserError
 from instance_ssl.stages import evaluate_fine_tune
 from instance_ssl.stages.representation import LabelledImages

@@ -13,16 +13,11 @@ import torch
 from PIL import Image
 
 from instance_ssl.data.augmentations import centre_view, simclr_view
-from instance_ssl.data.datasets import ArrayImages, ImageSource, open_source
-from instance_ssl.data.loaders import (
-    GlobalBatchSampler,
-    PartLoader,
-    ViewDataset,
-    epoch_order,
-    image_loader,
-    sample_seed,
-    view_loader,
-)
+from instance_ssl.data.datasets import open_source
+from instance_ssl.data.loaders import PartLoader, image_loader, view_loader
+from instance_ssl.data.order import GlobalBatchSampler, epoch_order
+from instance_ssl.data.sources import ArrayImages, ImageSource
+from instance_ssl.data.views import ViewDataset, sample_seed
 from instance_ssl.errors import RankError, UserError
 
 SIZE = 8

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import DTD, SUN397
 
-from instance_ssl.data.datasets import ImageSource, open_source
+from instance_ssl.data.datasets import open_source
+from instance_ssl.data.sources import ImageSource
 from instance_ssl.errors import UserError
 
 
