@@ -17,7 +17,9 @@ from torch import Tensor
 from instance_ssl.benchmarks.measure import peak_bytes
 from instance_ssl.benchmarks.peers import Peer, PeerName, build_peer
 from instance_ssl.checkpoint import intact_checkpoints
-from instance_ssl.data.loaders import GlobalBatchSampler, ViewDataset, view_loader
+from instance_ssl.data.loaders import view_loader
+from instance_ssl.data.order import GlobalBatchSampler
+from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import evaluation_mode
 from instance_ssl.evaluation.linear import probe_cached_features

@@ -11,7 +11,7 @@ from torch import Tensor
 from instance_ssl.checkpoint import load_rows, newest_checkpoint
 from instance_ssl.config import ExperimentConfig
 from instance_ssl.data.augmentations import centre_view
-from instance_ssl.data.loaders import ViewDataset
+from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import load_ds_config
 from instance_ssl.guard import Guard

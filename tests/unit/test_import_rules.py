@@ -27,6 +27,7 @@ RESERVED = {
     "torch.utils.tensorboard": set(),
     "argparse": {
         "instance_ssl/report/command.py",
+        "instance_ssl/stages/arguments.py",
         "instance_ssl/stages/context.py",
         "instance_ssl/stages/plan.py",
         "runners/ablate.py",
