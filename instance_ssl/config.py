@@ -52,6 +52,10 @@ class ClassifierConfig(Section):
 
     Attributes:
         initialization_batch_size: images over all ranks that give one set of batch-norm statistics in the prior's pass.
+        initialization_view: what that pass sees of an image: the deterministic `evaluation` view or a random `training`
+            one. The paper does not say.
+        weight_decay: of W; None: `optimization.weight_decay`, as in PIC.
+        learning_rate_multiplier: W's learning rate by the encoder's, 1 in the paper's one SGD.
         sampling: classes of a step's softmax: all N (`full`), or Table 3's: the positives of the global batch and
             `random` others, or the most `recent` ones (PIC). Table 3 is without smoothing, and so is sampling here.
         num_sampled_classes: positives included, 2^10 … 2^16 in Table 3; more positives than that are all kept.
@@ -63,6 +67,9 @@ class ClassifierConfig(Section):
     loss_form: LossForm = "mixture"
     initialization: InitializationMode = "running"
     initialization_batch_size: PositiveInt = 256
+    initialization_view: Literal["evaluation", "training"] = "evaluation"
+    weight_decay: NonNegativeFloat | None = None
+    learning_rate_multiplier: PositiveFloat = 1.0
     sampling: Literal["full"] | SamplingMode = "full"
     num_sampled_classes: PositiveInt = 65_536
 
@@ -78,7 +85,8 @@ class ClassifierConfig(Section):
 
 
 class OptimizationConfig(Section):
-    """SGD of the encoder and of W, on one schedule. Weight decay applies to all parameters, W included (PIC).
+    """SGD of the encoder and of W, on one schedule. Weight decay applies to all parameters, W included (PIC), unless
+    `classifier.weight_decay` says otherwise.
 
     Attributes:
         learning_rate: at the end of the warm-up; None is the paper's 0.48 · global_batch_size / 4096.

@@ -1,10 +1,19 @@
 """All stages in one process group: initialise, pretrain, evaluate; stages already complete are skipped.
 
-deepspeed runners/pipeline.py --config F --deepspeed_config F --run-dir D --set key=value …
+deepspeed runners/pipeline.py --config F --deepspeed_config F --run-dir D --set key=value … [--stages NAME …]
 """
 
 from instance_ssl.leaving import leave
-from instance_ssl.stages import evaluate_knn, evaluate_linear, initialize_classifier, pretrain, summary
+from instance_ssl.stages import (
+    evaluate_checkpoints,
+    evaluate_knn,
+    evaluate_linear,
+    evaluate_retrieval,
+    evaluate_similarity,
+    initialize_classifier,
+    pretrain,
+    summary,
+)
 from instance_ssl.stages.context import StageSpec, run_stages
 
 STAGES = [
@@ -14,5 +23,11 @@ STAGES = [
     StageSpec("evaluate_linear", evaluate_linear.run, needs_labels=True),
 ]
 
+FURTHER = [
+    StageSpec("evaluate_checkpoints", evaluate_checkpoints.run, needs_labels=True),
+    StageSpec("evaluate_retrieval", evaluate_retrieval.run, needs_labels=True),
+    StageSpec("evaluate_similarity", evaluate_similarity.run),
+]
+
 if __name__ == "__main__":
-    leave(run_stages(STAGES, after=summary.show))
+    leave(run_stages(STAGES, after=summary.show, further=FURTHER))

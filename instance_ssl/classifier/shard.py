@@ -69,6 +69,7 @@ class ClassifierShard:
         smoothing_factor: α of Eq. 2; 0 is Eq. 1.
         momentum: μ of SGD.
         weight_decay: λ of SGD.
+        learning_rate_multiplier: times the rate that `step` is given.
         row_dtype: of the rows: float32, or bfloat16 with stochastic rounding of every update.
         momentum_dtype: of their momentum: float32 or bfloat16.
         sampler: chooses the classes of each step; None: all N. Not with smoothing, whose classes it would leave out.
@@ -86,6 +87,7 @@ class ClassifierShard:
         smoothing_factor: float = 0.0,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
+        learning_rate_multiplier: float = 1.0,
         row_dtype: torch.dtype = torch.float32,
         momentum_dtype: torch.dtype = torch.float32,
         sampler: ClassSampler | None = None,
@@ -101,6 +103,7 @@ class ClassifierShard:
         self.smoothing_factor = smoothing_factor
         self.momentum = momentum
         self.weight_decay = weight_decay
+        self.learning_rate_multiplier = learning_rate_multiplier
         self.sampler = sampler
         self.seed = seed
         self.partition = Partition(num_instances, group.size)
@@ -183,7 +186,8 @@ class ClassifierShard:
         the same arithmetic, reads W once, and until now nothing has been touched that a bad micro-batch could spoil.
         What it keeps for that is B x D embeddings.
         """
-        update = RowUpdate(learning_rate, self.momentum, self.weight_decay, self._rounding_seed)
+        rate = learning_rate * self.learning_rate_multiplier
+        update = RowUpdate(rate, self.momentum, self.weight_decay, self._rounding_seed)
         pending, self._pending = self._pending, []
         sampled, self._sampled = self._sampled, None
         weight, momentum = self.weight, self.momentum_buffer

@@ -122,20 +122,22 @@ def image_loader(
     batches: Iterable[Sequence[int]],
     num_workers: int,
     *,
+    seed: int = 0,
     on_unreadable: Callable[[dict[int, str]], None] | None = None,
 ) -> Iterable[Batch]:
     """Batches (images (b, 3, S, S) float32, ids (b,) int64) of the given lists of images, in order.
 
     Args:
-        transform: the deterministic view.
+        transform: a view, deterministic in most cases.
         batches: image indices of each batch, read anew at every pass; an empty one is passed over.
+        seed: of a random view.
         on_unreadable: told id → why of a batch's images that cannot be read, before the batch comes without them
             (with images (0, 3, 0, 0), where none is left); None: the first of them is an error.
 
     Raises:
         RankError: from the iteration, when an image cannot be decoded.
     """
-    dataset = ViewDataset(source, transform, num_views=1, seed=0)
+    dataset = ViewDataset(source, transform, num_views=1, seed=seed)
     on_broken: OnBroken = "error" if on_unreadable is None else "drop"
     loader = BatchLoader(dataset, BatchKeys(batches), num_workers, persistent=False, on_broken=on_broken)
     return _FirstViews(loader, on_unreadable)

@@ -31,6 +31,7 @@ from instance_ssl.guard import EXIT_LOST_PEER, Guard, Stopped, own_process_id
 from instance_ssl.run_directory import State, locked, read_state, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages import checks, instances
+from instance_ssl.stages.arguments import parse_arguments
 
 _T = TypeVar("_T")
 
@@ -125,21 +126,25 @@ class StageSpec(NamedTuple):
     needs_labels: bool = False
 
 
-def run_stages(stages: Sequence[StageSpec], after: Callable[[Stage], None] | None = None) -> int:
+def run_stages(
+    stages: Sequence[StageSpec], after: Callable[[Stage], None] | None = None, further: Sequence[StageSpec] = ()
+) -> int:
     """Runs stages one after another in one process group and returns the process's exit code.
 
-    Stages already complete in the run directory are skipped. `after` is called once all are complete.
+    Complete stages are skipped; `after` follows the last. `--stages` names those, `further` ones too, to run instead.
     """
     process = _Process()
     faults.reach("start", process.rank)
     process.guard.start()
 
     def work() -> None:
-        needs_labels = any(spec.needs_labels for spec in stages)
-        context = _open(_parse_arguments(), process, needs_labels=needs_labels)
-        for spec in stages:
+        offered = {spec.name: spec for spec in (*stages, *further)}
+        arguments = parse_arguments(list(offered))
+        chosen = [offered[name] for name in arguments.stages] if arguments.stages else stages
+        context = _open(arguments, process, needs_labels=any(spec.needs_labels for spec in chosen))
+        for spec in chosen:
             _run_stage(replace(context, name=spec.name), spec.run, process)
-        if after is not None:
+        if after is not None and not arguments.stages:
             after(context)
         context.world.barrier()
 
@@ -242,32 +247,6 @@ def _fault(error: Exception, process: _Process) -> int:
     with heard_or_not(sys.stderr):
         traceback.print_exception(error)
     return EXIT_FAILURE
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what an experiment is."""
-    root = Path(__file__).resolve().parents[2]
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=root / "runners/configs/pipeline_digits.yaml",
-        help="experiment YAML: what changes the mathematics",
-    )
-    parser.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        default=root / "ds_configs/cpu_float32.json",
-        help="DeepSpeed JSON: engine, precision, memory",
-    )
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=v", help="override config keys")
-
-
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_config_arguments(parser)
-    parser.add_argument("--run-dir", type=Path, default=None, help="where the run lies (default: runs/<config name>)")
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
-    return parser.parse_args()
 
 
 def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: bool) -> Stage:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from instance_ssl.classifier.cosine_softmax import normalise_rows
 from instance_ssl.classifier.initialization import initialize_from_features
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.data.augmentations import centre_view
 from instance_ssl.stages.build import own_parts
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.left_out import LeftOut, readable_batches
@@ -51,7 +52,8 @@ def add_rows(
 
         size = stage.config.classifier.initialization_batch_size
         parts = own_parts(torch.arange(first, len(stage.source)), size, stage.world)
-        batches = readable_batches(stage, parts, left_out)
+        view = centre_view(stage.config.data.image_size)
+        batches = readable_batches(stage, parts, left_out, view)
         initialize_from_features(
             rows, encoder.to(stage.world.device), batches, "frozen", stage.world, on_batch=on_batch
         )

@@ -18,13 +18,24 @@ from instance_ssl.checkpoint import (
 from instance_ssl.checkpoint_files import DirectoryWriter, clear_leftovers
 from instance_ssl.classifier.initialization import initialize_from_features, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.order import LazyBatches, epoch_order
 from instance_ssl.guard import Stopped
 from instance_ssl.models.encoder import Encoder
-from instance_ssl.stages.build import classifier_shard, describe_encoder, own_parts, seeded_encoder, training_shards
+from instance_ssl.stages.build import (
+    classifier_shard,
+    describe_encoder,
+    own_parts,
+    seeded_encoder,
+    training_shards,
+    training_view,
+)
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.left_out import LeftOut, TooManyBroken, readable_batches
 from instance_ssl.stages.session import require_same_run, run_digests
+
+# Above all seeds of experiments: a random view of this pass is none that the training will see.
+_VIEW_SEEDS = 2**31
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -116,4 +127,8 @@ def _own_batches(stage: Stage, first: int, left_out: LeftOut) -> Iterator[tuple[
     known = set(left_out.found_by(0).tolist())
     parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]
     readable = LazyBatches(len(parts), lambda number: [index for index in parts[number] if index not in known])
-    return readable_batches(stage, readable, left_out)
+    if stage.config.classifier.initialization_view == "training":
+        view = training_view(stage.config.augmentation, stage.config.data)
+    else:
+        view = centre_view(stage.config.data.image_size)
+    return readable_batches(stage, readable, left_out, view, seed=stage.config.seed + _VIEW_SEEDS)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from instance_ssl.data.augmentations import centre_view
+from instance_ssl.data.augmentations import Transform
 from instance_ssl.data.loaders import image_loader
 from instance_ssl.errors import UserError
 from instance_ssl.stages.context import Stage
@@ -126,9 +126,9 @@ class LeftOut:
 
 
 def readable_batches(
-    stage: Stage, parts: Sequence[Sequence[int]], left_out: LeftOut
+    stage: Stage, parts: Sequence[Sequence[int]], left_out: LeftOut, view: Transform, *, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (b, 3, S, S) of the evaluation view and their ids (b,), for each list of ids; b is 0 for an empty one.
+    """Images (b, 3, S, S) of a view and their ids (b,), for each list of ids; b is 0 for an empty one.
 
     Without what cannot be read, where the policy is to skip it: `left_out` is told.
 
@@ -137,8 +137,8 @@ def readable_batches(
     """
     data = stage.config.data
     on_unreadable = left_out.meet if data.on_broken == "skip" else None
-    view = centre_view(data.image_size)
-    loaded = iter(image_loader(stage.source, view, parts, data.num_workers, on_unreadable=on_unreadable))
+    loader = image_loader(stage.source, view, parts, data.num_workers, seed=seed, on_unreadable=on_unreadable)
+    loaded = iter(loader)
     nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)
     for part in parts:
         images, ids_b = next(loaded) if part else nothing

@@ -18,9 +18,10 @@ from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import UserError
 from instance_ssl.planning import LAYOUTS, EncoderCost, Layout, Plan, engine_size, measure_encoder
 from instance_ssl.planning_paper import PAPER_GIB, Training, draw_figure_3, table_1
+from instance_ssl.stages.arguments import add_config_arguments
 from instance_ssl.stages.build import describe_encoder, seeded_encoder
 from instance_ssl.stages.checks import check_size
-from instance_ssl.stages.context import EXIT_USER_ERROR, add_config_arguments
+from instance_ssl.stages.context import EXIT_USER_ERROR
 
 _CIFAR_IMAGES = 50_000
 _PLANNED = torch.device("cuda")

@@ -14,8 +14,9 @@ from instance_ssl.data.folders import escape
 from instance_ssl.data.view_grid import view_grid
 from instance_ssl.errors import UserError
 from instance_ssl.pretraining import flatten_views
+from instance_ssl.stages.arguments import add_config_arguments
 from instance_ssl.stages.build import training_views
-from instance_ssl.stages.context import EXIT_USER_ERROR, add_config_arguments
+from instance_ssl.stages.context import EXIT_USER_ERROR
 
 
 def main(words: Sequence[str] | None = None) -> int:

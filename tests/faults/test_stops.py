@@ -193,7 +193,7 @@ def test_a_signal_to_ranks_with_loaders_stops_all_with_one_checkpoint(
     What goes to all ranks goes to their loader processes as well, as from a terminal or a scheduler.
     """
     settings = {"data.num_workers": 2}
-    with running(place, fault="step:*:*:sleep=0.05", settings=settings) as stopped:
+    with running(place, fault="step:*:*:sleep=0.3", settings=settings) as stopped:
         wait_for(lambda: checkpoints(place))
         ranks = [psutil.Process(stopped.processes[rank].pid) for rank in who]
         loaders = [loader for rank in ranks for loader in rank.children()]

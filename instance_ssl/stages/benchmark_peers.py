@@ -1,0 +1,220 @@
+"""Stages of the benchmark: a peer is trained and evaluated on its way; our own run's checkpoints are, likewise.
+
+Images, order, views, batches, schedule, precision and evaluation are the same functions for all. The clock runs while
+there is training, and stands while there is evaluation. Points lie at the end of every
+`checkpoint.keep_every_epochs`: their schedule has not ended yet, that of the last has.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instance_ssl.benchmarks.measure import peak_bytes
+from instance_ssl.benchmarks.peers import Peer, PeerName, build_peer
+from instance_ssl.checkpoint import intact_checkpoints
+from instance_ssl.data.loaders import view_loader
+from instance_ssl.data.order import GlobalBatchSampler
+from instance_ssl.data.views import ViewBatch
+from instance_ssl.errors import UserError
+from instance_ssl.evaluation.features import evaluation_mode
+from instance_ssl.evaluation.linear import probe_cached_features
+from instance_ssl.models.backbones import ResNet, SmallCnn, build_backbone
+from instance_ssl.pretraining import flatten_views
+from instance_ssl.schedules import warmup_cosine
+from instance_ssl.stages import pretrain
+from instance_ssl.stages.build import training_views
+from instance_ssl.stages.context import Stage
+from instance_ssl.stages.representation import (
+    LabelledImages,
+    Representation,
+    cached_features,
+    labels_of_own_part,
+    open_labelled,
+    represent_checkpoint,
+    vote,
+)
+
+_INITIALISATION, _TRAINING = "initialize_classifier", "pretrain"
+
+
+def run_peer(name: PeerName, stage: Stage) -> dict[str, Any]:
+    """Trains a peer and returns its curve. One process; a run that was stopped begins anew.
+
+    `classifier.temperature` is its τ, `classifier.num_sampled_classes` the length of MoCo's queue; the rest of that
+    section does not concern it.
+
+    Raises:
+        UserError: for more than one process, other than two views, or without lightly.
+    """
+    config = stage.config
+    if stage.world.size > 1:
+        raise UserError(f"the peers run in one process, not in {stage.world.size}")
+    if config.augmentation.num_views != 2:
+        raise UserError(f"the peers take augmentation.num_views 2, not {config.augmentation.num_views}")
+    images = open_labelled(stage)
+    torch.manual_seed(config.seed)
+    backbone = build_backbone(config.model.backbone, config.model.stem, config.data.image_size)
+    peer = build_peer(
+        name,
+        backbone,
+        feature_dim=backbone.feature_dim,
+        embedding_dim=config.model.embedding_dim,
+        temperature=config.classifier.temperature,
+        queue=config.classifier.num_sampled_classes,
+        num_instances=len(stage.source),
+    ).to(stage.world.device)
+    points: list[dict[str, float]] = []
+    seconds, first, epochs = 0.0, list[float](), _epochs(stage, peer)
+    peak = peak_bytes(lambda: first.append(next(epochs)), stage.world.device)  # before an evaluation takes more
+    for epoch, spent in enumerate(itertools.chain(first, epochs), start=1):
+        seconds += spent
+        if _is_point(stage, epoch):
+            points.append(_point(stage, images, _frozen(stage, backbone, epoch), epoch, seconds))
+    return _record(stage, points, peak / 2**20)
+
+
+def run_training(stage: Stage) -> dict[str, Any]:
+    """This project's training as it is, with the memory that it took beyond what was held before."""
+    figures: dict[str, Any] = {}
+    peak = peak_bytes(lambda: figures.update(pretrain.run(stage)), stage.world.device)
+    return {**figures, "training_peak_mib": peak / 2**20}
+
+
+def run_own(stage: Stage) -> dict[str, Any]:
+    """The same curve of this run's kept checkpoints; the seconds are those of the initialisation and the training.
+
+    Raises:
+        UserError: where the run has not been trained, or has kept no checkpoints.
+    """
+    seconds_at = _training_seconds(stage)
+    images = open_labelled(stage)
+    points = []
+    for checkpoint in intact_checkpoints(stage.checkpoints_of(_TRAINING), stage.world):
+        position = checkpoint.position
+        representation = represent_checkpoint(stage, "trained", checkpoint)
+        points.append(_point(stage, images, representation, position.epoch, seconds_at(position.step)))
+    if not points:
+        raise UserError(f"{stage.checkpoints_of(_TRAINING)} holds no checkpoints: run the stage {_TRAINING} before")
+    record = json.loads((stage.run_directory / _TRAINING / "result.json").read_text())
+    return _record(stage, points, record["training_peak_mib"])
+
+
+def _epochs(stage: Stage, peer: Peer) -> Iterator[float]:
+    """Trains epoch by epoch and yields the seconds of each."""
+    config, optimization = stage.config, stage.config.optimization
+    batch_size = optimization.global_batch_size
+    sampler = GlobalBatchSampler(len(stage.source), batch_size, batch_size, 0, 1, config.seed)
+    loader = view_loader(training_views(config, stage.source), sampler, config.data.num_workers)
+    parameters = [parameter for parameter in peer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(
+        parameters, lr=1.0, momentum=optimization.momentum, weight_decay=optimization.weight_decay
+    )
+    steps = sampler.steps_per_epoch
+    with stage.log.progress("train", optimization.epochs * steps, "steps") as progress:
+        for epoch in range(optimization.epochs):
+            sampler.epoch = epoch
+            peer.train()
+            began = time.perf_counter()
+            for step, batch in enumerate(loader, start=epoch * steps):
+                optimizer.param_groups[0]["lr"] = warmup_cosine(
+                    step,
+                    peak=optimization.peak_learning_rate,
+                    warmup_steps=optimization.warmup_epochs * steps,
+                    total_steps=optimization.epochs * steps,
+                )
+                loss = _step(stage, peer, optimizer, batch)
+                progress.advance(note=f"loss {loss:.3f}")
+                stage.guard.check()
+            seconds = time.perf_counter() - began
+            stage.log.metrics(
+                (epoch + 1) * steps,
+                {"train/loss": loss, "speed/images_per_second": steps * batch_size / seconds},
+            )
+            yield seconds
+
+
+def _step(stage: Stage, peer: Peer, optimizer: torch.optim.Optimizer, batch: ViewBatch) -> float:
+    images, ids = flatten_views(batch, stage.world.device)
+    with stage.autocast():
+        loss = peer(images.unflatten(0, (-1, len(batch.ids))).transpose(0, 1), ids[: len(batch.ids)])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    peer.after_step()
+    return loss.item()
+
+
+def _frozen(stage: Stage, backbone: ResNet | SmallCnn, epoch: int) -> Representation:
+    def features(images: Tensor) -> Tensor:
+        with stage.autocast(), evaluation_mode(backbone):
+            return backbone(images)
+
+    return Representation("trained", features, backbone.feature_dim, None, epoch, "backbone output")
+
+
+def _is_point(stage: Stage, epoch: int) -> bool:
+    every = stage.config.checkpoint.keep_every_epochs
+    return epoch == stage.config.optimization.epochs or (every is not None and epoch % every == 0)
+
+
+def _point(
+    stage: Stage, images: LabelledImages, representation: Representation, epoch: int, seconds: float
+) -> dict[str, float]:
+    """k-NN and linear accuracy in per cent after so many epochs and seconds of training."""
+    knn, linear = stage.config.evaluation.knn, stage.config.evaluation.linear
+    train_nF = cached_features(stage, representation, images.train, f"epoch {epoch}: train features")
+    test_mF = cached_features(stage, representation, images.test, f"epoch {epoch}: test features")
+    votes = vote(stage, images, train_nF, test_mF, knn, f"epoch {epoch}: k-NN")
+    probe = probe_cached_features(
+        train_nF,
+        labels_of_own_part(stage, images.train_labels),
+        test_mF,
+        labels_of_own_part(stage, images.test_labels),
+        stage.world,
+        num_classes=images.num_classes,
+        l2_penalties=linear.l2_penalties,
+        seed=stage.config.seed,
+        on_evaluation=stage.check_together,
+    )
+    knn_top1 = votes[knn.neighbours[0], knn.temperatures[0]]["top1"]
+    stage.log.say(f"epoch {epoch}, {seconds:.1f} s: k-NN {knn_top1:.2f} %, linear {probe['top1']:.2f} %")
+    return {"epoch": epoch, "seconds": seconds, "knn_top1": knn_top1, "linear_top1": probe["top1"]}
+
+
+def _record(stage: Stage, points: list[dict[str, float]], peak_mib: float) -> dict[str, Any]:
+    """The curve, its end, and what that took."""
+    last, optimization = points[-1], stage.config.optimization
+    steps = optimization.epochs * (len(stage.source) // optimization.global_batch_size)
+    return {
+        "layer": "backbone output",
+        "epochs": optimization.epochs,
+        "knn_top1": last["knn_top1"],
+        "linear_top1": last["linear_top1"],
+        "training_seconds": last["seconds"],
+        "training_images_per_second": steps * optimization.global_batch_size / last["seconds"],
+        "training_peak_mib": peak_mib,
+        "curve": points,
+    }
+
+
+def _training_seconds(stage: Stage) -> Callable[[int], float]:
+    """Steps → seconds of initialisation and training, by what both have written down.
+
+    The training logs images a second since the line before, over all that it does between.
+    """
+    initialisation = stage.run_directory / _INITIALISATION / "result.json"
+    metrics = stage.run_directory / _TRAINING / "metrics.jsonl"
+    for path in (initialisation, metrics, stage.run_directory / _TRAINING / "result.json"):
+        if not path.exists():
+            raise UserError(f"{path} does not exist: run the stages {_INITIALISATION} and {_TRAINING} before")
+    total, before, at = json.loads(initialisation.read_text())["seconds"], 0, {}
+    for line in map(json.loads, metrics.read_text().splitlines()):
+        images = (line["step"] - before) * stage.config.optimization.global_batch_size
+        total, before = total + images / line["speed/images_per_second"], line["step"]
+        at[line["step"]] = total
+    return at.__getitem__

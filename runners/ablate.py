@@ -1,0 +1,64 @@
+"""Runs the variants of an ablation over seeds, each in a process of its own, and writes table.md, table.json and a PNG.
+
+python runners/ablate.py --config runners/configs/ablations/F.yaml --output D [--jobs 2] [--set key=value …]
+The same command again goes on: runs that are done are not done again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from instance_ssl.ablation.picture import draw
+from instance_ssl.ablation.running import Batch
+from instance_ssl.ablation.settings import Ablation, Plan, plan_runs, read_ablation
+from instance_ssl.ablation.table import format_markdown, read_results, to_json
+from instance_ssl.errors import UserError
+from instance_ssl.run_directory import write_json, write_text
+
+EXIT_USER_ERROR = 2
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the ablation's YAML")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the table")
+    parser.add_argument("--runs", type=Path, help="of the runs, which ablations may share (default: OUTPUT/runs)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=v", help="overrides of all runs")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: as the YAML says)")
+    parser.add_argument("--table-only", action="store_true", help="runs nothing: writes the table of what is done")
+    return parser.parse_args()
+
+
+def _report(output: Path, runs: Path, ablation: Ablation, plan: Plan) -> None:
+    results = read_results(ablation, plan, runs)
+    table = format_markdown(ablation, results)
+    write_text(output / "table.md", table)
+    write_json(output / "table.json", to_json(ablation, plan, results))
+    if not draw(output / "table.png", ablation, results):
+        print("no picture: it needs matplotlib (pip install -e '.[plots]')")
+    print(f"\n{table}\n{output / 'table.md'}")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    ablation = read_ablation(arguments.config)
+    plan = plan_runs(ablation, arguments.set)
+    runs = arguments.runs or arguments.output / "runs"
+    jobs = ablation.jobs if arguments.jobs is None else arguments.jobs
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: at least 1")
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {arguments.output}: {error.strerror}") from None
+    code = 0 if arguments.table_only else Batch(ablation, runs, jobs=jobs).run(plan.runs.values())
+    _report(arguments.output, runs, ablation, plan)
+    return code
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(_run(_arguments()))
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None
