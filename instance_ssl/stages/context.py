@@ -216,9 +216,8 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
         return EXIT_STOPPED
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
-            lack = "by lack of memory perhaps, which a lower data.num_workers takes less of"
-            reason = f"rank {process.rank}: a loader process was killed, {lack} ({error})"
-            complain(reason)
+            cure = "lower data.num_workers if it was for lack of memory"
+            complain(reason := f"rank {process.rank}: a loader process was killed; {cure} ({error})")
             process.end("failed", reason)
             return EXIT_FAILURE
         if not comm.lost_peer(error):
@@ -228,12 +227,11 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
         complain(f"rank {process.rank}: {reason}; stopping too")
         # A signal may have come since: a launcher sends it to all when one rank dies. Only a rank that stopped says so.
         told = process.told_state()
-        stopped = told == "stopped"
         if told not in ("failed", "stopped"):  # else the other rank has said why, and knows better
             process.end("failed", reason)
         if process.guard.is_launched:
             time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
-        return EXIT_STOPPED if stopped else EXIT_LOST_PEER
+        return EXIT_STOPPED if told == "stopped" else EXIT_LOST_PEER
     except Exception as error:
         return _fault(error, process)
     return 0
@@ -241,9 +239,8 @@ def _exit_code(work: Callable[[], None], process: _Process) -> int:
 
 def _fault(error: Exception, process: _Process) -> int:
     """No user's mistake: the one end that shows a traceback."""
-    reason = f"rank {process.rank}: {type(error).__name__}: {error}"
-    process.end("failed", reason)
-    complain(reason.split("\n")[0])
+    process.end("failed", line := f"rank {process.rank}: {type(error).__name__}: {error}")
+    complain(line.split("\n")[0])
     with heard_or_not(sys.stderr):
         traceback.print_exception(error)
     return EXIT_FAILURE
