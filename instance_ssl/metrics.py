@@ -56,28 +56,23 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class InputWatch:
-    """When to say that the run waits for its images: as it begins to, and now and then while it lasts.
+    """When to say that the run waits for its images: as it begins to, and ever more seldom.
 
     The first interval is passed over, in which the loaders start.
     """
 
-    _SHARE, _INTERVALS_BETWEEN_WORDS = 0.1, 20
+    _SHARE = 0.1
 
     def __init__(self) -> None:
-        self._intervals = 0
-        self._said: int | None = None
+        self._intervals, self._pause = 0, 20
+        self._silent_until = 2
 
     def is_worth_a_word(self, share: float) -> bool:
         """Takes the share of an interval's time that the slowest rank waited."""
         self._intervals += 1
-        if self._intervals == 1:
+        if share <= self._SHARE or self._intervals < self._silent_until:
             return False
-        if share <= self._SHARE:
-            self._said = None
-            return False
-        if self._said is not None and self._intervals - self._said < self._INTERVALS_BETWEEN_WORDS:
-            return False
-        self._said = self._intervals
+        self._silent_until, self._pause = self._intervals + self._pause, 2 * self._pause
         return True
 
 

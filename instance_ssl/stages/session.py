@@ -274,16 +274,20 @@ class TrainingSession:
         rank = max(range(len(shares)), key=lambda rank: shares[rank][0])
         share, host = shares[rank]
         if self._input.is_worth_a_word(share):
-            data, cores = self._stage.config.data, len(os.sched_getaffinity(0))
-            cures = [f"raise data.num_workers ({data.num_workers} a rank, {cores} cores here)"]
-            on_gpu = self._stage.world.device.type != "cpu"
-            cures += ["set data.augment_on=device"] if on_gpu and data.augment_on == "cpu" else []
-            cures += ["pack the images (runners/pack_dataset.py)"] if isinstance(self._stage.source, FileImages) else []
+            cures = self._cures_of_waiting()
             self._stage.log.say(
                 f"warning: input-bound: rank {rank} on {host} waits for images {share:.0%} of the time; "
-                f"{', or '.join(cures)}"
+                f"{', or '.join(cures) or 'all cores here are at work'}"
             )
         return share
+
+    def _cures_of_waiting(self) -> list[str]:
+        data, cores = self._stage.config.data, len(os.sched_getaffinity(0))
+        on_gpu = self._stage.world.device.type != "cpu"
+        processes = (len(self._stage.guard.local_peers) + 1) * (data.num_workers + (0 if on_gpu else 1))
+        cures = [f"raise data.num_workers ({data.num_workers} a rank, {cores} cores here)"] * (processes < cores)
+        cures += ["set data.augment_on=device"] if on_gpu and data.augment_on == "cpu" else []
+        return cures + ["pack the images (runners/pack_dataset.py)"] * isinstance(self._stage.source, FileImages)
 
     def _epoch_figures(self) -> dict[str, float | None]:
         """The epoch's means, by plain name; says aloud what should not have been."""
