@@ -92,6 +92,15 @@ def _list_folder(path: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"data.root: {escape(str(path))} cannot be listed: {reason(error)}") from error
 
 
+def differs_here(path: Path, size: int) -> str | None:
+    """What is wrong with a file that had so many bytes on rank 0; None when nothing is."""
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        return f"{escape(str(path))}: {reason(error)}"
+    return None if found == size else f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
+
+
 def reason(error: Exception) -> str:
     """What an error says, in one line."""
     if isinstance(error, UnidentifiedImageError):

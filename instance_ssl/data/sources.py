@@ -16,7 +16,7 @@ from PIL import Image
 from instance_ssl.data.broken import REFUSE, OnBroken, check_files
 from instance_ssl.data.columns import Columns
 from instance_ssl.data.decoding import ChooseReduction, convert_to_rgb, decode_pixels, image_pixels, open_image
-from instance_ssl.data.folders import escape, reason
+from instance_ssl.data.folders import differs_here, escape, reason
 from instance_ssl.data.name_table import NameTable, pack_names
 from instance_ssl.errors import RankError
 
@@ -220,15 +220,10 @@ class FileImages(EncodedImages):
     def missing_here(self) -> str | None:
         """The first of some files, evenly spread, that is absent or of another size on this machine."""
         for index in range(0, len(self), max(1, len(self) // _PROBED_FILES)):
-            if index in self.absent:
-                continue
-            path, size = self.root / self.names[index], self.columns["sizes"][index]
-            try:
-                found = path.stat().st_size
-            except OSError as error:
-                return f"{escape(str(path))}: {reason(error)}"
-            if found != size:
-                return f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
+            if index not in self.absent:
+                problem = differs_here(self.root / self.names[index], int(self.columns["sizes"][index]))
+                if problem is not None:
+                    return problem
         return None
 
     def read(self, index: int) -> bytes:

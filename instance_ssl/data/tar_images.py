@@ -14,7 +14,7 @@ import numpy as np
 
 from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.columns import Columns
-from instance_ssl.data.folders import escape, existing_root, reason
+from instance_ssl.data.folders import differs_here, escape, existing_root
 from instance_ssl.data.name_table import NameTable, pack_names, repetitions
 from instance_ssl.data.packed_set import PackedSet, read_packed_set
 from instance_ssl.data.sources import EncodedImages, names_digest
@@ -64,14 +64,8 @@ class TarImages(EncodedImages):
 
     def missing_here(self) -> str | None:
         """The first shard that is absent or of another size on this machine."""
-        for path, size in zip(self._shards, self._shard_bytes, strict=True):
-            try:
-                found = path.stat().st_size
-            except OSError as error:
-                return f"{escape(str(path))}: {reason(error)}"
-            if found != size:
-                return f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
-        return None
+        problems = map(differs_here, self._shards, self._shard_bytes)
+        return next((problem for problem in problems if problem is not None), None)
 
     def read(self, index: int) -> bytes:
         """The bytes of image `index`, as they lie in the shard. Processes may share what is open: no position is."""
