@@ -1,5 +1,7 @@
 """Times the loaders on a folder of photographs, two views an image, beside torchvision's ImageFolder with PIL.
 
+The same images are packed into tar shards in a temporary folder, and timed from there, too.
+
 OMP_NUM_THREADS=1 python runners/benchmark_data.py --images FOLDER --workers 2 --output DIR
 """
 
@@ -7,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from instance_ssl.benchmarks.data import Settings, compare, compare_decoders
+from instance_ssl.benchmarks.data import Settings, compare, compare_decoders, in_all_formats
 from instance_ssl.benchmarks.measure import describe_machine, format_table, markdown_table
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.sources import EncodedImages
@@ -39,7 +41,8 @@ def _run(world: Group) -> None:
     source = open_source(kind, "train", root=root, list_file=None, limit=arguments.limit)
     size = arguments.image_size or (224 if kind == "folder" else 32)
     settings = Settings(size, arguments.batch, arguments.workers, arguments.repeats)
-    rows = compare({kind: source}, settings)
+    with in_all_formats(kind, source) as sources:
+        rows = compare(sources, settings)
     title = f"{len(source)} images, two views of {size} px, {settings.workers} workers; {describe_machine(world)}"
     tables = [rows]
     if isinstance(source, EncodedImages):

@@ -22,10 +22,13 @@ from torchvision.datasets import ImageFolder
 
 from instance_ssl.benchmarks.measure import Timing
 from instance_ssl.data.augmentations import RandomView, simclr_view
+from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.colours import NORMALISE_MEAN, NORMALISE_STD, apply_colours
+from instance_ssl.data.datasets import open_source
 from instance_ssl.data.decoding import convert_to_rgb, decode_pixels, image_pixels
 from instance_ssl.data.loaders import BatchLoader
 from instance_ssl.data.order import Key, epoch_order
+from instance_ssl.data.packing import Packing, pack_images
 from instance_ssl.data.sources import EncodedImages, FileImages, ImageSource
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError
@@ -128,11 +131,26 @@ def _own_pass(source: ImageSource, settings: Settings, *, leave_colours: bool) -
     return batches
 
 
+@contextmanager
+def in_all_formats(kind: str, source: ImageSource) -> Iterator[dict[str, ImageSource]]:
+    """The source, by its kind, and where it is files the same images in tar shards, as they are and resized."""
+    sources = {kind: source}
+    if not isinstance(source, EncodedImages):
+        yield sources
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name, size in (("tar, the same files", 0), ("packed, short side 256", 256)):
+            root = Path(folder, str(size))
+            pack_images(source, root / "train", Packing(size, workers=os.cpu_count() or 1), OnBroken())
+            sources[name] = open_source("tar", "train", root=root, list_file=None, limit=None)
+        yield sources
+
+
 def compare(sources: Mapping[str, ImageSource], settings: Settings) -> list[Row]:
     """A row a loader, in turns: the usual ones on the first source, ours on each; the first row is the reference.
 
     Raises:
-        UserError: the paths differ, or views are not like the usual loader's.
+        UserError: the views of our two paths differ.
     """
     first, view = next(iter(sources.values())), simclr_view(settings.image_size)
     for name, source in sources.items():
