@@ -26,6 +26,8 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 # So long the main thread may take to notice by itself, in its next collective, that a rank beside it has died.
 _SECONDS_TO_NOTICE = 10.0
 _SECONDS_FOR_WORDS = 10.0
+# A hang is common to all ranks: so long the first to notice stays, for the others would only lose a peer.
+_SECONDS_FOR_OTHERS = 1.5
 
 
 class Stopped(Exception):
@@ -155,6 +157,7 @@ class Guard:
             if self._hang_seconds is not None and silent > self._hang_seconds:
                 self._end_at_the_latest(EXIT_HANG)
                 self._write_stacks()
+                time.sleep(_SECONDS_FOR_OTHERS)
                 what = f"nothing has moved for {silent:.0f} s (safety.hang_seconds); stacks in {self._stacks}"
                 self._end(f"rank {self.rank}: {what}", EXIT_HANG)
 

@@ -33,7 +33,7 @@ def test_the_others_leave_when_a_rank_is_killed(place: Path, clean: dict[str, st
 
 
 def test_a_hang_ends_with_stacks(place: Path, clean: dict[str, str]) -> None:
-    hung = run(place, fault="step:1:6:sleep=1000", settings={"safety.hang_seconds": 3})
+    hung = run(place, fault="step:1:6:sleep=1000", settings={"safety.hang_seconds": 5})
     assert hung.wait(30) == [4, 4], hung.text()
     assert "nothing has moved for" in status(place)["reason"]
     stacks = (place / "run/pretrain/stacks_rank_00001.txt").read_text()
@@ -45,7 +45,7 @@ def test_a_hang_ends_with_stacks(place: Path, clean: dict[str, str]) -> None:
 
 
 def test_a_frozen_rank_does_not_hold_the_others(place: Path) -> None:
-    with running(place, fault="step:1:6:freeze", settings={"safety.hang_seconds": 3}) as frozen:
+    with running(place, fault="step:1:6:freeze", settings={"safety.hang_seconds": 5}) as frozen:
         frozen.processes[0].join(30)
         assert frozen.processes[0].exitcode == 4, frozen.text()
         assert psutil.Process(frozen.processes[1].pid).status() == psutil.STATUS_STOPPED
