@@ -296,7 +296,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     Raises:
         UserError: for a missing or malformed file, an unknown key or path, or a value out of range.
     """
-    values = _read_yaml(path)
+    values = read_yaml(path)
     for override in overrides:
         _apply_override(values, override)
     try:
@@ -336,7 +336,12 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean '{match[0]}'?" if match else f"; known keys: {', '.join(known)}"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of the file that `--config` names; an empty file has no keys.
+
+    Raises:
+        UserError: when it is missing, no YAML, or anything but a mapping.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from instance_ssl.config import describe_validation_error, load_config
+from instance_ssl.config import describe_validation_error, load_config, read_yaml
 from instance_ssl.config_types import NonNegativeInt, PositiveInt, Section
 from instance_ssl.errors import UserError
 
@@ -138,13 +137,7 @@ def read_ablation(path: Path) -> Ablation:
         UserError: for a missing or malformed file, an unknown key, a value out of range.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
-    try:
-        ablation = Ablation.model_validate(values)
+        ablation = Ablation.model_validate(read_yaml(path))
     except ValidationError as error:
         raise UserError(f"--config {path}: {describe_validation_error(error, Ablation)}") from None
     if not (RUNNERS / f"{ablation.runner}.py").exists():
