@@ -13,6 +13,7 @@ from torch import Tensor
 
 from instance_ssl.checkpoint_files import read_tensors
 from instance_ssl.config import DataConfig
+from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.name_table import pack_names
 from instance_ssl.data.sources import FileImages, ImageSource, label_column
@@ -164,7 +165,15 @@ def _open_some(run: Path, data: DataConfig, ids: Sequence[int]) -> ImageSource:
         folders = [name.split("/")[1] for name in chosen]
         classes = sorted(set(folders))
         return FileImages(root, chosen, torch.tensor([classes.index(folder) for folder in folders]), classes)
-    whole = open_source(data.kind, "train", root=data.root, list_file=data.list_file, limit=data.limit_train)
+    whole = open_source(
+        data.kind,
+        "train",
+        root=data.root,
+        list_file=data.list_file,
+        limit=data.limit_train,
+        shards=data.shards,
+        on_broken=OnBroken(data.on_broken == "skip", data.max_broken_share),
+    )
     if max(ids, default=-1) >= len(whole):
         raise UserError(f"the checkpoint is of more images than the {len(whole)} that data.root holds now")
     return _Chosen(whole, ids)
