@@ -2,9 +2,11 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+from instance_ssl.errors import EXIT_USER_ERROR, UserError
 
 
 @contextmanager
@@ -27,3 +29,12 @@ def complain(line: str) -> None:
     """One line on standard error."""
     with heard_or_not(sys.stderr):
         print(line, file=sys.stderr)
+
+
+def exit_code_of(tool: Callable[[], int | None]) -> int:
+    """What a command without a process group exits with: what it returns (None is 0), or 2 after a user's mistake."""
+    try:
+        return tool() or 0
+    except UserError as mistake:
+        complain(f"error: {mistake}")
+        return EXIT_USER_ERROR

@@ -1,5 +1,7 @@
 """Errors meant for the user: one line that says what is wrong, where, and what to do."""
 
+EXIT_USER_ERROR = 2
+
 
 class UserError(Exception):
     """A mistake the user can mend, known to every rank alike; rank 0 prints it and all exit with code 2."""

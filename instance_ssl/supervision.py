@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import psutil
 
+from instance_ssl.errors import EXIT_USER_ERROR
 from instance_ssl.guard import is_launcher
 from instance_ssl.launch_checks import Launch
 
-EXIT_DONE, EXIT_USER_ERROR, EXIT_STOPPED = 0, 2, 75
+EXIT_DONE, EXIT_STOPPED = 0, 75
 _FAILED = 1
 _PR_SET_CHILD_SUBREAPER = 36
 # A run that lasted so long was not ended by its own beginning: attempts are counted anew.

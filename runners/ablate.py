@@ -5,17 +5,15 @@ The same command again goes on: runs that are done are not done again.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from instance_ssl.ablation.picture import draw
 from instance_ssl.ablation.running import Batch
 from instance_ssl.ablation.settings import Ablation, Plan, plan_runs, read_ablation
 from instance_ssl.ablation.table import format_markdown, read_results, to_json
+from instance_ssl.console import exit_code_of
 from instance_ssl.errors import UserError
 from instance_ssl.run_directory import write_json, write_text
-
-EXIT_USER_ERROR = 2
 
 
 def _arguments() -> argparse.Namespace:
@@ -57,8 +55,4 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(_run(_arguments()))
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR) from None
+    raise SystemExit(exit_code_of(lambda: _run(_arguments())))

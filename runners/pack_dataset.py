@@ -11,15 +11,12 @@ import os
 from pathlib import Path
 
 from instance_ssl.config import load_config
-from instance_ssl.console import complain
-from instance_ssl.data.broken import OnBroken
-from instance_ssl.data.datasets import open_source
+from instance_ssl.console import exit_code_of
 from instance_ssl.data.packing import Packing, pack_images
 from instance_ssl.data.sources import EncodedImages
 from instance_ssl.errors import UserError
+from instance_ssl.images import broken_policy, open_split
 from instance_ssl.run_log import RunLog
-
-_EXIT_USER_ERROR = 2
 
 
 def _arguments() -> argparse.Namespace:
@@ -35,43 +32,23 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _pack(arguments: argparse.Namespace, log: RunLog) -> str:
+def _pack(arguments: argparse.Namespace, log: RunLog) -> None:
     for name, low, high in (("size", 0, 65_535), ("quality", 1, 95), ("shard_mib", 1e-3, 1e6), ("workers", 1, 1024)):
         if not low <= getattr(arguments, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {low:g} to {high:g}")
     data, split = load_config(arguments.config, arguments.set).data, arguments.split
-    on_broken = OnBroken(data.on_broken == "skip", data.max_broken_share)
-    source = open_source(
-        data.kind,
-        split,
-        root=data.root,
-        list_file=data.list_file,
-        limit=data.limit_train if split == "train" else data.limit_test,
-        shards=data.shards,
-        on_broken=on_broken,
-    )
+    source = open_split(data, split)
     if not isinstance(source, EncodedImages):
         raise UserError(f"data.kind {data.kind} lies in memory: there is nothing to pack")
     packing = Packing(arguments.size, arguments.quality, arguments.shard_mib, arguments.workers)
     folder = arguments.output / {"train": "train", "test": "val"}[split]
     with log.progress("packing", len(source), "images") as progress:
-        packed = pack_images(source, folder, packing, on_broken, progress.set)
+        packed = pack_images(source, folder, packing, broken_policy(data), progress.set)
     left_out = len(source.left_out) + packed.left_out
-    return (
+    log.say(
         f"{folder}: {packed.num_images:,} images in {len(packed.shards)} shards, {left_out} left out, {packed.digest}"
     )
 
 
-def main() -> int:
-    """Packs, and returns the process's exit code."""
-    log = RunLog(is_main=True)
-    try:
-        log.say(_pack(_arguments(), log))
-    except UserError as error:
-        complain(f"error: {error}")
-        return _EXIT_USER_ERROR
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(lambda: _pack(_arguments(), RunLog(is_main=True))))

@@ -5,11 +5,10 @@ python runners/supervise.py [--restarts R] deepspeed --hostfile hosts runners/pr
 
 import argparse
 import os
-import sys
 
-from instance_ssl.errors import UserError
+from instance_ssl.console import exit_code_of
 from instance_ssl.launch_checks import check_launch, take_apart
-from instance_ssl.supervision import EXIT_USER_ERROR, Supervisor
+from instance_ssl.supervision import Supervisor
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -23,12 +22,8 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _main() -> int:
     arguments = _parse_arguments()
-    try:
-        launch = take_apart(arguments.command)
-        check_launch(launch, os.environ)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    launch = take_apart(arguments.command)
+    check_launch(launch, os.environ)
     supervisor = Supervisor(
         launch,
         restarts=arguments.restarts,
@@ -39,4 +34,4 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(_main())
+    raise SystemExit(exit_code_of(_main))

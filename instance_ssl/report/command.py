@@ -1,16 +1,14 @@
 """From the command line to the page."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from instance_ssl.console import exit_code_of
 from instance_ssl.errors import UserError
 from instance_ssl.report.page import build_page
 from instance_ssl.report.runs import open_runs
 from instance_ssl.run_directory import write_text
-
-_EXIT_USER_ERROR = 2
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -19,16 +17,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--output", type=Path, help="the page (default: report.html in the first run directory)")
     arguments = parser.parse_args(words)
-    output = arguments.output or arguments.runs[0] / "report.html"
+    return exit_code_of(lambda: _write(arguments.runs, arguments.output or arguments.runs[0] / "report.html"))
+
+
+def _write(runs: Sequence[Path], output: Path) -> None:
+    page = build_page(open_runs(runs))
     try:
-        page = build_page(open_runs(arguments.runs))
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_text(output, page)
-        except OSError as error:
-            raise UserError(f"--output {output}: {error.strerror}") from None
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return _EXIT_USER_ERROR
-    print(f"{output}: {len(page.encode()) / 2**20:.1f} MiB, {len(arguments.runs)} run(s)")
-    return 0
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, page)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}") from None
+    print(f"{output}: {len(page.encode()) / 2**20:.1f} MiB, {len(runs)} run(s)")

@@ -4,18 +4,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
 from instance_ssl import engine
 from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config
-from instance_ssl.data.broken import OnBroken
-from instance_ssl.data.datasets import open_source
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.guard import launchers_of
+from instance_ssl.images import open_split
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages.sharing import share_images
 
@@ -78,7 +78,10 @@ def config_digest(config: ExperimentConfig) -> str:
 
 
 def open_images(
-    data: DataConfig, split: str, world: Group, arrange: Callable[[ImageSource], ImageSource] = lambda images: images
+    data: DataConfig,
+    split: Literal["train", "test"],
+    world: Group,
+    arrange: Callable[[ImageSource], ImageSource] = lambda images: images,
 ) -> ImageSource:
     """The images of a split, opened by rank 0 and sent to all: every rank sees the same list.
 
@@ -90,18 +93,8 @@ def open_images(
     """
     opened: ImageSource | UserError | None = None
     if world.rank == 0:
-        limit = data.limit_train if split == "train" else data.limit_test
         try:
-            opened = open_source(
-                data.kind,
-                split,
-                root=data.root,
-                list_file=data.list_file,
-                limit=limit,
-                shards=data.shards,
-                on_broken=OnBroken(data.on_broken == "skip", data.max_broken_share),
-            )
-            opened = arrange(opened)
+            opened = arrange(open_split(data, split))
         except UserError as error:
             opened = UserError(str(error))
     images = share_images(opened, world)

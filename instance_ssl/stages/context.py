@@ -26,7 +26,7 @@ from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
-from instance_ssl.errors import AbsentPeersError, RankError, UserError
+from instance_ssl.errors import EXIT_USER_ERROR, AbsentPeersError, RankError, UserError
 from instance_ssl.guard import EXIT_LOST_PEER, Guard, Stopped, own_process_id
 from instance_ssl.run_directory import State, locked, read_state, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
@@ -36,7 +36,6 @@ from instance_ssl.stages.arguments import parse_arguments
 _T = TypeVar("_T")
 
 EXIT_FAILURE = 1
-EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on
 
 

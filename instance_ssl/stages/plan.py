@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.memory import ClassifierSize
 from instance_ssl.classifier.passes import choose_block_bytes
 from instance_ssl.config import DataConfig, ExperimentConfig, load_config
+from instance_ssl.console import exit_code_of
 from instance_ssl.data.datasets import open_source
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import UserError
@@ -21,7 +21,6 @@ from instance_ssl.planning_paper import PAPER_GIB, Training, draw_figure_3, tabl
 from instance_ssl.stages.arguments import add_config_arguments
 from instance_ssl.stages.build import describe_encoder, seeded_encoder
 from instance_ssl.stages.checks import check_size
-from instance_ssl.stages.context import EXIT_USER_ERROR
 
 _CIFAR_IMAGES = 50_000
 _PLANNED = torch.device("cuda")
@@ -30,12 +29,7 @@ _WORLD_SIZES = tuple(2**exponent for exponent in range(11))  # of the picture
 
 def main(words: Sequence[str] | None = None) -> int:
     """Prints the plan and returns the process's exit code; `words` are the command line's, or None for its own."""
-    try:
-        _plan(_parse_arguments(words))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_code_of(lambda: _plan(_parse_arguments(words)))
 
 
 def _parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:

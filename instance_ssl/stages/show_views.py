@@ -1,32 +1,25 @@
 """A look at what the encoder sees: some training images and their views, drawn into a file. Starts no process group."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from instance_ssl.config import load_config
-from instance_ssl.data.broken import OnBroken
-from instance_ssl.data.datasets import open_source
+from instance_ssl.console import exit_code_of
 from instance_ssl.data.folders import escape
 from instance_ssl.data.view_grid import view_grid
 from instance_ssl.errors import UserError
+from instance_ssl.images import open_split
 from instance_ssl.pretraining import flatten_views
 from instance_ssl.stages.arguments import add_config_arguments
 from instance_ssl.stages.build import training_views
-from instance_ssl.stages.context import EXIT_USER_ERROR
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Writes the picture and returns the process's exit code; `words` are the command line's, or None for its own."""
-    try:
-        _show(_parse_arguments(words))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_code_of(lambda: _show(_parse_arguments(words)))
 
 
 def _parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -40,16 +33,7 @@ def _parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 def _show(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.set)
-    data = config.data
-    source = open_source(
-        data.kind,
-        "train",
-        root=data.root,
-        list_file=data.list_file,
-        limit=data.limit_train,
-        shards=data.shards,
-        on_broken=OnBroken(data.on_broken == "skip", data.max_broken_share),
-    )
+    source = open_split(config.data, "train")
     if not 1 <= arguments.images <= len(source):
         raise UserError(f"--images {arguments.images}: there are {len(source)}, take 1 to as many")
     if arguments.epoch < 0:

@@ -17,7 +17,17 @@ LAYERS = {
     "benchmarks": {"distributed", "data", "classifier", "checkpoint", "checkpoint_files", "errors"},
     "evaluation": {"distributed", "data", "models", "classifier", "errors", "ordering"},
     "ablation": {"config", "config_types", "errors"},
-    "report": {"checkpoint_files", "config", "data", "errors", "evaluation", "run_directory"},
+    "report": {
+        "checkpoint_files",
+        "config",
+        "console",
+        "data",
+        "errors",
+        "evaluation",
+        "images",
+        "run_directory",
+        "schedules",
+    },
 }
 # Module → the only files that may import it.
 RESERVED = {
