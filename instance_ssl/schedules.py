@@ -48,6 +48,11 @@ class EpochClock:
         epoch, before = self.place(steps - 1)
         return (epoch + 1, 0) if before + 1 == self._stretch(steps - 1)[2] else (epoch, before + 1)
 
+    def epochs(self, steps: int) -> float:
+        """How many epochs so many steps have been, for an axis; where an epoch begun began again, it goes back."""
+        first_step, first_epoch, per_epoch = self._stretch(steps - 1)
+        return first_epoch + (steps - first_step) / per_epoch
+
     def longer(self, step: int, steps_per_epoch: int) -> "EpochClock":
         """The clock of a training whose epochs have another length from `step` on; an epoch begun begins again."""
         epoch, _ = self.done(step)

@@ -113,3 +113,9 @@ def reason(error: Exception) -> str:
 def escape(name: str) -> str:
     r"""A name in one line, with newlines, carriage returns and backslashes as \n, \r and \\."""
     return name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def unescape(line: str) -> str:
+    """The name that `escape` was given."""
+    parts = [part.replace("\\n", "\n").replace("\\r", "\r") for part in line.split("\\\\")]
+    return "\\".join(parts)

@@ -16,7 +16,7 @@ from PIL import Image
 from instance_ssl.data.broken import REFUSE, OnBroken, check_files
 from instance_ssl.data.columns import Columns
 from instance_ssl.data.decoding import ChooseReduction, convert_to_rgb, decode_pixels, image_pixels, open_image
-from instance_ssl.data.folders import differs_here, escape, reason
+from instance_ssl.data.folders import differs_here, escape, reason, unescape
 from instance_ssl.data.name_table import NameTable, pack_names
 from instance_ssl.errors import RankError
 
@@ -263,6 +263,13 @@ def write_instances(source: ImageSource, path: Path) -> None:
     Newlines, carriage returns and backslashes within a name are written as \n, \r and \\.
     """
     write_lines((escape(name) for name in source.names), path)
+
+
+def read_instances(path: Path) -> Iterator[str]:
+    """The names that `write_instances` wrote, in order; raises OSError where there is no such file."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for line in file:
+            yield unescape(line.removesuffix("\n"))
 
 
 def write_lines(lines: Iterable[str], path: Path) -> None:

@@ -110,9 +110,9 @@ def _progress(run: Run) -> list[tuple[str, float, str]]:
         series = record.series(tag) if record else []
         if series:
             found.append((title, series[-1][1] * factor, unit))
-            place = series[-1][0] / (run.steps_per_epoch or 1)
+            place = _epochs(run, series[-1][0])
     if found:
-        found.append(("epochs done" if run.steps_per_epoch else "steps done", place, ""))
+        found.append(("epochs done" if run.clock else "steps done", place, ""))
     return found
 
 
@@ -137,9 +137,14 @@ def _chart(title: str, series: Sequence[Series], axis: str) -> str:
 
 
 def _curve(run: Run, place: int, tag: str, factor: float) -> Series:
-    record, per_epoch = run.stages.get("pretrain"), run.steps_per_epoch or 1
+    record = run.stages.get("pretrain")
     points = record.series(tag) if record else []
-    return Series(run.name, _colour(place), [(step / per_epoch, value * factor) for step, value in points])
+    return Series(run.name, _colour(place), [(_epochs(run, step), value * factor) for step, value in points])
+
+
+def _epochs(run: Run, steps: int) -> float:
+    """How many epochs so many steps are; the steps themselves where that is not known."""
+    return run.clock.epochs(steps) if run.clock else steps
 
 
 def _knn_curves(runs: Sequence[Run]) -> list[Series]:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from instance_ssl.checkpoint_files import read_tensors
 from instance_ssl.config import DataConfig
-from instance_ssl.data.broken import OnBroken
-from instance_ssl.data.datasets import open_source
-from instance_ssl.data.name_table import pack_names
-from instance_ssl.data.sources import FileImages, ImageSource, label_column
+from instance_ssl.data.name_table import pack_names, packed
+from instance_ssl.data.rearrangement import places_of
+from instance_ssl.data.sources import FileImages, ImageSource, label_column, read_instances
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.embedding_map import plane
+from instance_ssl.images import open_split
 from instance_ssl.report.runs import Run
 from instance_ssl.report.svg import Dot, label_colour, map_chart
 from instance_ssl.report.tables import word
@@ -151,13 +151,13 @@ def _open_some(run: Path, data: DataConfig, ids: Sequence[int]) -> ImageSource:
     Raises:
         UserError: when they are not there any more.
     """
+    try:
+        names = packed(read_instances(run / "instances.txt"))
+        chosen = [names[i] for i in ids]
+    except (OSError, IndexError):
+        raise UserError(f"{run / 'instances.txt'} does not name the images of the checkpoint") from None
     if data.kind in ("tree", "folder", "list"):
         root = data.root or (data.list_file.parent if data.list_file else None)
-        try:
-            names = (run / "instances.txt").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-            chosen = [names[i] for i in ids]
-        except (OSError, IndexError):
-            raise UserError(f"{run / 'instances.txt'} does not name the images of the checkpoint") from None
         if root is None:
             raise UserError("data.root is not set: the images cannot be found")
         if data.kind != "tree":
@@ -165,18 +165,11 @@ def _open_some(run: Path, data: DataConfig, ids: Sequence[int]) -> ImageSource:
         folders = [name.split("/")[1] for name in chosen]
         classes = sorted(set(folders))
         return FileImages(root, chosen, torch.tensor([classes.index(folder) for folder in folders]), classes)
-    whole = open_source(
-        data.kind,
-        "train",
-        root=data.root,
-        list_file=data.list_file,
-        limit=data.limit_train,
-        shards=data.shards,
-        on_broken=OnBroken(data.on_broken == "skip", data.max_broken_share),
-    )
-    if max(ids, default=-1) >= len(whole):
-        raise UserError(f"the checkpoint is of more images than the {len(whole)} that data.root holds now")
-    return _Chosen(whole, ids)
+    whole = open_split(data, "train")
+    places = places_of(chosen, whole.names).tolist()
+    if gone := [name for name, place in zip(chosen, places, strict=True) if place < 0]:
+        raise UserError(f"data.root: {gone[0]} is not there any more")
+    return _Chosen(whole, places)
 
 
 def _map(source: str, sample: dict[str, Tensor], labels: Tensor, names: Sequence[str] | None) -> str:

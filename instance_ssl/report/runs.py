@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import ExperimentConfig, flatten
 from instance_ssl.errors import UserError
+from instance_ssl.schedules import EpochClock
 
 # In a result but about where it was computed, not what came out.
 SURROUNDINGS = ("date", "commit", "versions", "world_size", "device", "seconds", "data", "newest_checkpoint", "stage")
@@ -35,7 +37,7 @@ class StageRecord:
     result: dict[str, Any] | None
     metrics: list[dict[str, Any]]
 
-    def series(self, tag: str) -> list[tuple[float, float]]:
+    def series(self, tag: str) -> list[tuple[int, float]]:
         """(step, value) of a tag, by step; of several values for a step, the last."""
         last = {line["step"]: line[tag] for line in self.metrics if tag in line and "step" in line}
         return sorted(last.items())
@@ -57,12 +59,17 @@ class Run:
     stages: dict[str, StageRecord] = field(default_factory=dict)
     num_instances: int | None = None
 
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """Optimizer steps of an epoch."""
+    @cached_property
+    def clock(self) -> EpochClock | None:
+        """In which epoch each step of the training is: by its newest checkpoint, where the data set has grown."""
         if self.config is None or self.num_instances is None:
             return None
-        return self.num_instances // self.config.optimization.global_batch_size or None
+        checkpoint = self.newest_checkpoint()
+        training = _read_json(checkpoint / "training.json") if checkpoint else None
+        if stretches := (training or {}).get("stretches"):
+            return EpochClock(tuple(tuple(stretch) for stretch in stretches))
+        steps_per_epoch = self.num_instances // self.config.optimization.global_batch_size
+        return EpochClock(((0, 0, steps_per_epoch),)) if steps_per_epoch else None
 
     @property
     def state(self) -> str:

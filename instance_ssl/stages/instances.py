@@ -14,6 +14,7 @@ right, whatever comes behind them.
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from instance_ssl.config import DataConfig
 from instance_ssl.data.folders import escape
 from instance_ssl.data.name_table import NameTable, packed
 from instance_ssl.data.rearrangement import places_of, rearranged
-from instance_ssl.data.sources import ImageSource, write_instances, write_lines
+from instance_ssl.data.sources import ImageSource, read_instances, write_instances, write_lines
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run_directory import write_json
@@ -121,8 +122,7 @@ def _read(run_directory: Path) -> dict[str, Any] | None:
 def _known_names(run_directory: Path, count: int) -> NameTable:
     path = run_directory / "instances.txt"
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            names = packed(_unescape(line.removesuffix("\n")) for line, _ in zip(file, range(count), strict=False))
+        names = packed(islice(read_instances(path), count))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if len(names) != count:
@@ -142,11 +142,6 @@ def _known_sizes(run_directory: Path, count: int) -> np.ndarray | None:
     except (OSError, ValueError):
         raise UserError(f"{path} is damaged: restore it or give another --run-dir") from None
     return sizes[:count]
-
-
-def _unescape(line: str) -> str:
-    parts = [part.replace("\\n", "\n").replace("\\r", "\r") for part in line.split("\\\\")]
-    return "\\".join(parts)
 
 
 def _why_gone(

@@ -14,7 +14,9 @@ from PIL import Image
 
 from instance_ssl.checkpoint_files import write_file
 from instance_ssl.config import load_config
+from instance_ssl.data.sources import write_instances
 from instance_ssl.evaluation.embedding_map import principal_components
+from instance_ssl.images import open_split
 from instance_ssl.report.command import main
 from instance_ssl.report.page import build_page
 from instance_ssl.report.runs import open_runs
@@ -42,6 +44,7 @@ def _training(run: Path, *, epochs_done: int, state: str, seed: int = 0) -> None
     config = load_config(ROOT / "runners/configs/pipeline_digits.yaml", overrides)
     (stage / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     _write(run / "data.json", {"num_instances": N, "digest": "x"})
+    write_instances(open_split(config.data, "train"), run / "instances.txt")
     _write(stage / "status.json", {"state": state, "date": "2026-11-24T10:00:00", "reason": None})
     lines = [
         {"step": step, "train/loss": 4 - 0.1 * step, "train/instance_accuracy": 0.01 * step, "train/learning_rate": 0.1}
@@ -142,6 +145,26 @@ def test_hardest_classes_are_those_of_the_checkpoint(whole: Path) -> None:
     shown = re.findall(r'class="(query|same|other)" src="[^"]*" alt="digits/train/\d+ \((\d)\)"', last)
     assert [kind for kind, _ in shown[1:]] == ["same" if label == shown[0][1] else "other" for _, label in shown[1:]]
     assert len(shown) == 1 + K
+
+
+def test_images_are_found_by_their_names(whole: Path) -> None:
+    names = (whole / "instances.txt").read_text().splitlines()
+    (whole / "instances.txt").write_text("".join(f"{name}\n" for name in reversed(names)))
+    html = build_page(open_runs([whole]))
+    queries = re.findall(r'class="query" src="[^"]*" alt="(\S+) ', html)
+    assert queries[0] == names[-1]  # image 0, whatever its place in the list is now
+    assert queries[-1] == names[0]
+    (whole / "instances.txt").write_text("".join(f"{name} was\n" for name in names))
+    assert f"data.root: {names[0]} was is not there any more" in _page(whole).text
+
+
+def test_epochs_are_counted_over_a_growth(whole: Path) -> None:
+    position = {"stretches": [[0, 0, 3], [6, 2, 6]]}  # 2 epochs of 3 steps, then 3 of 6
+    _write(whole / "pretrain/checkpoints/step_000000024/training.json", position)
+    text = _page(whole).text
+    assert "whole: 3.7 at 1" in text  # step 3
+    assert "whole: 3.1 at 2.5" in text  # step 9
+    assert "whole: 1.6 at 5" in text  # step 24
 
 
 def test_several_runs_stand_side_by_side(whole: Path, tmp_path: Path) -> None:
