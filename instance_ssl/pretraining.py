@@ -23,12 +23,12 @@ class StepReport:
     Attributes:
         loss: J, the mean over the global batch, equal on all ranks.
         log_z: mean of log Z.
+        num_zero_features: rows of the global batch whose embedding was 0 and got no gradient.
         learning_rate: of this step.
         applied: False when a number was not finite on any rank (or overflowed float16's loss scale): then neither
             optimizer has moved.
         data_wait_seconds: time this rank waited for its loader.
         own_seconds: time of this rank's own work before the collectives: loading and the encoder's forward passes.
-        num_zero_features: rows of the global batch whose embedding was 0 and got no gradient.
         unreadable: id → why, of this rank's images that were found unreadable.
         embeddings: this rank's last micro-batch (b, D) and its ids (b,), where the loss is not finite.
         instance_accuracy: of the last micro-batch against all N classes, a fraction, where it was measured.
@@ -37,11 +37,11 @@ class StepReport:
 
     loss: float
     log_z: float
+    num_zero_features: int
     learning_rate: float
     applied: bool
     data_wait_seconds: float
     own_seconds: float
-    num_zero_features: int
     unreadable: dict[int, str] = field(default_factory=dict)
     embeddings: tuple[Tensor, Tensor] | None = None
     instance_accuracy: float | None = None
@@ -96,21 +96,25 @@ def train_step(
         shard.step(learning_rate)
     else:
         shard.discard()
-    figures = torch.stack([torch.stack([output.log_z, output.num_zero_features]) for output in outputs])
-    log_z, zero_features = figures.sum(dim=0).tolist()  # read together: each reading makes the host wait for its GPU
     return StepReport(
         loss,
-        log_z / accumulation_steps,
+        *_figures(outputs),
         learning_rate,
         applied,
         data_wait_seconds,
         watch.seconds(),
-        0 if math.isnan(zero_features) else int(zero_features),
         unreadable,
         embeddings=None if finite else (x_bD.detach(), ids),
         instance_accuracy=accuracy,
         positive_cosine=cosine,
     )
+
+
+def _figures(outputs: list[ShardOutput]) -> tuple[float, int]:
+    """Mean log Z and zero features, read together: each reading makes the host wait for its GPU."""
+    figures = torch.stack([torch.stack([output.log_z, output.num_zero_features]) for output in outputs])
+    log_z, zero_features = figures.sum(dim=0).tolist()
+    return log_z / len(outputs), 0 if math.isnan(zero_features) else int(zero_features)
 
 
 def flatten_views(batch: ViewBatch, device: torch.device) -> tuple[Tensor, Tensor]:

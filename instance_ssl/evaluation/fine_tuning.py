@@ -19,7 +19,7 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.gradients import sum_gradients
 from instance_ssl.evaluation.features import evaluation_mode
 from instance_ssl.evaluation.linear import places
-from instance_ssl.evaluation.progress import Progress, mean_loss
+from instance_ssl.evaluation.progress import Progress, mean_loss, train_epochs
 
 Parts = Callable[[int], Iterable[Iterable[tuple[Tensor, Tensor]]]]
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -108,26 +108,24 @@ def fine_tune(
         for module in _batch_norms(network):
             module.momentum = 1 - max(1 - 10 / steps_per_epoch, 0.9)
     optimizer = _optimizer(network, options)
-    epochs_done, train_loss, epochs = 0, math.nan, math.ceil(options.steps / steps_per_epoch)
-    if state is not None:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        epochs_done, train_loss = state["epochs"], state["train_loss"]
-    labels = labels.long().to(group.device)
+    labels, epochs = labels.long().to(group.device), math.ceil(options.steps / steps_per_epoch)
 
-    def state_now() -> dict[str, Any]:
-        trained = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        return {**trained, "epochs": epochs_done, "train_loss": train_loss}
-
-    for epoch in range(epochs_done, epochs):
+    def train_epoch(epoch: int) -> float:
         first = epoch * steps_per_epoch
         steps = range(first, min(first + steps_per_epoch, options.steps))
         factors = [options.rate_factor(step, steps_per_epoch) for step in steps]
-        train_loss = _train_epoch(network, optimizer, factors, train_parts(epoch), labels, group, autocast)
+        loss = _train_epoch(network, optimizer, factors, train_parts(epoch), labels, group, autocast)
         _average_statistics(network, group)
-        epochs_done = epoch + 1
-        if on_epoch is not None:
-            on_epoch(Progress(epochs_done, train_loss, state_now))
+        return loss
+
+    def capture() -> dict[str, Any]:
+        return {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+
+    def restore(state: dict[str, Any]) -> None:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    train_loss = train_epochs(train_epoch, epochs, capture=capture, restore=restore, state=state, on_epoch=on_epoch)
     accuracy = _accuracy(network, test_batches(), test_labels.long().to(group.device), num_classes, group, autocast)
     return {**accuracy, "train_loss": train_loss, "epochs": epochs}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import evaluation_mode, extract_features
-from instance_ssl.evaluation.progress import Progress, mean_loss
+from instance_ssl.evaluation.progress import Progress, mean_loss, train_epochs
 
 _BLOCK_ROWS = 65536
 _HISTORY = 10
@@ -153,24 +153,21 @@ def train_linear_classifier(
     """
     theta = _initial_weights(num_classes, feature_dim, seed).to(group.device)
     optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=momentum)
-    epochs_done, train_loss = 0, math.nan
-    if state is not None:
+
+    def train_epoch(epoch: int) -> float:
+        rates = [_cosine(learning_rate, epoch + step / steps_per_epoch, epochs) for step in range(steps_per_epoch)]
+        parts = _labelled_parts(train_parts(epoch), features, feature_dim, labels, group.device)
+        return _train_epoch(optimizer, theta, rates, parts, group)
+
+    def capture() -> dict[str, Any]:
+        return {"theta": theta, "optimizer": optimizer.state_dict()}
+
+    def restore(state: dict[str, Any]) -> None:
         theta.copy_(state["theta"])
         optimizer.load_state_dict(state["optimizer"])
-        epochs_done, train_loss = state["epochs"], state["train_loss"]
-
-    def state_now() -> dict[str, Any]:
-        trained = {"theta": theta, "optimizer": optimizer.state_dict()}
-        return {**trained, "epochs": epochs_done, "train_loss": train_loss}
 
     with evaluation_mode(features):
-        for epoch in range(epochs_done, epochs):
-            rates = [_cosine(learning_rate, epoch + step / steps_per_epoch, epochs) for step in range(steps_per_epoch)]
-            parts = _labelled_parts(train_parts(epoch), features, feature_dim, labels, group.device)
-            train_loss = _train_epoch(optimizer, theta, rates, parts, group)
-            epochs_done = epoch + 1
-            if on_epoch is not None:
-                on_epoch(Progress(epochs_done, train_loss, state_now))
+        train_loss = train_epochs(train_epoch, epochs, capture=capture, restore=restore, state=state, on_epoch=on_epoch)
         one_by_one = ([batch] for batch in test_batches())
         rows = _labelled_parts(one_by_one, features, feature_dim, test_labels, group.device)
         accuracy = _accuracy(theta, rows, group)
