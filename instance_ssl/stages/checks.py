@@ -111,7 +111,7 @@ def check_labels(config: ExperimentConfig) -> None:
     if kind in ("folder", "list"):
         raise UserError(
             f"data.kind {kind} has no labels to evaluate with: point evaluation.data at a labelled set (kind tree), "
-            "or run runners/initialize_classifier.py and runners/pretrain.py alone"
+            "or leave the evaluations out: runners/pipeline.py --stages initialize_classifier pretrain"
         )
 
 
