@@ -6,6 +6,7 @@ A backbone maps images (b, 3, S, S) to features (b, F) and carries its width as 
 from itertools import pairwise
 from typing import Literal
 
+import torch
 import torchvision
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features (b, F) of images (b, 3, S, S)."""
         network = self.network
-        stem = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+        stem = network.maxpool(network.relu(network.bn1(network.conv1(channels_last(images)))))
         stages = (network.layer1, network.layer2, network.layer3, network.layer4)
         return network.avgpool(run_stages(stages, stem, recompute=self.recompute_stages)).flatten(1)
 
@@ -70,7 +71,17 @@ class SmallCnn(nn.Module):
         """Features (b, F) of images (b, 3, S, S)."""
         # A block is four of `blocks`, the last three: nested, they would have other keys in a checkpoint.
         stages = [self.blocks[first : first + 4] for first in range(0, len(self.blocks), 4)]
-        return self.pool(run_stages(stages, images, recompute=self.recompute_stages)).flatten(1)
+        return self.pool(run_stages(stages, channels_last(images), recompute=self.recompute_stages)).flatten(1)
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same images (b, C, H, W) with a pixel's channels side by side in memory, as are all activations then.
+
+    That is the layout of matrix units: convolutions are faster in it, on CPUs (`runners/results/encoder_cpu_202611.md`)
+    as on GPUs. Weights keep theirs, which ZeRO and checkpoints expect, and are rearranged at each use: that is little
+    beside the images.
+    """
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def choose_stem(name: BackboneName, stem: StemName, image_size: int) -> StemName:

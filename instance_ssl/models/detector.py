@@ -19,7 +19,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import roi_align
 
-from instance_ssl.models.backbones import ResNet
+from instance_ssl.models.backbones import ResNet, channels_last
 
 ANCHOR_SIZES = (32, 64, 128, 256, 512)
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
@@ -78,7 +78,7 @@ class Detector(nn.Module):
         padded = images[0].new_zeros(len(images), 3, height, width)
         for place, image in enumerate(images):
             padded[place, :, : image.shape[1], : image.shape[2]] = image
-        return ImageList(padded, sizes), {"0": self.c4(padded)}
+        return ImageList(padded, sizes), {"0": self.c4(channels_last(padded))}
 
 
 class _SeededSampler:

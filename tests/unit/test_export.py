@@ -12,10 +12,11 @@ from torch.nn import functional
 
 from instance_ssl import export
 from instance_ssl.errors import UserError
-from instance_ssl.models.backbones import BackboneName, ResNet, StemName, build_backbone
+from instance_ssl.models.backbones import BackboneName, ResNet, StemName, build_backbone, channels_last
 from instance_ssl.weights import backbone_network, load_state, read_weights
 
-IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+# In the layout that the encoder gives them: the same bits come from the same order of sums.
+IMAGES = channels_last(torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
 
 

@@ -30,6 +30,29 @@ def test_every_backbone_gives_features_and_embeddings(backbone: BackboneName, fe
     assert encoder(images).shape == (2, 24)
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "small_cnn"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_activation_has_its_channels_side_by_side(backbone: BackboneName, autocast: bool) -> None:
+    encoder, laid_out = encoder_for(backbone, 32), []
+
+    def look(module: nn.Module, _: object, output: torch.Tensor) -> None:
+        laid_out.append(output.is_contiguous(memory_format=torch.channels_last))
+        # On the way back, too: a gradient in the other layout would be rearranged at every layer.
+        output.register_hook(
+            lambda gradient: laid_out.append(gradient.is_contiguous(memory_format=torch.channels_last))
+        )
+
+    for module in encoder.backbone.modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            module.register_forward_hook(look)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        encoder(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert len(laid_out) >= 12
+    assert all(laid_out)
+    weights = [parameter for parameter in encoder.parameters() if parameter.ndim == 4]
+    assert all(weight.is_contiguous() and weight.grad.is_contiguous() for weight in weights)
+
+
 @pytest.mark.parametrize(
     ("stem", "image_size", "expected"),
     [
