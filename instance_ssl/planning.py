@@ -180,7 +180,7 @@ def _live_bytes(
     """Bytes between forward and backward pass, and the most there were; gradients count when this call makes them."""
     gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
     with _LiveBytes([*encoder.parameters(), *encoder.buffers(), *gradients]) as counted:
-        images = torch.empty(num_views, 3, image_size, image_size)
+        images = torch.empty(num_views, 3, image_size, image_size, memory_format=torch.channels_last)
         with torch.autocast("cpu", autocast_dtype) if autocast_dtype else nullcontext():
             embeddings = encoder(images)
         kept = counted.live

@@ -13,6 +13,7 @@ from instance_ssl.classifier.shard import ClassifierShard, ShardOutput
 from instance_ssl.data.colours import apply_colours
 from instance_ssl.data.views import ViewBatch
 from instance_ssl.engine import Engine
+from instance_ssl.models.backbones import channels_last
 from instance_ssl.stopwatch import Stopwatch
 
 
@@ -118,11 +119,14 @@ def _figures(outputs: list[ShardOutput]) -> tuple[float, int]:
 
 
 def flatten_views(batch: ViewBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The views as images (V·b, 3, S, S) and their ids (V·b,), on the device, which does the colours left to it."""
+    """The views as images (V·b, 3, S, S) and their ids (V·b,), on the device, which does the colours left to it.
+
+    Laid out as the backbone wants them, which would keep a second copy otherwise.
+    """
     images = batch.views.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
     if batch.colours is not None:
         images = apply_colours(images, batch.colours.transpose(0, 1).flatten(0, 1))
-    return images, batch.ids.to(device, non_blocking=True).repeat(batch.views.shape[1])
+    return channels_last(images), batch.ids.to(device, non_blocking=True).repeat(batch.views.shape[1])
 
 
 def train_epoch(
