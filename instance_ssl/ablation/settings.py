@@ -55,7 +55,8 @@ class Ablation(Section):
         epochs: see `Variant`; None: what config and overrides say.
         reference: the variant that each other of its group is subtracted from, seed by seed; None: none.
         figures: columns: `stage:key.key`, in that stage's result.json. A `*` is the first key there is; as the stage,
-            the first of the run's stages that has the keys. Keys of lists are 0, 1 …
+            the first of the run's stages that has the keys. Keys of lists are 0, 1 …, or `name=x` for the place
+            between two entries at which their `name` would be x.
         drawn: figures that the picture shows, and that are compared with the reference.
         jobs: runs at once, each with its share of the cores.
     """
@@ -80,6 +81,9 @@ class Ablation(Section):
         for name, where in value.items():
             if where.count(":") != 1:
                 raise ValueError(f"figure '{name}' must be stage:key.key, not '{where}'")
+            for place in (key.partition("=")[2] for key in where.split(".") if "=" in key):
+                if not place.isdecimal():
+                    raise ValueError(f"figure '{name}': '{place}' in '{where}' must be a whole number")
         return value
 
     @field_validator("variants")

@@ -4,6 +4,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,30 @@ def _find(records: dict[str, Any], where: str) -> float | None:
     for name in records if stage == "*" else [stage]:
         value = records.get(name)
         for key in path.split("."):
-            if isinstance(value, list):
-                value = dict(zip(map(str, range(len(value))), value, strict=True))
-            if not isinstance(value, dict):
-                value = None
-                break
-            value = next(iter(value.values()), None) if key == "*" else value.get(key)
+            value = _step_into(value, key)
         if isinstance(value, int | float):
             return float(value)
+    return None
+
+
+def _step_into(value: Any, key: str) -> Any:
+    """What a record has under a key; None where it has nothing."""
+    if isinstance(value, list):
+        axis, is_between, place = key.partition("=")
+        if is_between:
+            return _between(value, axis, float(place))
+        value = dict(zip(map(str, range(len(value))), value, strict=True))
+    if not isinstance(value, dict):
+        return None
+    return next(iter(value.values()), None) if key == "*" else value.get(key)
+
+
+def _between(points: list[dict[str, float]], axis: str, place: float) -> dict[str, float] | None:
+    """A curve's values where `axis` is at `place`, on the line between its neighbours; None before and behind it."""
+    for before, after in pairwise(point for point in points if axis in point):
+        if before[axis] <= place <= after[axis] and before[axis] < after[axis]:
+            share = (place - before[axis]) / (after[axis] - before[axis])
+            return {name: before[name] + share * (after[name] - before[name]) for name in before}
     return None
 
 

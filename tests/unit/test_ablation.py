@@ -74,6 +74,7 @@ def test_runs_go_seed_by_seed_and_lengths_are_runs_of_their_own(tmp_path: Path) 
         ({"variants": [{"name": "a"}, {"name": "a"}]}, "'a' is there twice"),
         ({"variants": []}, "variants"),
         ({"figures": {"k-NN": "knn.top1"}, "drawn": []}, "stage:key.key"),
+        ({"figures": {"k-NN": "knn:curve.seconds=soon.top1"}, "drawn": []}, "'soon'"),
         ({"reference": "other"}, "reference 'other'"),
         ({"drawn": ["speed"]}, "drawn 'speed'"),
         ({"runner": "nothing"}, "runner 'nothing'"),
@@ -102,12 +103,15 @@ def test_mean_spread_and_differences_by_seed() -> None:
 def test_figures_are_found_by_their_keys() -> None:
     records = {
         "first": {"seconds": 1, "figures": {"trained": {"top1": 2.5}}},
-        "second": {"curve": [{"a": 3}, {"a": 4}]},
+        "second": {"curve": [{"a": 3, "b": 10}, {"a": 4, "b": 20}]},
     }
     assert _find(records, "first:figures.*.top1") == 2.5
     assert _find(records, "*:curve.1.a") == 4
     assert _find(records, "*:seconds") == 1
-    for absent in ("third:seconds", "first:seconds.more", "*:curve.2.a", "first:figures"):
+    assert _find(records, "second:curve.b=15.a") == 3.5
+    assert _find(records, "second:curve.b=20.a") == 4
+    nowhere = ("third:seconds", "first:seconds.more", "*:curve.2.a", "first:figures", "*:curve.b=9.a", "*:curve.c=1.a")
+    for absent in nowhere:
         assert _find(records, absent) is None
 
 
