@@ -83,7 +83,7 @@ def train_step(
         outputs.append(output)
         if micro_step == accumulation_steps - 1:
             # Summed from all-reduced Z and Y, the loss is the same number on every rank: so is this decision.
-            loss = torch.stack([output.loss for output in outputs]).sum().item()
+            loss, log_z, num_zero_features = _read(outputs)
             if faults.reach("loss", rank, engine.steps_taken) == "spike":
                 loss *= 1e4
             if not math.isfinite(loss):
@@ -99,7 +99,8 @@ def train_step(
         shard.discard()
     return StepReport(
         loss,
-        *_figures(outputs),
+        log_z,
+        num_zero_features,
         learning_rate,
         applied,
         data_wait_seconds,
@@ -111,11 +112,11 @@ def train_step(
     )
 
 
-def _figures(outputs: list[ShardOutput]) -> tuple[float, int]:
-    """Mean log Z and zero features, read together: each reading makes the host wait for its GPU."""
-    figures = torch.stack([torch.stack([output.log_z, output.num_zero_features]) for output in outputs])
-    log_z, zero_features = figures.sum(dim=0).tolist()
-    return log_z / len(outputs), 0 if math.isnan(zero_features) else int(zero_features)
+def _read(outputs: list[ShardOutput]) -> tuple[float, float, int]:
+    """Loss, mean log Z and zero features of a step, read together: each reading makes the host wait for its GPU."""
+    figures = [torch.stack([output.loss, output.log_z, output.num_zero_features]) for output in outputs]
+    loss, log_z, zero_features = torch.stack(figures).sum(dim=0).tolist()
+    return loss, log_z / len(outputs), 0 if math.isnan(zero_features) else int(zero_features)
 
 
 def flatten_views(batch: ViewBatch, device: torch.device) -> tuple[Tensor, Tensor]:
