@@ -17,7 +17,7 @@ from instance_ssl.errors import UserError
 from instance_ssl.guard import launchers_of
 from instance_ssl.images import open_split
 from instance_ssl.run_log import RunLog
-from instance_ssl.stages.sharing import share_images
+from instance_ssl.stages.sharing import on_rank_0, share_images
 
 # Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
 FREE_KEYS = (
@@ -81,23 +81,29 @@ def open_images(
     data: DataConfig,
     split: Literal["train", "test"],
     world: Group,
+    log: RunLog,
     arrange: Callable[[ImageSource], ImageSource] = lambda images: images,
 ) -> ImageSource:
     """The images of a split, opened by rank 0 and sent to all: every rank sees the same list.
 
     Args:
+        log: is told that it takes long.
         arrange: what rank 0 does with them first.
 
     Raises:
         UserError: for what cannot be opened, or where another rank's disk does not hold the same files.
     """
-    opened: ImageSource | UserError | None = None
-    if world.rank == 0:
+
+    def open_all() -> ImageSource | UserError:
         try:
-            opened = arrange(open_split(data, split))
+            return arrange(open_split(data, split))
         except UserError as error:
-            opened = UserError(str(error))
-    images = share_images(opened, world)
+            return UserError(str(error))
+
+    def say(seconds: float) -> None:
+        log.say(f"{split} images: rank 0 looks at every file or shard, {seconds:.0f} s so far")
+
+    images = share_images(on_rank_0(open_all, world, say), world)
     problem = images.missing_here()
     problems = [f"rank {rank}: {text}" for rank, text in enumerate(world.all_gather_objects(problem)) if text]
     if problems:
@@ -140,7 +146,9 @@ def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> st
     return ", ".join(names) or None
 
 
-def open_evaluation(config: ExperimentConfig, source: ImageSource, world: Group) -> tuple[ImageSource, ImageSource]:
+def open_evaluation(
+    config: ExperimentConfig, source: ImageSource, world: Group, log: RunLog
+) -> tuple[ImageSource, ImageSource]:
     """Opens what evaluation will read, so that its mistakes show before the training and not after it."""
     data = config.evaluation.data or config.data
     if data.image_size != config.data.image_size:
@@ -148,8 +156,8 @@ def open_evaluation(config: ExperimentConfig, source: ImageSource, world: Group)
             f"evaluation.data.image_size {data.image_size} differs from data.image_size {config.data.image_size}, "
             "which the encoder is trained at: set both alike"
         )
-    train = source if config.evaluation.data is None else open_images(data, "train", world)
-    test = open_images(data, "test", world)
+    train = source if config.evaluation.data is None else open_images(data, "train", world, log)
+    test = open_images(data, "test", world, log)
     if train.labels is None or test.labels is None:
         raise UserError(
             f"data.kind {data.kind}: these images have no labels to evaluate with (.cls files beside them in the "

@@ -272,9 +272,11 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     )
     checks.check_sources(config.evaluation, world)
     checks.check_unchanged(config, run_directory)
-    source = checks.open_images(config.data, "train", world, instances.as_known(run_directory, config.data))
+    source = checks.open_images(
+        config.data, "train", world, process.log, instances.as_known(run_directory, config.data)
+    )
     checks.check_size(config, len(source))
-    evaluation_sources = checks.open_evaluation(config, source, world) if needs_labels else None
+    evaluation_sources = checks.open_evaluation(config, source, world, process.log) if needs_labels else None
     instances.record(source, run_directory, world)
     checks.say_left_out((source, *(evaluation_sources or ())), process.log)
     process.log.say(

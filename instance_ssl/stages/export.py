@@ -121,7 +121,7 @@ def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
 
 def _open_folder(stage: Stage, root: Path) -> ImageSource:
     try:
-        return checks.open_images(DataConfig(kind="folder", root=root), "train", stage.world)
+        return checks.open_images(DataConfig(kind="folder", root=root), "train", stage.world, stage.log)
     except UserError as error:
         raise UserError(str(error).replace("data.root", "export.images")) from None
 

@@ -3,7 +3,10 @@
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +17,28 @@ from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 
+_T = TypeVar("_T")
+
 _CHUNK_BYTES = 64 << 20
+_SECONDS_BETWEEN_SIGNS = 30.0
+
+
+def on_rank_0(work: Callable[[], _T], world: Group, on_wait: Callable[[float], None]) -> _T | None:
+    """What rank 0's `work` gives, None elsewhere, however long it takes: millions of files on a slow disk take longer
+    than a collective may. The others get a sign of life now and then. Collective.
+
+    Args:
+        on_wait: told the seconds so far, at every sign.
+    """
+    started = time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(work) if world.rank == 0 else None
+        while True:
+            if result is not None:
+                wait([result], timeout=_SECONDS_BETWEEN_SIGNS)
+            if world.broadcast_object(result is not None and result.done()):
+                return None if result is None else result.result()
+            on_wait(time.perf_counter() - started)
 
 
 def share_images(opened: ImageSource | UserError | None, world: Group) -> ImageSource:

@@ -38,7 +38,7 @@ def make_stage(group: Group, name: str, run_directory: Path, **sections: dict[st
         }
     )
     ds = load_ds_config(DS, global_batch_size=64, max_grad_norm=0.0, world_size=1)
-    source = checks.open_images(config.data, "train", group)
+    source = checks.open_images(config.data, "train", group, RunLog(is_main=False))
     stage = Stage(name, run_directory, config, ds, group, RunLog(is_main=group.rank == 0), Guard(group.rank), source)
     if group.rank == 0:
         stage.directory.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from ranks import run_ranks
 
 from instance_ssl.config import DataConfig
 from instance_ssl.data.columns import Columns, Place
-from instance_ssl.data.sources import ArrayImages
+from instance_ssl.data.sources import ArrayImages, ImageSource
+from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.run_log import RunLog
 from instance_ssl.stages import checks, instances, sharing
 
 NAMES = [f"images/{i}/ü\n\udcff.jpg" for i in range(5000)]
@@ -75,10 +79,10 @@ def test_each_machine_has_one_table_and_a_full_disk_ends_all_ranks() -> None:
 
 def open_with_broken_files(group: Group, root: Path, run: Path) -> tuple[list[str], str]:
     data = DataConfig(kind="folder", root=root, on_broken="skip", max_broken_share=0.5)
-    images = checks.open_images(data, "train", group)
+    images = checks.open_images(data, "train", group, RunLog(is_main=False))
     instances.record(images, run, group)
     try:
-        checks.open_images(data.model_copy(update={"max_broken_share": 0.1}), "train", group)
+        checks.open_images(data.model_copy(update={"max_broken_share": 0.1}), "train", group, RunLog(is_main=False))
     except UserError as error:
         return list(images.names), str(error)
     return list(images.names), ""
@@ -94,3 +98,26 @@ def test_what_is_left_out_is_left_out_on_all_ranks_and_written_down(tmp_path: Pa
     assert "1 of 5 images" in refusal
     assert (tmp_path / "run/instances.txt").read_text().split() == names
     assert (tmp_path / "run/unreadable.txt").read_text() == "1.jpg: the file is empty\n"
+
+
+def open_slowly(group: Group, root: Path) -> tuple[int, list[str]]:
+    comm.set_timeouts(3)
+    sharing._SECONDS_BETWEEN_SIGNS = 1.0
+    said: list[str] = []
+    log = RunLog(is_main=False)
+    log.say = said.append  # type: ignore[method-assign]
+
+    def arrange(images: ImageSource) -> ImageSource:
+        time.sleep(6)
+        return images
+
+    data = DataConfig(kind="folder", root=root)
+    return len(checks.open_images(data, "train", group, log, arrange)), said
+
+
+def test_a_list_that_takes_longer_to_make_than_a_collective_may_reaches_all(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(encoded(0))
+    for count, said in run_ranks(open_slowly, 2, tmp_path):
+        assert count == 1
+        assert len(said) >= 4
+        assert re.fullmatch(r"train images: rank 0 looks at every file or shard, \d+ s so far", said[0])

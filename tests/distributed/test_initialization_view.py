@@ -39,7 +39,7 @@ def initialise(group: Group, directory: Path, view: View) -> tuple[Tensor, Tenso
         }
     )
     ds = load_ds_config(DS, global_batch_size=IMAGES, max_grad_norm=0.0, world_size=group.size)
-    source = checks.open_images(config.data, "train", group)
+    source = checks.open_images(config.data, "train", group, RunLog(is_main=False))
     log = RunLog(is_main=False)
     stage = Stage("initialize_classifier", directory, config, ds, group, log, Guard(group.rank), source)
     initialize_classifier.run(stage)

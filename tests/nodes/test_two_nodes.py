@@ -31,6 +31,7 @@ from instance_ssl.config import DataConfig
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.guard import ProcessId
+from instance_ssl.run_log import RunLog
 from instance_ssl.stages.checks import open_images
 
 # 512 images in 4 steps an epoch, 12 steps in all, with a checkpoint after every fourth.
@@ -320,7 +321,8 @@ def open_own_images(group: Group, directories: list[Path]) -> str:
     """What opening a folder gives where it is another one on each rank."""
     os.chdir(directories[group.rank])
     try:
-        return str(len(open_images(DataConfig(kind="folder", root=Path("images")), "train", group)))
+        data = DataConfig(kind="folder", root=Path("images"))
+        return str(len(open_images(data, "train", group, RunLog(is_main=False))))
     except UserError as error:
         return str(error)
 
