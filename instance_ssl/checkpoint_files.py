@@ -115,17 +115,17 @@ class DirectoryWriter:
 
     def _write(self, files: Mapping[str, Content], find_problem: Callable[[], str | None]) -> None:
         rank, step = self._world.rank, self._step
-        self._problem = find_problem()
-        if self._problem is not None:
-            return
         try:
+            self._problem = find_problem()
+            if self._problem is not None:
+                return
             faults.reach("save.before", rank, step)
             self._temporary.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 path = self._temporary / name
                 self._records[name] = write_file(path, content, lambda: faults.reach("save.mid", rank, step))
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            self._problem = f"rank {rank}: {' '.join(str(error).split())}"
+        except Exception as error:  # whatever ends this thread: what is not whole must not be committed
+            self._problem = f"rank {rank}: {' '.join(str(error).split()) or type(error).__name__}"
 
     def _publish(self, records: dict[str, FileRecord]) -> str | None:
         """Manifest, rename, retention; returns what went wrong, if anything."""

@@ -25,6 +25,12 @@ def heard_or_not(stream: TextIO) -> Iterator[None]:
         pass
 
 
+def printable(line: str, encoding: str | None) -> str:
+    """The line with what this encoding lacks as escapes: names of files need not be text."""
+    encoding = encoding or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def complain(line: str) -> None:
     """One line on standard error."""
     with heard_or_not(sys.stderr):

@@ -58,10 +58,17 @@ def write_status(directory: Path, state: State, reason: str | None = None) -> No
 
 def read_state(directory: Path) -> str | None:
     """The state that status.json tells, if it can be read."""
+    state = (read_json(directory / "status.json") or {}).get("state")
+    return None if state is None else str(state)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """An object from a JSON file; None where it is not there, or not whole."""
     try:
-        return str(json.loads((directory / "status.json").read_text())["state"])
-    except (OSError, ValueError, KeyError, TypeError):
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
+    return values if isinstance(values, dict) else None
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -70,9 +77,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, also where the power fails."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

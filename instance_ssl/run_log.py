@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from instance_ssl.console import heard_or_not
+from instance_ssl.console import heard_or_not, printable
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -40,7 +40,7 @@ class RunLog:
         """One line on standard output."""
         if self.is_main:
             with heard_or_not(sys.stdout):
-                tqdm.write(line, file=sys.stdout)
+                tqdm.write(printable(line, sys.stdout.encoding), file=sys.stdout)
 
     @contextmanager
     def metrics_in(self, directory: Path) -> Iterator[None]:

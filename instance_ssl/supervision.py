@@ -89,12 +89,14 @@ class Supervisor:
                 self._pass_on()
             if told is not None and time.monotonic() - told > self._grace_seconds:
                 self._say(f"supervise: still there {self._grace_seconds:.0f} s after the signal: killing what is left")
+                self._runner.kill()
                 break
         else:
             self._hang_up()
             self._wait(lambda: not _descendants(), self._grace_seconds)  # ranks that the launcher left behind
+        code = self._runner.wait()  # before `_kill`, which would take its exit code along
         _kill(_descendants())
-        return self._judge(self._runner.wait())
+        return self._judge(code)
 
     def _judge(self, code: int) -> int:
         if code < 0:  # by a signal

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -81,9 +82,10 @@ class Ablation(Section):
         for name, where in value.items():
             if where.count(":") != 1:
                 raise ValueError(f"figure '{name}' must be stage:key.key, not '{where}'")
-            for place in (key.partition("=")[2] for key in where.split(".") if "=" in key):
-                if not place.isdecimal():
-                    raise ValueError(f"figure '{name}': '{place}' in '{where}' must be a whole number")
+            for key, following in pairwise([*where.split("."), ""]):
+                place = key.partition("=")[2]
+                if "=" in key and (not place.isdecimal() or following.isdecimal()):
+                    raise ValueError(f"figure '{name}': what stands behind = in '{where}' must be a whole number")
         return value
 
     @field_validator("variants")

@@ -130,19 +130,20 @@ def _step_into(value: Any, key: str) -> Any:
     if isinstance(value, list):
         axis, is_between, place = key.partition("=")
         if is_between:
-            return _between(value, axis, float(place))
+            return _between([point for point in value if isinstance(point, dict)], axis, float(place))
         value = dict(zip(map(str, range(len(value))), value, strict=True))
     if not isinstance(value, dict):
         return None
     return next(iter(value.values()), None) if key == "*" else value.get(key)
 
 
-def _between(points: list[dict[str, float]], axis: str, place: float) -> dict[str, float] | None:
+def _between(points: list[dict[str, Any]], axis: str, place: float) -> dict[str, float] | None:
     """A curve's values where `axis` is at `place`, on the line between its neighbours; None before and behind it."""
-    for before, after in pairwise(point for point in points if axis in point):
+    numbers = [{name: value for name, value in point.items() if isinstance(value, int | float)} for point in points]
+    for before, after in pairwise(point for point in numbers if axis in point):
         if before[axis] <= place <= after[axis] and before[axis] < after[axis]:
             share = (place - before[axis]) / (after[axis] - before[axis])
-            return {name: before[name] + share * (after[name] - before[name]) for name in before}
+            return {name: before[name] + share * (after[name] - before[name]) for name in before if name in after}
     return None
 
 

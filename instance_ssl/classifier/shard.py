@@ -362,7 +362,7 @@ class ClassifierShard:
     @property
     def _rounding_seed(self) -> int:
         """Equal on the replicas of a shard, another one for each step and shard."""
-        return (self.seed * 1_000_003 + self.steps_taken) * 1_000_003 + self.group.rank
+        return ((self.seed * 1_000_003 + self.steps_taken) * 1_000_003 + self.group.rank) % 2**64
 
     def _sum_over_replicas(self, figures: Tensor) -> Tensor:
         return figures if self.replicas is None else self.replicas.all_reduce_sum_(figures)

@@ -153,7 +153,7 @@ def _open_tree(split: str, root: Path, limit: int | None, on_broken: OnBroken) -
             yield f"{folder}/{name}"
 
     names = packed(labelled_names())
-    labels_N = torch.frombuffer(labels, dtype=torch.int64)
+    labels_N = torch.from_numpy(np.array(labels, np.int64))
     for class_name, size in zip(train_classes, labels_N.bincount(minlength=len(train_classes)).tolist(), strict=True):
         if size == 0:
             raise UserError(f"data.root: class folder {escape(str(root / folder / class_name))} holds no image")

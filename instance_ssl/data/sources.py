@@ -277,4 +277,6 @@ def write_lines(lines: Iterable[str], path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

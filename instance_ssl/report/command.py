@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from instance_ssl.console import exit_code_of
+from instance_ssl.console import exit_code_of, printable
 from instance_ssl.errors import UserError
 from instance_ssl.report.page import build_page
 from instance_ssl.report.runs import open_runs
@@ -21,7 +21,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _write(runs: Sequence[Path], output: Path) -> None:
-    page = build_page(open_runs(runs))
+    page = printable(build_page(open_runs(runs)), "utf-8")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, page)

@@ -1,5 +1,6 @@
 """Tables of whatever a stage's result.json holds: nothing here knows the stages, so a new one needs no new code."""
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,6 +166,8 @@ def show(value: Any) -> str:
 
 
 def _figure(value: float) -> str:
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e6:
         return f"{value:.0f}" if abs(value) < 1000 else f"{value:,.0f}"
     if abs(value) >= 1:

@@ -8,7 +8,7 @@ there is training, and stands while there is evaluation. Points lie at the end o
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,8 +96,10 @@ def run_own(stage: Stage) -> dict[str, Any]:
     points = []
     for checkpoint in intact_checkpoints(stage.checkpoints_of(_TRAINING), stage.world):
         position = checkpoint.position
+        if position.step not in seconds_at:  # of a stop, between two lines of the log
+            continue
         representation = represent_checkpoint(stage, "trained", checkpoint)
-        points.append(_point(stage, images, representation, position.epoch, seconds_at(position.step)))
+        points.append(_point(stage, images, representation, position.epoch, seconds_at[position.step]))
     if not points:
         raise UserError(f"{stage.checkpoints_of(_TRAINING)} holds no checkpoints: run the stage {_TRAINING} before")
     record = json.loads((stage.run_directory / _TRAINING / "result.json").read_text())
@@ -202,7 +204,7 @@ def _record(stage: Stage, points: list[dict[str, float]], peak_mib: float) -> di
     }
 
 
-def _training_seconds(stage: Stage) -> Callable[[int], float]:
+def _training_seconds(stage: Stage) -> dict[int, float]:
     """Steps → seconds of initialisation and training, by what both have written down.
 
     The training logs images a second since the line before, over all that it does between.
@@ -217,4 +219,4 @@ def _training_seconds(stage: Stage) -> Callable[[int], float]:
         images = (line["step"] - before) * stage.config.optimization.global_batch_size
         total, before = total + images / line["speed/images_per_second"], line["step"]
         at[line["step"]] = total
-    return at.__getitem__
+    return at

@@ -101,6 +101,7 @@ def open_images(
             return UserError(str(error))
 
     def say(seconds: float) -> None:
+        log.on_progress()
         log.say(f"{split} images: rank 0 looks at every file or shard, {seconds:.0f} s so far")
 
     images = share_images(on_rank_0(open_all, world, say), world)

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import platform
 import socket
 import subprocess
@@ -28,7 +27,7 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import EXIT_USER_ERROR, AbsentPeersError, RankError, UserError
 from instance_ssl.guard import EXIT_LOST_PEER, Guard, Stopped, own_process_id
-from instance_ssl.run_directory import State, locked, read_state, write_json, write_status, write_text
+from instance_ssl.run_directory import State, locked, read_json, read_state, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages import checks, instances
 from instance_ssl.stages.arguments import parse_arguments
@@ -299,15 +298,15 @@ def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], proces
         held.enter_context(process.guard.hangs_after(stage.config.safety.hang_seconds, stage.directory))
         held.enter_context(stage.log.metrics_in(stage.directory))
         started = time.perf_counter()
+        # Before the work: a training that goes on beside it may commit a newer one meanwhile.
+        evaluated = checks.what_is_evaluated(stage.config.evaluation, stage.checkpoints_of("pretrain"))
         figures = function(stage)
         if stage.world.rank == 0:
             data = {"kind": stage.config.data.kind, "num_instances": len(stage.source), "digest": stage.source.digest}
             record = {
                 "stage": stage.name,
                 **figures,
-                "newest_checkpoint": checks.what_is_evaluated(
-                    stage.config.evaluation, stage.checkpoints_of("pretrain")
-                ),
+                "newest_checkpoint": evaluated,
                 "data": data,
                 "seconds": round(time.perf_counter() - started, 3),
                 **_environment(stage.world),
@@ -320,13 +319,14 @@ def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], proces
 
 def _is_complete(stage: Stage) -> bool:
     result_path, config_path = stage.directory / "result.json", stage.directory / "config.yaml"
-    if not result_path.exists():
+    result = read_json(result_path)
+    if result is None:
         return False
     if stage.name in checks.BOUND_STAGES:
         return True
     same = config_path.exists() and flatten(load_config(config_path)) == flatten(stage.config)
-    evaluated = json.loads(result_path.read_text()).get("newest_checkpoint")
-    return same and evaluated == checks.what_is_evaluated(stage.config.evaluation, stage.checkpoints_of("pretrain"))
+    evaluated = checks.what_is_evaluated(stage.config.evaluation, stage.checkpoints_of("pretrain"))
+    return same and result.get("newest_checkpoint") == evaluated
 
 
 def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
@@ -340,6 +340,8 @@ def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
         try:
             stage.directory.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(stage.directory))
+            # It is of what config.yaml says: of another configuration there is none until it is done.
+            (stage.directory / "result.json").unlink(missing_ok=True)
             config = yaml.safe_dump(stage.config.model_dump(mode="json"), sort_keys=False)
             write_text(stage.directory / "config.yaml", config)
             section = stage.ds.classifier.model_dump()

@@ -183,4 +183,4 @@ def _keep_points(stage: Stage, images: LabelledImages, points: dict[str, dict[st
 
 def _identity(stage: Stage, images: LabelledImages) -> dict[str, Any]:
     digests = {"configuration": config_digest(stage.config), "train": images.train.digest, "test": images.test.digest}
-    return {**_recipe(stage, images), **digests}
+    return {**_recipe(stage, images), **digests, "labels": images.label_digest}

@@ -77,11 +77,17 @@ def _train(stage: Stage, representation: Representation, images: LabelledImages)
             stage.guard.check()
             yield part
 
+    def test_batches() -> Iterator[Batch]:
+        for batch in own_batches(stage, images.test, centre_view(data.image_size)):
+            stage.guard.check()
+            yield batch
+
     title = f"{TITLES[representation.source]}: linear classifier"
     decisive = {
         "encoder": representation.source if representation.encoder is None else state_digest(representation.encoder),
         "recipe": [linear.epochs, linear.global_batch_size, linear.learning_rate],
         "images": [images.train.digest, images.test.digest, data.image_size],
+        "labels": images.label_digest,
         "seed": seed,
         "precision": str(stage.ds.autocast_dtype),
     }
@@ -97,7 +103,7 @@ def _train(stage: Stage, representation: Representation, images: LabelledImages)
             return train_linear_classifier(
                 representation.features,
                 train_parts,
-                lambda: own_batches(stage, images.test, centre_view(data.image_size)),
+                test_batches,
                 stage.world,
                 feature_dim=representation.feature_dim,
                 num_classes=images.num_classes,

@@ -37,6 +37,7 @@ from instance_ssl.stages import checks
 from instance_ssl.stages.build import describe_encoder
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.representation import Representation, represent
+from instance_ssl.stages.sharing import on_rank_0
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -137,7 +138,10 @@ def _write_rows(stage: Stage, representation: Representation, encoder: Encoder, 
     tag = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
     parts = [directory / f"part_{tag}_{rank}_of_{stage.world.size}" for rank in range(stage.world.size)]
     stage.together(lambda: _append_own_rows(stage, encoder, images, parts[stage.world.rank], columns))
-    files = stage.on_rank_0(lambda: _join(stage, images, parts, columns))
+    files = stage.together(
+        lambda: on_rank_0(lambda: _join(stage, images, parts, columns), stage.world, lambda _: stage.guard.beat())
+    )
+    files = stage.world.broadcast_object(files)
     dims = {name: place.stop - place.start for name, place in columns.items()}
     return {"num_images": len(images), "digest": images.digest, "dims": dims, "files": files}
 

@@ -51,7 +51,8 @@ def add_rows(
             stage.check_together()
 
         size = stage.config.classifier.initialization_batch_size
-        parts = own_parts(torch.arange(first, len(stage.source)), size, stage.world)
+        ids = torch.arange(first, len(stage.source))
+        parts = own_parts(ids[~torch.isin(ids, left_out.ids)], size, stage.world)
         view = centre_view(stage.config.data.image_size)
         batches = readable_batches(stage, parts, left_out, view)
         initialize_from_features(

@@ -1,5 +1,6 @@
 """Stage 1: the classifier's weights from a fixed random network (the contrastive prior)."""
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -72,6 +73,9 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, le
     mode, skips = stage.config.classifier.initialization, stage.config.data.on_broken == "skip"
     done = 0
     partial = newest_checkpoint(stage.directory / "partial", stage.world)
+    if partial is not None and partial.position.digests.get("order", "") != _order_digest(stage):
+        stage.log.say("the images lie in other shards than before, and so in another order: the pass begins again")
+        partial = None
     if partial is not None:
         require_same_run(partial, stage)
         stage.together(lambda: load_rows(partial, shard))
@@ -108,7 +112,7 @@ def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, s
         len(stage.source),
         stage.config.model.embedding_dim,
         stage.world.size,
-        digests=run_digests(stage),
+        digests=run_digests(stage) | {"order": _order_digest(stage)},
     )
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
     momentum = {name: torch.zeros_like(value, device="cpu") for name, value in encoder.named_parameters()}
@@ -116,6 +120,12 @@ def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, s
     writer = DirectoryWriter(stage.directory / folder, stage.world, keep=1, is_permanent=lambda step: False)
     start_checkpoint(writer, position, state, momentum, buffers, shard, stage.world)
     return str(writer.commit().relative_to(stage.run_directory))
+
+
+def _order_digest(stage: Stage) -> str:
+    """What the order of the images depends on beside the configuration: a pass goes on in that order alone."""
+    starts = stage.source.shard_starts
+    return "" if starts is None else hashlib.sha256(starts.tobytes()).hexdigest()
 
 
 def _own_batches(stage: Stage, first: int, left_out: LeftOut) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ right, whatever comes behind them.
 """
 
 import json
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import islice
@@ -93,7 +94,10 @@ def _write(source: ImageSource, run_directory: Path) -> None:
     write_instances(source, run_directory / "instances.txt")
     if "sizes" in source.columns:
         temporary = run_directory / ".instance_sizes.tmp.npy"
-        np.save(temporary, source.columns["sizes"])
+        with temporary.open("wb") as file:
+            np.save(file, source.columns["sizes"])
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(run_directory / "instance_sizes.npy")
     if source.left_out:
         write_lines(source.left_out, run_directory / "unreadable.txt")
@@ -154,9 +158,10 @@ def _why_gone(
 ) -> dict[int, str]:
     """Id → why of the images that are not in the list: left out already, broken, or lost where that is allowed."""
     whys, lost = {}, []
+    # A name may hold ": " itself, so each place that could end it is looked up.
+    left_out = {line[:end]: line for line in source.left_out for end in _ends(line)}
     for index in gone:
-        name = escape(names[index])
-        broken = next((line for line in source.left_out if line.startswith(f"{name}: ")), None)
+        broken = left_out.get(escape(names[index]))
         if index not in known and broken is None:
             lost.append(index)
         whys[index] = known.get(index) or broken or LOST
@@ -164,6 +169,10 @@ def _why_gone(
         what = f"{_list(names, lost)} {_have(lost)} gone"
         raise _changed(run_directory, what, ", or set data.allow_lost to leave them out")
     return whys
+
+
+def _ends(line: str) -> list[int]:
+    return [place for place in range(len(line)) if line.startswith(": ", place)]
 
 
 def _cannot_grow(run_directory: Path) -> str | None:

@@ -68,6 +68,11 @@ class LeftOut:
         Raises:
             UserError: when it cannot be recorded.
         """
+        for index in self._stage.source.absent:
+            known = self._found.get(index)
+            if known is not None and known.step > step:  # it is gone, also for the steps that are done again
+                self._at[known.step].remove(index)
+                self._know({index: Found(step, known.why)})
         self._add(self._stage.source.absent, step)
 
     @property

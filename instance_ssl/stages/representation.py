@@ -1,5 +1,6 @@
 """What is evaluated: pixels, the random network, a trained one or a weights file, as a function images → features."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,6 +62,12 @@ class LabelledImages:
     train_labels: Tensor
     test_labels: Tensor
     num_classes: int
+
+    @property
+    def label_digest(self) -> str:
+        """Of all labels; the images' own digests are of names and sizes."""
+        labels = torch.cat([self.train_labels, self.test_labels]).cpu()
+        return hashlib.sha256(labels.numpy().tobytes()).hexdigest()
 
 
 def open_labelled(stage: Stage) -> LabelledImages:

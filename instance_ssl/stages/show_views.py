@@ -1,13 +1,14 @@
 """A look at what the encoder sees: some training images and their views, drawn into a file. Starts no process group."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from instance_ssl.config import load_config
-from instance_ssl.console import exit_code_of
+from instance_ssl.console import exit_code_of, printable
 from instance_ssl.data.folders import escape
 from instance_ssl.data.view_grid import view_grid
 from instance_ssl.errors import UserError
@@ -52,5 +53,4 @@ def _show(arguments: argparse.Namespace) -> None:
     print(
         f"{arguments.out}: {len(ids)} of {len(source):,} images, {views.shape[1]} views each, epoch {arguments.epoch}"
     )
-    # Names need not be text; a console may have fewer letters than they.
-    print("\n".join(captions).encode("ascii", "backslashreplace").decode())
+    print(printable("\n".join(captions), sys.stdout.encoding))

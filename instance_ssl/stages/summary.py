@@ -17,8 +17,9 @@ def show(stage: Stage) -> None:
         row = knn["figures"][source]["top1"], linear["figures"][source]["top1"]
         lines.append(f"{TITLES[source]:16}{row[0]:>10.2f} %{row[1]:>12.2f} %")
     accuracy = pretrain["instance_accuracy"]
+    measured = "not measured" if accuracy is None else f"{100 * accuracy:.1f} %"
     lines += [
-        f"instance accuracy of the last epoch: {100 * accuracy:.1f} % of {len(stage.source):,} classes",
+        f"instance accuracy of the last epoch: {measured} of {len(stage.source):,} classes",
         f"nearest neighbours: {stage.run_directory / knn['picture']}",
         f"the run lies in {stage.run_directory}",
     ]

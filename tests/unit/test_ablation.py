@@ -74,7 +74,8 @@ def test_runs_go_seed_by_seed_and_lengths_are_runs_of_their_own(tmp_path: Path) 
         ({"variants": [{"name": "a"}, {"name": "a"}]}, "'a' is there twice"),
         ({"variants": []}, "variants"),
         ({"figures": {"k-NN": "knn.top1"}, "drawn": []}, "stage:key.key"),
-        ({"figures": {"k-NN": "knn:curve.seconds=soon.top1"}, "drawn": []}, "'soon'"),
+        ({"figures": {"k-NN": "knn:curve.seconds=soon.top1"}, "drawn": []}, "whole number"),
+        ({"figures": {"k-NN": "knn:curve.seconds=60.5.top1"}, "drawn": []}, "whole number"),
         ({"reference": "other"}, "reference 'other'"),
         ({"drawn": ["speed"]}, "drawn 'speed'"),
         ({"runner": "nothing"}, "runner 'nothing'"),
@@ -103,14 +104,22 @@ def test_mean_spread_and_differences_by_seed() -> None:
 def test_figures_are_found_by_their_keys() -> None:
     records = {
         "first": {"seconds": 1, "figures": {"trained": {"top1": 2.5}}},
-        "second": {"curve": [{"a": 3, "b": 10}, {"a": 4, "b": 20}]},
+        "second": {"curve": [{"a": 3, "b": 10, "c": "x"}, {"a": 4, "b": 20, "c": None}], "none": [1, 2]},
     }
     assert _find(records, "first:figures.*.top1") == 2.5
     assert _find(records, "*:curve.1.a") == 4
     assert _find(records, "*:seconds") == 1
     assert _find(records, "second:curve.b=15.a") == 3.5
     assert _find(records, "second:curve.b=20.a") == 4
-    nowhere = ("third:seconds", "first:seconds.more", "*:curve.2.a", "first:figures", "*:curve.b=9.a", "*:curve.c=1.a")
+    nowhere = (
+        "third:seconds",
+        "first:seconds.more",
+        "*:curve.2.a",
+        "first:figures",
+        "*:curve.b=9.a",
+        "*:curve.c=1.a",
+        "*:none.b=1.a",
+    )
     for absent in nowhere:
         assert _find(records, absent) is None
 
