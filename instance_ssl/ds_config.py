@@ -170,6 +170,7 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
     zero_stage = _zero_stage(values.get("zero_optimization", {}), path)
     engine = {
         "steps_per_print": 2**31,  # the progress bar is ours
+        "timers": {"throughput": {"enabled": False}},  # which waits for the device twice a micro-batch
         **values,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": max_grad_norm,

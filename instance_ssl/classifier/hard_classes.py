@@ -41,8 +41,10 @@ _MAX_EDGE = {"cpu": 2048, "cuda": 16384}
 # Groups of the first look, for each of the K: with at least 2.5 the bound is that of the 1.3 K-th best or a nearer one.
 _GROUPS_PER_HARD_CLASS = 2.5
 
-# Scratch memory where the configuration leaves it open.
-DEFAULT_BLOCK_BYTES = 32 * 2**20
+# Scratch memory on a CPU where the configuration leaves it open.
+_DEFAULT_SEARCH_BYTES = 32 * 2**20
+# On a GPU the host waits several times a tile: it gets longer ones than the softmax has blocks.
+_SEARCH_BLOCKS_ON_GPU = 8
 
 
 def find_hard_classes(
@@ -105,9 +107,19 @@ def _search(
     return search.table.ids()
 
 
+def search_bytes(block_bytes: int | None, device: torch.device) -> int:
+    """Scratch memory of the search, for a softmax whose blocks take so much (None: as much as the cache says)."""
+    if block_bytes is None:
+        return _DEFAULT_SEARCH_BYTES
+    return block_bytes if device.type == "cpu" else _SEARCH_BLOCKS_ON_GPU * block_bytes
+
+
 def fast_screen_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where matrices of it are multiplied faster than float32 ones."""
-    has_bfloat16 = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    """bfloat16 where matrices of it are multiplied faster than float32 ones. One that is not here is new."""
+    if device.type == "cuda":
+        has_bfloat16 = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from instance_ssl.distributed.partition import Partition
 
+_PAIRS_AT_ONCE = 2**26
+
 
 class LeftOutClasses:
     """Which classes are left out, equal on all ranks, and which of them are this rank's.
@@ -39,5 +41,8 @@ class LeftOutClasses:
 
     def strike_out_(self, table_nK: Tensor) -> None:
         """Puts -1 in place of every left-out class of a table of hardest classes, and in their own rows."""
-        table_nK[torch.isin(table_nK, self.ids.to(table_nK))] = -1
+        ids = self.ids.to(table_nK)
+        # On a GPU `isin` writes out all pairs of a few ids.
+        for rows in table_nK.split(max(1, _PAIRS_AT_ONCE // max(1, table_nK.shape[1] * len(ids)))):
+            rows[torch.isin(rows, ids)] = -1
         table_nK[self.own_places().to(table_nK.device)] = -1

@@ -13,7 +13,7 @@ import torch
 
 from instance_ssl.classifier.blocked import block_classes, sums_block_bytes, update_block_bytes
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
-from instance_ssl.classifier.hard_classes import DEFAULT_BLOCK_BYTES, fast_screen_dtype, tile_bytes, tile_edge
+from instance_ssl.classifier.hard_classes import fast_screen_dtype, search_bytes, tile_bytes, tile_edge
 from instance_ssl.classifier.hard_table import ROWS_AT_ONCE
 from instance_ssl.classifier.kept_terms import kept_classes
 from instance_ssl.distributed.comm import ring_bytes
@@ -211,7 +211,7 @@ def _update_bytes(size: ClassifierSize, block: int) -> int:
 def _refresh_bytes(size: ClassifierSize) -> int:
     """`find_hard_classes`: unit rows in two precisions, places for 2K keys a class, a tile, and then the new table."""
     n, num_hard, width = size.own_classes, size.num_hard_classes, size.embedding_dim
-    edge = tile_edge(size.options.block_bytes or DEFAULT_BLOCK_BYTES, width, n, size.device.type)
+    edge = tile_edge(search_bytes(size.options.block_bytes, size.device), width, n, size.device.type)
     padded = math.ceil(n / edge) * edge
     unit_rows = n * width * _FLOAT + padded * width * fast_screen_dtype(size.device).itemsize
     # Rounding error and margin, how many keys there are, and the bound that they give.

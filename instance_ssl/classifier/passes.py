@@ -24,7 +24,8 @@ def choose_kernels(
     if wanted == "triton" and not runs_triton:
         raise UserError(
             "instance_classifier.kernels triton needs an NVIDIA GPU of compute capability 8.0 or higher, the triton "
-            f"package, and no wider embeddings than it has kernels for (here {embedding_dim}): use auto or torch"
+            "package, a C compiler with Python's headers, and no wider embeddings than it has kernels for "
+            f"(here {embedding_dim}): use auto or torch"
         )
     return "triton" if runs_triton else "torch"
 

@@ -29,7 +29,7 @@ from instance_ssl.classifier.cosine_softmax import (
     row_losses,
     unit_feature_gradient,
 )
-from instance_ssl.classifier.hard_classes import DEFAULT_BLOCK_BYTES, find_hard_classes
+from instance_ssl.classifier.hard_classes import find_hard_classes, search_bytes
 from instance_ssl.classifier.kept_terms import KeptTerms
 from instance_ssl.classifier.left_out import LeftOutClasses
 from instance_ssl.classifier.sampling import ClassSampler, RowClock
@@ -238,7 +238,7 @@ class ClassifierShard:
             num_hard_classes,
             self.partition,
             self.group,
-            block_bytes=self.options.block_bytes or DEFAULT_BLOCK_BYTES,
+            block_bytes=search_bytes(self.options.block_bytes, self.weight.device),
             on_block=on_block,
             left_out=self.left_out.ids,
         )
@@ -383,10 +383,9 @@ class ClassifierShard:
         """(B, K) hardest classes of each row's instance: each owner fills in its own, the sum brings them together."""
         if self.hard_classes is None:
             return None
-        own_B = self._owns(labels_B)
-        hard_BK = self.hard_classes.new_zeros(labels_B.shape[0], self.hard_classes.shape[1])
-        hard_BK[own_B] = self.hard_classes[labels_B[own_B] - self.start]
-        return self.group.all_reduce_sum_(hard_BK)
+        # Not by a mask as an index, whose count the host of a GPU would wait for.
+        places_B = (labels_B - self.start).clamp(0, len(self.hard_classes) - 1)
+        return self.group.all_reduce_sum_(self.hard_classes[places_B] * self._owns(labels_B)[:, None])
 
 
 def _given(**options: object) -> dict[str, Any]:

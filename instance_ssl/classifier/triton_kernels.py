@@ -77,7 +77,9 @@ def update_tile(embedding_dim: int, matmul_dtype: torch.dtype) -> Tile:
 
 
 def available(device: torch.device, embedding_dim: int = 128, matmul_dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the kernels run on `device`: an NVIDIA GPU from sm_80 with Triton, or anything under its interpreter."""
+    """Whether the kernels run on `device`: an NVIDIA GPU from sm_80, with Triton and what it compiles with, or any
+    device under its interpreter.
+    """
     if importlib.util.find_spec("triton") is None:  # CPU-only builds of PyTorch come without it
         return False
     if not any(dtype == matmul_dtype and embedding_dim <= dim for dtype, dim, _ in _TILES):
@@ -86,7 +88,13 @@ def available(device: torch.device, embedding_dim: int = 128, matmul_dtype: torc
 
     if triton.knobs.runtime.interpret:
         return True
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        _ = triton.runtime.driver.active.utils  # compiled at its first use
+    except Exception:  # no C compiler, or no headers of Python: Triton's own, RuntimeError, CalledProcessError
+        return False
+    return True
 
 
 def softmax_sums(

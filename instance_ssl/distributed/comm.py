@@ -4,6 +4,7 @@ A `Group` is passed explicitly to everything that communicates. One process is a
 that runs the same collectives; nothing here branches on it.
 """
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -209,12 +210,30 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
                 f"this machine has {torch.cuda.device_count()} GPUs: launch no more ranks (--num_gpus) on it"
             )
         torch.cuda.set_device(device)
+        capability, served = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+        if not has_code_for(capability, served):
+            raise UserError(
+                f"this build of torch ({torch.__version__}: {' '.join(served)}) has no code for a "
+                f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]}): "
+                "install one that has"
+            )
         # bfloat16 products are summed in float32 throughout: the hard-class search relies on their error bound.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if "MASTER_ADDR" in os.environ:
         return _join("env://", launched_rank(), launched_world_size(), device, seconds=join_seconds)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
     return _join(None, 0, 1, device, store=dist.HashStore())
+
+
+def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether a GPU runs one of these: code for its own generation (sm_86), or for any older one to compile anew."""
+    own = 10 * capability[0] + capability[1]
+    for architecture in architectures:
+        kind, _, number = architecture.partition("_")
+        version = int("".join(filter(str.isdigit, number)) or 0)
+        if version <= own and (kind == "compute" or version // 10 == capability[0]):
+            return True
+    return False
 
 
 def initialize_from_file(path: str, rank: int, size: int) -> Group:
@@ -253,11 +272,12 @@ def _join(
     return Group(dist.group.WORLD, rank, size, device)
 
 
+@functools.cache  # a communicator takes half a gigabyte of a GPU, and is freed with the world alone
 def split(world: Group, group_size: int) -> tuple[Group, Group | None]:
     """This rank's model-parallel group of `group_size` consecutive ranks, and its peers of equal place in the others.
 
     New groups even where the first is the whole world, so that their collectives never queue behind the engine's. With
-    one group there are no peers: None. `group_size` divides the world.
+    one group there are no peers: None. `group_size` divides the world. Asked again, the same groups.
     """
     firsts = range(0, world.size, group_size)
     groups = [list(range(first, first + group_size)) for first in firsts]
@@ -298,5 +318,6 @@ def lost_peer(error: BaseException) -> bool:
 
 def finalize() -> None:
     """Leaves the world, if this process has joined it."""
+    split.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -47,14 +47,19 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
     """This rank's empty rows of W, in model-parallel groups of their own."""
     classifier, optimization = stage.config.classifier, stage.config.optimization
     group, replicas = comm.split(stage.world, stage.ds.group_size(stage.world.size))
+    kernels = choose_kernels(
+        stage.ds.classifier.kernels, stage.world.device, stage.config.model.embedding_dim, stage.ds.matmul_dtype
+    )
+    if stage.world.device.type == "cuda" and kernels != "triton":
+        stage.log.say(
+            "classifier: PyTorch's operations, no Triton kernels: those want a GPU from Ampere on, Triton, a C compiler"
+        )
     options = SoftmaxOptions(
         temperature=classifier.temperature,
         form=classifier.loss_form,
         matmul_dtype=stage.ds.matmul_dtype,
         block_bytes=choose_block_bytes(stage.ds.block_bytes, stage.world.device),
-        kernels=choose_kernels(
-            stage.ds.classifier.kernels, stage.world.device, stage.config.model.embedding_dim, stage.ds.matmul_dtype
-        ),
+        kernels=kernels,
         kept_bytes=stage.ds.kept_bytes,
     )
     sampler = None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from instance_ssl.distributed.comm import has_code_for
 from instance_ssl.errors import UserError
 from instance_ssl.launch_checks import check_launch, read_hostfile, take_apart
 
@@ -90,3 +91,21 @@ def test_the_run_directory_is_found() -> None:
     assert take_apart(["deepspeed", "--num_gpus", "2", *SCRIPT]).run_directory == Path("runs/a")
     assert take_apart(["deepspeed", *SCRIPT[:1], "--run-dir=b"]).run_directory == Path("b")
     assert take_apart(["deepspeed", *SCRIPT[:1]]).run_directory is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "served"),
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_90"], False),
+        ((7, 0), ["sm_50", "sm_60", "sm_70"], True),
+        ((8, 6), ["sm_75", "sm_80", "sm_90"], True),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((12, 1), ["sm_90", "compute_90"], True),
+        ((9, 0), ["sm_80"], False),
+    ],
+)
+def test_a_gpu_without_code_for_it_is_told_apart(
+    capability: tuple[int, int], architectures: list[str], served: bool
+) -> None:
+    assert has_code_for(capability, architectures) == served
