@@ -298,15 +298,17 @@ def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], proces
         held.enter_context(process.guard.hangs_after(stage.config.safety.hang_seconds, stage.directory))
         held.enter_context(stage.log.metrics_in(stage.directory))
         started = time.perf_counter()
-        # Before the work: a training that goes on beside it may commit a newer one meanwhile.
-        evaluated = checks.what_is_evaluated(stage.config.evaluation, stage.checkpoints_of("pretrain"))
+        # Before the work: a training that goes on beside an evaluation may commit a newer one meanwhile.
+        newest = _newest_checkpoint(stage)
         figures = function(stage)
         if stage.world.rank == 0:
+            if stage.name in checks.BOUND_STAGES:
+                newest = _newest_checkpoint(stage)
             data = {"kind": stage.config.data.kind, "num_instances": len(stage.source), "digest": stage.source.digest}
             record = {
                 "stage": stage.name,
                 **figures,
-                "newest_checkpoint": evaluated,
+                "newest_checkpoint": newest,
                 "data": data,
                 "seconds": round(time.perf_counter() - started, 3),
                 **_environment(stage.world),
@@ -325,8 +327,11 @@ def _is_complete(stage: Stage) -> bool:
     if stage.name in checks.BOUND_STAGES:
         return True
     same = config_path.exists() and flatten(load_config(config_path)) == flatten(stage.config)
-    evaluated = checks.what_is_evaluated(stage.config.evaluation, stage.checkpoints_of("pretrain"))
-    return same and result.get("newest_checkpoint") == evaluated
+    return same and result.get("newest_checkpoint") == _newest_checkpoint(stage)
+
+
+def _newest_checkpoint(stage: Stage) -> str | None:
+    return checks.what_is_evaluated(stage.config.evaluation, stage.checkpoints_of("pretrain"))
 
 
 def _enter(stage: Stage, held: contextlib.ExitStack) -> None:

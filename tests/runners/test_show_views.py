@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from instance_ssl.config import load_config
+from instance_ssl.console import printable
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.order import BatchKeys
@@ -50,7 +51,8 @@ def test_views_are_those_of_the_training(words: list[str], augment_on: str, tmp_
 
 def test_names_are_said_whatever_is_in_them(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--images", "4"]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == ["0: a\\nb.png", "1: b\\u8a9e.png", "2: c.png", "3: d.png"]
+    assert capsys.readouterr().out.splitlines()[1:] == ["0: a\\nb.png", "1: b語.png", "2: c.png", "3: d.png"]
+    assert printable("b語.png", "ascii") == "b\\u8a9e.png"
 
 
 @pytest.mark.parametrize("wrong", [["--images", "5"], ["--images", "0"], ["--epoch", "-1"], ["--out", "/absent/v"]])
