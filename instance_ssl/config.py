@@ -302,7 +302,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     try:
         return ExperimentConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {describe_validation_error(error, ExperimentConfig)}") from None
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        given = [
+            f"--set {override}" for override in overrides if f"{key}.".startswith(override.partition("=")[0] + ".")
+        ]
+        where = given[-1] if given else str(path)
+        raise UserError(f"{where}: {describe_validation_error(error, ExperimentConfig)}") from None
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:

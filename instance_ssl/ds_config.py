@@ -156,11 +156,13 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
         raise UserError(f"{path}: communication_data_type must be fp32, fp16 or bf16")
     if type(micro_batch_size) is not int or micro_batch_size < 1:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of images a rank")
-    accumulation_steps, remainder = divmod(global_batch_size, micro_batch_size * world_size)
+    images_at_once = micro_batch_size * world_size
+    accumulation_steps, remainder = divmod(global_batch_size, images_at_once)
     if remainder or accumulation_steps == 0:
         raise UserError(
             f"optimization.global_batch_size {global_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
-            f"{micro_batch_size} x {world_size} ranks ({path}); change one of the two"
+            f"{micro_batch_size} x {world_size} ranks ({path}); change one of the two: the nearest is "
+            f"{max(1, round(global_batch_size / images_at_once)) * images_at_once}"
         )
     if classifier.group_size != "world" and world_size % classifier.group_size:
         raise UserError(

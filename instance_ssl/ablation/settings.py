@@ -189,6 +189,8 @@ def _run(ablation: Ablation, variant: Variant, epochs: int | None, seed: int, ov
         values["optimization.epochs"] = epochs
     words = [*_words(ablation.set), *overrides, *_words(values)]
     where = " / ".join(part for part in (variant.group, variant.name) if part)
+    if not ablation.config.exists():
+        raise UserError(f"config {ablation.config}: there is none; paths are from where the command is given")
     try:
         config = load_config(ablation.config, words)
     except UserError as error:

@@ -254,7 +254,10 @@ def _find_shards(root: Path | None, pattern: str | None, split: str) -> list[Pat
     rest = [name for name in glob.glob("*.tar", root_dir=root) if not name.startswith(("val", "test"))]
     if split == "train" and rest:
         return [root / name for name in sorted(rest)]
-    raise UserError(f"data.root {escape(str(root))} holds no {split} shard: {', '.join(_PLACES[split])}")
+    raise UserError(
+        f"data.root {escape(str(root))} holds no {split} shard: {', '.join(_PLACES[split])} "
+        f"(runners/pack_dataset.py --split {split} makes them)"
+    )
 
 
 def _matches(base: str, text: str) -> list[str]:

@@ -157,8 +157,13 @@ def open_evaluation(
             f"evaluation.data.image_size {data.image_size} differs from data.image_size {config.data.image_size}, "
             "which the encoder is trained at: set both alike"
         )
-    train = source if config.evaluation.data is None else open_images(data, "train", world, log)
-    test = open_images(data, "test", world, log)
+    try:
+        train = source if config.evaluation.data is None else open_images(data, "train", world, log)
+        test = open_images(data, "test", world, log)
+    except UserError as mistake:
+        if config.evaluation.data is None:
+            raise
+        raise UserError(f"evaluation.data: {mistake}") from None
     if train.labels is None or test.labels is None:
         raise UserError(
             f"data.kind {data.kind}: these images have no labels to evaluate with (.cls files beside them in the "
@@ -179,7 +184,8 @@ def check_size(config: ExperimentConfig, num_images: int) -> None:
         )
     if config.optimization.global_batch_size > num_images:
         raise UserError(
-            f"optimization.global_batch_size {config.optimization.global_batch_size} exceeds the {num_images} images"
+            f"optimization.global_batch_size {config.optimization.global_batch_size} exceeds the {num_images} images: "
+            "a batch holds an image once at most; 64 to 512 suit a small set"
         )
 
 

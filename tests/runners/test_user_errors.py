@@ -16,7 +16,7 @@ MISTAKES = {
     "unknown YAML key": (["--config", "{d}/typo.yaml"], "classifier.temperatur"),
     "unknown JSON key": (["--deepspeed_config", "{d}/unknown.json"], "zero_optimisation"),
     "owned JSON key": (["--deepspeed_config", "{d}/owned.json"], "train_batch_size"),
-    "micro-batch": (["--deepspeed_config", "{d}/micro.json"], "train_micro_batch_size_per_gpu 48"),
+    "micro-batch": (["--deepspeed_config", "{d}/micro.json"], "the nearest is 144"),
     "too many hard classes": (["--set", "classifier.num_hard_classes=1437"], "classifier.num_hard_classes 1437"),
     "temperature": (["--set", "classifier.temperature=0.02"], "classifier.temperature"),
     "unknown --set path": (["--set", "optimization.epoch=3"], "optimization.epoch"),
@@ -90,10 +90,14 @@ def test_a_pipeline_on_unlabelled_images_says_so_before_it_starts(tmp_path: Path
     [
         ("evaluation.knn.neighbours=[2000]", "evaluation.knn.neighbours asks for 2000"),
         ("data.limit_test=361", "data.limit_test"),
+        (
+            "evaluation.data.kind=tree evaluation.data.root=/absent",
+            "evaluation.data: data.root /absent is not a folder",
+        ),
     ],
 )
 def test_a_mistake_in_the_evaluation_shows_before_the_training(tmp_path: Path, override: str, expected: str) -> None:
-    finished = run_bare("pipeline", "--run-dir", str(tmp_path / "run"), "--set", override)
+    finished = run_bare("pipeline", "--run-dir", str(tmp_path / "run"), "--set", *override.split())
     assert finished.returncode == 2
     assert expected in finished.stderr
     assert not (tmp_path / "run").exists()

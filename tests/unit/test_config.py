@@ -92,7 +92,7 @@ def test_a_single_epoch_without_warm_up_is_allowed(tmp_path: Path) -> None:
         ("seed.epochs=3", "unknown key 'seed.epochs'"),
         ("optimization.epochs", "expected key=value"),
         ("optimization.epochs=[", "not YAML"),
-        ("optimization.epochs=many", "optimization.epochs"),
+        ("optimization.epochs=many", "--set optimization.epochs=many: optimization.epochs: "),
         ("classifier.temperature=0.02", "classifier.temperature: must be at least 0.03"),
         ("classifier.temperature=.nan", "classifier.temperature"),
         ("classifier.num_hard_classes=0", "smoothing_factor"),
