@@ -1,9 +1,12 @@
 """From the config to the objects that stages share."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
+from instance_ssl.classifier.kernel_check import disagreement
 from instance_ssl.classifier.passes import choose_block_bytes, choose_kernels
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
@@ -15,6 +18,7 @@ from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
+from instance_ssl.errors import UserError
 from instance_ssl.models.backbones import choose_stem
 from instance_ssl.models.encoder import Encoder, build_encoder
 from instance_ssl.stages.context import Stage
@@ -47,21 +51,18 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
     """This rank's empty rows of W, in model-parallel groups of their own."""
     classifier, optimization = stage.config.classifier, stage.config.optimization
     group, replicas = comm.split(stage.world, stage.ds.group_size(stage.world.size))
-    kernels = choose_kernels(
-        stage.ds.classifier.kernels, stage.world.device, stage.config.model.embedding_dim, stage.ds.matmul_dtype
-    )
-    if stage.world.device.type == "cuda" and kernels != "triton":
-        stage.log.say(
-            "classifier: PyTorch's operations, no Triton kernels: those want a GPU from Ampere on, Triton, a C compiler"
-        )
     options = SoftmaxOptions(
         temperature=classifier.temperature,
         form=classifier.loss_form,
         matmul_dtype=stage.ds.matmul_dtype,
         block_bytes=choose_block_bytes(stage.ds.block_bytes, stage.world.device),
-        kernels=kernels,
+        kernels=choose_kernels(
+            stage.ds.classifier.kernels, stage.world.device, stage.config.model.embedding_dim, stage.ds.matmul_dtype
+        ),
         kept_bytes=stage.ds.kept_bytes,
     )
+    if stage.world.device.type == "cuda":
+        options = _with_tried_kernels(stage, options)
     sampler = None
     if classifier.sampling != "full":
         sampler = ClassSampler(
@@ -82,6 +83,28 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
         sampler=sampler,
         seed=stage.config.seed,
     )
+
+
+def _with_tried_kernels(stage: Stage, options: SoftmaxOptions) -> SoftmaxOptions:
+    """The options with Triton's kernels where they are right on every rank's GPU, or else with the PyTorch passes.
+
+    Raises:
+        UserError: where the DeepSpeed JSON insists on kernels that are not.
+    """
+    if (wanted := stage.ds.classifier.kernels) == "torch":
+        return options
+    problem: str | None = "they want a GPU from Ampere on, Triton, a C compiler and Python's headers"
+    if options.kernels == "triton":
+        shape = stage.world.device, stage.config.model.embedding_dim
+        problem = disagreement(*shape, options, stage.ds.row_dtype, stage.ds.momentum_dtype)
+    problems = stage.world.all_gather_objects(problem)
+    found = next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None), None)
+    if found is None:
+        return options
+    if wanted == "triton":
+        raise UserError(f"instance_classifier.kernels triton cannot be had ({found}): use auto or torch")
+    stage.log.say(f"classifier: PyTorch's operations and not the Triton kernels ({found})")
+    return replace(options, kernels="torch")
 
 
 def training_view(augmentation: AugmentationConfig, data: DataConfig) -> Transform:
