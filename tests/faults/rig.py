@@ -169,6 +169,7 @@ def _one_rank(
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with an error, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a suite under nohup would pass on as ignored
     sys.argv = [f"runners/{stage}.py", *arguments]
     if prepare is not None:
         prepare()
