@@ -53,6 +53,7 @@ class Supervisor:
     ) -> None:
         self._launch, self._say = launch, say
         self._restarts, self._pause_seconds, self._grace_seconds = restarts, pause_seconds, grace_seconds
+        self._before: dict[Path, _Status] = {}
         self._runner: subprocess.Popen[bytes] | None = None
         self._signal: int | None = None
 
@@ -77,6 +78,7 @@ class Supervisor:
                 return EXIT_STOPPED
 
     def _attempt(self) -> int:
+        self._before = {status.path: status for status in _statuses(self._launch.run_directory)}
         # A session of its own: a Ctrl-C in the terminal reaches this process alone, which passes it on once.
         self._runner = subprocess.Popen(self._launch.command, start_new_session=True)
         if self._signal is not None:
@@ -104,7 +106,7 @@ class Supervisor:
         if code == _FAILED and self._signal is not None and self._saved_elsewhere():
             code = EXIT_STOPPED
         if code == EXIT_DONE:
-            unfinished = [status for status in _statuses(self._launch.run_directory) if status.state != "complete"]
+            unfinished = [status for status in self._own_statuses() if status.state != "complete"]
             if unfinished:
                 self._say(f"supervise: the launcher reports success, but {unfinished[0]}")
                 code = _FAILED
@@ -114,10 +116,20 @@ class Supervisor:
         """Whether the nodes' ranks save and leave: over ssh, a runner that is told to end exits before they have."""
 
         def states() -> set[str]:
-            return {status.state for status in _statuses(self._launch.run_directory)}
+            return {status.state for status in self._own_statuses()}
 
         self._wait(lambda: "running" not in states(), self._grace_seconds)
         return "stopped" in states() <= {"stopped", "complete"}
+
+    def _own_statuses(self) -> list["_Status"]:
+        """Of the stages that this attempt has begun; where it has begun none, of the runner's own, or else of all.
+
+        A stage that failed some other day is not this attempt's failure.
+        """
+        statuses = _statuses(self._launch.run_directory)
+        begun = [status for status in statuses if status != self._before.get(status.path)]
+        named = [status for status in statuses if status.path.parent.name == Path(self._launch.script[0]).stem]
+        return begun or named or statuses
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._signal is None:
@@ -150,6 +162,7 @@ class _Status(NamedTuple):
     path: Path
     state: str
     reason: str | None
+    written_ns: int
 
     def __str__(self) -> str:
         return f"{self.path} says {self.state}" + (f": {self.reason}" if self.reason else "")
@@ -161,7 +174,7 @@ def _statuses(run_directory: Path | None) -> list[_Status]:
     for path in sorted((run_directory or Path(os.devnull)).glob("*/status.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             status = json.loads(path.read_text())
-            found.append(_Status(path, status["state"], status["reason"]))
+            found.append(_Status(path, status["state"], status["reason"], path.stat().st_mtime_ns))
     return found
 
 

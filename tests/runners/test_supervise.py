@@ -104,6 +104,17 @@ def test_a_launcher_that_claims_success_is_not_believed(run: Path) -> None:
     assert "has died" in status(run)["reason"]
 
 
+def test_a_stage_that_failed_another_day_does_not_count(run: Path) -> None:
+    (run / "evaluate_knn").mkdir()
+    (run / "evaluate_knn/status.json").write_text(json.dumps({"state": "failed", "reason": "of old"}))
+    supervisor = supervise(run, "--restarts", "0")
+    _, errors = supervisor.communicate(timeout=120)
+    assert supervisor.returncode == 0, errors
+    again = supervise(run, "--restarts", "0")  # which finds it complete, and begins nothing
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+
+
 def test_a_mistake_is_not_tried_again(run: Path) -> None:
     command = [*SUPERVISE, *launch_command("pretrain", 2, "--run-dir", str(run), "--set", "optimization.epochs=many")]
     finished = subprocess.run(command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=120)
