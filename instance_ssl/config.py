@@ -38,7 +38,9 @@ class AugmentationConfig(Section):
 
 
 class ModelConfig(Section):
-    """The encoder. `stem: auto` is the 3x3 stem up to 64 pixels; `projection: linear` is Table 2 without the head."""
+    """The encoder. `stem: auto` is the 3x3 stem up to 64 pixels; `projection: mlp_bn` has SimCLR's batch
+    norms, `linear` is Table 2 without the head.
+    """
 
     backbone: BackboneName = "resnet50"
     stem: StemName = "auto"

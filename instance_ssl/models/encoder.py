@@ -6,11 +6,14 @@ from torch import Tensor, nn
 
 from instance_ssl.models.backbones import BackboneName, ResNet, SmallCnn, StemName, build_backbone
 
-ProjectionName = Literal["mlp", "linear"]
+ProjectionName = Literal["mlp", "mlp_bn", "linear"]
 
 
 def build_projection(name: ProjectionName, feature_dim: int, hidden_dim: int | None, embedding_dim: int) -> nn.Module:
-    """`mlp`: Linear-ReLU-Linear without batch norm (PIC, MoCo v2); `linear`: one layer, Table 2's row without the head.
+    """The head that is trained with the backbone and then discarded.
+
+    `mlp`: Linear-ReLU-Linear without batch norm (PIC, MoCo v2). `mlp_bn`: with batch norm behind either layer, which
+    then needs no bias (SimCLR, in its published code). `linear`: one layer, Table 2's row without the head.
 
     Args:
         hidden_dim: width of the hidden layer; None is the feature width F.
@@ -18,6 +21,9 @@ def build_projection(name: ProjectionName, feature_dim: int, hidden_dim: int | N
     if name == "linear":
         return nn.Linear(feature_dim, embedding_dim)
     width = feature_dim if hidden_dim is None else hidden_dim
+    if name == "mlp_bn":
+        hidden, out = nn.Linear(feature_dim, width, bias=False), nn.Linear(width, embedding_dim, bias=False)
+        return nn.Sequential(hidden, nn.BatchNorm1d(width), nn.ReLU(inplace=True), out, nn.BatchNorm1d(embedding_dim))
     return nn.Sequential(nn.Linear(feature_dim, width), nn.ReLU(inplace=True), nn.Linear(width, embedding_dim))
 
 

@@ -189,6 +189,12 @@ def check_size(config: ExperimentConfig, num_images: int) -> None:
         )
 
 
+def check_micro_batch(config: ExperimentConfig, micro_batch_size: int) -> None:
+    """Refuses a micro-batch that the head's batch norm has no variance of."""
+    if config.model.projection == "mlp_bn" and micro_batch_size * config.augmentation.num_views == 1:
+        raise UserError("model.projection mlp_bn needs two views a micro-batch: raise train_micro_batch_size_per_gpu")
+
+
 def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
     """A run directory belongs to one experiment; what was learned under another is not mixed in."""
     for stage in BOUND_STAGES:

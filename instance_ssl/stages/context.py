@@ -275,6 +275,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
         config.data, "train", world, process.log, instances.as_known(run_directory, config.data)
     )
     checks.check_size(config, len(source))
+    checks.check_micro_batch(config, ds.micro_batch_size)
     evaluation_sources = checks.open_evaluation(config, source, world, process.log) if needs_labels else None
     instances.record(source, run_directory, world)
     checks.say_left_out((source, *(evaluation_sources or ())), process.log)

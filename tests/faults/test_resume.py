@@ -1,6 +1,7 @@
 """Runs that were stopped go on as if they had not been (F11 to F15, F18, F39)."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,24 @@ def test_changed_images_are_refused(initialised: Path, place: Path) -> None:
     refused = run(place)
     assert refused.wait() == [2, 2]
     assert "of a run with other images" in refused.text()
+
+
+def test_a_head_with_batch_norm_goes_on_to_the_same_bits(place: Path) -> None:
+    """Its running statistics are each rank's own, as those of the backbone, and saved like them."""
+    settings = {"model.projection": "mlp_bn"}
+    shutil.rmtree(place / "run")
+    assert run(place, stage="initialize_classifier", settings=settings).wait() == [0, 0]
+    assert run(place, settings=settings).wait() == [0, 0]
+    undisturbed = digests(place)
+    shutil.rmtree(place / "run/pretrain")
+    assert run(place, fault="step:0:6:term", settings=settings).wait() == [75, 75]
+    assert run(place, settings=settings).wait() == [0, 0]
+    assert digests(place) == undisturbed
+
+
+def test_a_head_with_batch_norm_needs_two_views(place: Path) -> None:
+    settings = {"model.projection": "mlp_bn", "augmentation.num_views": 1}
+    shutil.rmtree(place / "run")
+    refused = run(place, stage="initialize_classifier", settings=settings, micro_batch=1)
+    assert refused.wait() == [2, 2], refused.text()
+    assert "model.projection mlp_bn needs two views a micro-batch" in refused.text()

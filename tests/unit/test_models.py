@@ -1,7 +1,5 @@
 """Encoders: shapes, stems, heads, torchvision's keys."""
 
-from typing import Literal
-
 import pytest
 import torch
 import torchvision
@@ -80,13 +78,13 @@ def test_backbone_weights_load_into_torchvision() -> None:
     assert unexpected == []
 
 
-@pytest.mark.parametrize(("projection", "layers"), [("mlp", 2), ("linear", 1)])
-def test_the_head_can_be_switched_off(projection: Literal["mlp", "linear"], layers: int) -> None:
+@pytest.mark.parametrize(("projection", "layers", "norms"), [("mlp", 2, 0), ("mlp_bn", 2, 2), ("linear", 1, 0)])
+def test_the_head_is_the_one_named(projection: ProjectionName, layers: int, norms: int) -> None:
     head = encoder_for("small_cnn", 16, projection).projection
     linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
     assert len(linear) == layers
     assert linear[-1].out_features == 24
-    assert not any(isinstance(module, nn.BatchNorm1d) for module in head.modules())
+    assert sum(isinstance(module, nn.BatchNorm1d) for module in head.modules()) == norms
 
 
 def test_embeddings_are_float32_under_autocast() -> None:
