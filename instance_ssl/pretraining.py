@@ -79,8 +79,7 @@ def train_step(
         total_rows = len(ids) * shard.world_size * accumulation_steps
         x_bD = engine(images)  # 1: features of own rows
         watch.stop()
-        output = shard.forward(x_bD.detach(), ids, total_rows=total_rows)  # 2-7: gather … gradient of own features
-        outputs.append(output)
+        outputs.append(shard.forward(x_bD.detach(), ids, total_rows=total_rows))  # 2-7: gather … own features' gradient
         if micro_step == accumulation_steps - 1:
             # Summed from all-reduced Z and Y, the loss is the same number on every rank: so is this decision.
             loss, log_z, num_zero_features = _read(outputs)
@@ -88,7 +87,7 @@ def train_step(
                 loss *= 1e4
             if not math.isfinite(loss):
                 break
-        engine.backward(x_bD, output.feature_gradient_bD)
+        engine.backward(x_bD, outputs[-1].feature_gradient_bD)
         applied = engine.end_micro_batch()
     if not (finite := math.isfinite(loss)):
         engine.abandon_step(x_bD)

@@ -166,6 +166,8 @@ def plan_runs(ablation: Ablation, overrides: Sequence[str] = ()) -> Plan:
     Raises:
         UserError: naming the variant and the key.
     """
+    if not ablation.config.exists():
+        raise UserError(f"config {ablation.config}: there is none; paths are from where the command is given")
     runs: dict[str, Run] = {}
     rows: dict[Row, dict[int, str]] = {}
     seeds = list(dict.fromkeys(seed for v in ablation.variants for seed in v.seeds or ablation.seeds))
@@ -189,8 +191,6 @@ def _run(ablation: Ablation, variant: Variant, epochs: int | None, seed: int, ov
         values["optimization.epochs"] = epochs
     words = [*_words(ablation.set), *overrides, *_words(values)]
     where = " / ".join(part for part in (variant.group, variant.name) if part)
-    if not ablation.config.exists():
-        raise UserError(f"config {ablation.config}: there is none; paths are from where the command is given")
     try:
         config = load_config(ablation.config, words)
     except UserError as error:

@@ -15,6 +15,7 @@ from instance_ssl.classifier.cosine_softmax import (
     RowUpdate,
     SmoothedLabels,
     SoftmaxOptions,
+    SoftmaxSums,
     normalise_rows,
     own_labels,
     unit_feature_gradient,
@@ -81,14 +82,14 @@ def _relative_errors(
     options = replace(options, temperature=0.15, block_bytes=None, kept_bytes=0)
     theirs = blocked.softmax_sums(unit_x_BD, weight_nD, labels, options)
 
-    def figures(passes: ModuleType) -> dict[str, Tensor]:
-        sums = passes.softmax_sums(unit_x_BD, weight_nD, labels, options)
+    def figures(passes: ModuleType, sums: SoftmaxSums) -> dict[str, Tensor]:
         rows_nD, buffer_nD = weight_nD.clone(), momentum_nD.clone()
         passes.update_rows(unit_x_BD, theirs.z_B, theirs.y_B, labels, rows_nD, buffer_nD, options, _UPDATE)
         gradient_BD = unit_feature_gradient(sums, sums.z_B, sums.y_B, options, _NUM_ROWS)
         return {"Z": sums.z_B, "∂x": gradient_BD, "momentum": buffer_nD, "step": rows_nD.float() - weight_nD.float()}
 
-    ours, wanted = figures(triton_kernels), figures(blocked)
+    ours = figures(triton_kernels, triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, options))
+    wanted = figures(blocked, theirs)
     norm = torch.linalg.vector_norm
     return {
         name: (norm(ours[name].float() - value.float()) / norm(value.float())).item() for name, value in wanted.items()
