@@ -4,7 +4,9 @@ A signal or a dead launcher only leaves a request; whoever works asks for it bet
 checkpoint can be written. Only a hang is acted on here, for nothing else would.
 """
 
+import contextlib
 import faulthandler
+import itertools
 import os
 import signal
 import sys
@@ -18,6 +20,7 @@ from types import FrameType
 
 import psutil
 
+from instance_ssl.awake import AwakeClock
 from instance_ssl.console import complain
 
 EXIT_LOST_PEER, EXIT_HANG = 3, 4
@@ -36,7 +39,12 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process of this machine: its number, which is used again, and when it began."""
+    """A process of this machine: its number, which is used again, and when it began.
+
+    Attributes:
+        began: on Linux in clock ticks since the machine started, which no step of the system clock moves; elsewhere in
+            seconds since the epoch.
+    """
 
     pid: int
     began: float
@@ -44,15 +52,27 @@ class ProcessId:
     @staticmethod
     def of(process: psutil.Process) -> "ProcessId":
         """Of a process that is there."""
-        return ProcessId(process.pid, process.create_time())
+        return ProcessId(process.pid, _beginning(process))
 
     def is_alive(self) -> bool:
         """Whether this very process still runs."""
         try:
             process = psutil.Process(self.pid)
-            return process.create_time() == self.began and process.status() != psutil.STATUS_ZOMBIE
+            return _beginning(process) == self.began and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
+
+
+def _beginning(process: psutil.Process) -> float:
+    """`ProcessId.began`. psutil's `create_time` adds the boot time, and moves with the system clock."""
+    if sys.platform != "linux":
+        return process.create_time()
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_bytes()
+    except OSError:
+        raise psutil.NoSuchProcess(process.pid) from None
+    # Fields from the third on: the second, the program's name in parentheses, may hold spaces and parentheses itself.
+    return int(stat.rpartition(b")")[2].split()[19])
 
 
 class Guard:
@@ -79,11 +99,12 @@ class Guard:
         self._launchers: list[ProcessId] = []
         self._connection: ProcessId | None = None
         self._hang_seconds: float | None = None
-        self._stacks = Path(os.devnull)
-        self._last_beat = time.monotonic()
+        self._stacks: Path | None = None
+        self._clock = AwakeClock()
+        self._now = self._last_beat = 0.0
 
     def start(self) -> None:
-        """Installs the handlers and starts looking; call it once, from the main thread."""
+        """Installs the handlers and starts looking; call it once, from the main thread, in place of `watch`."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         launchers = launchers_of(psutil.Process())
@@ -92,7 +113,11 @@ class Guard:
             signal.signal(signal.SIGHUP, self._on_signal)
             if launchers:
                 self._connection = connection_of(launchers[-1])
-        threading.Thread(target=self._look, name="guard", daemon=True).start()
+        self.watch()
+
+    def watch(self) -> None:
+        """Starts looking, and leaves signals and launchers alone."""
+        threading.Thread(target=self._look_on, name="guard", daemon=True).start()
 
     @property
     def is_launched(self) -> bool:
@@ -126,40 +151,49 @@ class Guard:
 
     def beat(self) -> None:
         """Says that work goes on."""
-        self._last_beat = time.monotonic()
+        self._last_beat = self._now
 
     @contextmanager
-    def hangs_after(self, seconds: float, directory: Path) -> Iterator[None]:
-        """While this lasts, a process without a beat for so long writes its stacks below `directory` and exits."""
+    def hangs_after(self, seconds: float, directory: Path | None = None) -> Iterator[None]:
+        """While this lasts, a process without a beat for so long writes its stacks and exits.
+
+        Args:
+            directory: where the stacks go; without one to standard error.
+        """
         self.beat()
-        self._stacks = directory / f"stacks_rank_{self.rank:05d}.txt"
+        before = self._hang_seconds, self._stacks
+        self._stacks = None if directory is None else directory / f"stacks_rank_{self.rank:05d}.txt"
         self._hang_seconds = seconds
         try:
             yield
         finally:
-            self._hang_seconds = None
+            self._hang_seconds, self._stacks = before
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.request(signal.Signals(number).name)
 
-    def _look(self) -> None:
+    def _look_on(self) -> None:
         while True:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            for launcher in self._launchers:
-                if not launcher.is_alive():
-                    self.request(f"the launcher (process {launcher.pid}) has died")
-            if self._connection is not None and not self._connection.is_alive():
-                self.request("the ssh connection that the launcher was started over has ended")
-            silent = time.monotonic() - self._last_beat
-            if silent > _SECONDS_TO_NOTICE and self.dead_peer() is not None:
-                self._end_at_the_latest(EXIT_LOST_PEER)
-                self._end(f"rank {self.rank}: rank {self.dead_peer()} has died", EXIT_LOST_PEER)
-            if self._hang_seconds is not None and silent > self._hang_seconds:
-                self._end_at_the_latest(EXIT_HANG)
-                self._write_stacks()
-                time.sleep(_SECONDS_FOR_OTHERS)
-                what = f"nothing has moved for {silent:.0f} s (safety.hang_seconds); stacks in {self._stacks}"
-                self._end(f"rank {self.rank}: {what}", EXIT_HANG)
+            self._now = self._clock.read()
+            self._look()
+
+    def _look(self) -> None:
+        for launcher in self._launchers:
+            if not launcher.is_alive():
+                self.request(f"the launcher (process {launcher.pid}) has died")
+        if self._connection is not None and not self._connection.is_alive():
+            self.request("the ssh connection that the launcher was started over has ended")
+        silent = self._now - self._last_beat
+        if silent > _SECONDS_TO_NOTICE and (dead := self.dead_peer()) is not None:
+            self._end_at_the_latest(EXIT_LOST_PEER)
+            self._end(f"rank {self.rank}: rank {dead} has died", EXIT_LOST_PEER)
+        if self._hang_seconds is not None and silent > self._hang_seconds:
+            self._end_at_the_latest(EXIT_HANG)
+            stacks = self._write_stacks()
+            time.sleep(_SECONDS_FOR_OTHERS)
+            what = f"nothing has moved for {silent:.0f} s (safety.hang_seconds); stacks {stacks}"
+            self._end(f"rank {self.rank}: {what}", EXIT_HANG)
 
     def _end_at_the_latest(self, code: int) -> None:
         """Ends the process soon in any case: its last words can hang too, on a dead disk or a pipe nobody empties."""
@@ -167,12 +201,14 @@ class Guard:
         timer.daemon = True
         timer.start()
 
-    def _write_stacks(self) -> None:
-        try:
-            with self._stacks.open("w") as file:
+    def _write_stacks(self) -> str:
+        """Writes the stacks of all threads, and says where they are."""
+        if self._stacks is not None:
+            with contextlib.suppress(OSError), self._stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
-        except OSError:
-            faulthandler.dump_traceback(sys.stderr)
+                return f"in {self._stacks}"
+        faulthandler.dump_traceback(sys.stderr)
+        return "above"
 
     def _end(self, line: str, code: int) -> None:
         """Ends the process from beside its main thread, which cannot be asked: it waits in a collective."""
@@ -183,11 +219,27 @@ class Guard:
 
 def launchers_of(process: psutil.Process) -> list[psutil.Process]:
     """The DeepSpeed launchers above a process, nearest first; none when it was started bare."""
-    found = []
-    parent = process.parent()
-    while parent is not None and is_launcher(parent):
-        found.append(parent)
-        parent = parent.parent()
+    return list(itertools.takewhile(is_launcher, _above(process)))
+
+
+def _above(process: psutil.Process) -> Iterator[psutil.Process]:
+    """A process's parent, its parent, and so on. psutil's `parents` is lost when the system clock steps meanwhile."""
+    with contextlib.suppress(psutil.Error):
+        while parent := process.ppid():
+            process = psutil.Process(parent)
+            yield process
+
+
+def descendants_of(process: psutil.Process) -> list[psutil.Process]:
+    """All processes below one. psutil's `children` loses some when the system clock steps meanwhile."""
+    children: dict[int, list[psutil.Process]] = {}
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error):
+            other = psutil.Process(pid)
+            children.setdefault(other.ppid(), []).append(other)
+    found = children.pop(process.pid, [])
+    for child in found:  # which grows as it is read
+        found += children.pop(child.pid, [])
     return found
 
 
@@ -198,7 +250,7 @@ def connection_of(launcher: psutil.Process) -> ProcessId | None:
     """
     if "deepspeed.launcher.launch" not in launcher.cmdline():
         return None
-    sshd = next((above for above in launcher.parents() if above.name().startswith("sshd")), None)
+    sshd = next((above for above in _above(launcher) if above.name().startswith("sshd")), None)
     return None if sshd is None else ProcessId.of(sshd)
 
 

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import psutil
 
+from instance_ssl.awake import AwakeClock
 from instance_ssl.errors import EXIT_USER_ERROR
-from instance_ssl.guard import is_launcher
+from instance_ssl.guard import descendants_of, is_launcher
 from instance_ssl.launch_checks import Launch
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
@@ -56,6 +57,7 @@ class Supervisor:
         self._before: dict[Path, _Status] = {}
         self._runner: subprocess.Popen[bytes] | None = None
         self._signal: int | None = None
+        self._clock = AwakeClock()  # a supervisor that was stopped itself must not kill ranks that had no time to save
 
     def run(self) -> int:
         """The exit code of the last attempt: 0 only when every stage that began is complete."""
@@ -64,11 +66,11 @@ class Supervisor:
             signal.signal(number, self._on_signal)
         failures = 0
         while True:
-            began = time.monotonic()
+            began = self._clock.read()
             code = self._attempt()
             if code in (EXIT_DONE, EXIT_USER_ERROR) or self._signal is not None:
                 return code
-            failures = 1 if time.monotonic() - began > _LONG_RUN_SECONDS else failures + 1
+            failures = 1 if self._clock.read() - began > _LONG_RUN_SECONDS else failures + 1
             if failures > self._restarts:
                 self._say(f"supervise: ended with {code}, and {self._restarts} restarts did not help: giving up")
                 return code
@@ -83,13 +85,14 @@ class Supervisor:
         self._runner = subprocess.Popen(self._launch.command, start_new_session=True)
         if self._signal is not None:
             self._pass_on()
-        told = time.monotonic() if self._signal is not None else None
+        told = self._clock.read() if self._signal is not None else None
         while self._runner.poll() is None:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
+            now = self._clock.read()
             if self._signal is not None and told is None:
-                told = time.monotonic()
+                told = now
                 self._pass_on()
-            if told is not None and time.monotonic() - told > self._grace_seconds:
+            if told is not None and now - told > self._grace_seconds:
                 self._say(f"supervise: still there {self._grace_seconds:.0f} s after the signal: killing what is left")
                 self._runner.kill()
                 break
@@ -153,8 +156,8 @@ class Supervisor:
                     process.terminate()
 
     def _wait(self, until: Callable[[], bool], seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not until():
+        end = self._clock.read() + seconds
+        while self._clock.read() < end and not until():
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
@@ -181,7 +184,7 @@ def _statuses(run_directory: Path | None) -> list[_Status]:
 def _descendants() -> list[psutil.Process]:
     """Processes below this one that still run, adopted ones included; those that have ended are buried."""
     alive = []
-    for process in psutil.Process().children(recursive=True):
+    for process in descendants_of(psutil.Process()):
         with contextlib.suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE:
                 alive.append(process)
@@ -193,8 +196,7 @@ def _ranks() -> list[psutil.Process]:
     found = []
     for process in _descendants():
         with contextlib.suppress(psutil.Error):
-            parent = process.parent()
-            if parent is not None and is_launcher(parent) and not is_launcher(process):
+            if is_launcher(psutil.Process(process.ppid())) and not is_launcher(process):
                 found.append(process)
     return found
 

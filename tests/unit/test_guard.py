@@ -1,15 +1,18 @@
 """The guard: signals leave a request, dead processes are told from living ones."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from instance_ssl.guard import Guard, ProcessId, Stopped, is_launcher, own_process_id
+from instance_ssl.awake import AwakeClock
+from instance_ssl.guard import Guard, ProcessId, Stopped, descendants_of, is_launcher, launchers_of, own_process_id
 
 
 @pytest.fixture
@@ -61,3 +64,76 @@ def test_launchers_are_known_by_their_command(words: list[str], expected: bool, 
     finally:
         child.kill()
         child.wait()
+
+
+@pytest.fixture
+def stepping_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system clock steps by a second whenever psutil looks: the boot time in /proc/stat moves with it."""
+    seconds = itertools.count(1_700_000_000)
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: float(next(seconds)))
+
+
+@pytest.mark.parametrize("name", ["plain", "a) R (b c", ") Z 1 2 3"])
+def test_a_step_of_the_system_clock_kills_nobody(stepping_clock: None, name: str, tmp_path: Path) -> None:
+    """Nor does a program's name, which /proc/PID/stat holds in parentheses, confuse when its process began."""
+    renames = f"import ctypes; ctypes.CDLL(None).prctl(15, {name.encode()!r}, 0, 0, 0); print(flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", renames], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    guard = Guard(0)
+    guard.local_peers = {1: ProcessId.of(psutil.Process(child.pid))}
+    assert guard.local_peers[1] == ProcessId.of(psutil.Process(child.pid))
+    assert guard.dead_peer() is None
+    child.kill()
+    child.wait()
+    assert guard.dead_peer() == 1
+
+
+def test_relatives_are_found_while_the_system_clock_steps(stepping_clock: None) -> None:
+    code = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', 'print(flush=True); input()'])"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code, "deepspeed.launcher.launch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert launcher.stdout is not None
+        launcher.stdout.readline()
+        rank = next(p for p in descendants_of(psutil.Process()) if p.ppid() == launcher.pid)
+        assert [process.pid for process in launchers_of(rank)] == [launcher.pid]
+    finally:
+        launcher.communicate(b"\n")
+
+
+def test_time_in_which_a_process_was_stopped_is_no_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now, ends = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    guard = Guard(0)
+    monkeypatch.setattr(guard, "_end_at_the_latest", lambda code: None)
+    monkeypatch.setattr(guard, "_end", lambda line, code: ends.append(line))
+
+    def look_after(seconds: float) -> None:
+        now[0] += seconds
+        guard._now = guard._clock.read()
+        guard._look()
+
+    with guard.hangs_after(30, tmp_path):
+        for _ in range(10):
+            look_after(3600)  # stopped again and again: the machine sleeps
+        assert not ends
+        guard.beat()
+        for _ in range(59):
+            look_after(0.5)
+        assert not ends
+        for _ in range(2):
+            look_after(0.5)
+        assert "nothing has moved for 30 s" in ends[0]
+
+
+def test_a_clock_counts_what_is_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [5.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = AwakeClock()
+    for seconds in (0.5, 1.0, 10_000.0, 0.5):
+        now[0] += seconds
+        clock.read()
+    assert 2 <= clock.read() <= 10
