@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings
 from instance_ssl.errors import UserError
@@ -67,6 +68,7 @@ class Engine:
             self.encoder.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay, fused=True
         )
         self._engine, *_ = deepspeed.initialize(model=self.encoder, optimizer=optimizer, config=settings.engine)
+        comm.set_timeouts()  # of the groups that DeepSpeed has just made
         self._zero_stage = self._engine.zero_optimization_stage()
 
     def __call__(self, images: Tensor) -> Tensor:

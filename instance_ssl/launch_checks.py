@@ -21,6 +21,12 @@ _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]*")
 # Beginnings of the names that DeepSpeed exports to the nodes, besides what .deepspeed_env names.
 _EXPORTED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 _ENVIRONMENT_FILE = ".deepspeed_env"
+# What a launcher tells each rank, and what MPI's launchers say instead: how many processes they have started.
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# Steps of Slurm's own from this number on: the batch script, and the shell of `salloc`.
+_SLURM_OWN_STEPS = 2**32 - 16
+_LAUNCH = "start the ranks with `deepspeed` or `torchrun`, which set these, or one process with none of them"
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,67 @@ def check_launch(launch: Launch, environment: Mapping[str, str]) -> None:
                 if "=" not in line:
                     raise UserError(f"{exports}, line {number}: expected NAME=value")
                 _require_plain(line, f"{exports}, line {number}: {line}")
+
+
+def check_world(environment: Mapping[str, str]) -> None:
+    """Refuses a rank that was not told its place among the others: it would take itself for the only one.
+
+    Args:
+        environment: of this process.
+
+    Raises:
+        UserError: naming the variable and what starts the ranks.
+    """
+    place = {name: environment[name] for name in _PLACE if environment.get(name)}
+    if not {"RANK", "WORLD_SIZE"} & set(place):
+        started = _started_together(environment)
+        if started is not None:
+            raise UserError(
+                f"{started}, but RANK and WORLD_SIZE are unset: each would be a run of its own in the same directory; "
+                "start one task a node, and in it `deepspeed --no_ssh …` (README, Several nodes) or `torchrun …`, or "
+                "one task alone"
+            )
+        return
+    numbers = {"WORLD_SIZE": (1, 2**31), "RANK": (0, 2**31), "LOCAL_RANK": (0, 2**31), "MASTER_PORT": (1, 2**16)}
+    for name, (low, high) in numbers.items():
+        if name in place and not (place[name].isdecimal() and low <= int(place[name]) < high):
+            raise UserError(f"{name} is {place[name]!r}, not a number from {low} to {high - 1}: {_LAUNCH}")
+    size = int(place.get("WORLD_SIZE", 1))
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in place]
+    if size == 1 and place.get("RANK", "0") == "0" and len({"MASTER_ADDR", "MASTER_PORT"} & set(place)) != 1:
+        missing = []  # one process meets nobody
+    if missing:
+        known = ", ".join(f"{name}={value}" for name, value in place.items())
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{' and '.join(missing)} {verb} unset, with {known}: {_LAUNCH}")
+    if int(place.get("RANK", 0)) >= size:
+        raise UserError(f"RANK {place['RANK']} of WORLD_SIZE {size}: ranks count from 0 to {size - 1}; {_LAUNCH}")
+
+
+def _started_together(environment: Mapping[str, str]) -> str | None:
+    """How many processes Slurm or MPI has started as this one was; None for a process that was started alone.
+
+    SLURM_NTASKS also stands in the shell of `salloc` and in a batch script, where a person starts one process: Slurm
+    gives a place to tasks alone, and to a batch script's only one.
+    """
+    for name in _MPI_SIZES:
+        if _count(environment.get(name)) > 1:
+            return f"{environment[name]} MPI processes ({name})"
+    if "SLURM_PROCID" not in environment or "SLURM_PTY_PORT" in environment:  # `srun --pty`: a shell
+        return None
+    is_step = any(name in environment for name in ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS"))
+    if not is_step and environment.get("ENVIRONMENT") == "BATCH":
+        return None
+    if _count(environment.get("SLURM_STEP_ID")) >= _SLURM_OWN_STEPS:
+        return None
+    names = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
+    tasks = next((_count(environment[name]) for name in names if name in environment), 1)
+    return f"{tasks} Slurm tasks" if tasks > 1 else None
+
+
+def _count(text: str | None) -> int:
+    return int(text) if text is not None and text.isdecimal() else 1
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

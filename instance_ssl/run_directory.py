@@ -43,11 +43,16 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def write_status(directory: Path, state: State, reason: str | None = None) -> None:
-    """Writes status.json, whole; a directory that cannot be written to is not what ends a run."""
+def write_status(directory: Path, state: State, reason: str | None = None, run: str | None = None) -> None:
+    """Writes status.json, whole; a directory that cannot be written to is not what ends a run.
+
+    Args:
+        run: names this start of the run, for `end_status`.
+    """
     status = {
         "state": state,
         "reason": reason,
+        "run": run,
         "host": socket.gethostname(),
         "process": os.getpid(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -56,10 +61,20 @@ def write_status(directory: Path, state: State, reason: str | None = None) -> No
         write_json(directory / "status.json", status)
 
 
-def read_state(directory: Path) -> str | None:
-    """The state that status.json tells, if it can be read."""
-    state = (read_json(directory / "status.json") or {}).get("state")
-    return None if state is None else str(state)
+def end_status(directory: Path, state: State, reason: str, run: str | None) -> None:
+    """Writes how a run ended, unless status.json says so already: the first reason is the true one.
+
+    Nor does a rank that was stopped, and woke when its run was long over, speak for the next one.
+    """
+    told = read_json(directory / "status.json")
+    if told is None or (told.get("run") == run and told.get("state") == "running"):
+        write_status(directory, state, reason, run)
+
+
+def read_state(directory: Path, run: str | None) -> str | None:
+    """The state that status.json tells of a run, if it is of this one and can be read."""
+    told = read_json(directory / "status.json") or {}
+    return str(told["state"]) if told.get("run") == run and "state" in told else None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

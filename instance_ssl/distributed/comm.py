@@ -6,8 +6,9 @@ that runs the same collectives; nothing here branches on it.
 
 import functools
 import os
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -16,11 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from instance_ssl.awake import AwakeClock
 from instance_ssl.errors import AbsentPeersError, RankError, UserError
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
 
-_TIMEOUT = timedelta(minutes=30)
+# In effect none: a collective's own patience also runs out while the process is stopped. The guard ends one that hangs.
+_TIMEOUT = timedelta(days=30)
 _JOIN_SECONDS = 600.0
 
 # Their names from torch 2.14 on, and before.
@@ -175,7 +178,7 @@ class Transfer:
 
 def launched_rank() -> int:
     """Rank given by the launcher, 0 when run bare; usable before any group exists."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
 
 
 def launched_beside_rank_0() -> bool:
@@ -185,7 +188,7 @@ def launched_beside_rank_0() -> bool:
 
 def launched_world_size() -> int:
     """World size given by the launcher, 1 when run bare; usable before any group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
@@ -194,7 +197,7 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
     NCCL and one GPU a rank where CUDA is there, gloo on the CPU otherwise.
 
     Args:
-        join_seconds: how long to wait for ranks that have not come yet.
+        join_seconds: how long to wait in all for ranks that have not come yet.
 
     Raises:
         UserError: when more ranks were launched on this machine than it has GPUs.
@@ -219,7 +222,7 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
             )
         # bfloat16 products are summed in float32 throughout: the hard-class search relies on their error bound.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    if "MASTER_ADDR" in os.environ:
+    if launched_world_size() > 1:
         return _join("env://", launched_rank(), launched_world_size(), device, seconds=join_seconds)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
     return _join(None, 0, 1, device, store=dist.HashStore())
@@ -250,26 +253,63 @@ def _join(
     store: Any = None,
     seconds: float = _JOIN_SECONDS,
 ) -> Group:
-    """Meets the other ranks. A node that never starts is waited for no longer than `seconds`, less than for work."""
-    patience = timedelta(seconds=seconds)
+    """Meets the other ranks, for which all is waited no longer than `seconds` in sum.
+
+    Raises:
+        RankError: when the address is in use; an `AbsentPeersError` when a rank does not come, or leaves.
+    """
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+    def meet() -> None:
+        if init_method is None:
+            met = store
+        else:
+            met, _, _ = next(dist.rendezvous(init_method, rank, size, timeout=_TIMEOUT))
+            met.set_timeout(_TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=met, rank=rank, world_size=size, timeout=_TIMEOUT)
+
     try:
-        if init_method is not None:
-            store, _, _ = next(dist.rendezvous(init_method, rank, size, timeout=patience))
-            store.set_timeout(patience)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=patience
-        )
+        _within(seconds, meet)
     except RuntimeError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
             raise RankError(f"{where}, where the ranks meet, is in use: give another --master_port") from None
-        raise AbsentPeersError(
-            f"rank {rank} of {size} could not join the others at {where} ({str(error).splitlines()[0]}): does every "
-            "node of the hostfile run, and does it reach that address? safety.join_seconds is how long ranks wait"
-        ) from None
-    store.set_timeout(_TIMEOUT)
-    set_timeouts(_TIMEOUT.total_seconds())
-    return Group(dist.group.WORLD, rank, size, device)
+        if not (lost_peer(error) or isinstance(error, (dist.DistNetworkError, dist.DistStoreError))):
+            raise
+        reason = f"({str(error).splitlines()[0]}): another rank has ended, and says why if it could"
+    except TimeoutError:
+        reason = (
+            f"within {seconds:g} s (safety.join_seconds): does every rank run, on every node of the hostfile, and "
+            "reach that address, where nothing else may listen?"
+        )
+    else:
+        return Group(dist.group.WORLD, rank, size, device)
+    raise AbsentPeersError(f"rank {rank} of {size} could not join the others at {where} {reason}")
+
+
+def _within(seconds: float, work: Callable[[], None]) -> None:
+    """Does blocking work that has several time-outs, which add up, or none: a store's first answer is waited for
+    forever. So it is done on a thread, which is left behind when it takes too long: the process ends then.
+
+    Raises:
+        TimeoutError: when it takes longer.
+    """
+    problems: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            problems.append(error)
+
+    thread, clock = threading.Thread(target=run, name="join", daemon=True), AwakeClock()
+    thread.start()
+    while thread.is_alive():
+        if clock.read() > seconds:
+            raise TimeoutError
+        thread.join(0.1)
+    if problems:
+        raise problems[0]
 
 
 @functools.cache  # a communicator takes half a gigabyte of a GPU, and is freed with the world alone
@@ -304,7 +344,7 @@ def _new_group(world: Group, groups: list[list[int]]) -> Group:
     return mine
 
 
-def set_timeouts(seconds: float) -> None:
+def set_timeouts(seconds: float = _TIMEOUT.total_seconds()) -> None:
     """Bounds the collectives of every group there is, those that DeepSpeed has made for itself included."""
     for group in list(dist.distributed_c10d._world.pg_map):
         _set_timeout(timedelta(seconds=seconds), group)

@@ -2,12 +2,10 @@
 
 import argparse
 import contextlib
+import os
 import platform
-import socket
 import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,22 +18,25 @@ import yaml
 
 from instance_ssl import engine, faults
 from instance_ssl.config import ExperimentConfig, flatten, load_config
-from instance_ssl.console import complain, heard_or_not
+from instance_ssl.console import exit_code_of
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
-from instance_ssl.errors import EXIT_USER_ERROR, AbsentPeersError, RankError, UserError
-from instance_ssl.guard import EXIT_LOST_PEER, Guard, Stopped, own_process_id
-from instance_ssl.run_directory import State, locked, read_json, read_state, write_json, write_status, write_text
+from instance_ssl.errors import UserError
+from instance_ssl.guard import Guard, Stopped
+from instance_ssl.launch_checks import check_world
+from instance_ssl.limits import check_limits, describe_shortage
+from instance_ssl.run_directory import locked, read_json, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages import checks, instances
 from instance_ssl.stages.arguments import parse_arguments
+from instance_ssl.stages.process import Process, exit_code
 
 _T = TypeVar("_T")
 
-EXIT_FAILURE = 1
-EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on
+# Outside a stage, where opening millions of files gives a sign of life now and then only.
+_LEAST_HANG_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Stage:
         try:
             result = load()
         except UserError as error:
-            problem = str(error)
+            problem = describe_shortage(error) or str(error)
         problem = next((text for text in self.world.all_gather_objects(problem) if text is not None), None)
         if problem is not None:
             raise UserError(problem)
@@ -131,121 +132,51 @@ def run_stages(
 
     Complete stages are skipped; `after` follows the last. `--stages` names those, `further` ones too, to run instead.
     """
-    process = _Process()
-    faults.reach("start", process.rank)
-    process.guard.start()
 
-    def work() -> None:
+    def work(process: Process) -> None:
+        faults.reach("start", process.rank)
+        process.guard.start()
         offered = {spec.name: spec for spec in (*stages, *further)}
         arguments = parse_arguments(list(offered))
         chosen = [offered[name] for name in arguments.stages] if arguments.stages else stages
-        context = _open(arguments, process, needs_labels=any(spec.needs_labels for spec in chosen))
-        for spec in chosen:
-            _run_stage(replace(context, name=spec.name), spec.run, process)
-        if after is not None and not arguments.stages:
-            after(context)
-        context.world.barrier()
+        with contextlib.ExitStack() as held:
+            context = _open(arguments, process, held, needs_labels=any(spec.needs_labels for spec in chosen))
+            for spec in chosen:
+                _run_stage(replace(context, name=spec.name), spec.run, process)
+            if after is not None and not arguments.stages:
+                after(context)
+            context.world.barrier()
 
-    return _exit_code(work, process)
+    return _run(work)
 
 
 def run_measurement(measure: Callable[[Group], None]) -> int:
     """Runs a measurement, which needs a world but no run directory, and returns the process's exit code."""
 
-    def work() -> None:
+    def work(process: Process) -> None:
+        process.guard.watch()
         world = comm.initialize()
+        process.meet(world)
         measure(world)
         world.barrier()
 
-    return _exit_code(work, _Process())
+    return _run(work)
 
 
-class _Process:
-    """This process: how it is watched, and where it works now."""
+def _run(work: Callable[[Process], None]) -> int:
+    """Does the work of this process; a launch or limits that cannot serve are refused before anything else."""
 
-    def __init__(self) -> None:
-        self.rank = comm.launched_rank()
-        self.guard = Guard(self.rank, on_end=lambda line: self.end("failed", line))
-        self.log = RunLog(is_main=self.rank == 0, on_progress=self.guard.beat)
-        self.directory: Path | None = None
+    def checked() -> int:
+        check_world(os.environ)
+        check_limits()
+        process = Process()
+        return exit_code(lambda: work(process), process)
 
-    def meet(self, world: Group) -> None:
-        """Tells the guard which processes of this machine are the other ranks."""
-        peers = world.all_gather_objects((socket.gethostname(), own_process_id()))
-        here = socket.gethostname()
-        self.guard.local_peers = {
-            rank: process for rank, (host, process) in enumerate(peers) if host == here and rank != self.rank
-        }
-
-    def end(self, state: State, reason: str) -> None:
-        """Says in the stage's status.json how it ended."""
-        if self.directory is not None:
-            write_status(self.directory, state, reason)
-
-    def told_state(self) -> str | None:
-        """The state in the stage's status.json, which another rank may have written."""
-        return None if self.directory is None else read_state(self.directory)
-
-    def describe_loss(self) -> str:
-        """Which rank on this host has died, if one of them has."""
-        dead = self.guard.dead_peer()
-        return "another rank has stopped" if dead is None else f"rank {dead} on {socket.gethostname()} has died"
+    return exit_code_of(checked)
 
 
-def _exit_code(work: Callable[[], None], process: _Process) -> int:
-    """0 when the work is done; a user's mistake is one line and exit code 2, a lost peer and a stop have their own."""
-    try:
-        work()
-        comm.finalize()
-    except UserError as error:
-        if process.rank == 0 or isinstance(error, RankError):
-            complain(f"error: {error}")
-            process.end("failed", str(error))
-        if not isinstance(error, RankError):  # then all ranks are here, and leave together
-            comm.finalize()
-            if process.guard.is_launched and comm.launched_beside_rank_0():
-                # A launcher ends all at the first exit it sees, and rank 0, which says it, may have to start up yet.
-                process.guard.await_end(seconds=60)
-        return EXIT_LOST_PEER if isinstance(error, AbsentPeersError) else EXIT_USER_ERROR
-    except Stopped as stop:
-        process.log.say(f"stopped ({stop}); the same command goes on from here")
-        if process.rank == 0 or process.guard.reason is not None:  # in an evaluation, one rank may stop alone
-            process.end("stopped", str(stop))
-        return EXIT_STOPPED
-    except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):
-            cure = "lower data.num_workers if it was for lack of memory"
-            complain(reason := f"rank {process.rank}: a loader process was killed; {cure} ({error})")
-            process.end("failed", reason)
-            return EXIT_FAILURE
-        if not comm.lost_peer(error):
-            return _fault(error, process)
-        time.sleep(1)  # what has died may still be there for a moment
-        reason = process.describe_loss()
-        complain(f"rank {process.rank}: {reason}; stopping too")
-        # A signal may have come since: a launcher sends it to all when one rank dies. Only a rank that stopped says so.
-        told = process.told_state()
-        if told not in ("failed", "stopped"):  # else the other rank has said why, and knows better
-            process.end("failed", reason)
-        if process.guard.is_launched:
-            time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
-        return EXIT_STOPPED if told == "stopped" else EXIT_LOST_PEER
-    except Exception as error:
-        return _fault(error, process)
-    return 0
-
-
-def _fault(error: Exception, process: _Process) -> int:
-    """No user's mistake: the one end that shows a traceback."""
-    process.end("failed", line := f"rank {process.rank}: {type(error).__name__}: {error}")
-    complain(line.split("\n")[0])
-    with heard_or_not(sys.stderr):
-        traceback.print_exception(error)
-    return EXIT_FAILURE
-
-
-def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: bool) -> Stage:
-    """Everything that can be refused is refused here, before a file is written."""
+def _open(arguments: argparse.Namespace, process: Process, held: contextlib.ExitStack, *, needs_labels: bool) -> Stage:
+    """Everything that can be refused is refused here, before a file is written. `held` ends with the work."""
     checks.check_hostfile()
     config = load_config(arguments.config, arguments.set)
     ds = load_ds_config(
@@ -259,6 +190,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
         checks.check_labels(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()
     world = comm.initialize(config.safety.join_seconds)
+    held.enter_context(process.guard.hangs_after(max(config.safety.hang_seconds, _LEAST_HANG_SECONDS)))
     process.meet(world)
     checks.check_ranks_agree(
         {
@@ -287,14 +219,14 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     return Stage("", run_directory, config, ds, world, process.log, process.guard, source, evaluation_sources)
 
 
-def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], process: _Process) -> None:
+def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], process: Process) -> None:
     result_path = stage.directory / "result.json"
     done = _is_complete(stage) if stage.world.rank == 0 else None
     if stage.world.broadcast_object(done):
         stage.log.say(f"{stage.name}: already complete, see {result_path}")
         return
     with contextlib.ExitStack() as held:
-        _enter(stage, held)
+        _enter(stage, process.run, held)
         process.directory = stage.directory
         held.enter_context(process.guard.hangs_after(stage.config.safety.hang_seconds, stage.directory))
         held.enter_context(stage.log.metrics_in(stage.directory))
@@ -315,7 +247,7 @@ def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], proces
                 **_environment(stage.world),
             }
             write_json(result_path, record)
-            write_status(stage.directory, "complete")
+            write_status(stage.directory, "complete", run=process.run)
         stage.world.barrier()
         process.directory = None
 
@@ -335,7 +267,7 @@ def _newest_checkpoint(stage: Stage) -> str | None:
     return checks.what_is_evaluated(stage.config.evaluation, stage.checkpoints_of("pretrain"))
 
 
-def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
+def _enter(stage: Stage, run: str | None, held: contextlib.ExitStack) -> None:
     """Takes the stage's directory for this run and writes down what is run there.
 
     Raises:
@@ -353,7 +285,7 @@ def _enter(stage: Stage, held: contextlib.ExitStack) -> None:
             section = stage.ds.classifier.model_dump()
             write_json(stage.directory / "ds_config.json", {**stage.ds.engine, "instance_classifier": section})
             write_json(stage.directory / "environment.json", _environment(stage.world))
-            write_status(stage.directory, "running")
+            write_status(stage.directory, "running", run=run)
         except UserError as error:
             problem = str(error)
         except OSError as error:

@@ -20,7 +20,6 @@ from instance_ssl.checkpoint_files import clear_leftovers
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.order import GlobalBatchSampler
-from instance_ssl.distributed import comm
 from instance_ssl.engine import Engine
 from instance_ssl.errors import UserError
 from instance_ssl.models.encoder import Encoder
@@ -71,8 +70,6 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
     left_out = _leave_out(stage, shard, encoder, sampler, clock, start)
     engine = _build_engine(stage, start, clock, encoder, momentum)
     _require_space(stage, engine, shard)
-    # Beyond the guard's own patience, so that a hang ends with stacks and not with an error of a collective.
-    comm.set_timeouts(2 * config.safety.hang_seconds)
     total_steps = clock.total_steps(optimization.epochs)
     stage.log.forget_after(start.position.step)
     with stage.log.progress("pretrain", total_steps, "steps", initial=start.position.step) as progress:

@@ -49,6 +49,24 @@ def test_a_frozen_rank_does_not_hold_the_others(place: Path) -> None:
         frozen.processes[0].join(30)
         assert frozen.processes[0].exitcode == 4, frozen.text()
         assert psutil.Process(frozen.processes[1].pid).status() == psutil.STATUS_STOPPED
+        assert "nothing has moved for" in status(place)["reason"]
+        frozen.signal(1, signal.SIGCONT)
+        frozen.processes[1].join(30)
+        assert frozen.processes[1].exitcode == 3, frozen.text()
+    assert "nothing has moved for" in status(place)["reason"]  # what the woken rank finds is not why
+
+
+def test_a_run_that_is_stopped_and_goes_on_ends_like_an_undisturbed_one(place: Path, clean: dict[str, str]) -> None:
+    """Ctrl-Z, a freezer: for longer than a hang takes, and than collectives' own patience would be beyond that."""
+    settings = {"safety.hang_seconds": 4}
+    with running(place, fault="step:*:*:sleep=0.1", settings=settings) as stopped:
+        wait_for(lambda: has_begun(place))
+        for number, seconds in ((signal.SIGSTOP, 11), (signal.SIGCONT, 0)):
+            for rank in (0, 1):
+                stopped.signal(rank, number)
+            time.sleep(seconds)
+        assert stopped.wait() == [0, 0], stopped.text()
+    assert digests(place) == clean
 
 
 def test_a_straggler_is_named(place: Path, clean: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """SIGKILL of anything at any moment, again and again, until the run is done (F3)."""
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def test_kills_at_random_moments_change_nothing(
         done = False
         while not done and rounds < ROUNDS:
             settings = {"checkpoint.every_steps": dice.randint(1, 3), "data.num_workers": dice.choice([0, 1])}
+            settings["safety.join_seconds"] = 15  # a rank killed before all have met is waited for so long
             with running(place, fault="step:*:*:sleep=0.03", settings=settings) as run:
                 victims = dice.choice([[0], [1], [0, 1]])
                 run.processes[0].join(dice.uniform(0.2, 3.0))
@@ -35,7 +37,7 @@ def test_kills_at_random_moments_change_nothing(
                     rounds += 1
                     for victim in victims:
                         run.processes[victim].kill()
-                codes = run.wait(30)
+                codes = run.wait(60)
             assert set(codes) <= {0, 3, -9}, f"seed {seed}: {codes}\n{run.text()}"
         if done:
             completed += 1
@@ -45,3 +47,38 @@ def test_kills_at_random_moments_change_nothing(
     with capsys.disabled():
         print(f"{rounds} rounds, {completed} runs completed")
     assert completed >= 2
+
+
+STARTS = 40
+
+
+@pytest.mark.fault
+def test_a_kill_at_any_moment_of_the_start_ends_all_in_time(
+    initialised: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank killed in the first second, at 2 to 4 ranks: the others end with one line each, no later than they may."""
+    seed = random.randrange(2**31)
+    dice, join_seconds = random.Random(seed), 10
+    before = after = 0
+    for number in range(STARTS):
+        place = tmp_path / str(number)
+        place.mkdir()
+        fresh_copy(initialised, place)
+        size = dice.choice([2, 2, 4])
+        victim = dice.randrange(size)
+        settings = {"safety.join_seconds": join_seconds}
+        with running(place, size=size, fault="step:*:*:sleep=0.1", settings=settings) as run:
+            time.sleep(dice.uniform(0.0, 1.5))
+            run.processes[victim].kill()
+            codes = run.wait(join_seconds + 30)
+        assert codes.pop(victim) == -9, f"seed {seed}, start {number}: {codes}\n{run.text()}"
+        assert set(codes) == {3}, f"seed {seed}, start {number}: {codes}\n{run.text()}"
+        assert "Traceback" not in run.text(), run.text()
+        waited = run.text().count("could not join")
+        said = waited + run.text().count("; stopping too") + run.text().count("has died\n")
+        assert said >= size - 1, f"seed {seed}, start {number}\n{run.text()}"
+        before, after = before + (waited > 0), after + (waited == 0)
+    with capsys.disabled():
+        print(f"\nseed {seed}: {STARTS} starts, {before} killed before all had met, {after} after")
+    assert before
+    assert after

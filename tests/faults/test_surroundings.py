@@ -1,12 +1,14 @@
 """What the machine does to a run: disks that fill up, consoles that go, ports that are taken (F5, F17, F36, F40)."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from rig import checkpoints, digests, metrics, run, running, status, wait_for
 
@@ -128,4 +130,54 @@ def test_a_run_directory_that_may_not_be_made_is_one_line(place: Path) -> None:
     assert refused.wait() == [2, 2], refused.text()
     assert "/proc/run" in refused.text()
     assert refused.text().count("error: ") == 1
+    assert "Traceback" not in refused.text()
+
+
+SOON = {"safety.join_seconds": 3}
+
+
+def test_a_port_of_another_program_holds_no_rank(place: Path) -> None:
+    """F40 without a launcher, which would end all: rank 0 says it; the other talks to a program that never answers."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        refused = run(place, settings=SOON, environment={"MASTER_PORT": port})
+        assert refused.wait(30) == [2, 3], refused.text()
+    first, second = [line for line in refused.text().splitlines() if "rror" in line]
+    assert "is in use" in first
+    assert f"rank 1 of 2 could not join the others at 127.0.0.1:{port} within 3 s (safety.join_seconds)" in second
+    assert "Traceback" not in refused.text()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_before_all_have_met_does_not_hold_the_others(place: Path, victim: int) -> None:
+    """F20 at the very start; test_rounds.py has every moment."""
+    ended = run(place, fault=f"start:{victim}:*:kill", settings=SOON)
+    codes = ended.wait(30)
+    assert codes.pop(victim) == -9
+    assert codes == [3], ended.text()
+    assert ended.text().count("error: ") == 1
+    assert "Traceback" not in ended.text()
+
+
+def leave_few_files() -> None:
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
+
+def leave_little_memory() -> None:
+    if os.environ["RANK"] == "1":
+        limit = psutil.Process().memory_info().vms + 2**29
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+@pytest.mark.parametrize(("prepare", "flag"), [(leave_few_files, "ulimit -n"), (leave_little_memory, "ulimit -v")])
+def test_a_rank_that_is_granted_too_little_says_so(place: Path, prepare: Callable[[], None], flag: str) -> None:
+    """As in one node's limits.conf. The other rank waits for it, and says that it did not come."""
+    refused = run(place, settings=SOON, prepare=prepare)
+    assert refused.wait(30) == [3, 2], refused.text()
+    absent, short = [line for line in refused.text().splitlines() if "error: " in line]
+    assert "could not join" in absent
+    assert flag in short
     assert "Traceback" not in refused.text()

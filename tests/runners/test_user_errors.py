@@ -128,3 +128,22 @@ def test_an_image_that_breaks_in_mid_run_is_named_by_the_rank_that_met_it(tmp_pa
     assert finished.stderr.count("error: ") == 1
     assert "7.jpg" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "2 Slurm tasks, but RANK and WORLD_SIZE are unset"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is unset"),
+    ],
+)
+def test_ranks_that_nobody_told_their_place_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    finished = run_bare("pretrain", "--run-dir", str(tmp_path / "run"))
+    assert finished.returncode == 2, finished.stderr
+    (line,) = finished.stderr.strip().splitlines()
+    assert line.startswith(f"error: {expected}")
+    assert not (tmp_path / "run").exists()

@@ -1,13 +1,19 @@
 """What a process says and returns when another rank has gone."""
 
+import errno
 import json
+import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from instance_ssl.errors import UserError
 from instance_ssl.guard import EXIT_LOST_PEER, ProcessId
 from instance_ssl.run_directory import State, write_status
-from instance_ssl.stages.context import EXIT_STOPPED, _exit_code, _Process
+from instance_ssl.stages.process import EXIT_STOPPED, Process, exit_code
 
 
 def lose_a_peer() -> None:
@@ -27,13 +33,91 @@ def test_a_signal_that_follows_a_rank_s_death_does_not_hide_it(
     tmp_path: Path, signal: str | None, told: State, code: int, state: str, reason: str
 ) -> None:
     """A launcher ends all ranks when one dies; what the dead rank itself has told stays."""
-    process = _Process()
+    process = Process()
     process.directory = tmp_path
     process.guard.local_peers = {1: ProcessId(2**22 + 1, 0.0)}  # above the largest number a process can have
     write_status(tmp_path, told, "by the other")
     if signal is not None:
         process.guard.request(signal)
-    assert _exit_code(lose_a_peer, process) == code
+    assert exit_code(lose_a_peer, process) == code
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == state
     assert reason in status["reason"]
+
+
+def test_the_first_reason_stays(tmp_path: Path) -> None:
+    """A rank that was stopped, and wakes when the others have gone, finds them dead: that is not why."""
+    process = Process()
+    process.directory = tmp_path
+    write_status(tmp_path, "running")
+    process.end("failed", "nothing has moved")
+    process.end("failed", "rank 0 has died")
+    process.end("stopped", "SIGTERM")
+    assert json.loads((tmp_path / "status.json").read_text())["reason"] == "nothing has moved"
+
+
+def test_a_rank_of_an_earlier_start_does_not_speak_for_the_next(tmp_path: Path) -> None:
+    process = Process()
+    process.directory, process.run = tmp_path, "earlier"
+    write_status(tmp_path, "running", run="later")
+    assert exit_code(lose_a_peer, process) == EXIT_LOST_PEER
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"
+    assert process.told_state() is None
+
+
+def open_too_many() -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "images/1.png")
+
+
+def misread() -> None:
+    try:
+        open_too_many()
+    except OSError as error:
+        raise UserError(f"images/1.png is damaged: {error}") from None
+
+
+def lack_memory() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def lack_a_thread() -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def lack_python_memory() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        (open_too_many, "open files (ulimit -n: "),
+        (misread, "open files (ulimit -n: "),
+        (lack_memory, "memory (ulimit -v: "),
+        (lack_python_memory, "memory (ulimit -v: "),
+        (lack_a_thread, "threads or processes (ulimit -u: "),
+    ],
+)
+def test_a_shortage_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], work: Callable[[], None], expected: str
+) -> None:
+    process = Process()
+    process.directory = tmp_path
+    write_status(tmp_path, "running")
+    assert exit_code(work, process) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: rank 0 on {socket.gethostname()}: out of {expected}")
+    assert json.loads((tmp_path / "status.json").read_text())["reason"] in line
+
+
+def test_a_directory_in_use_is_no_shortage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lock's error reads "Resource temporarily unavailable", as that of a process that cannot be started."""
+
+    def meet_a_lock() -> None:
+        try:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        except BlockingIOError:
+            raise UserError("in use") from None
+
+    assert exit_code(meet_a_lock, Process()) == 2
+    assert capsys.readouterr().err == "error: in use\n"

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "instance_ssl").rglob("*.py")) + sorted((ROOT / "runners"
 LAYERS = {
     "data": {"errors"},
     "models": {"errors"},
-    "distributed": {"errors"},
+    "distributed": {"awake", "errors"},
     "classifier": {"distributed", "errors", "ordering"},
     "benchmarks": {"distributed", "data", "classifier", "checkpoint", "checkpoint_files", "errors"},
     "evaluation": {"distributed", "data", "models", "classifier", "errors", "ordering"},

@@ -1,0 +1,77 @@
+"""What the system grants a process: files, memory, threads. Too little of it looks like damage, or a missing peer."""
+
+import errno
+import resource
+
+import psutil
+
+from instance_ssl.errors import RankError
+
+# Two dozen are open before the work begins; other ranks, loaders and their batches take the rest.
+_OPEN_FILES = 256
+_ADDRESS_SPACE_BYTES = 1 << 30
+# What operating systems, Python, torch and gloo say, which raise errors of different classes.
+_SIGNS = {
+    "open files": ("Too many open files",),
+    "threads or processes": ("can't start new thread", "Resource temporarily unavailable"),
+    "memory": ("Cannot allocate memory", "can't allocate memory", "bad_alloc"),
+}
+_ERRNOS = {errno.EMFILE: "open files", errno.ENFILE: "open files", errno.ENOMEM: "memory"}
+
+
+def check_limits() -> None:
+    """Refuses limits under which a run would fail in some place or other, and misread the failure.
+
+    Raises:
+        RankError: naming the limit.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= files < _OPEN_FILES:
+        raise RankError(f"only {files} files may be open at a time, a run needs {_OPEN_FILES}: raise `ulimit -n`")
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = psutil.Process().memory_info().vms
+    if 0 <= space < used + _ADDRESS_SPACE_BYTES:
+        raise RankError(
+            f"the address space is limited to {space / 2**30:.1f} GiB, of which the libraries take "
+            f"{used / 2**30:.1f} GiB, and a run needs more: raise or lift the limit (`ulimit -v`)"
+        )
+
+
+def describe_shortage(error: BaseException | None) -> str | None:
+    """One line about what a process ran out of, where an error, or one that it followed from, says so."""
+    first = error
+    while error is not None:
+        lacks = _lacks(error)
+        if lacks == "threads or processes" and error is not first:
+            lacks = None  # a lock that is held says the same, and is dealt with
+        if lacks is not None:
+            return f"out of {lacks} ({_limits(lacks)}): {str(error).splitlines()[0] if str(error) else 'no more'}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _lacks(error: BaseException) -> str | None:
+    if isinstance(error, MemoryError):
+        return "memory"
+    if isinstance(error, OSError) and error.errno in _ERRNOS:
+        return _ERRNOS[error.errno]
+    if not isinstance(error, (OSError, RuntimeError)):
+        return None
+    return next((what for what, signs in _SIGNS.items() if any(sign in str(error) for sign in signs)), None)
+
+
+def _limits(lacks: str) -> str:
+    """The limits that may be to blame, as the shell's `ulimit` names them."""
+    by_flag = {
+        "open files": {"-n": resource.RLIMIT_NOFILE},
+        "threads or processes": {"-u": resource.RLIMIT_NPROC, "-v": resource.RLIMIT_AS},
+        "memory": {"-v": resource.RLIMIT_AS},
+    }[lacks]
+    return ", ".join(f"ulimit {flag}: {_described(number)}" for flag, number in by_flag.items())
+
+
+def _described(number: int) -> str:
+    limit, _ = resource.getrlimit(number)
+    if limit == resource.RLIM_INFINITY:
+        return "unlimited"
+    return f"{limit / 2**30:.1f} GiB" if number == resource.RLIMIT_AS else f"{limit}"
