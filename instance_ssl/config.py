@@ -222,8 +222,8 @@ class SafetyConfig(Section):
     """What a run does when something goes wrong.
 
     Attributes:
-        join_seconds: how long ranks wait at the start for those that have not come; more than nodes differ in booting.
-        hang_seconds: a rank on which nothing moves for so long writes its stacks and exits; collectives give up then.
+        join_seconds: how long ranks wait in all for those that have not come; more than nodes differ in booting.
+        hang_seconds: a rank on which nothing moves for so long, while it is not stopped, writes its stacks and exits.
         max_skipped_steps: steps in a row that may be skipped because a number in them is not finite.
         spike_nats: a loss higher than its running mean by more than this is a spike; None: no step is.
         rollback: goes back to the newest checkpoint at a spike, and leaves that batch out from then on.

@@ -50,6 +50,7 @@ def test_a_frozen_rank_does_not_hold_the_others(place: Path) -> None:
         assert frozen.processes[0].exitcode == 4, frozen.text()
         assert psutil.Process(frozen.processes[1].pid).status() == psutil.STATUS_STOPPED
         assert "nothing has moved for" in status(place)["reason"]
+        time.sleep(5)  # so long that its guard, too, misses a beat
         frozen.signal(1, signal.SIGCONT)
         frozen.processes[1].join(30)
         assert frozen.processes[1].exitcode == 3, frozen.text()

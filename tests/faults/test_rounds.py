@@ -56,9 +56,9 @@ STARTS = 40
 def test_a_kill_at_any_moment_of_the_start_ends_all_in_time(
     initialised: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A rank killed in the first second, at 2 to 4 ranks: the others end with one line each, no later than they may."""
+    """A rank killed in the first seconds, of 2 or 4: the others end with a line each, no later than they may."""
     seed = random.randrange(2**31)
-    dice, join_seconds = random.Random(seed), 10
+    dice, join_seconds = random.Random(seed), 5
     before = after = 0
     for number in range(STARTS):
         place = tmp_path / str(number)
@@ -67,8 +67,8 @@ def test_a_kill_at_any_moment_of_the_start_ends_all_in_time(
         size = dice.choice([2, 2, 4])
         victim = dice.randrange(size)
         settings = {"safety.join_seconds": join_seconds}
-        with running(place, size=size, fault="step:*:*:sleep=0.1", settings=settings) as run:
-            time.sleep(dice.uniform(0.0, 1.5))
+        with running(place, size=size, fault="step:*:*:sleep=1", settings=settings) as run:
+            time.sleep(dice.uniform(0.0, dice.choice([1.0, 6.0])))
             run.processes[victim].kill()
             codes = run.wait(join_seconds + 30)
         assert codes.pop(victim) == -9, f"seed {seed}, start {number}: {codes}\n{run.text()}"
