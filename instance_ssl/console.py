@@ -1,11 +1,14 @@
 """Lines for whoever watches, who may have gone: an ssh connection or a pipe can end before the run does."""
 
+import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import NoReturn, TextIO
 
+from instance_ssl import errors
 from instance_ssl.errors import EXIT_USER_ERROR, UserError
 
 
@@ -25,16 +28,41 @@ def heard_or_not(stream: TextIO) -> Iterator[None]:
         pass
 
 
-def printable(line: str, encoding: str | None) -> str:
-    """The line with what this encoding lacks as escapes: names of files need not be text."""
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose complaints show what was given without letting it act on the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and the message, and exits with code 2."""
+        super().error(errors.printable(message))
+
+
+def printable(text: str, encoding: str | None) -> str:
+    """Lines with what this encoding lacks, and what would act on a terminal, as escapes: names need not be text."""
     encoding = encoding or "utf-8"
-    return line.encode(encoding, "backslashreplace").decode(encoding)
+    return errors.printable(text, kept="\n\t").encode(encoding, "backslashreplace").decode(encoding)
+
+
+def one_line(text: str, encoding: str | None) -> str:
+    """`printable`, with newlines and tabs as escapes too: a name must not begin a line that looks like ours."""
+    return printable(errors.printable(text), encoding)
+
+
+def tell(text: str) -> None:
+    """Lines on standard output."""
+    with heard_or_not(sys.stdout):
+        print(printable(text, sys.stdout.encoding), flush=True)
 
 
 def complain(line: str) -> None:
     """One line on standard error."""
     with heard_or_not(sys.stderr):
-        print(line, file=sys.stderr)
+        print(one_line(line, sys.stderr.encoding), file=sys.stderr, flush=True)
+
+
+def show_traceback(error: BaseException) -> None:
+    """The error with its traceback on standard error."""
+    with heard_or_not(sys.stderr):
+        print(printable("".join(traceback.format_exception(error)), sys.stderr.encoding), file=sys.stderr, flush=True)
 
 
 def exit_code_of(tool: Callable[[], int | None]) -> int:

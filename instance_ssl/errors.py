@@ -1,6 +1,16 @@
-"""Errors meant for the user: one line that says what is wrong, where, and what to do."""
+"""Errors meant for the user: one line that says what is wrong, where, and what to do; and names that may be printed."""
+
+import re
 
 EXIT_USER_ERROR = 2
+
+# What moves a terminal's cursor or changes its state (C0, C1), ends a line, hides or turns text round (zero-width
+# characters, marks of direction, tags), and half characters, which stand for bytes of a name that are no text.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_ESCAPED = re.compile(r"\\(?:\\|n|r|t|x[0-9a-f]{2}|u[0-9a-f]{4}|U000[0-9a-f]{5}|U0010[0-9a-f]{4})")
 
 
 class UserError(Exception):
@@ -17,3 +27,25 @@ class LoaderFault(Exception):
 
 class AbsentPeersError(RankError):
     """The other ranks did not come: no mistake of this one's, and another start may find them."""
+
+
+def escape(name: str) -> str:
+    r"""A name from outside (of a file, a class, a key) in one line that may be printed; `unescape` takes it back.
+
+    Backslashes are doubled; newlines become \n, other characters that would not show as they are \x1b or \u202e.
+    """
+    return printable(name.replace("\\", "\\\\"))
+
+
+def unescape(line: str) -> str:
+    """The name that `escape` was given."""
+    return _ESCAPED.sub(lambda found: found.group().encode().decode("unicode_escape"), line)
+
+
+def printable(text: str, kept: str = "") -> str:
+    """The text with what would not show as it is as escapes, but for the characters of `kept`. Backslashes stay."""
+    return _UNPRINTABLE.sub(lambda found: found.group() if found.group() in kept else _as_escape(found.group()), text)
+
+
+def _as_escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from instance_ssl.console import heard_or_not, printable
+from instance_ssl.console import heard_or_not, one_line
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -40,7 +40,7 @@ class RunLog:
         """One line on standard output."""
         if self.is_main:
             with heard_or_not(sys.stdout):
-                tqdm.write(printable(line, sys.stdout.encoding), file=sys.stdout)
+                tqdm.write(one_line(line, sys.stdout.encoding), file=sys.stdout)
 
     @contextmanager
     def metrics_in(self, directory: Path) -> Iterator[None]:
@@ -141,7 +141,8 @@ class Progress:
         self._done, self._initial, self._note = initial, initial, ""
         self._started = self._last_line = time.perf_counter()
         on_terminal = log.is_main and sys.stderr.isatty()
-        self._bar = tqdm(desc=label, total=total, unit=unit, initial=initial, disable=not on_terminal, leave=False)
+        shown = one_line(label, sys.stderr.encoding)
+        self._bar = tqdm(desc=shown, total=total, unit=unit, initial=initial, disable=not on_terminal, leave=False)
         self._lines = log.is_main and not on_terminal
 
     def __enter__(self) -> "Progress":

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import psutil
 
 from instance_ssl.awake import AwakeClock
+from instance_ssl.console import complain
 from instance_ssl.errors import EXIT_USER_ERROR
 from instance_ssl.guard import descendants_of, is_launcher
 from instance_ssl.launch_checks import Launch
@@ -50,7 +51,7 @@ class Supervisor:
         restarts: int,
         pause_seconds: float,
         grace_seconds: float,
-        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+        say: Callable[[str], None] = complain,
     ) -> None:
         self._launch, self._say = launch, say
         self._restarts, self._pause_seconds, self._grace_seconds = restarts, pause_seconds, grace_seconds

@@ -11,13 +11,13 @@ from instance_ssl.ablation.picture import draw
 from instance_ssl.ablation.running import Batch
 from instance_ssl.ablation.settings import Ablation, Plan, plan_runs, read_ablation
 from instance_ssl.ablation.table import format_markdown, read_results, to_json
-from instance_ssl.console import exit_code_of
+from instance_ssl.console import ArgumentParser, exit_code_of, tell
 from instance_ssl.errors import UserError
 from instance_ssl.run_directory import write_json, write_text
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the ablation's YAML")
     parser.add_argument("--output", type=Path, required=True, help="directory of the table")
     parser.add_argument("--runs", type=Path, help="of the runs, which ablations may share (default: OUTPUT/runs)")
@@ -33,8 +33,8 @@ def _report(output: Path, runs: Path, ablation: Ablation, plan: Plan) -> None:
     write_text(output / "table.md", table)
     write_json(output / "table.json", to_json(ablation, plan, results))
     if not draw(output / "table.png", ablation, results):
-        print("no picture: it needs matplotlib (pip install -e '.[plots]')")
-    print(f"\n{table}\n{output / 'table.md'}")
+        tell("no picture: it needs matplotlib (pip install -e '.[plots]')")
+    tell(f"\n{table}\n{output / 'table.md'}")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from instance_ssl.benchmarks.checkpoint import measure_checkpoints
 from instance_ssl.benchmarks.measure import describe_machine, format_table
+from instance_ssl.console import ArgumentParser, tell
 from instance_ssl.distributed.comm import Group
 from instance_ssl.leaving import leave
 from instance_ssl.stages.context import run_measurement
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--num-classes", type=int, default=1_000_000, metavar="N", help="over all ranks")
     parser.add_argument("--embedding-dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5, help="of each, in turns")
@@ -31,7 +32,7 @@ def _run(world: Group) -> None:
     shape = arguments.num_classes, arguments.embedding_dim
     rows = measure_checkpoints(arguments.directory, *shape, arguments.repeats, world)
     if world.rank == 0:
-        print(f"{describe_machine(world)}; D = {arguments.embedding_dim}\n\n{format_table(rows)}")
+        tell(f"{describe_machine(world)}; D = {arguments.embedding_dim}\n\n{format_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from instance_ssl.benchmarks import classifier_sweeps as sweeps
 from instance_ssl.benchmarks.classifier import VARIANTS
 from instance_ssl.benchmarks.measure import describe_machine, format_table, write_csv
+from instance_ssl.console import ArgumentParser, tell
 from instance_ssl.distributed.comm import Group
 from instance_ssl.leaving import leave
 from instance_ssl.stages.context import run_measurement
@@ -17,7 +18,7 @@ _DEFAULT = ["replicated-dense", "sharded-dense", "streamed", "streamed-bfloat16"
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=_DEFAULT, help="the first is the reference")
     parser.add_argument("--num-classes", type=int, nargs="+", default=[65_536], metavar="N", help="over all ranks")
     parser.add_argument("--batch", type=int, nargs="+", default=[256], metavar="B", help="rows of the global batch")
@@ -59,9 +60,9 @@ def _run(world: Group) -> None:
     rows = _measure(arguments, world)
     if world.rank > 0:
         return
-    print(f"{describe_machine(world)}; D = {arguments.embedding_dim}, K = {arguments.num_hard_classes}")
-    print("\nrelative errors against float64, checked first\n" + format_table(errors))
-    print("\n" + format_table(rows))
+    tell(f"{describe_machine(world)}; D = {arguments.embedding_dim}, K = {arguments.num_hard_classes}")
+    tell("\nrelative errors against float64, checked first\n" + format_table(errors))
+    tell("\n" + format_table(rows))
     if arguments.output is not None:
         write_csv(arguments.output / "steps.csv", rows)
         if not arguments.weak_scaling and arguments.memory_budget_gib is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from instance_ssl.benchmarks.data import Settings, compare, compare_decoders, in_all_formats
 from instance_ssl.benchmarks.measure import describe_machine, format_table, markdown_table
+from instance_ssl.console import ArgumentParser, tell
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.sources import EncodedImages
 from instance_ssl.distributed.comm import Group
@@ -19,7 +20,7 @@ from instance_ssl.stages.context import run_measurement
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of images, nested or not")
     parser.add_argument("--cifar10", type=Path, metavar="ROOT", help="instead: CIFAR-10's training images")
     parser.add_argument("--image-size", type=int, help="side of a view; 224, or 32 for CIFAR-10")
@@ -47,7 +48,7 @@ def _run(world: Group) -> None:
     tables = [rows]
     if isinstance(source, EncodedImages):
         tables.append(compare_decoders(source, settings.repeats))
-    print("\n\n".join([title, *(format_table(table) for table in tables)]))
+    tell("\n\n".join([title, *(format_table(table) for table in tables)]))
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "data.json").write_text(json.dumps({"title": title, "tables": tables}, indent=1) + "\n")

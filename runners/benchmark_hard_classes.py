@@ -8,6 +8,7 @@ from pathlib import Path
 
 from instance_ssl.benchmarks.hard_classes import compare, make_rows
 from instance_ssl.benchmarks.measure import describe_machine, format_table, write_csv
+from instance_ssl.console import ArgumentParser, tell
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.leaving import leave
@@ -15,7 +16,7 @@ from instance_ssl.stages.context import run_measurement
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--num-classes", type=int, nargs="+", default=[65_536, 131_072], metavar="N")
     parser.add_argument("--embedding-dim", type=int, default=128)
     parser.add_argument("--num-hard-classes", type=int, default=100)
@@ -40,8 +41,8 @@ def _run(world: Group) -> None:
             block_bytes=int(arguments.block_mib * 2**20),
             with_torch=not arguments.no_torch,
         )
-    print(f"{describe_machine(world)}; D = {arguments.embedding_dim}, clusters {arguments.clusters}")
-    print("\n" + format_table(rows))
+    tell(f"{describe_machine(world)}; D = {arguments.embedding_dim}, clusters {arguments.clusters}")
+    tell("\n" + format_table(rows))
     if arguments.output is not None:
         write_csv(arguments.output / "hard_classes.csv", rows)
     if any(row["wrong_rows"] for row in rows):

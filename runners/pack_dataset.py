@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from instance_ssl.config import load_config
-from instance_ssl.console import exit_code_of
+from instance_ssl.console import ArgumentParser, exit_code_of
 from instance_ssl.data.packing import Packing, pack_images
 from instance_ssl.data.sources import EncodedImages
 from instance_ssl.errors import UserError
@@ -20,7 +20,7 @@ from instance_ssl.run_log import RunLog
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="experiment YAML, whose data section is packed")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=v", help="override config keys")
     parser.add_argument("--output", type=Path, required=True, help="the shards go to its train or val folder")

@@ -6,13 +6,13 @@ python runners/supervise.py [--restarts R] deepspeed --hostfile hosts runners/pr
 import argparse
 import os
 
-from instance_ssl.console import exit_code_of
+from instance_ssl.console import ArgumentParser, exit_code_of
 from instance_ssl.launch_checks import check_launch, take_apart
 from instance_ssl.supervision import Supervisor
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--restarts", type=int, default=10, help="in a row, after failures (default: 10)")
     parser.add_argument("--pause-seconds", type=float, default=10.0, help="between a failure and the next start")
     parser.add_argument("--grace-seconds", type=float, default=300.0, help="from a signal until what is left is killed")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from instance_ssl.ablation.settings import RUNNERS, Ablation, Run
+from instance_ssl.console import tell
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -46,7 +47,7 @@ class Batch:
         directory: Path,
         *,
         jobs: int,
-        say: Callable[[str], None] = lambda line: print(line, flush=True),
+        say: Callable[[str], None] = tell,
     ) -> None:
         self._ablation, self._directory, self._jobs, self._say = ablation, directory, jobs, say
         self._children: list[_Child] = []

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import UnidentifiedImageError
 
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, escape
+from instance_ssl.errors import unescape as unescape
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
@@ -108,14 +109,3 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def escape(name: str) -> str:
-    r"""A name in one line, with newlines, carriage returns and backslashes as \n, \r and \\."""
-    return name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
-
-
-def unescape(line: str) -> str:
-    """The name that `escape` was given."""
-    parts = [part.replace("\\n", "\n").replace("\\r", "\r") for part in line.split("\\\\")]
-    return "\\".join(parts)

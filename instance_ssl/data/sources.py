@@ -260,7 +260,7 @@ def digest_of(names: Iterable[str], sizes: np.ndarray) -> str:
 def write_instances(source: ImageSource, path: Path) -> None:
     r"""Writes the name of image i to line i, counted from 0, of `path`: N lines, all or nothing.
 
-    Newlines, carriage returns and backslashes within a name are written as \n, \r and \\.
+    A name is written by `escape`: newlines as \n, backslashes as \\.
     """
     write_lines((escape(name) for name in source.names), path)
 

@@ -1,10 +1,9 @@
 """From the command line to the page."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from instance_ssl.console import exit_code_of, printable
+from instance_ssl.console import ArgumentParser, exit_code_of, printable, tell
 from instance_ssl.errors import UserError
 from instance_ssl.report.page import build_page
 from instance_ssl.report.runs import open_runs
@@ -13,7 +12,7 @@ from instance_ssl.run_directory import write_text
 
 def main(words: Sequence[str] | None = None) -> int:
     """Writes the page and returns the process's exit code; `words` are the command line's, or None for its own."""
-    parser = argparse.ArgumentParser(description="One self-contained HTML page about runs, finished or not.")
+    parser = ArgumentParser(description="One self-contained HTML page about runs, finished or not.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--output", type=Path, help="the page (default: report.html in the first run directory)")
     arguments = parser.parse_args(words)
@@ -27,4 +26,4 @@ def _write(runs: Sequence[Path], output: Path) -> None:
         write_text(output, page)
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}") from None
-    print(f"{output}: {len(page.encode()) / 2**20:.1f} MiB, {len(runs)} run(s)")
+    tell(f"{output}: {len(page.encode()) / 2**20:.1f} MiB, {len(runs)} run(s)")

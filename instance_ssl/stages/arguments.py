@@ -4,8 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from instance_ssl.console import ArgumentParser
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_config_arguments(parser: ArgumentParser) -> None:
     """The flags that say what an experiment is."""
     root = Path(__file__).resolve().parents[2]
     parser.add_argument(
@@ -25,7 +27,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_arguments(stages: Sequence[str]) -> argparse.Namespace:
     """The command line of a runner that offers these stages."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--stages", nargs="+", choices=stages, metavar="NAME", help="these instead, in this order")
     parser.add_argument("--run-dir", type=Path, default=None, help="where the run lies (default: runs/<config name>)")

@@ -12,7 +12,7 @@ from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.memory import ClassifierSize
 from instance_ssl.classifier.passes import choose_block_bytes
 from instance_ssl.config import DataConfig, ExperimentConfig, load_config
-from instance_ssl.console import exit_code_of
+from instance_ssl.console import ArgumentParser, exit_code_of, tell
 from instance_ssl.data.datasets import open_source
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import UserError
@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--world-size", type=int, required=True, metavar="T", help="ranks to plan for")
     parser.add_argument("--num-instances", type=int, metavar="N", help="images (default: those of the config's data)")
@@ -63,9 +63,9 @@ def _plan(arguments: argparse.Namespace) -> None:
         autocast_dtype=ds.autocast_dtype,
     )
     training = _training(config, ds, cost, world_size, num_instances)
-    print(f"{describe_encoder(config)}, {cost.num_parameters / 1e6:.1f} M parameters")
+    tell(f"{describe_encoder(config)}, {cost.num_parameters / 1e6:.1f} M parameters")
     batch = f"{ds.micro_batch_size} images x {ds.accumulation_steps} micro-batches x {world_size} ranks"
-    print(
+    tell(
         f"{num_instances:,} images; global batch {config.optimization.global_batch_size} = {batch}, "
         f"{config.augmentation.num_views} views each"
     )
@@ -74,17 +74,17 @@ def _plan(arguments: argparse.Namespace) -> None:
     limits = [f"{training.most_classes(layout, gib) / 1e6:,.1f} M" for layout in LAYOUTS]
     _show([[f"most classes in {gib:g} GiB", *limits]])
     _show(_step_rows(plans))
-    print(
+    tell(
         "Not counted: the CUDA context (about 0.5 GiB), workspaces of the libraries, gaps of the allocator. The dense\n"
         "layouts are not this code: two float32 copies of the logits, as DDP and as in the paper's own framework."
     )
     if training.is_the_papers:
-        print("\nTable 1 and Figure 3 (memory; the paper's times depend on its network and data loading, not on this)")
+        tell("\nTable 1 and Figure 3 (memory; the paper's times depend on its network and data loading, not on this)")
         _show(table_1(training, gib))
     if arguments.output is not None:
         path = arguments.output / "figure3.png"
         draw_figure_3(path, functools.partial(_training_at, arguments, config, cost), world_size, _WORLD_SIZES, gib)
-        print(f"picture: {path}")
+        tell(f"picture: {path}")
 
 
 def count_images(data: DataConfig) -> int:
@@ -196,5 +196,5 @@ def _mib(value: int) -> str:
 def _show(rows: Sequence[Sequence[str]]) -> None:
     """Prints a table: the first column to the left, figures to the right."""
     for first, *others in rows:
-        print(f"{first:<34}" + "".join(f"{cell:>19}" for cell in others))
-    print()
+        tell(f"{first:<34}" + "".join(f"{cell:>19}" for cell in others))
+    tell("")

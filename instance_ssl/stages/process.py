@@ -2,14 +2,12 @@
 
 import secrets
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from instance_ssl import limits
-from instance_ssl.console import complain, heard_or_not
+from instance_ssl.console import complain, show_traceback
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import EXIT_USER_ERROR, AbsentPeersError, RankError, UserError
@@ -110,8 +108,7 @@ def _fault(error: Exception, process: Process) -> int:
         return _fail(shortage, process)
     process.end("failed", line := f"rank {process.rank}: {type(error).__name__}: {error}")
     complain(line.split("\n")[0])
-    with heard_or_not(sys.stderr):
-        traceback.print_exception(error)
+    show_traceback(error)
     return EXIT_FAILURE
 
 

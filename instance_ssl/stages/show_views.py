@@ -1,14 +1,13 @@
 """A look at what the encoder sees: some training images and their views, drawn into a file. Starts no process group."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from instance_ssl.config import load_config
-from instance_ssl.console import exit_code_of, printable
+from instance_ssl.console import ArgumentParser, exit_code_of, tell
 from instance_ssl.data.folders import escape
 from instance_ssl.data.view_grid import view_grid
 from instance_ssl.errors import UserError
@@ -24,7 +23,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--images", type=int, default=8, metavar="B", help="images, evenly spaced over all")
     parser.add_argument("--epoch", type=int, default=0, help="the views of which epoch, counted from 0")
@@ -50,7 +49,5 @@ def _show(arguments: argparse.Namespace) -> None:
         picture.save(arguments.out, format="PNG")
     except OSError as error:
         raise UserError(f"--out {arguments.out}: {error.strerror or error}") from None
-    print(
-        f"{arguments.out}: {len(ids)} of {len(source):,} images, {views.shape[1]} views each, epoch {arguments.epoch}"
-    )
-    print(printable("\n".join(captions), sys.stdout.encoding))
+    tell(f"{arguments.out}: {len(ids)} of {len(source):,} images, {views.shape[1]} views each, epoch {arguments.epoch}")
+    tell("\n".join(captions))

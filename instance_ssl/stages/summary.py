@@ -25,7 +25,8 @@ def show(stage: Stage) -> None:
     ]
     text = "\n".join(lines)
     (stage.run_directory / "summary.txt").write_text(text + "\n")
-    stage.log.say("\n" + text)
+    for line in ("", *lines):
+        stage.log.say(line)
 
 
 def _result(stage: Stage, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ LAYERS = {
     "classifier": {"distributed", "errors", "ordering"},
     "benchmarks": {"distributed", "data", "classifier", "checkpoint", "checkpoint_files", "errors"},
     "evaluation": {"distributed", "data", "models", "classifier", "errors", "ordering"},
-    "ablation": {"config", "config_types", "errors"},
+    "ablation": {"config", "config_types", "console", "errors"},
     "report": {
         "checkpoint_files",
         "config",
@@ -36,6 +36,7 @@ RESERVED = {
     "tensorboard": {"instance_ssl/run_log.py"},
     "torch.utils.tensorboard": set(),
     "argparse": {
+        "instance_ssl/console.py",
         "instance_ssl/report/command.py",
         "instance_ssl/stages/arguments.py",
         "instance_ssl/stages/context.py",
