@@ -17,19 +17,30 @@ that are written in order of number need none of it.
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from instance_ssl.checkpoint_files import Content, DirectoryWriter, committed_directories, read_tensors, verify
+from instance_ssl.checkpoint_files import (
+    POSITION,
+    Content,
+    DirectoryWriter,
+    committed_directories,
+    foreign_files,
+    read_tensors,
+    verify,
+)
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.structured_files import MalformedError, read_json, what_failed
 
-_ENCODER, _SAMPLING, _TRAINING = "encoder.pt", "sampling.pt", "training.json"
+_ENCODER, _SAMPLING = "encoder.pt", "sampling.pt"
+_ROWS = ("weight", "momentum", "hard_classes", "steps_seen")
 # What a reader of the encoder alone has to verify.
-ENCODER_FILES = (_ENCODER, _TRAINING)
+ENCODER_FILES = (_ENCODER, POSITION)
 
 
 @dataclass(frozen=True)
@@ -50,11 +61,13 @@ class TrainingPosition:
         stretches: those of the `EpochClock`, where a data set has grown on the way; empty: all epochs are alike.
     """
 
-    step: int
-    epoch: int
-    num_instances: int
-    embedding_dim: int
-    world_size: int = 1
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    step: Annotated[int, Field(ge=0)]
+    epoch: Annotated[int, Field(ge=0)]
+    num_instances: Annotated[int, Field(ge=1)]
+    embedding_dim: Annotated[int, Field(ge=1)]
+    world_size: Annotated[int, Field(ge=1)] = 1
     figures: dict[str, float | None] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     loss_scale: dict[str, Any] | None = None
@@ -65,11 +78,17 @@ class TrainingPosition:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint's directory and position, and what was wrong with newer ones."""
+    """A verified checkpoint.
+
+    Attributes:
+        passed_over: what was wrong with newer ones.
+        foreign: names of files in it that are not this project's.
+    """
 
     directory: Path
     position: TrainingPosition
     passed_over: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
 
 
 def start_checkpoint(
@@ -92,7 +111,7 @@ def start_checkpoint(
     files[f"rank_{world.rank:05d}.pt"] = {"buffers": own_buffers, "random": _random_state(world.device)}
     if world.rank == 0:
         files[_ENCODER] = {"state": encoder_state, "momentum": encoder_momentum}
-        files[_TRAINING] = json.dumps(asdict(position), indent=2) + "\n"
+        files[POSITION] = json.dumps(asdict(position), indent=2) + "\n"
         if shard.sampler is not None:
             files[_SAMPLING] = shard.sampling_state()
     writer.start(position.step, files, lambda: _find_infinite_rows(files))
@@ -123,7 +142,7 @@ def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None 
         problem = verify(directory, group, names)
         position = _read_position(directory) if problem is None else problem
         if isinstance(position, TrainingPosition):
-            return Checkpoint(directory, position, tuple(damage))
+            return Checkpoint(directory, position, tuple(damage), tuple(foreign_files(directory)))
         damage.append(f"{directory}: {position}")
     if damage:
         raise UserError(f"no checkpoint in {parent} is whole ({damage[0]}); restore one or remove the directory")
@@ -148,7 +167,7 @@ def checkpoint_at(path: Path, group: Group, names: tuple[str, ...] | None = None
     position = _read_position(path) if problem is None else problem
     if isinstance(position, str):
         raise UserError(f"{path} is no checkpoint ({position}): give a directory step_… or a run directory")
-    return Checkpoint(path, position)
+    return Checkpoint(path, position, foreign=tuple(foreign_files(path)))
 
 
 def intact_checkpoints(parent: Path, group: Group) -> list[Checkpoint]:
@@ -164,15 +183,26 @@ def intact_checkpoints(parent: Path, group: Group) -> list[Checkpoint]:
 def _read_position(directory: Path) -> TrainingPosition | str:
     """What training.json says, or what is wrong with it (another version of this project wrote it, say)."""
     try:
-        return TrainingPosition(**json.loads((directory / _TRAINING).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        return f"{_TRAINING}: {' '.join(str(error).split())}"
+        text = json.dumps(read_json(directory / POSITION))  # as JSON, whose lists may stand for tuples
+        return TypeAdapter(TrainingPosition).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{POSITION}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, MalformedError) as error:
+        return f"{POSITION}: {what_failed(error)}"
 
 
 def load_encoder(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Encoder state and momentum by name, on the CPU."""
-    content = read_tensors(checkpoint.directory / _ENCODER)
+    content = _read(checkpoint.directory / _ENCODER, "state", "momentum")
     return content["state"], content["momentum"]
+
+
+def _read(path: Path, *names: str) -> dict[str, Any]:
+    content = read_tensors(path)
+    if absent := [name for name in names if name not in content]:
+        raise UserError(f"{path} cannot be loaded: it holds no {absent[0]}; give an intact one")
+    return content
 
 
 def load_own_buffers(checkpoint: Checkpoint, world: Group) -> dict[str, Tensor] | None:
@@ -182,7 +212,7 @@ def load_own_buffers(checkpoint: Checkpoint, world: Group) -> dict[str, Tensor] 
     path = checkpoint.directory / f"rank_{world.rank:05d}.pt"
     if not path.exists():
         return None
-    content = read_tensors(path)
+    content = _read(path, "buffers", "random")
     torch.set_rng_state(content["random"]["cpu"])
     if world.device.type == "cuda" and "cuda" in content["random"]:
         torch.cuda.set_rng_state(content["random"]["cuda"], world.device)
@@ -204,12 +234,12 @@ def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
         raise UserError(f"{checkpoint.directory} holds {found[0]} x {found[1]} weights, this run needs {expected}")
     shard.steps_taken = position.step
     if shard.sampler is not None and (checkpoint.directory / _SAMPLING).exists():
-        shard.restore_sampling(read_tensors(checkpoint.directory / _SAMPLING))
+        shard.restore_sampling(_read(checkpoint.directory / _SAMPLING))
     filled = 0
     for path in sorted(checkpoint.directory.glob("rows_*.pt")):
         first, last = (int(part) for part in path.stem.split("_")[1:])
         if max(first, shard.start) < min(last, shard.stop):
-            filled += shard.restore_rows(first, last, read_tensors(path))
+            filled += shard.restore_rows(first, last, _read(path, *_ROWS))
     needed = max(0, min(position.num_instances, shard.stop) - shard.start)
     if filled != needed:
         raise UserError(f"{checkpoint.directory} lacks rows of the classifier: {filled} of {needed} found")

@@ -24,11 +24,16 @@ import torch
 from instance_ssl import faults
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.structured_files import MalformedError, read_json, what_failed
 
 MANIFEST = "MANIFEST.json"
 _REMOVED = ".removed-"
 _TEMPORARY = ".writing-"
+# Of every directory, if it has one: the "step" in it is that of the directory's name.
+POSITION = "training.json"
 _COMMITTED_NAME = re.compile(r"step_[0-9]{9,}")
+# What only a checkpoint of this project holds; other files that lie in one are somebody's own, and no harm.
+_OURS = re.compile(rf"(rows|rank)_.*\.pt|encoder\.pt|sampling\.pt|{re.escape(POSITION)}")
 
 # A file's content: tensors and plain values for `torch.save`, or text.
 Content = dict[str, Any] | str
@@ -211,7 +216,7 @@ def read_tensors(path: Path, *, mapped: bool = True) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged file makes torch raise almost anything
         reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _one_line(error)
         raise UserError(f"{path} cannot be loaded: {reason}; nothing in it was run, give an intact one") from None
     if not isinstance(content, dict):
@@ -220,7 +225,7 @@ def read_tensors(path: Path, *, mapped: bool = True) -> dict[str, Any]:
 
 
 def committed_directories(parent: Path) -> list[Path]:
-    """Committed directories, whole or damaged since, newest first; what else somebody has put there is left alone."""
+    """Directories with the name of a committed one, newest first, whole or not; what else is there is left alone."""
     named = [path for path in parent.glob("step_*") if _COMMITTED_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(named, key=step_of, reverse=True)
 
@@ -230,20 +235,32 @@ def step_of(directory: Path) -> int:
     return int(directory.name.removeprefix("step_"))
 
 
+def newest_sound_directory(parent: Path) -> Path | None:
+    """The newest committed directory that is what its name says, by the sizes of its files, unhashed."""
+    return next(filter(_seems_whole, committed_directories(parent)), None)
+
+
+def foreign_files(directory: Path) -> list[str]:
+    """Names of what lies in a committed directory and was not written by this project."""
+    records = _read_manifest(directory)
+    known = {MANIFEST} if isinstance(records, str) else {MANIFEST, *records}
+    others = {path.name for path in directory.iterdir()} - known
+    return sorted(name for name in others if not _OURS.fullmatch(name))
+
+
 def verify(directory: Path, group: Group, names: tuple[str, ...] | None = None) -> str | None:
     """None when the directory is what its manifest says, else the first problem. Collective; the ranks share the work.
 
+    A name step_… must be that of its content. Files that are not this project's are no problem (`foreign_files`).
+
     Args:
-        names: the only files whose content matters; None: all, and no others may be there.
+        names: the only files whose content matters; None: all, and no others of this project may be there.
     """
-    outcome = _read_manifest(directory) if group.rank == 0 else None
+    outcome = _look_at(directory, all_files=names is None) if group.rank == 0 else None
     outcome = group.broadcast_object(outcome)
     if isinstance(outcome, str):
         return outcome
     assert outcome is not None
-    unknown = {path.name for path in directory.iterdir()} - {*outcome, MANIFEST}
-    if unknown and names is None:
-        return f"{min(unknown)} is not in {MANIFEST}"
     chosen = sorted(name for name in outcome if names is None or name in names)
     problem = None
     for name in chosen[group.rank :: group.size]:
@@ -256,7 +273,7 @@ def retain(parent: Path, keep: int, is_permanent: Callable[[int], bool]) -> None
 
     Damaged ones (by size: hashing all at every save would take longer than the save) are neither counted nor removed.
     """
-    intact = [directory for directory in committed_directories(parent) if _has_right_sizes(directory)]
+    intact = [directory for directory in committed_directories(parent) if _seems_whole(directory)]
     for directory in intact[keep:]:
         if not is_permanent(step_of(directory)):
             remove_directory(directory)
@@ -289,7 +306,7 @@ def _checksum(files: Mapping[str, Any]) -> str:
 def _read_manifest(directory: Path) -> dict[str, FileRecord] | str:
     """The manifest's records, or what is wrong with it."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = read_json(directory / MANIFEST)
         files = manifest["files"]
         if manifest["checksum"] != _checksum(files):
             return f"{MANIFEST} has changed since it was written"
@@ -301,6 +318,28 @@ def _read_manifest(directory: Path) -> dict[str, FileRecord] | str:
     return records
 
 
+def _look_at(directory: Path, *, all_files: bool) -> dict[str, FileRecord] | str:
+    """The manifest's records, or what is wrong before any file is read through."""
+    records = _read_manifest(directory)
+    if isinstance(records, str):
+        return records
+    unknown = [path.name for path in directory.iterdir() if path.name not in records and _OURS.fullmatch(path.name)]
+    if unknown and all_files:
+        return f"{min(unknown)} is not in {MANIFEST}"
+    return find_other_step(directory) or records
+
+
+def find_other_step(directory: Path) -> str | None:
+    """What is wrong with a directory's name that is not that of its content: it is a copy by another name, say."""
+    if not _COMMITTED_NAME.fullmatch(directory.name) or not (directory / POSITION).exists():
+        return None
+    try:
+        step = read_json(directory / POSITION).get("step")
+    except (OSError, MalformedError) as error:
+        return f"{POSITION}: {what_failed(error)}"
+    return None if step == step_of(directory) else f"its name says step {step_of(directory)}, {POSITION} says {step}"
+
+
 def _compare(path: Path, expected: FileRecord) -> str | None:
     try:
         with path.open("rb") as file:
@@ -310,8 +349,8 @@ def _compare(path: Path, expected: FileRecord) -> str | None:
     return None if found == expected else f"{path.name} has changed since it was written"
 
 
-def _has_right_sizes(directory: Path) -> bool:
-    records = _read_manifest(directory)
+def _seems_whole(directory: Path) -> bool:
+    records = _look_at(directory, all_files=False)
     if isinstance(records, str):
         return False
     try:

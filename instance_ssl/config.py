@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from instance_ssl.classifier.cosine_softmax import MIN_TEMPERATURE, LossForm
@@ -22,6 +21,7 @@ from instance_ssl.config_types import NonNegativeFloat, NonNegativeInt, Positive
 from instance_ssl.errors import UserError
 from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
+from instance_ssl.structured_files import MalformedError, parse_yaml, what_failed
 
 SourceName = Literal["pixels", "random", "trained", "weights"]
 ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
@@ -350,11 +350,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: when it is missing, no YAML, or anything but a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+        values = parse_yaml(path.read_bytes())
+    except (OSError, MalformedError) as error:
+        raise UserError(f"--config {path}: {what_failed(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -372,15 +370,19 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if name not in known:
             raise UserError(f"--set {path}: unknown key '{'.'.join(names[: depth + 1])}'{nearest(name, known)}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not YAML") from None
+        value = parse_yaml(text)
+    except MalformedError as error:
+        raise UserError(f"--set {path}={_shorten(text)}: the value is {error}") from None
     for name in names[:-1]:
         inner = values.setdefault(name, {})
         if not isinstance(inner, dict):
             inner = values[name] = {}
         values = inner
     values[names[-1]] = value
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _fields_at(model: type[BaseModel], names: Sequence[str]) -> list[str]:

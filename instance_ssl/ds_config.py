@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from instance_ssl.config import describe_validation_error, nearest
 from instance_ssl.errors import UserError
+from instance_ssl.structured_files import MalformedError, read_json, what_failed
 
 # Engine, precision and memory: passed on to DeepSpeed as they are.
 _PASSED_ON = (
@@ -191,14 +192,9 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--deepspeed_config {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"--deepspeed_config {path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--deepspeed_config {path}: expected an object of keys and values")
-    return values
+        return read_json(path, by_hand=True)
+    except (OSError, MalformedError) as error:
+        raise UserError(f"--deepspeed_config {path}: {what_failed(error)}") from None
 
 
 def _check_keys(values: dict[str, Any], path: Path) -> None:

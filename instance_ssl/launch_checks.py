@@ -96,7 +96,11 @@ def check_launch(launch: Launch, environment: Mapping[str, str]) -> None:
     for directory in (Path.cwd(), Path.home()):
         exports = directory / _ENVIRONMENT_FILE
         if exports.is_file():
-            for number, line in enumerate(exports.read_text().splitlines(), start=1):
+            try:
+                lines = exports.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{exports}: {_why(error)}") from None
+            for number, line in enumerate(lines, start=1):
                 if "=" not in line:
                     raise UserError(f"{exports}, line {number}: expected NAME=value")
                 _require_plain(line, f"{exports}, line {number}: {line}")
@@ -170,10 +174,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
         UserError: for a missing file or a line that is not `host slots=N`, naming the line.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UserError(f"--hostfile {path}: {reason}") from None
+        raise UserError(f"--hostfile {path}: {_why(error)}") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
@@ -185,10 +188,16 @@ def read_hostfile(path: Path) -> dict[str, int]:
         host, slots = match.groups()
         if host in hosts:
             raise UserError(f"--hostfile {path}, line {number}: {host} is there already")
+        if len(slots) > 6:
+            raise UserError(f"--hostfile {path}, line {number}: {slots[:12]} slots are too many")
         hosts[host] = int(slots)
     if not hosts:
         raise UserError(f"--hostfile {path} names no host")
     return hosts
+
+
+def _why(error: OSError | UnicodeDecodeError) -> str | None:
+    return error.strerror if isinstance(error, OSError) else "not text"
 
 
 def _require_plain(text: str, what: str) -> None:

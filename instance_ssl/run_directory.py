@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from instance_ssl import structured_files
 from instance_ssl.errors import UserError
 
 State = Literal["running", "complete", "stopped", "failed"]
@@ -80,10 +81,9 @@ def read_state(directory: Path, run: str | None) -> str | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """An object from a JSON file; None where it is not there, or not whole."""
     try:
-        values = json.loads(path.read_text())
+        return structured_files.read_json(path)
     except (OSError, ValueError):
         return None
-    return values if isinstance(values, dict) else None
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all, also where the power fails."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

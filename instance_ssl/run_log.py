@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from instance_ssl.console import heard_or_not, one_line
+from instance_ssl.structured_files import read_json_lines
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -60,7 +61,7 @@ class RunLog:
         self._resumed_at = step
         path = self._directory / "metrics.jsonl"
         if path.exists():
-            self._unless_broken(lambda: _cut_metrics(path, step))
+            self._unless_broken(lambda: self._cut_metrics(path, step))
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
         """Appends the values that are there to metrics.jsonl and TensorBoard."""
@@ -79,6 +80,16 @@ class RunLog:
         if self._scalars is None:
             self._scalars = _ScalarFile(self._directory / "tensorboard", self._resumed_at)
         self._scalars.write(step, known)
+
+    def _cut_metrics(self, path: Path, step: int) -> None:
+        lines, num_broken = read_json_lines(path)
+        sound = [line for line in lines if type(line.get("step")) is int]
+        num_broken += len(lines) - len(sound)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in sound if line["step"] <= step))
+        os.replace(temporary, path)
+        if num_broken:
+            self.say(f"warning: {path}: {num_broken} broken lines dropped")
 
     def _unless_broken(self, write: Callable[[], object]) -> None:
         try:
@@ -123,14 +134,6 @@ class _ScalarFile:
     def _append(self, **fields: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
         self._records.flush()
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
 
 
 class Progress:

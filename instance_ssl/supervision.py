@@ -7,7 +7,6 @@ with 0. So the signal goes to the ranks, orphans come back to this process (Linu
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from instance_ssl.console import complain
 from instance_ssl.errors import EXIT_USER_ERROR
 from instance_ssl.guard import descendants_of, is_launcher
 from instance_ssl.launch_checks import Launch
+from instance_ssl.run_directory import read_json
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
 _FAILED = 1
@@ -176,9 +176,11 @@ def _statuses(run_directory: Path | None) -> list[_Status]:
     """What each stage's status.json says."""
     found = []
     for path in sorted((run_directory or Path(os.devnull)).glob("*/status.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            status = json.loads(path.read_text())
-            found.append(_Status(path, status["state"], status["reason"], path.stat().st_mtime_ns))
+        with contextlib.suppress(OSError):
+            status = read_json(path) or {}
+            state, reason = status.get("state"), status.get("reason")
+            if isinstance(state, str):
+                found.append(_Status(path, state, None if reason is None else str(reason), path.stat().st_mtime_ns))
     return found
 
 

@@ -196,9 +196,11 @@ def _run(ablation: Ablation, variant: Variant, epochs: int | None, seed: int, ov
     except UserError as error:
         raise UserError(f"variant '{where}': {error}") from None
     try:
-        engine = ablation.deepspeed_config.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"deepspeed_config {ablation.deepspeed_config}: {error}") from None
+        engine = ablation.deepspeed_config.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"deepspeed_config {ablation.deepspeed_config}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"deepspeed_config {ablation.deepspeed_config}: not UTF-8 text") from None
     decisive = json.dumps([ablation.runner, engine, config.model_dump(mode="json")], sort_keys=True)
     name = hashlib.sha256(decisive.encode()).hexdigest()[:16]
     length = "" if epochs is None else f", {epochs} epochs"

@@ -1,6 +1,5 @@
 """What the runs have left, as rows of mean and standard deviation over seeds."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from instance_ssl.ablation.settings import Ablation, Plan, Row
+from instance_ssl.run_directory import read_json
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def to_json(ablation: Ablation, plan: Plan, results: Results) -> dict[str, Any]:
 def _records(directory: Path, stages: Sequence[str]) -> dict[str, Any]:
     """The stages' results, where they are."""
     paths = {stage: directory / stage / "result.json" for stage in stages}
-    return {stage: json.loads(path.read_text()) for stage, path in paths.items() if path.exists()}
+    return {stage: record for stage, path in paths.items() if (record := read_json(path)) is not None}
 
 
 def _find(records: dict[str, Any], where: str) -> float | None:

@@ -1,11 +1,13 @@
 """The record of a packed set: a folder of tar shards of images that runners/pack_dataset.py has written."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from instance_ssl.data.folders import escape, reason
 from instance_ssl.errors import UserError
+from instance_ssl.structured_files import read_json
 
 RECORD, BEGUN = "index.json", "packing.json"
 _FORMAT = "instance_ssl packed images, version 1"
@@ -49,16 +51,17 @@ def read_packed_set(folder: Path) -> PackedSet | None:
     path = folder / RECORD
     shown = f"data.root: {escape(str(folder))}"
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except FileNotFoundError:
         if (folder / BEGUN).exists():
             raise UserError(f"{shown} is packed in part only: run runners/pack_dataset.py again, it goes on") from None
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{shown}: {RECORD} cannot be read ({reason(error)}): pack the images again") from error
+    if content.pop("format", None) != _FORMAT:
+        return None  # somebody else's
     try:
-        if content.pop("format") != _FORMAT:
-            return None  # somebody else's
-        return PackedSet(**content)
-    except (AttributeError, KeyError, TypeError):
-        return None
+        return TypeAdapter(PackedSet).validate_python(content)
+    except ValidationError as error:
+        wrong = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{shown}: {RECORD} is damaged ({escape(wrong)}): pack the images again") from error

@@ -25,6 +25,7 @@ from instance_ssl.data.packed_set import BEGUN, RECORD, PackedSet
 from instance_ssl.data.sources import EncodedImages, write_lines
 from instance_ssl.data.tar_index import index_shard
 from instance_ssl.errors import UserError
+from instance_ssl.structured_files import read_json
 
 _SAMPLED = 32
 _POLL_SECONDS = 0.2
@@ -93,8 +94,10 @@ def _begin(source: EncodedImages, folder: Path, packing: Packing) -> dict[str, r
         mean = sum(sizes) / len(sizes) if sizes else _BLOCK
         _write_json(path, {**wanted, "images_per_shard": max(1, round(packing.shard_mib * 2**20 / mean))})
     try:
-        begun = json.loads(path.read_bytes())
-        step = int(begun.pop("images_per_shard"))
+        begun = read_json(path)
+        step = begun.pop("images_per_shard")
+        if type(step) is not int or step < 1:
+            raise ValueError("images_per_shard")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--output: {escape(str(path))} is damaged: give another folder") from error
     if begun != wanted:
@@ -136,7 +139,7 @@ def _write_shards(
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-    left_out = [tuple(row) for name in shards for row in json.loads(_record_of(folder / name).read_text())["left_out"]]
+    left_out = [tuple(row) for name in shards for row in read_json(_record_of(folder / name))["left_out"]]
     on_broken.judge(left_out, len(source))
     return left_out
 
@@ -185,7 +188,7 @@ def _write_shard(path: Path, ids: range) -> None:
 def _finish(
     source: EncodedImages, folder: Path, packing: Packing, shards: Sequence[str], left_out: Sequence[tuple[str, str]]
 ) -> PackedSet:
-    digests = {name: str(json.loads(_record_of(folder / name).read_text())["sha256"]) for name in shards}
+    digests = {name: str(read_json(_record_of(folder / name))["sha256"]) for name in shards}
     packed_set = PackedSet(
         shards=digests,
         digest=hashlib.sha256("".join(digests.values()).encode()).hexdigest(),
@@ -246,10 +249,15 @@ def _stamp(shard: Path) -> dict[str, int]:
 
 def _is_done(shard: Path) -> bool:
     try:
-        record = json.loads(_record_of(shard).read_text())
-        return {name: record[name] for name in ("bytes", "time")} == _stamp(shard) and "sha256" in record
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_json(_record_of(shard))
+        same = {name: record.get(name) for name in ("bytes", "time")} == _stamp(shard)
+    except (OSError, ValueError):
         return False
+    return same and isinstance(record.get("sha256"), str) and _are_pairs(record.get("left_out"))
+
+
+def _are_pairs(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, list) and list(map(type, row)) == [str, str] for row in rows)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 None is downloaded. Images are taken in the plain string order of their names.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,14 @@ from typing import Any
 
 from instance_ssl.data.folders import escape, reason
 from instance_ssl.errors import UserError
+from instance_ssl.structured_files import MalformedError, parse_json
 
-_INATURALIST_KEYS = ("images", "annotations", "categories")
+# What each list of iNaturalist's holds, and the keys of its entries.
+_INATURALIST_KEYS: dict[str, dict[str, type]] = {
+    "images": {"id": int, "file_name": str},
+    "annotations": {"image_id": int, "category_id": int},
+    "categories": {"id": int, "name": str},
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,9 @@ def find_inaturalist2018(root: Path, split: str) -> LabelledFiles:
     unpacked_by_torchvision = not (root / "train_val2018").is_dir() and (root / "2018").is_dir()
     rows = []
     for image in content["images"]:
-        name, category = str(image["file_name"]), category_of.get(image["id"])
+        name, category = image["file_name"], category_of.get(image["id"])
+        if "\0" in name or not _is_text(name):
+            raise UserError(f"data.root: {escape(str(path))} names {escape(name)}, which no file can be called")
         if category not in class_of:
             raise UserError(f"data.root: {escape(str(path))} gives {escape(name)} no category of train2018.json")
         if unpacked_by_torchvision:
@@ -130,10 +137,24 @@ def _folder(entry: str) -> str:
 
 def _read_inaturalist(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-        if isinstance(content, dict) and all(isinstance(content.get(k), list) for k in _INATURALIST_KEYS):
+        content = parse_json(path.read_bytes(), is_large=True)
+        if isinstance(content, dict) and all(_are_entries(content.get(k), v) for k, v in _INATURALIST_KEYS.items()):
             return content
-    except (OSError, ValueError) as error:
+    except (OSError, MalformedError) as error:
         raise UserError(f"data.root: {escape(str(path))} cannot be read: {reason(error)}") from error
-    keys = ", ".join(_INATURALIST_KEYS)
+    keys = "; ".join(f"{name} with {' and '.join(inner)}" for name, inner in _INATURALIST_KEYS.items())
     raise UserError(f"data.root: {escape(str(path))} is no list of iNaturalist's: it must hold {keys}")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _are_entries(rows: Any, keys: dict[str, type]) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and all(type(row.get(key)) is kind for key, kind in keys.items()) for row in rows
+    )

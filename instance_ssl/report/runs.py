@@ -1,19 +1,17 @@
 """What run directories hold, finished or not: read leniently, for a page is wanted of whatever there is."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from instance_ssl.checkpoint_files import committed_directories
+from instance_ssl.checkpoint_files import committed_directories, find_other_step
 from instance_ssl.config import ExperimentConfig, flatten
 from instance_ssl.errors import UserError
+from instance_ssl.run_directory import read_json
 from instance_ssl.schedules import EpochClock
+from instance_ssl.structured_files import parse_yaml, read_json_lines
 
 # In a result but about where it was computed, not what came out.
 SURROUNDINGS = ("date", "commit", "versions", "world_size", "device", "seconds", "data", "newest_checkpoint", "stage")
@@ -39,7 +37,11 @@ class StageRecord:
 
     def series(self, tag: str) -> list[tuple[int, float]]:
         """(step, value) of a tag, by step; of several values for a step, the last."""
-        last = {line["step"]: line[tag] for line in self.metrics if tag in line and "step" in line}
+        last = {
+            line["step"]: line[tag]
+            for line in self.metrics
+            if type(line.get("step")) is int and _is_number(line.get(tag))
+        }
         return sorted(last.items())
 
 
@@ -65,8 +67,10 @@ class Run:
         if self.config is None or self.num_instances is None:
             return None
         checkpoint = self.newest_checkpoint()
-        training = _read_json(checkpoint / "training.json") if checkpoint else None
+        training = read_json(checkpoint / "training.json") if checkpoint else None
         if stretches := (training or {}).get("stretches"):
+            if not _are_stretches(stretches):
+                return None
             return EpochClock(tuple(tuple(stretch) for stretch in stretches))
         steps_per_epoch = self.num_instances // self.config.optimization.global_batch_size
         return EpochClock(((0, 0, steps_per_epoch),)) if steps_per_epoch else None
@@ -93,8 +97,9 @@ class Run:
         return value
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest one of the training, unverified."""
-        return next(iter(committed_directories(self.directory / "pretrain/checkpoints")), None)
+        """The newest one of the training that is of the step in its name, otherwise unverified."""
+        found = committed_directories(self.directory / "pretrain/checkpoints")
+        return next((path for path in found if find_other_step(path) is None), None)
 
 
 def open_runs(directories: Sequence[Path]) -> list[Run]:
@@ -111,9 +116,17 @@ def open_runs(directories: Sequence[Path]) -> list[Run]:
         if not stages:
             raise UserError(f"{directory} holds no stage of a run: run runners/pipeline.py --run-dir {directory} first")
         ordered = sorted(stages, key=lambda stage: (_place(stage), stage))
-        data = _read_json(directory / "data.json") or {}
+        num_instances = (read_json(directory / "data.json") or {}).get("num_instances")
         config = _newest_config([stages[stage].directory for stage in ordered])
-        runs.append(Run(name, directory, config, {s: stages[s] for s in ordered}, data.get("num_instances")))
+        runs.append(
+            Run(
+                name,
+                directory,
+                config,
+                {s: stages[s] for s in ordered},
+                num_instances if type(num_instances) is int else None,
+            )
+        )
     return runs
 
 
@@ -136,30 +149,21 @@ def _is_stage(path: Path) -> bool:
 
 
 def _read_stage(path: Path) -> StageRecord:
-    status, result = _read_json(path / "status.json") or {}, _read_json(path / "result.json")
-    return StageRecord(path.name, path, status, result, list(_read_lines(path / "metrics.jsonl")))
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+    status, result = read_json(path / "status.json") or {}, read_json(path / "result.json")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
+        metrics, _ = read_json_lines(path / "metrics.jsonl")
+    except OSError:
+        metrics = []
+    return StageRecord(path.name, path, status, result, metrics)
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict):
-            yield values
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_stretches(values: Any) -> bool:
+    rows = values if isinstance(values, list) else [None]
+    return all(isinstance(row, list) and len(row) == 3 and all(type(item) is int for item in row) for row in rows)
 
 
 def _newest_config(directories: Sequence[Path]) -> ExperimentConfig | None:
@@ -167,7 +171,7 @@ def _newest_config(directories: Sequence[Path]) -> ExperimentConfig | None:
     paths = [path for directory in directories if (path := directory / "config.yaml").exists()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            return ExperimentConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, yaml.YAMLError, ValidationError):
+            return ExperimentConfig.model_validate(parse_yaml(path.read_bytes()))
+        except (OSError, ValueError):
             continue
     return None

@@ -6,9 +6,9 @@ there is training, and stands while there is evaluation. Points lie at the end o
 """
 
 import itertools
-import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from instance_ssl.evaluation.features import evaluation_mode
 from instance_ssl.evaluation.linear import probe_cached_features
 from instance_ssl.models.backbones import ResNet, SmallCnn, build_backbone
 from instance_ssl.pretraining import flatten_views
+from instance_ssl.run_directory import read_json
 from instance_ssl.schedules import warmup_cosine
 from instance_ssl.stages import pretrain
 from instance_ssl.stages.build import training_views
@@ -38,6 +39,7 @@ from instance_ssl.stages.representation import (
     represent_checkpoint,
     vote,
 )
+from instance_ssl.structured_files import read_json_lines
 
 _INITIALISATION, _TRAINING = "initialize_classifier", "pretrain"
 
@@ -102,8 +104,14 @@ def run_own(stage: Stage) -> dict[str, Any]:
         points.append(_point(stage, images, representation, position.epoch, seconds_at[position.step]))
     if not points:
         raise UserError(f"{stage.checkpoints_of(_TRAINING)} holds no checkpoints: run the stage {_TRAINING} before")
-    record = json.loads((stage.run_directory / _TRAINING / "result.json").read_text())
-    return _record(stage, points, record["training_peak_mib"])
+    return _record(stage, points, _number_in(stage.run_directory / _TRAINING / "result.json", "training_peak_mib"))
+
+
+def _number_in(path: Path, key: str) -> float:
+    value = (read_json(path) or {}).get(key)
+    if not isinstance(value, int | float):
+        raise UserError(f"{path} holds no {key}: run its stage again")
+    return value
 
 
 def _epochs(stage: Stage, peer: Peer) -> Iterator[float]:
@@ -214,8 +222,10 @@ def _training_seconds(stage: Stage) -> dict[int, float]:
     for path in (initialisation, metrics, stage.run_directory / _TRAINING / "result.json"):
         if not path.exists():
             raise UserError(f"{path} does not exist: run the stages {_INITIALISATION} and {_TRAINING} before")
-    total, before, at = json.loads(initialisation.read_text())["seconds"], 0, {}
-    for line in map(json.loads, metrics.read_text().splitlines()):
+    total, before, at = _number_in(initialisation, "seconds"), 0, {}
+    for line in read_json_lines(metrics)[0]:
+        if not line.keys() >= {"step", "speed/images_per_second"}:
+            continue
         images = (line["step"] - before) * stage.config.optimization.global_batch_size
         total, before = total + images / line["speed/images_per_second"], line["step"]
         at[line["step"]] = total

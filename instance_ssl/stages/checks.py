@@ -9,7 +9,7 @@ from typing import Literal
 import psutil
 
 from instance_ssl import engine
-from instance_ssl.checkpoint_files import committed_directories
+from instance_ssl.checkpoint_files import newest_sound_directory
 from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
@@ -137,10 +137,11 @@ def check_sources(evaluation: EvaluationConfig, world: Group) -> None:
 
 def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> str | None:
     """What an evaluation is of: it is done again when training has gone on since, or a file given has changed."""
-    names = [path.name for path in committed_directories(own_checkpoints)[:1]]
+    newest = newest_sound_directory(own_checkpoints)
+    names = [] if newest is None else [newest.name]
     if evaluation.checkpoint is not None:
-        others = committed_directories(evaluation.checkpoint / "pretrain/checkpoints")
-        names.append(str(others[0] if others else evaluation.checkpoint))
+        newest = newest_sound_directory(evaluation.checkpoint / "pretrain/checkpoints")
+        names.append(str(newest or evaluation.checkpoint))
     if evaluation.weights is not None:
         status = evaluation.weights.stat()
         names.append(f"{evaluation.weights} of {status.st_size} bytes and time {status.st_mtime_ns}")

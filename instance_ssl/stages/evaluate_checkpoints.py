@@ -1,6 +1,5 @@
 """Stage: Figure 1(b), instance accuracy against semantic accuracy over the checkpoints that a run has kept."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from instance_ssl.checkpoint import Checkpoint, intact_checkpoints, load_rows
 from instance_ssl.data.loaders import image_loader
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.correlation import correlations, draw_correlation, instance_accuracy
-from instance_ssl.run_directory import write_json
+from instance_ssl.run_directory import read_json, write_json
 from instance_ssl.stages.build import classifier_shard, own_parts, training_view
 from instance_ssl.stages.checks import config_digest
 from instance_ssl.stages.context import Stage
@@ -25,6 +24,8 @@ from instance_ssl.stages.representation import (
     vote,
 )
 from instance_ssl.stages.session import require_same_run
+
+_POINT = {"epoch", "step", "instance_accuracy", "knn_top1", "logged_instance_accuracy"}
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -170,10 +171,12 @@ def _known_points(stage: Stage, images: LabelledImages) -> dict[str, dict[str, A
     """Points that an earlier run of this stage has measured by the same recipe on the same images."""
     points = None
     path = stage.directory / "points.json"
-    if stage.world.rank == 0 and path.exists():
-        kept = json.loads(path.read_text())
-        points = kept["points"] if kept["of"] == _identity(stage, images) else None
-    return dict(stage.world.broadcast_object(points) or {})
+    if stage.world.rank == 0:
+        kept = read_json(path) or {}
+        points = kept.get("points") if kept.get("of") == _identity(stage, images) else None
+    points = stage.world.broadcast_object(points)
+    points = points if isinstance(points, dict) else {}
+    return {name: point for name, point in points.items() if isinstance(point, dict) and point.keys() >= _POINT}
 
 
 def _keep_points(stage: Stage, images: LabelledImages, points: dict[str, dict[str, Any]]) -> None:

@@ -1,7 +1,6 @@
 """Stage: an encoder as files for others, with a model card, and the features of any folder of images."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from instance_ssl.export import (
 )
 from instance_ssl.models.backbones import choose_stem
 from instance_ssl.models.encoder import Encoder
-from instance_ssl.run_directory import write_json
+from instance_ssl.run_directory import read_json, write_json
 from instance_ssl.stages import checks
 from instance_ssl.stages.build import describe_encoder
 from instance_ssl.stages.context import Stage
@@ -56,8 +55,8 @@ def run(stage: Stage) -> dict[str, Any]:
         card["images"] = _write_rows(stage, representation, encoder, images)
         names += card["images"]["files"]
     if stage.world.rank == 0:
-        environment = json.loads((stage.directory / "environment.json").read_text())
-        made_with = {key: environment[key] for key in ("commit", "versions")}
+        environment = read_json(stage.directory / "environment.json") or {}
+        made_with = {key: environment.get(key) for key in ("commit", "versions")}
         write_json(stage.directory / "model_card.json", {**card, **made_with})
     stage.log.say(f"{', '.join(names)}: in {stage.directory}")
     return card

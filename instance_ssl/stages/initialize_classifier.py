@@ -33,7 +33,7 @@ from instance_ssl.stages.build import (
 )
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.left_out import LeftOut, TooManyBroken, readable_batches
-from instance_ssl.stages.session import require_same_run, run_digests
+from instance_ssl.stages.session import require_same_run, run_digests, say_what_was_passed_over
 
 # Above all seeds of experiments: a random view of this pass is none that the training will see.
 _VIEW_SEEDS = 2**31
@@ -77,6 +77,7 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, le
         stage.log.say("the images lie in other shards than before, and so in another order: the pass begins again")
         partial = None
     if partial is not None:
+        say_what_was_passed_over(stage, partial)
         require_same_run(partial, stage)
         stage.together(lambda: load_rows(partial, shard))
         encoder.load_state_dict(stage.together(lambda: load_encoder(partial))[0])

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run_directory import write_json
 from instance_ssl.stages.left_out_record import LOST, read_left_out
+from instance_ssl.structured_files import MalformedError, read_json, what_failed
 
 _NAMED = 3
 
@@ -117,16 +119,21 @@ def _read(run_directory: Path) -> dict[str, Any] | None:
     try:
         if not path.exists():
             return None
-        record = json.loads(path.read_text())
-        return {"num_instances": int(record["num_instances"]), "digest": str(record["digest"])}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: restore it or give another --run-dir") from None
+        record = read_json(path)
+        num_instances, digest = record.get("num_instances"), record.get("digest")
+        if type(num_instances) is not int or num_instances < 1 or not isinstance(digest, str):
+            raise MalformedError("it must hold num_instances and digest")
+        return {"num_instances": num_instances, "digest": digest}
+    except (OSError, MalformedError) as error:
+        raise UserError(f"{path} is damaged ({what_failed(error)}): restore it or give another --run-dir") from None
 
 
 def _known_names(run_directory: Path, count: int) -> NameTable:
     path = run_directory / "instances.txt"
     try:
         names = packed(islice(read_instances(path), count))
+    except UnicodeError:
+        raise UserError(f"{path} is damaged: restore it or give another --run-dir") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if len(names) != count:
@@ -141,9 +148,9 @@ def _known_sizes(run_directory: Path, count: int) -> np.ndarray | None:
         return None
     try:
         sizes = np.load(path, allow_pickle=False)
-        if sizes.dtype != np.int64 or len(sizes) < count:
+        if sizes.dtype != np.int64 or sizes.ndim != 1 or len(sizes) < count:
             raise ValueError
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile, MemoryError):
         raise UserError(f"{path} is damaged: restore it or give another --run-dir") from None
     return sizes[:count]
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from instance_ssl.data.folders import escape
 from instance_ssl.data.sources import ImageSource
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, escape, printable
 
 LOST = "not in the data set any more"
 
@@ -65,7 +64,7 @@ def append_left_out(run_directory: Path, found: Mapping[int, Found], source: Ima
     path = record_path(run_directory)
     lines = []
     for index, one in found.items():
-        why = escape(one.why).replace("\t", " ")
+        why = printable(one.why.replace("\t", " "))  # it may hold escaped names: not twice
         lines.append(f"{index}\t{one.step}\t{why}\t{escape(source.names[index])}\n")
     try:
         with path.open("a+b") as file:

@@ -1,7 +1,6 @@
 """Stage 2: epochs of instance classification, with the hardest classes found anew before each."""
 
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from instance_ssl.stages.context import Stage
 from instance_ssl.stages.growth import add_rows
 from instance_ssl.stages.left_out import LeftOut
 from instance_ssl.stages.session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
+from instance_ssl.structured_files import MalformedError, read_json, what_failed
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -117,6 +117,7 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
             f"{stage.run_directory} has no initialised classifier: run runners/initialize_classifier.py "
             "with the same flags first, or runners/pipeline.py for all stages"
         )
+    say_what_was_passed_over(stage, found)
     require_same_run(found, stage)
     return found
 
@@ -223,5 +224,17 @@ def _left_out_path(stage: Stage) -> Path:
 def _left_out_steps(stage: Stage) -> frozenset[int]:
     """Steps of the whole training that an earlier rollback has left out."""
     path = _left_out_path(stage)
-    steps = json.loads(path.read_text())["steps"] if stage.world.rank == 0 and path.exists() else []
-    return frozenset(stage.world.broadcast_object(steps))
+
+    def read() -> list[int]:
+        try:
+            steps = read_json(path).get("steps") if path.exists() else []
+            if not isinstance(steps, list) or any(type(step) is not int or step < 0 for step in steps):
+                raise MalformedError("it must hold a list of steps")
+            return steps
+        except (OSError, MalformedError) as error:
+            raise UserError(
+                f"{path} is damaged ({what_failed(error)}): restore it, or remove it to have the steps done that a "
+                "spike of the loss had left out"
+            ) from None
+
+    return frozenset(stage.on_rank_0(read))

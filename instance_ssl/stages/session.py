@@ -16,7 +16,7 @@ from instance_ssl.data.order import GlobalBatchSampler
 from instance_ssl.data.rearrangement import digest_of_first
 from instance_ssl.data.sources import FileImages
 from instance_ssl.engine import Engine
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, escape
 from instance_ssl.metrics import InputWatch, LossLevel, TrainingMeter
 from instance_ssl.pretraining import StepReport
 from instance_ssl.run_log import Progress
@@ -27,6 +27,7 @@ from instance_ssl.stages.left_out import LeftOut, TooManyBroken
 
 # A rank is named when its own work takes so many times the median's, and so many seconds a step more.
 _STRAGGLER_RATIO, _STRAGGLER_SECONDS = 1.5, 0.01
+_NAMED = 3
 
 
 class Rollback(Exception):
@@ -319,6 +320,10 @@ def require_same_run(checkpoint: Checkpoint, stage: Stage) -> None:
 
 
 def say_what_was_passed_over(stage: Stage, checkpoint: Checkpoint) -> None:
-    """Says aloud that newer checkpoints are damaged."""
+    """Logs that newer checkpoints are damaged, and that what somebody has put into this one is ignored."""
     for problem in checkpoint.passed_over:
         stage.log.say(f"warning: damaged checkpoint {problem}; going back to {checkpoint.directory.name}")
+    if checkpoint.foreign:
+        names = ", ".join(escape(name) for name in checkpoint.foreign[:_NAMED])
+        more = f" and {len(checkpoint.foreign) - _NAMED} more" if len(checkpoint.foreign) > _NAMED else ""
+        stage.log.say(f"ignored in {checkpoint.directory}, written by something else: {names}{more}")

@@ -14,11 +14,13 @@ from typing import Any
 
 from instance_ssl.checkpoint_files import read_tensors, replace_file
 from instance_ssl.evaluation.progress import DivergedError, Progress
-from instance_ssl.run_directory import write_json
+from instance_ssl.run_directory import read_json, write_json
 from instance_ssl.stages.context import Stage
 
 # A state is written at the end of an epoch, but no more than this share of the time is spent on it.
 _SAVING_SHARE = 0.05
+# Figures that every training gives.
+_ALWAYS_THERE = ("top1", "train_loss", "epochs")
 
 
 def train_or_find(
@@ -88,8 +90,8 @@ class _Saver:
 
 
 def _read_figures(path: Path) -> dict[str, Any] | None:
-    """Figures of a training that has ended; a damaged file is as good as none."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+    """Figures of a training that has ended; a damaged file counts as missing."""
+    figures = read_json(path)
+    if figures is None or isinstance(figures.get("diverged"), str):
+        return figures
+    return figures if all(isinstance(figures.get(name), int | float) for name in _ALWAYS_THERE) else None

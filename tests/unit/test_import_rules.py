@@ -10,13 +10,13 @@ FILES = sorted((ROOT / "instance_ssl").rglob("*.py")) + sorted((ROOT / "runners"
 
 # Folder → the parts of the package it may import (besides itself).
 LAYERS = {
-    "data": {"errors"},
+    "data": {"errors", "structured_files"},
     "models": {"errors"},
     "distributed": {"awake", "errors"},
     "classifier": {"distributed", "errors", "ordering"},
     "benchmarks": {"distributed", "data", "classifier", "checkpoint", "checkpoint_files", "errors"},
     "evaluation": {"distributed", "data", "models", "classifier", "errors", "ordering"},
-    "ablation": {"config", "config_types", "console", "errors"},
+    "ablation": {"config", "config_types", "console", "errors", "run_directory"},
     "report": {
         "checkpoint_files",
         "config",
@@ -27,6 +27,7 @@ LAYERS = {
         "images",
         "run_directory",
         "schedules",
+        "structured_files",
     },
 }
 # Module → the only files that may import it.

@@ -38,7 +38,7 @@ def arranged(place: Path, **data: bool) -> ImageSource:
 
 def test_any_names_are_known_again(begun: Path) -> None:
     os.rename(begun / "images" / NAMES[2], begun / "images/kept")
-    with pytest.raises(UserError, match=r"c.\.png has gone"):
+    with pytest.raises(UserError, match=r"c\\udcff\.png has gone"):
         arranged(begun)
     os.rename(begun / "images/kept", begun / "images" / NAMES[2])
     Image.new("L", (40, 3)).save(begun / "images/0.png")
@@ -67,7 +67,7 @@ def test_a_damaged_record_is_said(begun: Path, name: str) -> None:
     Image.new("L", (40, 3)).save(begun / "images/0.png")
     path = begun / "run" / name
     path.write_bytes(path.read_bytes()[:10])
-    with pytest.raises(UserError, match=f"{name} (is damaged|has 2 names of 3): restore it"):
+    with pytest.raises(UserError, match=f"{name} (is damaged.*|has 2 names of 3): restore it"):
         arranged(begun)
 
 

@@ -159,7 +159,7 @@ def test_images_are_found_by_their_names(whole: Path) -> None:
 
 
 def test_epochs_are_counted_over_a_growth(whole: Path) -> None:
-    position = {"stretches": [[0, 0, 3], [6, 2, 6]]}  # 2 epochs of 3 steps, then 3 of 6
+    position = {"step": 24, "stretches": [[0, 0, 3], [6, 2, 6]]}  # 2 epochs of 3 steps, then 3 of 6
     _write(whole / "pretrain/checkpoints/step_000000024/training.json", position)
     text = _page(whole).text
     assert "whole: 3.7 at 1" in text  # step 3

@@ -1,0 +1,171 @@
+"""Reads JSON and YAML that anyone may have written or damaged: whatever is wrong with it is one error of one line."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from instance_ssl.errors import printable
+
+_MAX_DEPTH, _MAX_VALUES, _MAX_INTEGER, _MAX_LINE = 100, 200_000, 2**63, 300
+
+
+class MalformedError(ValueError):
+    """What is wrong with a text, in one line that may be printed."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(printable(" ".join(problem[:_MAX_LINE].split())))
+
+
+def what_failed(error: OSError | MalformedError) -> str:
+    """Why a file could not be read, without its name."""
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
+
+
+def read_json(path: Path, *, by_hand: bool = False) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        by_hand: refuses what a program would not write: a key that is given twice, a number that is not finite.
+
+    Raises:
+        OSError: when it cannot be read.
+        MalformedError: when it holds anything but one sound object.
+    """
+    values = parse_json(path.read_bytes(), by_hand=by_hand)
+    if not isinstance(values, dict):
+        raise MalformedError(f"expected an object of keys and values, found a {type(values).__name__}")
+    return values
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file that holds one a line, and how many other lines there are.
+
+    Raises:
+        OSError: when it cannot be read.
+    """
+    lines = path.read_bytes().split(b"\n")
+    ends_whole = not lines.pop()
+    found, broken = [], 0 if ends_whole else 1
+    for line in lines:
+        try:
+            values = parse_json(line)
+        except MalformedError:
+            values = None
+        if isinstance(values, dict):
+            found.append(values)
+        else:
+            broken += 1
+    return found, broken
+
+
+def parse_json(text: str | bytes, *, by_hand: bool = False, is_large: bool = False) -> Any:
+    """Any JSON value.
+
+    Args:
+        is_large: does not look at every value, which would take longer than reading them.
+
+    Raises:
+        MalformedError: for what is none, nests more than 100 levels, or holds integers beyond 64 bits or broken text.
+    """
+    try:
+        values = json.loads(text, object_pairs_hook=_without_repetition if by_hand else None)
+    except RecursionError:
+        raise MalformedError(_too_deep()) from None
+    except UnicodeDecodeError:
+        raise MalformedError("not UTF-8 text") from None
+    except ValueError as error:
+        raise MalformedError(f"not JSON: {error}") from None
+    if not is_large:
+        _check(values, finite=by_hand)
+    return values
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Any value of safe YAML.
+
+    Raises:
+        MalformedError: as `parse_json` does, and for a key that a mapping holds twice.
+    """
+    try:
+        values = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise MalformedError(f"not YAML{where}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        raise MalformedError(f"not YAML: {error}") from None  # PyYAML's constructors let all of these through
+    _check(values)
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses depth as it is met, for the scanner takes time by its square, and keys that stand twice."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        self._refuse_depth(self.flow_level)
+        super().fetch_flow_collection_start(TokenClass)
+
+    def add_indent(self, column: int) -> bool:
+        self._refuse_depth(len(self.indents))
+        return bool(super().add_indent(column))
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+    def _refuse_depth(self, depth: int) -> None:
+        if depth >= _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=_too_deep(), problem_mark=self.get_mark())
+
+
+def _too_deep() -> str:
+    return f"it nests more than {_MAX_DEPTH} levels"
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key '{next(key for key in keys if keys.count(key) > 1)}' is given twice")
+    return values
+
+
+def _check(values: Any, *, finite: bool = False) -> None:
+    """Refuses what its readers would stumble over: depth, endless aliases, numbers and text that nothing can hold."""
+    left, count = [(values, 1)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if depth > _MAX_DEPTH + 1:
+            raise MalformedError(_too_deep())
+        if count > _MAX_VALUES:
+            raise MalformedError(f"it holds more than {_MAX_VALUES:,} values")
+        if isinstance(value, str):
+            _check_text(value)
+        elif isinstance(value, int):
+            if not -_MAX_INTEGER <= value < _MAX_INTEGER:
+                raise MalformedError("it holds an integer beyond 64 bits")
+        elif isinstance(value, float) and finite and not math.isfinite(value):
+            raise MalformedError("it holds a number that is not finite")
+        elif isinstance(value, dict | list | set | tuple):
+            inner: Iterable[Any] = (*value, *value.values()) if isinstance(value, dict) else value
+            left += [(item, depth + 1) for item in inner]
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise MalformedError(f"it holds half a character, in '{text[:40]}'") from None
+    if "\0" in text:
+        raise MalformedError(f"it holds a zero character, in '{text[:40]}'")
