@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from instance_ssl import faults
+from instance_ssl.disk_space import find_no_space, why_not_written
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.structured_files import MalformedError, read_json, what_failed
@@ -63,6 +64,7 @@ class DirectoryWriter:
         self._keep, self._is_permanent = keep, is_permanent
         self._thread: threading.Thread | None = None
         self._step = 0
+        self._needed = 0
         self._records: dict[str, FileRecord] = {}
         self._problem: str | None = None
 
@@ -80,11 +82,13 @@ class DirectoryWriter:
         self, step: int, files: Mapping[str, Content], find_problem: Callable[[], str | None] = lambda: None
     ) -> None:
         """Begins to write this rank's files of `parent`/step_…; the caller does not change their content any more.
+        Collective. Nothing is written where the disk has no room for the files of all ranks.
 
         `find_problem`, called beside the training too, may say why they must not be committed.
         """
         assert not self.is_busy
         self._step, self._records, self._problem = step, {}, None
+        self._needed = sum(self._world.all_gather_objects(sum(map(content_bytes, files.values()))))
         self._thread = threading.Thread(target=self._write, args=(files, find_problem), name="checkpoint")
         self._thread.start()
 
@@ -125,12 +129,16 @@ class DirectoryWriter:
             if self._problem is not None:
                 return
             faults.reach("save.before", rank, step)
+            if not self._temporary.exists():  # else another rank has written part of it, which is free no more
+                self._problem = find_no_space(self.parent, self._needed)
+            if self._problem is not None:
+                return
             self._temporary.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 path = self._temporary / name
                 self._records[name] = write_file(path, content, lambda: faults.reach("save.mid", rank, step))
         except Exception as error:  # whatever ends this thread: what is not whole must not be committed
-            self._problem = f"rank {rank}: {' '.join(str(error).split()) or type(error).__name__}"
+            self._problem = f"rank {rank}: {why_not_written(error, self.parent, self._needed)}"
 
     def _publish(self, records: dict[str, FileRecord]) -> str | None:
         """Manifest, rename, retention; returns what went wrong, if anything."""
@@ -144,19 +152,35 @@ class DirectoryWriter:
             faults.reach("commit.mid", 0, self._step)
             _sync_directory(self.parent)
         except OSError as error:
-            return f"rank 0: {error}"
+            return f"rank 0: {why_not_written(error, self.parent, self._needed)}"
         retain(self.parent, self._keep, self._is_permanent)
         return None
 
 
+def content_bytes(content: Any) -> int:
+    """Bytes of a file of such content, a little less than it takes."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, dict | list | tuple):
+        return sum(map(content_bytes, content.values() if isinstance(content, dict) else content))
+    return len(content) if isinstance(content, str) else 8
+
+
 def write_file(path: Path, content: Content, on_begun: Callable[[], object] = lambda: None) -> FileRecord:
-    """Writes a file through to the disk and says what was written. `on_begun` is called once part of it is there."""
+    """Writes a file through to the disk and says what was written. `on_begun` is called once part of it is there.
+
+    Raises:
+        OSError: when it cannot be written; torch's own error about that names a line of its C++ code.
+    """
     with path.open("wb") as file:
         hashing = _HashingFile(file, on_begun)
         if isinstance(content, str):
             hashing.write(content.encode())
         else:
-            _save_tensors(content, cast(BinaryIO, hashing))
+            try:
+                _save_tensors(content, cast(BinaryIO, hashing))
+            except RuntimeError as error:
+                raise hashing.error or error from None
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(hashing.size, hashing.digest.hexdigest())
@@ -185,17 +209,21 @@ class _HashingFile:
     def __init__(self, file: BinaryIO, on_begun: Callable[[], object]) -> None:
         self._file, self._on_begun = file, on_begun
         self.digest, self.size = hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         hashing = threading.Thread(target=self.digest.update, args=(data,))
         hashing.start()
         try:
             self._file.write(data)
+            if self.size == 0:
+                self._file.flush()
+                self._on_begun()
+        except OSError as error:
+            self.error = self.error or error
+            raise
         finally:
             hashing.join()
-        if self.size == 0:
-            self._file.flush()
-            self._on_begun()
         self.size += len(data)
         return len(data)
 

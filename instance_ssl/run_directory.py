@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from instance_ssl import structured_files
+from instance_ssl.disk_space import find_no_space, in_mib
 from instance_ssl.errors import UserError
 
+# At most 12 bytes a character, as JSON writes it, and some for the rest.
+_ROOM, _ROOM_BYTES, _MAX_REASON = ".status.json.room", 2**14, 1200
 State = Literal["running", "complete", "stopped", "failed"]
 
 
@@ -47,9 +49,13 @@ def locked(directory: Path) -> Iterator[None]:
 def write_status(directory: Path, state: State, reason: str | None = None, run: str | None = None) -> None:
     """Writes status.json, whole; a directory that cannot be written to is not what ends a run.
 
+    From "running" on, room is kept in the directory for one more status, which so finds its way onto a full disk.
+
     Args:
         run: names this start of the run, for `end_status`.
     """
+    if reason is not None and len(reason) > _MAX_REASON:
+        reason = reason[:_MAX_REASON] + "…"
     status = {
         "state": state,
         "reason": reason,
@@ -58,8 +64,19 @@ def write_status(directory: Path, state: State, reason: str | None = None, run: 
         "process": os.getpid(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    path, room = directory / "status.json", directory / _ROOM
     with contextlib.suppress(OSError):
-        write_json(directory / "status.json", status)
+        # Written over the blocks that are kept for it, and renamed: that takes no room, however full the disk is.
+        with room.open("r+b" if room.exists() else "wb") as file:
+            file.truncate(file.write((json.dumps(status, indent=2) + "\n").encode()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(room, path)
+        if state == "running":
+            with room.open("wb") as file:
+                file.write(bytes(_ROOM_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def end_status(directory: Path, state: State, reason: str, run: str | None) -> None:
@@ -113,14 +130,9 @@ def require_space(directory: Path, checkpoint_bytes: int, keep: int) -> None:
         UserError: saying how much is missing.
     """
     there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if directory.exists() else 0
-    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    free, needed = shutil.disk_usage(existing).free + there, (keep + 1) * checkpoint_bytes
-    if free < needed:
+    needed = (keep + 1) * checkpoint_bytes
+    if problem := find_no_space(directory, needed - there):
         raise UserError(
-            f"{directory}: {keep + 1} checkpoints of {_gib(checkpoint_bytes)} need {_gib(needed)}, and {_gib(free)} "
-            "are free: make room, lower checkpoint.keep, or give a --run-dir on another disk"
+            f"{problem}, for {keep + 1} checkpoints of {in_mib(checkpoint_bytes)}: make room, lower checkpoint.keep, "
+            "or give a --run-dir on another disk"
         )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"

@@ -24,6 +24,7 @@ from instance_ssl.data.folders import escape, reason
 from instance_ssl.data.packed_set import BEGUN, RECORD, PackedSet
 from instance_ssl.data.sources import EncodedImages, write_lines
 from instance_ssl.data.tar_index import index_shard
+from instance_ssl.disk_space import why_not_written
 from instance_ssl.errors import UserError
 from instance_ssl.structured_files import read_json
 
@@ -73,7 +74,9 @@ def pack_images(
         left_out = _write_shards(source, folder, packing, on_broken, shards, on_progress)
         return _finish(source, folder, packing, list(shards), left_out)
     except OSError as error:
-        raise UserError(f"--output {escape(str(folder))}: {reason(error)}; the same command goes on") from error
+        raise UserError(
+            f"--output {escape(str(folder))}: {why_not_written(error, folder, 0)}; the same command goes on"
+        ) from error
     except BrokenProcessPool as error:
         raise UserError("a packing process was killed, by lack of memory perhaps; the same command goes on") from error
 

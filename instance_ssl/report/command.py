@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from instance_ssl.console import ArgumentParser, exit_code_of, printable, tell
+from instance_ssl.disk_space import why_not_written
 from instance_ssl.errors import UserError
 from instance_ssl.report.page import build_page
 from instance_ssl.report.runs import open_runs
@@ -25,5 +26,5 @@ def _write(runs: Sequence[Path], output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, page)
     except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}") from None
+        raise UserError(f"--output {output}: {why_not_written(error, output.parent, len(page))}") from None
     tell(f"{output}: {len(page.encode()) / 2**20:.1f} MiB, {len(runs)} run(s)")

@@ -17,9 +17,10 @@ import torchvision
 import yaml
 
 from instance_ssl import engine, faults
-from instance_ssl.config import ExperimentConfig, flatten, load_config
+from instance_ssl.config import ExperimentConfig, load_config
 from instance_ssl.console import exit_code_of
 from instance_ssl.data.sources import ImageSource
+from instance_ssl.disk_space import saving, why_not_written
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
@@ -27,7 +28,7 @@ from instance_ssl.errors import UserError
 from instance_ssl.guard import Guard, Stopped
 from instance_ssl.launch_checks import check_world
 from instance_ssl.limits import check_limits, describe_shortage
-from instance_ssl.run_directory import locked, read_json, write_json, write_status, write_text
+from instance_ssl.run_directory import locked, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages import checks, instances
 from instance_ssl.stages.arguments import parse_arguments
@@ -202,7 +203,7 @@ def _open(arguments: argparse.Namespace, process: Process, held: contextlib.Exit
         world,
     )
     checks.check_sources(config.evaluation, world)
-    checks.check_unchanged(config, run_directory)
+    checks.check_unchanged(config, run_directory, world)
     source = checks.open_images(
         config.data, "train", world, process.log, instances.as_known(run_directory, config.data)
     )
@@ -221,8 +222,7 @@ def _open(arguments: argparse.Namespace, process: Process, held: contextlib.Exit
 
 def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], process: Process) -> None:
     result_path = stage.directory / "result.json"
-    done = _is_complete(stage) if stage.world.rank == 0 else None
-    if stage.world.broadcast_object(done):
+    if stage.on_rank_0(lambda: _is_complete(stage)):
         stage.log.say(f"{stage.name}: already complete, see {result_path}")
         return
     with contextlib.ExitStack() as held:
@@ -234,33 +234,24 @@ def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], proces
         # Before the work: a training that goes on beside an evaluation may commit a newer one meanwhile.
         newest = _newest_checkpoint(stage)
         figures = function(stage)
-        if stage.world.rank == 0:
-            if stage.name in checks.BOUND_STAGES:
-                newest = _newest_checkpoint(stage)
-            data = {"kind": stage.config.data.kind, "num_instances": len(stage.source), "digest": stage.source.digest}
-            record = {
-                "stage": stage.name,
-                **figures,
-                "newest_checkpoint": newest,
-                "data": data,
-                "seconds": round(time.perf_counter() - started, 3),
-                **_environment(stage.world),
-            }
-            write_json(result_path, record)
-            write_status(stage.directory, "complete", run=process.run)
-        stage.world.barrier()
+        if stage.name in checks.BOUND_STAGES:
+            newest = _newest_checkpoint(stage)
+        record = {"stage": stage.name, **figures, "newest_checkpoint": newest}
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        stage.on_rank_0(lambda: _conclude(stage, record, process.run))
         process.directory = None
 
 
+def _conclude(stage: Stage, record: dict[str, Any], run: str | None) -> None:
+    data = {"kind": stage.config.data.kind, "num_instances": len(stage.source), "digest": stage.source.digest}
+    path = stage.directory / "result.json"
+    with saving(path):
+        write_json(path, {**record, "data": data, **_environment(stage.world)})
+    write_status(stage.directory, "complete", run=run)
+
+
 def _is_complete(stage: Stage) -> bool:
-    result_path, config_path = stage.directory / "result.json", stage.directory / "config.yaml"
-    result = read_json(result_path)
-    if result is None:
-        return False
-    if stage.name in checks.BOUND_STAGES:
-        return True
-    same = config_path.exists() and flatten(load_config(config_path)) == flatten(stage.config)
-    return same and result.get("newest_checkpoint") == _newest_checkpoint(stage)
+    return checks.is_complete(stage.directory, stage.config, _newest_checkpoint(stage), stage.log)
 
 
 def _newest_checkpoint(stage: Stage) -> str | None:
@@ -289,7 +280,7 @@ def _enter(stage: Stage, run: str | None, held: contextlib.ExitStack) -> None:
         except UserError as error:
             problem = str(error)
         except OSError as error:
-            problem = f"{stage.directory}: {error.strerror}"
+            problem = f"{stage.directory}: {why_not_written(error, stage.directory, 0)}"
     problem = stage.world.broadcast_object(problem)
     if problem is not None:
         raise UserError(problem)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from instance_ssl.checkpoint_files import read_tensors, replace_file
+from instance_ssl.checkpoint_files import content_bytes, read_tensors, replace_file
 from instance_ssl.config_detection import DetectionConfig
 from instance_ssl.data.detection_batches import DetectionBatch, Resizing, single_images, training_batches
 from instance_ssl.data.voc import VocImages, open_voc
+from instance_ssl.disk_space import saving
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.detection import (
@@ -207,17 +208,20 @@ def _save(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> N
     def write() -> None:
         if stage.world.rank != 0:
             return
-        try:
-            replace_file(path, {**training.state(), "bound": bound})
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            raise UserError(f"{path} could not be written ({' '.join(str(error).split())})") from None
+        state = {**training.state(), "bound": bound}
+        with saving(path, content_bytes(state)):
+            replace_file(path, state)
 
     stage.together(write)
 
 
 def _resume(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> None:
     """Goes on from the last state of the same recipe, backbone and images, if there is one. Collective."""
-    state = stage.together(lambda: read_tensors(path) if path.exists() else None)
+    try:
+        state = stage.together(lambda: read_tensors(path) if path.exists() else None)
+    except UserError as error:
+        stage.log.say(f"warning: {error}; training begins anew")
+        return
     if state is None:
         return
     if state.get("bound") != bound:

@@ -14,6 +14,7 @@ from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD, centr
 from instance_ssl.data.loaders import image_loader
 from instance_ssl.data.order import consecutive_batches
 from instance_ssl.data.sources import ImageSource, write_instances
+from instance_ssl.disk_space import find_no_space, saving, why_not_written
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.feature_files import append_features, join_parts, keep_whole_rows, write_parquet
@@ -54,12 +55,17 @@ def run(stage: Stage) -> dict[str, Any]:
     if images is not None:
         card["images"] = _write_rows(stage, representation, encoder, images)
         names += card["images"]["files"]
-    if stage.world.rank == 0:
-        environment = read_json(stage.directory / "environment.json") or {}
-        made_with = {key: environment.get(key) for key in ("commit", "versions")}
-        write_json(stage.directory / "model_card.json", {**card, **made_with})
+    stage.on_rank_0(lambda: _write_card(stage, card))
     stage.log.say(f"{', '.join(names)}: in {stage.directory}")
     return card
+
+
+def _write_card(stage: Stage, card: dict[str, Any]) -> None:
+    environment = read_json(stage.directory / "environment.json") or {}
+    made_with = {key: environment.get(key) for key in ("commit", "versions")}
+    path = stage.directory / "model_card.json"
+    with saving(path):
+        write_json(path, {**card, **made_with})
 
 
 def _write_backbone(stage: Stage, encoder: Encoder) -> dict[str, str]:
@@ -158,9 +164,13 @@ def _append_own_rows(
             rows = [features] if "embeddings" not in columns else [features, encoder.projection(features)]
         return torch.cat([row.float() for row in rows], dim=1)
 
+    needed = 4 * width * (stop - start)
     try:
         part.parent.mkdir(exist_ok=True)
         done = keep_whole_rows(part, width)
+        needed -= 4 * width * done
+        if problem := find_no_space(part.parent, needed):
+            raise UserError(f"{part} cannot be written: {problem}")
         if done:
             stage.log.say(f"resuming from {part}: {done:,} images done")
         size, data = stage.config.evaluation.batch_size, stage.config.data
@@ -177,7 +187,7 @@ def _append_own_rows(
 
             append_features(part, rows_of, loader, width, stage.world.device, on_batch=on_batch)
     except OSError as error:
-        raise UserError(f"{part} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{part} cannot be written: {why_not_written(error, part.parent, needed)}") from None
 
 
 def _join(stage: Stage, images: ImageSource, parts: list[Path], columns: dict[str, slice]) -> list[str]:

@@ -11,16 +11,19 @@ from torch import Tensor
 from instance_ssl import faults
 from instance_ssl.checkpoint import (
     TrainingPosition,
+    checkpoint_bytes,
     load_encoder,
     load_rows,
     newest_checkpoint,
     start_checkpoint,
 )
-from instance_ssl.checkpoint_files import DirectoryWriter, clear_leftovers
+from instance_ssl.checkpoint_files import DirectoryWriter, clear_leftovers, content_bytes
 from instance_ssl.classifier.initialization import initialize_from_features, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.order import LazyBatches, epoch_order
+from instance_ssl.disk_space import find_no_space
+from instance_ssl.errors import UserError
 from instance_ssl.guard import Stopped
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.build import (
@@ -51,6 +54,7 @@ def run(stage: Stage) -> dict[str, Any]:
     left_out.check_share()
     if stage.world.rank == 0:
         clear_leftovers(stage.checkpoints_of(stage.name))
+    stage.on_rank_0(lambda: _require_space(stage, encoder, shard))
     if mode == "gaussian":
         initialize_gaussian(shard, config.seed)
     else:
@@ -63,6 +67,13 @@ def run(stage: Stage) -> dict[str, Any]:
     norms = torch.linalg.vector_norm(shard.weight.float(), dim=1)
     mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / (len(stage.source) - num_left_out)).item()
     return {"initialization": mode, "mean_row_norm": mean_norm, "images_left_out": num_left_out, "checkpoint": path}
+
+
+def _require_space(stage: Stage, encoder: Encoder, shard: ClassifierShard) -> None:
+    """Before the pass, which may take hours."""
+    size = checkpoint_bytes(shard, 0, content_bytes(encoder.state_dict()))
+    if problem := find_no_space(stage.directory, size):
+        raise UserError(f"{problem}, for the classifier: make room, or give a --run-dir on another disk")
 
 
 def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, left_out: LeftOut) -> None:

@@ -28,6 +28,7 @@ from instance_ssl.data.folders import escape
 from instance_ssl.data.name_table import NameTable, packed
 from instance_ssl.data.rearrangement import places_of, rearranged
 from instance_ssl.data.sources import ImageSource, read_instances, write_instances, write_lines
+from instance_ssl.disk_space import why_not_written
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run_directory import write_json
@@ -81,7 +82,7 @@ def record(source: ImageSource, run_directory: Path, world: Group) -> None:
         except UserError as error:
             problem = str(error)
         except OSError as error:
-            problem = f"--run-dir {run_directory}: {error.strerror}"
+            problem = f"--run-dir {run_directory}: {why_not_written(error, run_directory, 0)}"
     problem = world.broadcast_object(problem)
     if problem is not None:
         raise UserError(problem)

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.checkpoint_files import read_tensors, replace_file
+from instance_ssl.checkpoint_files import content_bytes, read_tensors, replace_file
+from instance_ssl.disk_space import saving
+from instance_ssl.errors import UserError
 from instance_ssl.evaluation.progress import DivergedError, Progress
 from instance_ssl.run_directory import read_json, write_json
 from instance_ssl.stages.context import Stage
@@ -49,8 +51,7 @@ def train_or_find(
             raise DivergedError(found["diverged"])
         return found
     directory.mkdir(parents=True, exist_ok=True)
-    has_state = stage.world.broadcast_object(state_path.exists())
-    state = stage.together(lambda: read_tensors(state_path)) if has_state else None
+    state = _read_state(stage, state_path)
     if state is not None:
         stage.log.say(f"{title}: going on after {state['epochs']} epochs")
     try:
@@ -63,9 +64,23 @@ def train_or_find(
 
 
 def _conclude(stage: Stage, figures: dict[str, Any], figures_path: Path, state_path: Path) -> None:
-    if stage.world.rank == 0:
-        write_json(figures_path, figures)
+    def write() -> None:
+        with saving(figures_path):
+            write_json(figures_path, figures)
         state_path.unlink(missing_ok=True)
+
+    stage.on_rank_0(write)
+
+
+def _read_state(stage: Stage, path: Path) -> dict[str, Any] | None:
+    """The state to go on from; a damaged file counts as missing, and is said. Collective."""
+    if not stage.world.broadcast_object(path.exists()):
+        return None
+    try:
+        return stage.together(lambda: read_tensors(path))
+    except UserError as error:
+        stage.log.say(f"warning: {error}; this training begins again")
+        return None
 
 
 class _Saver:
@@ -80,11 +95,12 @@ class _Saver:
         began = time.monotonic()
         if self._stage.world.rank != 0 or began < self._not_before:
             return
+        state = done.state()
         try:
-            replace_file(self._path, done.state())
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            reason = " ".join(str(error).split())
-            self._stage.log.say(f"warning: {self._path} is not written ({reason}); a stop now would lose the epochs")
+            with saving(self._path, content_bytes(state)):
+                replace_file(self._path, state)
+        except UserError as error:
+            self._stage.log.say(f"warning: {error}; a stop now would lose the epochs")
         now = time.monotonic()
         self._not_before = now + (now - began) / _SAVING_SHARE
 

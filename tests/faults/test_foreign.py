@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from rig import checkpoints, digests, quick_first, run
+
+from instance_ssl.checkpoint import ENCODER_FILES, checkpoint_at, newest_checkpoint
+from instance_ssl.distributed.comm import Group
+from instance_ssl.errors import UserError
 
 ROWS = ["rows_000000000_000000033.pt", "rows_000000033_000000065.pt"]
 
@@ -124,3 +129,101 @@ def test_a_position_that_is_none_is_damage(place: Path, content: str) -> None:
     refused = run(place)
     assert refused.wait() == [2, 2], refused.text()
     assert "training.json" in the_only_error(refused)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "evaluate_knn"])
+def test_a_copy_under_another_step_is_damage(place: Path, stage: str) -> None:
+    """`cp -r step_5 step_999`: neither evaluated as the finished run, nor trained from, nor kept in place of others."""
+    assert run(place, fault="step:0:6:term").wait() == [75, 75]
+    older, newest = checkpoints(place)
+    copy = shutil.copytree(older, older.with_name("step_000000999"))
+    if stage == "evaluate_knn":
+        assert run_ranks(evaluated, 2, place) == [(newest.name, 1)] * 2
+        return
+    resumed = run(place, settings={"checkpoint.keep": 1})
+    assert resumed.wait() == [0, 0], resumed.text()
+    assert f"resuming from {newest}" in resumed.text()
+    assert f"warning: damaged checkpoint {copy}: its name says step 999, training.json says 5" in resumed.text()
+    assert [path.name for path in checkpoints(place)] == ["step_000000015", "step_000000999"]
+    result = json.loads((place / "run/pretrain/result.json").read_text())
+    assert result["newest_checkpoint"] == "step_000000015"
+    again = run(place)
+    assert again.wait() == [0, 0], again.text()
+    assert "pretrain: already complete" in again.text()
+
+
+def evaluated(group: Group, place: Path) -> tuple[str, int]:
+    """The checkpoint that an evaluation takes, and how many it passes over; by its path, the copy is refused."""
+    parent = place / "run/pretrain/checkpoints"
+    found = newest_checkpoint(parent, group, ENCODER_FILES)
+    assert found is not None
+    with pytest.raises(UserError, match=r"its name says step 999, training\.json says 5"):
+        checkpoint_at(parent / "step_000000999", group, ENCODER_FILES)
+    return found.directory.name, len(found.passed_over)
+
+
+def test_nothing_but_a_copy_under_another_step_is_refused(place: Path) -> None:
+    assert run(place, fault="step:0:1:term").wait() == [75, 75]
+    (only,) = checkpoints(place)
+    only.rename(only.with_name("step_000000015"))
+    refused = run(place)
+    assert refused.wait() == [2, 2], refused.text()
+    assert "its name says step 15, training.json says" in the_only_error(refused)
+
+
+def test_files_that_are_nobody_s_of_ours_are_named_and_ignored(place: Path, clean: dict[str, str]) -> None:
+    stopped = run(place, fault="step:0:6:term")
+    assert stopped.wait() == [75, 75]
+    for directory in checkpoints(place):
+        for name in (".DS_Store", "._encoder.pt", "notes\x1b[31m.txt", "rows_000000000_000000033.pt.bak"):
+            (directory / name).write_bytes(b"?")
+        (directory / ".ipynb_checkpoints").mkdir()
+    resumed = run(place)
+    assert resumed.wait() == [0, 0], resumed.text()
+    assert "damaged" not in resumed.text()
+    assert "written by something else: .DS_Store, ._encoder.pt, .ipynb_checkpoints and 2 more" in resumed.text()
+    assert digests(place) == clean
+
+
+RESULTS = ["{}", '{"stage": "pretrain"}', "the whole of it, by another step", "gone checkpoints"]
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_a_result_that_the_checkpoints_do_not_bear_out_is_not_complete(
+    place: Path, clean: dict[str, str], result: str
+) -> None:
+    if result.startswith("{"):
+        assert run(place, fault="step:0:6:term").wait() == [75, 75]
+        (place / "run/pretrain/result.json").write_text(result)
+    else:
+        assert run(place).wait() == [0, 0]
+        shutil.rmtree(checkpoints(place)[-1])
+    if result.startswith("gone"):
+        shutil.rmtree(checkpoints(place)[-1])
+        refused = run(place)
+        assert refused.wait() == [2, 2], refused.text()
+        assert "result.json says complete, but" in the_only_error(refused)
+        return
+    resumed = run(place)
+    assert resumed.wait() == [0, 0], resumed.text()
+    assert "already complete" not in resumed.text()
+    assert "resuming from" in resumed.text()
+    assert digests(place) == clean
+
+
+def test_a_config_of_a_stage_that_is_broken_ends_all_ranks_alike(place: Path) -> None:
+    """One rank reads it: the others must not be left to wait for it."""
+    (place / "run/initialize_classifier/config.yaml").write_text("[" * 5000)
+    refused = run(place)
+    assert refused.wait() == [2, 2], refused.text()
+    assert "initialize_classifier/config.yaml: not YAML" in the_only_error(refused)
+    assert "this is the stage's own record" in the_only_error(refused)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"steps": {}}', '{"steps": [1, "2"]}', "[" * 5000])
+def test_a_broken_record_of_left_out_steps_is_one_line(place: Path, content: str) -> None:
+    (place / "run/pretrain").mkdir()
+    (place / "run/pretrain/left_out_steps.json").write_text(content)
+    refused = run(place)
+    assert refused.wait() == [2, 2], refused.text()
+    assert "left_out_steps.json is damaged" in the_only_error(refused)

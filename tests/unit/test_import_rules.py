@@ -10,7 +10,7 @@ FILES = sorted((ROOT / "instance_ssl").rglob("*.py")) + sorted((ROOT / "runners"
 
 # Folder → the parts of the package it may import (besides itself).
 LAYERS = {
-    "data": {"errors", "structured_files"},
+    "data": {"disk_space", "errors", "structured_files"},
     "models": {"errors"},
     "distributed": {"awake", "errors"},
     "classifier": {"distributed", "errors", "ordering"},
@@ -22,6 +22,7 @@ LAYERS = {
         "config",
         "console",
         "data",
+        "disk_space",
         "errors",
         "evaluation",
         "images",

@@ -1,0 +1,63 @@
+"""Room on a disk: what a save needs is compared with what is free before it begins, and said when it runs out."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from instance_ssl.errors import UserError, escape
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def find_no_space(directory: Path, needed: int) -> str | None:
+    """What is said where fewer than `needed` bytes are free for a directory, which need not be there yet."""
+    return None if _free(directory) >= needed else _no_space(directory, needed)
+
+
+def why_not_written(error: Exception, directory: Path, needed: int) -> str:
+    """Why a file of about `needed` bytes could not be written, in one line. Some libraries raise no OSError."""
+    if error.errno in _FULL if isinstance(error, OSError) else is_full(directory):
+        return _no_space(directory, needed)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def saving(path: Path, needed: int = 0) -> Iterator[None]:
+    """Around writing a file of about so many bytes, by one rank or all.
+
+    Raises:
+        UserError: when it could not be written, before it is begun where there is no room.
+    """
+    if problem := find_no_space(path.parent, needed):
+        raise UserError(f"{escape(str(path))} could not be written: {problem}")
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_full(path.parent):
+            raise
+        reason = why_not_written(error, path.parent, needed)
+        raise UserError(f"{escape(str(path))} could not be written: {reason}") from None
+
+
+def is_full(directory: Path) -> bool:
+    """Whether a disk has no room for anything worth writing."""
+    return _free(directory) < 2**20
+
+
+def in_mib(size: int) -> str:
+    """A number of bytes as people read it, in MiB or GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _no_space(directory: Path, needed: int) -> str:
+    need = f"{in_mib(needed)} needed, " if needed else ""
+    return f"no space left in {escape(str(directory))}: {need}{in_mib(_free(directory))} free"
+
+
+def _free(directory: Path) -> int:
+    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    return shutil.disk_usage(existing).free
