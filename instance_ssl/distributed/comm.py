@@ -261,6 +261,8 @@ def _join(
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
     def meet() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has its own
         if init_method is None:
             met = store
         else:
