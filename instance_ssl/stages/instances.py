@@ -32,6 +32,7 @@ from instance_ssl.disk_space import why_not_written
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run_directory import write_json
+from instance_ssl.stages.checks import sound_result
 from instance_ssl.stages.left_out_record import LOST, read_left_out
 from instance_ssl.structured_files import MalformedError, read_json, what_failed
 
@@ -184,7 +185,7 @@ def _ends(line: str) -> list[int]:
 
 
 def _cannot_grow(run_directory: Path) -> str | None:
-    if (run_directory / "pretrain/result.json").exists():
+    if sound_result(run_directory / "pretrain") is not None:
         return "training is complete"
     if not committed_directories(run_directory / "initialize_classifier/checkpoints"):
         return "there is no classifier yet that they could join"
