@@ -1,11 +1,10 @@
 """The configuration of the protocols that train a whole network on labels: few labels, and other data sets."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from instance_ssl.config_types import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+from instance_ssl.config_types import LocalPath, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
 
 Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 Decays = Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
@@ -27,7 +26,7 @@ class SemiSupervisedConfig(Section):
     """
 
     fractions: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.01, 0.1)
-    list_files: tuple[Path, ...] | None = None
+    list_files: tuple[LocalPath, ...] | None = None
     epochs: PositiveInt = 20
     global_batch_size: PositiveInt = 256
     backbone_learning_rate: PositiveFloat = 0.001

@@ -1,5 +1,8 @@
 """Errors meant for the user: one line that says what is wrong, where, and what to do."""
 
+import re
+from pathlib import Path
+
 EXIT_USER_ERROR = 2
 
 
@@ -17,3 +20,11 @@ class LoaderFault(Exception):
 
 class AbsentPeersError(RankError):
     """The other ranks did not come: no mistake of this one's, and another start may find them."""
+
+
+def tried(path: Path) -> str:
+    """A path for a message: a relative one with the absolute path that was tried."""
+    if path.is_absolute():
+        return str(path)
+    drive = "; a path with a drive letter is Windows'" if re.match(r"[A-Za-z]:", str(path)) else ""
+    return f"{path} (tried {path.absolute()}{drive})"

@@ -13,7 +13,8 @@ from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError
+from instance_ssl.ds_config import micro_batch_advice
+from instance_ssl.errors import UserError, tried
 from instance_ssl.guard import launchers_of
 from instance_ssl.images import open_split
 from instance_ssl.run_log import RunLog
@@ -129,7 +130,9 @@ def check_sources(evaluation: EvaluationConfig, world: Group) -> None:
         UserError: naming the key and the path.
     """
     given = {"evaluation.weights": evaluation.weights, "evaluation.checkpoint": evaluation.checkpoint}
-    absent = [f"{key} {path} does not exist" for key, path in given.items() if path is not None and not path.exists()]
+    absent = [
+        f"{key} {tried(path)} does not exist" for key, path in given.items() if path is not None and not path.exists()
+    ]
     for rank, complaints in enumerate(world.all_gather_objects(absent)):
         if complaints:
             raise UserError(complaints[0] + (f" where rank {rank} runs" if rank else ""))
@@ -171,22 +174,52 @@ def open_evaluation(
         )
     largest = max(config.evaluation.knn.neighbours)
     if largest > len(train):
-        raise UserError(f"evaluation.knn.neighbours asks for {largest} of {len(train)} training images")
+        fitting = ",".join(str(k) for k in dict.fromkeys(min(k, len(train)) for k in config.evaluation.knn.neighbours))
+        raise UserError(
+            f"evaluation.knn.neighbours asks for {largest} of {len(train)} training images: "
+            f"set evaluation.knn.neighbours=[{fitting}]"
+        )
     return train, test
 
 
-def check_size(config: ExperimentConfig, num_images: int) -> None:
-    """Refuses what this many images are too few for."""
-    if config.classifier.num_hard_classes >= num_images:
+def check_size(config: ExperimentConfig, num_images: int, micro_batch_size: int, world_size: int, path: Path) -> None:
+    """Refuses what this many images are too few for, naming settings that fit them.
+
+    Args:
+        path: the DeepSpeed JSON, whose micro-batch may have to shrink too.
+    """
+    if num_images < max(2, world_size):
         raise UserError(
-            f"classifier.num_hard_classes {config.classifier.num_hard_classes} must be below the number of images "
-            f"{num_images}: a class has only {num_images - 1} others"
+            f"{num_images} images cannot be divided over {world_size} ranks: each needs a class of its own, and a "
+            "class another one; start fewer ranks or give more images"
         )
-    if config.optimization.global_batch_size > num_images:
-        raise UserError(
-            f"optimization.global_batch_size {config.optimization.global_batch_size} exceeds the {num_images} images: "
-            "a batch holds an image once at most; 64 to 512 suit a small set"
+    hard, batch = config.classifier.num_hard_classes, config.optimization.global_batch_size
+    wrong, overrides, micro_batch = [], [], micro_batch_size
+    if batch > num_images:
+        wrong.append(
+            f"optimization.global_batch_size {batch} exceeds the {num_images} images: a batch holds an image once at "
+            "most"
         )
+        batch, micro_batch = _batch_that_fits(num_images, micro_batch_size, world_size)
+        overrides.append(f"optimization.global_batch_size={batch}")
+    if hard >= num_images:
+        wrong.append(
+            f"classifier.num_hard_classes {hard} must be below the number of images {num_images}: a class has only "
+            f"{num_images - 1} others"
+        )
+        overrides.append(f"classifier.num_hard_classes={max(1, num_images // 10)}")
+    if wrong:
+        smaller = "" if micro_batch == micro_batch_size else f" and {micro_batch_advice(micro_batch, path)}"
+        raise UserError(f"{'; '.join(wrong)}; this fits: --set {' '.join(overrides)}{smaller}")
+
+
+def _batch_that_fits(num_images: int, micro_batch_size: int, world_size: int) -> tuple[int, int]:
+    """Global batch and micro-batch for a small set: two steps an epoch or more, and no more than 512 images each."""
+    half = num_images // 2
+    if micro_batch_size * world_size > half:
+        micro_batch_size = 2 ** (max(1, half // world_size).bit_length() - 1)
+    at_once = micro_batch_size * world_size
+    return at_once * max(1, min(512, half) // at_once), micro_batch_size
 
 
 def check_micro_batch(config: ExperimentConfig, micro_batch_size: int) -> None:

@@ -274,7 +274,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     source = checks.open_images(
         config.data, "train", world, process.log, instances.as_known(run_directory, config.data)
     )
-    checks.check_size(config, len(source))
+    checks.check_size(config, len(source), ds.micro_batch_size, world.size, arguments.deepspeed_config)
     checks.check_micro_batch(config, ds.micro_batch_size)
     evaluation_sources = checks.open_evaluation(config, source, world, process.log) if needs_labels else None
     instances.record(source, run_directory, world)

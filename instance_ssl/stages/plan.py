@@ -50,10 +50,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise UserError(f"--gpu-memory-gib {gib}: give a positive number")
     config = load_config(arguments.config, arguments.set)
     num_instances = count_images(config.data) if arguments.num_instances is None else arguments.num_instances
-    check_size(config, num_instances)
-    if num_instances < world_size:
-        raise UserError(f"{num_instances} classes cannot be divided over {world_size} ranks")
     ds = _settings(arguments, config, world_size)
+    check_size(config, num_instances, ds.micro_batch_size, world_size, arguments.deepspeed_config)
     engine.check_zero_section(ds)
     # The micro-batch is the JSON's, whatever the number of ranks: one measurement serves all of them.
     cost = measure_encoder(

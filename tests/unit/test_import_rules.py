@@ -16,7 +16,7 @@ LAYERS = {
     "classifier": {"distributed", "errors", "ordering"},
     "benchmarks": {"distributed", "data", "classifier", "checkpoint", "checkpoint_files", "errors"},
     "evaluation": {"distributed", "data", "models", "classifier", "errors", "ordering"},
-    "ablation": {"config", "config_types", "errors"},
+    "ablation": {"config", "config_errors", "config_types", "errors"},
     "report": {
         "checkpoint_files",
         "config",
