@@ -139,7 +139,7 @@ def run_stages(
         offered = {spec.name: spec for spec in (*stages, *further)}
         arguments = parse_arguments(list(offered))
         chosen = [offered[name] for name in arguments.stages] if arguments.stages else stages
-        context = _open(arguments, process, needs_labels=any(spec.needs_labels for spec in chosen))
+        context = _open(arguments, process, chosen)
         for spec in chosen:
             _run_stage(replace(context, name=spec.name), spec.run, process)
         if after is not None and not arguments.stages:
@@ -244,8 +244,9 @@ def _fault(error: Exception, process: _Process) -> int:
     return EXIT_FAILURE
 
 
-def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: bool) -> Stage:
+def _open(arguments: argparse.Namespace, process: _Process, chosen: Sequence[StageSpec]) -> Stage:
     """Everything that can be refused is refused here, before a file is written."""
+    needs_labels = any(spec.needs_labels for spec in chosen)
     checks.check_hostfile()
     config = load_config(arguments.config, arguments.set)
     ds = load_ds_config(
@@ -271,6 +272,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     )
     checks.check_sources(config.evaluation, world)
     checks.check_unchanged(config, run_directory)
+    checks.check_made_before(config, run_directory, [spec.name for spec in chosen], world)
     source = checks.open_images(
         config.data, "train", world, process.log, instances.as_known(run_directory, config.data)
     )
@@ -278,6 +280,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     checks.check_micro_batch(config, ds.micro_batch_size)
     evaluation_sources = checks.open_evaluation(config, source, world, process.log) if needs_labels else None
     instances.record(source, run_directory, world)
+    checks.say_precision(ds, world, process.log)
     checks.say_left_out((source, *(evaluation_sources or ())), process.log)
     process.log.say(
         f"{len(source):,} images, {world.size} x {world.device.type}; global batch "

@@ -110,6 +110,15 @@ def test_a_stage_out_of_order_says_what_to_run(tmp_path: Path) -> None:
     assert "Traceback" not in finished.stderr
 
 
+def test_an_evaluation_before_its_training_says_so_before_images_are_opened(tmp_path: Path) -> None:
+    arguments = ["--run-dir", str(tmp_path / "run"), "--set", "data.kind=tree", "data.root=/absent"]
+    finished = run_bare("evaluate_knn", *arguments)
+    assert finished.returncode == 2
+    assert f"error: {tmp_path}/run has no" in finished.stderr
+    assert "--run-dir of the run that is meant" in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_image_that_breaks_in_mid_run_is_named_by_the_rank_that_met_it(tmp_path: Path) -> None:
     """A truncated file has a good header; only decoding it shows. The other rank leaves without a traceback."""
     images = tmp_path / "images"
