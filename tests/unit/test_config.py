@@ -43,6 +43,16 @@ def test_defaults_of_fine_tuning_are_the_papers_and_simclrs() -> None:
     assert transfer.weight_decays == pytest.approx([0, *(rate / 100 for rate in expected)], rel=1e-3)
 
 
+def test_the_preset_for_small_sets_fills_in_what_is_not_given(tmp_path: Path) -> None:
+    path = write(tmp_path, "evaluation: {fine_tune: {preset: small, steps: 70}}")
+    small = load_config(path, ["evaluation.fine_tune.weight_decays=[1e-4]"]).evaluation.fine_tune
+    assert (small.steps, small.random_steps, small.global_batch_size) == (70, 1000, 64)
+    assert (small.learning_rates, small.weight_decays) == ((1e-3, 1e-2, 1e-1), (1e-4,))
+    recorded = write(tmp_path, json.dumps(load_config(path).model_dump(mode="json")))
+    assert load_config(recorded).evaluation.fine_tune.steps == 70
+    assert "found 'smal'; did you mean 'small'" in error_of(path, "evaluation.fine_tune.preset=smal")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_files_load_and_open_with_their_purpose(path: Path) -> None:
     load_config(path)
