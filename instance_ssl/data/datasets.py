@@ -97,7 +97,7 @@ def _open_digits(split: str, limit: int | None) -> ArrayImages:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("data.kind 'digits' needs scikit-learn: pip install 'instance_ssl[demo]'") from error
+        raise UserError('data.kind digits needs scikit-learn: pip install -e ".[demo]"') from error
     grey, targets = load_digits(return_X_y=True)
     # RandomState's stream is frozen by NumPy's compatibility policy, so the split outlives upgrades.
     shuffled = np.random.RandomState(0).permutation(len(targets))

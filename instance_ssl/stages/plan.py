@@ -19,7 +19,7 @@ from instance_ssl.errors import UserError
 from instance_ssl.planning import LAYOUTS, EncoderCost, Layout, Plan, engine_size, measure_encoder
 from instance_ssl.planning_paper import PAPER_GIB, Training, draw_figure_3, table_1
 from instance_ssl.stages.arguments import add_config_arguments
-from instance_ssl.stages.build import describe_encoder, seeded_encoder
+from instance_ssl.stages.build import describe_encoder, describe_stem_cost, seeded_encoder
 from instance_ssl.stages.checks import check_size
 
 _CIFAR_IMAGES = 50_000
@@ -62,6 +62,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
     training = _training(config, ds, cost, world_size, num_instances)
     print(f"{describe_encoder(config)}, {cost.num_parameters / 1e6:.1f} M parameters")
+    if (stem_cost := describe_stem_cost(config)) is not None:
+        print(stem_cost)
     batch = f"{ds.micro_batch_size} images x {ds.accumulation_steps} micro-batches x {world_size} ranks"
     print(
         f"{num_instances:,} images; global batch {config.optimization.global_batch_size} = {batch}, "
