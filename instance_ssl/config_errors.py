@@ -120,7 +120,8 @@ def _describe(error: Any, key: str, model: type[BaseModel], location: Sequence[s
         return f"expected {choices}, found {found!r}{_nearest_choice(found, choices)}"
     if kind in ("tuple_type", "list_type"):
         text = str(found).strip("()[]{}")
-        return f"expected a list, found {found!r}: write '{key}=[{text}]' after --set, or {key}: [{text}] in the YAML"
+        cure = f": write '{key}=[{text}]' after --set, or {location[-1]}: [{text}] in the YAML"
+        return f"expected a list, found {found!r}{'' if found is None or isinstance(found, dict) else cure}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         keys = ", ".join(fields_at(model, location)[:4])
         where = "nothing" if found is None else repr(found)
@@ -146,7 +147,7 @@ def _hint(kind: str, found: Any, *, nullable: bool) -> str:
         return ": write null for none" if nullable else ""
     if "," in text:
         return ": one number, with a decimal point"
-    share = re.fullmatch(r"([0-9.]+) *%", text) if kind.startswith("float") else None
+    share = re.fullmatch(r"(\d+(?:\.\d+)?) *%", text) if kind.startswith("float") else None
     if share is not None:
         return f": write {float(share[1]) / 100:g} for {text}"
     return ": leave out the unit" if re.match(r"[0-9.]+ *[A-Za-z%]+$", text) and kind[:3] in ("int", "flo") else ""

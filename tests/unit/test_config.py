@@ -129,6 +129,8 @@ def test_a_single_epoch_without_warm_up_is_allowed(tmp_path: Path) -> None:
         ("optimization.learning_rate=0.5lr", "found '0.5lr': leave out the unit"),
         ("data.image_size=64 px", "found '64 px': leave out the unit"),
         ("optimization.momentum=90%", "found '90%': write 0.9 for 90%"),
+        ("optimization.momentum=9.0.0%", "found '9.0.0%': leave out the unit"),
+        ("evaluation.sources=null", "expected a list, found None"),
         ("optimization.learning_rate=1,5", "found '1,5': one number, with a decimal point"),
         ("model.backbone=ResNet18", "did you mean 'resnet18'?"),
         ("model=resnet18", "this is a section with keys of its own (backbone, stem"),
