@@ -49,7 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subproc
         number, (arguments, _) = item
         run_directory = directory / f"run_{number}"
         filled = [argument.format(d=directory) for argument in arguments]
-        return run_bare("pretrain", "--run-dir", str(run_directory), *filled), run_directory
+        return run_bare("initialize_classifier", "--run-dir", str(run_directory), *filled), run_directory
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(MISTAKES, pool.map(run, enumerate(MISTAKES.values())), strict=True))
