@@ -4,10 +4,9 @@ A YAML file lists only what differs. What changes where and how it is computed, 
 DeepSpeed JSON's (`ds_config.py`).
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -16,9 +15,16 @@ from instance_ssl.classifier.initialization import InitializationMode
 from instance_ssl.classifier.sampling import SamplingMode
 from instance_ssl.config_data import DataConfig
 from instance_ssl.config_detection import DetectionConfig
+from instance_ssl.config_errors import (
+    DEEPSPEED_KEYS,
+    OWN_DEEPSPEED_KEY,
+    describe_validation_error,
+    fields_at,
+    unknown_key,
+)
 from instance_ssl.config_fine_tuning import FineTuneConfig, SemiSupervisedConfig
-from instance_ssl.config_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from instance_ssl.errors import UserError
+from instance_ssl.config_types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from instance_ssl.errors import UserError, tried
 from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
 from instance_ssl.structured_files import MalformedError, parse_yaml, what_failed
@@ -161,8 +167,8 @@ class EvaluationConfig(Section):
     """
 
     sources: Annotated[tuple[SourceName, ...], Field(min_length=1)] = ("trained",)
-    checkpoint: Path | None = None
-    weights: Path | None = None
+    checkpoint: LocalPath | None = None
+    weights: LocalPath | None = None
     batch_size: PositiveInt = 256
     data: DataConfig | None = None
     knn: KnnConfig = KnnConfig()
@@ -191,7 +197,7 @@ class ExportConfig(Section):
 
     source: Literal["random", "trained", "weights"] = "trained"
     formats: tuple[ExportFormat, ...] = ("pth", "safetensors", "detectron2", "onnx", "parquet")
-    images: Path | None = None
+    images: LocalPath | None = None
 
 
 class LogConfig(Section):
@@ -299,17 +305,26 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         UserError: for a missing or malformed file, an unknown key or path, or a value out of range.
     """
     values = read_yaml(path)
+    _refuse_deepspeed_json(values, path)
     for override in overrides:
         _apply_override(values, override)
     try:
         return ExperimentConfig.model_validate(values)
     except ValidationError as error:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])
-        given = [
-            f"--set {override}" for override in overrides if f"{key}.".startswith(override.partition("=")[0] + ".")
-        ]
-        where = given[-1] if given else str(path)
+        given = [f"--set {each}" for each in overrides if f"{key}.".startswith(each.partition("=")[0].strip() + ".")]
+        where = given[-1] if given else f"{path} with --set" if overrides else str(path)
         raise UserError(f"{where}: {describe_validation_error(error, ExperimentConfig)}") from None
+
+
+def _refuse_deepspeed_json(values: dict[str, Any], path: Path) -> None:
+    """JSON is YAML too, so that the two files can be swapped unnoticed until here."""
+    found = [key for key in values if key in (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY)]
+    if found and not any(key in ExperimentConfig.model_fields for key in values):
+        raise UserError(
+            f"--config {path}: this is a DeepSpeed JSON ({found[0]}): give it as --deepspeed_config, and an experiment "
+            "such as runners/configs/pipeline_digits.yaml as --config"
+        )
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
@@ -325,24 +340,6 @@ def flatten(config: BaseModel) -> dict[str, Any]:
     return walk("", config.model_dump(mode="json"))
 
 
-def describe_validation_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """One line for the first of pydantic's complaints: the key, what is wrong, the nearest known key."""
-    first, *others = error.errors()
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(([prefix] if prefix else []) + location)
-    more = f" (and {len(others)} more)" if others else ""
-    if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{nearest(location[-1], _fields_at(model, location[:-1]))}{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}{more}" if key else f"{message}{more}"
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?`, or the known names when none is near."""
-    match = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{match[0]}'?" if match else f"; known keys: {', '.join(known)}"
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping of the file that `--config` names; an empty file has no keys.
 
@@ -352,7 +349,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = parse_yaml(path.read_bytes())
     except (OSError, MalformedError) as error:
-        raise UserError(f"--config {path}: {what_failed(error)}") from None
+        raise UserError(
+            f"--config {tried(path) if isinstance(error, OSError) else path}: {what_failed(error)}"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -366,9 +365,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected key=value, e.g. --set optimization.epochs=1000")
     names = path.strip().split(".")
     for depth, name in enumerate(names):
-        known = _fields_at(ExperimentConfig, names[:depth])
-        if name not in known:
-            raise UserError(f"--set {path}: unknown key '{'.'.join(names[: depth + 1])}'{nearest(name, known)}")
+        if name not in fields_at(ExperimentConfig, names[:depth]):
+            raise UserError(f"--set {path}: {unknown_key(names[: depth + 1], ExperimentConfig)}")
     try:
         value = parse_yaml(text)
     except MalformedError as error:
@@ -383,15 +381,3 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _fields_at(model: type[BaseModel], names: Sequence[str]) -> list[str]:
-    """Keys of the section that `names` leads to; empty where it leads to a plain value."""
-    for name in names:
-        field = model.model_fields.get(name)
-        sections = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        inner = [s for s in sections if isinstance(s, type) and issubclass(s, BaseModel)]
-        if not inner:
-            return []
-        model = inner[0]
-    return list(model.model_fields)

@@ -1,11 +1,10 @@
 """The experiment's section `data`: which images, and what becomes of those that cannot be read."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from instance_ssl.config_types import NonNegativeInt, PositiveInt, Section
+from instance_ssl.config_types import LocalPath, NonNegativeInt, PositiveInt, Section
 
 DataKind = Literal["digits", "cifar10", "cifar100", "tree", "sun397", "dtd", "inaturalist2018", "folder", "list", "tar"]
 
@@ -31,8 +30,8 @@ class DataConfig(Section):
     """
 
     kind: DataKind = "tree"
-    root: Path | None = None
-    list_file: Path | None = None
+    root: LocalPath | None = None
+    list_file: LocalPath | None = None
     shards: str | None = None
     shuffle_buffer: NonNegativeInt = 65_536
     on_broken: Literal["error", "skip"] = "error"

@@ -1,11 +1,10 @@
 """The section `evaluation.detection`."""
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from instance_ssl.config_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from instance_ssl.config_types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from instance_ssl.data.voc import VOC_CLASSES
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
@@ -29,7 +28,7 @@ class DetectionConfig(Section):
         save_every: iterations between saves of the state that the same command goes on from.
     """
 
-    root: Path | None = None
+    root: LocalPath | None = None
     train: Annotated[tuple[str, ...], Field(min_length=1)] = ("VOC2007/trainval", "VOC2012/trainval")
     test: Annotated[tuple[str, ...], Field(min_length=1)] = ("VOC2007/test",)
     classes: Annotated[tuple[str, ...], Field(min_length=1)] = VOC_CLASSES

@@ -1,11 +1,10 @@
 """The configuration of the protocols that train a whole network on labels: few labels, and other data sets."""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from instance_ssl.config_types import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+from instance_ssl.config_types import LocalPath, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
 
 Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 Decays = Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
@@ -27,7 +26,7 @@ class SemiSupervisedConfig(Section):
     """
 
     fractions: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.01, 0.1)
-    list_files: tuple[Path, ...] | None = None
+    list_files: tuple[LocalPath, ...] | None = None
     epochs: PositiveInt = 20
     global_batch_size: PositiveInt = 256
     backbone_learning_rate: PositiveFloat = 0.001
@@ -55,6 +54,17 @@ def _log_spaced(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(float(f"{first * (last / first) ** (place / (count - 1)):.4g}") for place in range(count))
 
 
+# Three rates without decay are compared, and the best is trained again on all images.
+_SMALL: dict[str, Any] = {
+    "steps": 500,
+    "random_steps": 1000,
+    "global_batch_size": 64,
+    "learning_rates": (1e-3, 1e-2, 1e-1),
+    "random_learning_rates": (1e-2, 1e-1, 1.0),
+    "weight_decays": (0.0,),
+}
+
+
 class FineTuneConfig(Section):
     """Fine-tuning on another data set by SimCLR's protocol (arXiv:2002.05709, B.8.1).
 
@@ -62,6 +72,8 @@ class FineTuneConfig(Section):
     the best is trained on all of them and tested. One pair alone is not compared. SimCLR names no schedule: a cosine.
 
     Attributes:
+        preset: what the other keys are where they are not given: SimCLR's, which the paper follows, or for sets of some
+            thousand images and fewer 4 short trainings (500 steps, as BiT's rule for small sets, arXiv:1912.11370).
         steps: of one training; `random_steps` for the `random` source, which has its own learning rates too.
         weight_decays: divided by the learning rate before use.
         held_out_fraction: what the choice is made on, drawn by class, where the data set has no such part of its own.
@@ -69,6 +81,7 @@ class FineTuneConfig(Section):
             Flowers, and top-1 elsewhere.
     """
 
+    preset: Literal["paper", "small"] = "paper"
     steps: PositiveInt = 20_000
     random_steps: PositiveInt = 40_000
     global_batch_size: PositiveInt = 256
@@ -77,3 +90,8 @@ class FineTuneConfig(Section):
     weight_decays: Decays = (0.0, *_log_spaced(1e-6, 1e-3, 7))
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     metric: Literal["top1", "mean_per_class"] = "top1"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_in(cls, values: Any) -> Any:
+        return {**_SMALL, **values} if isinstance(values, dict) and values.get("preset") == "small" else values

@@ -1,13 +1,26 @@
 """What all sections of the configuration are made of."""
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _as_meant(value: Any) -> Any:
+    """A path with its `~` expanded, which no shell does behind `key=`; a word for nothing is refused."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip() or value in ("None", "none"):
+        raise ValueError(f"{value!r} is not a path: write null for none")
+    return os.path.expanduser(value)
+
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LocalPath = Annotated[Path, BeforeValidator(_as_meant)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 

@@ -13,20 +13,11 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from instance_ssl.config import describe_validation_error, nearest
-from instance_ssl.errors import UserError
+from instance_ssl.config import ExperimentConfig
+from instance_ssl.config_errors import DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY, describe_validation_error, nearest
+from instance_ssl.errors import UserError, tried
 from instance_ssl.structured_files import MalformedError, read_json, what_failed
 
-# Engine, precision and memory: passed on to DeepSpeed as they are.
-_PASSED_ON = (
-    "train_micro_batch_size_per_gpu",
-    "zero_optimization",
-    "torch_autocast",
-    "activation_checkpointing",
-    "communication_data_type",
-    "wall_clock_breakdown",
-)
-_OWN = "instance_classifier"
 _DERIVED = {
     "train_batch_size": "optimization.global_batch_size",
     "gradient_accumulation_steps": "global batch / (micro-batch x world size)",
@@ -131,7 +122,7 @@ class DeepSpeedSettings:
 
     def describe(self) -> str:
         """All of it, as JSON."""
-        return json.dumps({**self.engine, _OWN: self.classifier.model_dump()}, sort_keys=True)
+        return json.dumps({**self.engine, OWN_DEEPSPEED_KEY: self.classifier.model_dump()}, sort_keys=True)
 
     def group_size(self, world_size: int) -> int:
         """Ranks that hold W once between them."""
@@ -147,9 +138,11 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
     values = _read_json(path)
     _check_keys(values, path)
     try:
-        classifier = InstanceClassifierSection.model_validate(values.pop(_OWN, {}))
+        classifier = InstanceClassifierSection.model_validate(values.pop(OWN_DEEPSPEED_KEY, {}))
     except ValidationError as error:
-        raise UserError(f"{path}: {describe_validation_error(error, InstanceClassifierSection, _OWN)}") from None
+        raise UserError(
+            f"{path}: {describe_validation_error(error, InstanceClassifierSection, OWN_DEEPSPEED_KEY)}"
+        ) from None
     micro_batch_size = values.get("train_micro_batch_size_per_gpu")
     if not isinstance(values.get("wall_clock_breakdown", False), bool):
         raise UserError(f"{path}: wall_clock_breakdown must be true or false")
@@ -157,14 +150,9 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
         raise UserError(f"{path}: communication_data_type must be fp32, fp16 or bf16")
     if type(micro_batch_size) is not int or micro_batch_size < 1:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of images a rank")
-    images_at_once = micro_batch_size * world_size
-    accumulation_steps, remainder = divmod(global_batch_size, images_at_once)
+    accumulation_steps, remainder = divmod(global_batch_size, micro_batch_size * world_size)
     if remainder or accumulation_steps == 0:
-        raise UserError(
-            f"optimization.global_batch_size {global_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
-            f"{micro_batch_size} x {world_size} ranks ({path}); change one of the two: the nearest is "
-            f"{max(1, round(global_batch_size / images_at_once)) * images_at_once}"
-        )
+        raise UserError(_indivisible(global_batch_size, micro_batch_size, world_size, path))
     if classifier.group_size != "world" and world_size % classifier.group_size:
         raise UserError(
             f"{path}: instance_classifier.group_size {classifier.group_size} does not divide the {world_size} ranks"
@@ -190,10 +178,36 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
     return DeepSpeedSettings(engine, classifier, micro_batch_size, accumulation_steps, autocast_dtype, recompute_stages)
 
 
+def _indivisible(global_batch_size: int, micro_batch_size: int, world_size: int, path: Path) -> str:
+    """That the batch does not divide, and two ways out: a smaller micro-batch, or the nearest batch that does."""
+    at_once = micro_batch_size * world_size
+    batch = max(world_size, global_batch_size - global_batch_size % world_size)
+    smaller = max(d for d in range(1, micro_batch_size + 1) if batch // world_size % d == 0)
+    kept = "keep it with" if batch == global_batch_size else f"--set optimization.global_batch_size={batch} and"
+    return (
+        f"optimization.global_batch_size {global_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
+        f"{micro_batch_size} x {world_size} ranks ({path}): {kept} {micro_batch_advice(smaller, path)}; or set "
+        f"optimization.global_batch_size to a multiple, if there are so many images: the nearest is "
+        f"{max(1, round(global_batch_size / at_once)) * at_once}"
+    )
+
+
+def micro_batch_advice(micro_batch_size: int, path: Path) -> str:
+    """How to change the micro-batch, which no flag does."""
+    return f'"train_micro_batch_size_per_gpu": {micro_batch_size} in a copy of {path}, given as --deepspeed_config'
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(path, by_hand=True)
-    except (OSError, MalformedError) as error:
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {tried(path)}: {what_failed(error)}") from None
+    except MalformedError as error:
+        if path.suffix in (".yaml", ".yml"):
+            raise UserError(
+                f"--deepspeed_config {path}: this is YAML, as experiments are: give it as --config, and a DeepSpeed "
+                "JSON such as ds_configs/cpu_float32.json as --deepspeed_config"
+            ) from None
         raise UserError(f"--deepspeed_config {path}: {what_failed(error)}") from None
 
 
@@ -203,8 +217,10 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: remove '{key}': it is derived from {_DERIVED[key]}")
         if key in _REFUSED:
             raise UserError(f"{path}: remove '{key}': {_REFUSED[key]}")
-        if key not in (*_PASSED_ON, _OWN):
-            raise UserError(f"{path}: unknown key '{key}'{nearest(key, (*_PASSED_ON, _OWN))}")
+        if key in ExperimentConfig.model_fields:
+            raise UserError(f"{path}: '{key}' is a key of the experiment: set it in the YAML of --config, or by --set")
+        if key not in (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY):
+            raise UserError(f"{path}: unknown key '{key}'{nearest(key, (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY))}")
 
 
 def _check_keep(classifier: InstanceClassifierSection, accumulation_steps: int, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Errors meant for the user: one line that says what is wrong, where, and what to do; and names that may be printed."""
 
 import re
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
 
@@ -49,3 +50,11 @@ def printable(text: str, kept: str = "") -> str:
 
 def _as_escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+def tried(path: Path) -> str:
+    """A path for a message: a relative one with the absolute path that was tried."""
+    if path.is_absolute():
+        return str(path)
+    drive = "; a path with a drive letter is Windows'" if re.match(r"[A-Za-z]:", str(path)) else ""
+    return f"{path} (tried {path.absolute()}{drive})"

@@ -109,9 +109,7 @@ def draw_figure_3(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError(
-            "the picture needs matplotlib: pip install 'instance_ssl[plots]', or leave out --output"
-        ) from None
+        raise UserError('the picture needs matplotlib: pip install -e ".[plots]", or leave out --output') from None
     training = training_at(ranks)
     assert training is not None  # the caller has planned it already
     figure = Figure(figsize=(12, 4.8), layout="constrained")

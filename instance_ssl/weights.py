@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from instance_ssl.checkpoint_files import read_tensors
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, tried
 from instance_ssl.models.backbones import ResNet, SmallCnn
 
 # Wrappers' prefixes, stripped when every key has them: DistributedDataParallel, MoCo's query encoder, this project.
@@ -43,7 +43,7 @@ def read_weights(path: Path) -> Weights:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"weights file {path}: {error.strerror}") from None
+        raise UserError(f"weights file {tried(path)}: {error.strerror}") from None
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path, mapped=False)
     nested = content.get("state_dict")
     found = nested if isinstance(nested, dict) else content

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, ValidationError, field_validator
 
-from instance_ssl.config import describe_validation_error, load_config, read_yaml
+from instance_ssl.config import load_config, read_yaml
+from instance_ssl.config_errors import describe_validation_error
 from instance_ssl.config_types import NonNegativeInt, PositiveInt, Section
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, tried
 
 RUNNERS = Path(__file__).resolve().parents[2] / "runners"
 _FIGURES: Final = {
@@ -167,7 +168,7 @@ def plan_runs(ablation: Ablation, overrides: Sequence[str] = ()) -> Plan:
         UserError: naming the variant and the key.
     """
     if not ablation.config.exists():
-        raise UserError(f"config {ablation.config}: there is none; paths are from where the command is given")
+        raise UserError(f"config {tried(ablation.config)}: there is none")
     runs: dict[str, Run] = {}
     rows: dict[Row, dict[int, str]] = {}
     seeds = list(dict.fromkeys(seed for v in ablation.variants for seed in v.seeds or ablation.seeds))

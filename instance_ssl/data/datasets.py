@@ -23,7 +23,7 @@ from instance_ssl.data.name_table import packed, repetitions
 from instance_ssl.data.sources import ArrayImages, FileImages, ImageSource
 from instance_ssl.data.tar_images import list_tar, open_listing
 from instance_ssl.data.transfer_sets import LabelledFiles, find_dtd, find_inaturalist2018, find_sun397
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, tried
 
 _DIGITS_TEST_SIZE = 360
 
@@ -97,7 +97,7 @@ def _open_digits(split: str, limit: int | None) -> ArrayImages:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("data.kind 'digits' needs scikit-learn: pip install 'instance_ssl[demo]'") from error
+        raise UserError('data.kind digits needs scikit-learn: pip install -e ".[demo]"') from error
     grey, targets = load_digits(return_X_y=True)
     # RandomState's stream is frozen by NumPy's compatibility policy, so the split outlives upgrades.
     shuffled = np.random.RandomState(0).permutation(len(targets))
@@ -111,6 +111,8 @@ def _open_digits(split: str, limit: int | None) -> ArrayImages:
 def _open_cifar(dataset: type[CIFAR10], kind: str, split: str, root: Path, limit: int | None) -> ArrayImages:
     folder = root / dataset.base_folder
     absent = not folder.exists()
+    if absent and root.name == dataset.base_folder:
+        raise UserError(f"data.root {escape(tried(root))}: give the folder that holds {root.name}, which is its parent")
     try:
         # torchvision unpacks an archive that lies in root already, and downloads only if there is none.
         images = dataset(str(root), train=split == "train", download=absent)
@@ -183,7 +185,7 @@ def _open_list(root: Path | None, list_file: Path | None, limit: int | None, on_
     if list_file is None:
         raise UserError("data.list_file is not set; data.kind 'list' needs a text file of image paths")
     root = list_file.parent if root is None else existing_root(root, "list")
-    shown = f"data.list_file {escape(str(list_file))}"
+    shown = f"data.list_file {escape(tried(list_file))}"
     lines = array("q")
 
     def listed_names() -> Iterator[str]:
@@ -203,7 +205,7 @@ def _open_list(root: Path | None, list_file: Path | None, limit: int | None, on_
         raise UserError(f"{shown}, line {lines[place]}: {escape(names[place])} is on line {lines[first]} already")
     for number, name in zip(lines, () if on_broken.skip else names, strict=not on_broken.skip):
         if not os.path.isfile(root / name):
-            raise UserError(f"{shown}, line {number}: there is no file {escape(str(root / name))}")
+            raise UserError(f"{shown}, line {number}: there is no file {escape(tried(root / name))}")
     return FileImages(root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken)
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from PIL import UnidentifiedImageError
 
-from instance_ssl.errors import UserError, escape
+from instance_ssl.errors import UserError, escape, tried
 from instance_ssl.errors import unescape as unescape
 
+# What lies in the root of a kind, by which a level too deep or too high is told.
+_MARKERS = {"tree": "train", "sun397": "SUN397", "dtd": "dtd/dtd", "inaturalist2018": "train2018.json"}
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 
@@ -24,15 +26,32 @@ def required_root(root: Path | None, kind: str) -> Path:
 
 
 def existing_root(root: Path | None, kind: str) -> Path:
-    """The root, which is a folder.
+    """The root, which is a folder, and holds what marks the layout of its kind.
 
     Raises:
-        UserError: when it is not set or not there.
+        UserError: when it is not set or not there, or is a level above or below the one that is meant.
     """
     root = required_root(root, kind)
+    shown = f"data.root {escape(tried(root))}"
+    if os.path.isfile(root):
+        keys = {".tar": " and its name as data.shards", ".txt": ", and data.kind=list with it as data.list_file"}
+        raise UserError(f"{shown} is a file: give the folder that holds it{keys.get(root.suffix, '')}")
     if not os.path.isdir(root):  # unlike Path.is_dir, False rather than an exception where access is denied
-        raise UserError(f"data.root {escape(str(root))} is not a folder that can be reached")
+        raise UserError(f"{shown} is not a folder that can be reached")
+    marker = _MARKERS.get(kind)
+    if marker is not None and (meant := _root_meant(root, marker)) is not None:
+        what = marker if "." in marker else f"{marker} folder"
+        raise UserError(f"{shown}: there is no {what} in it, but {escape(str(meant))} has one: give that folder")
     return root
+
+
+def _root_meant(root: Path, marker: str) -> Path | None:
+    """The folder one or two levels above the root, or one below, that holds the marker; None where the root does."""
+    if os.path.exists(root / marker):
+        return None
+    below = sorted(entry.name for entry in _list_folder(root) if os.path.isdir(entry))
+    candidates = [*root.absolute().parents[:2], *(root / name for name in below)]
+    return next((folder for folder in candidates if os.path.exists(folder / marker)), None)
 
 
 def class_folders(root: Path, folder: str) -> list[str]:

@@ -19,7 +19,7 @@ from instance_ssl.data.name_table import NameTable, pack_names, repetitions
 from instance_ssl.data.packed_set import PackedSet, read_packed_set
 from instance_ssl.data.sources import EncodedImages, names_digest
 from instance_ssl.data.tar_index import ShardIndex, index_shard
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, tried
 
 _OPEN_SHARDS = 64
 # Where the shards of a split are looked for below the root, the first place that has any.
@@ -245,7 +245,7 @@ def _find_shards(root: Path | None, pattern: str | None, split: str) -> list[Pat
         base = "" if root is None else str(existing_root(root, "tar"))
         found = {path for text in _expand(pattern) for path in _matches(base, text)}
         if not found:
-            raise UserError(f"data.shards {escape(pattern)} names no tar shard; it is relative to data.root, where set")
+            raise UserError(f"data.shards {escape(pattern)} names no tar shard below {escape(os.path.abspath(base))}")
         return sorted(Path(path) for path in found)
     root = existing_root(root, "tar")
     for place in _PLACES[split]:
@@ -254,8 +254,13 @@ def _find_shards(root: Path | None, pattern: str | None, split: str) -> list[Pat
     rest = [name for name in glob.glob("*.tar", root_dir=root) if not name.startswith(("val", "test"))]
     if split == "train" and rest:
         return [root / name for name in sorted(rest)]
+    above = root.absolute().parent
+    if any(glob.glob(place, root_dir=above) for place in _PLACES[split]):
+        raise UserError(
+            f"data.root {escape(tried(root))} holds no {split} shard, but {escape(str(above))} does: give that folder"
+        )
     raise UserError(
-        f"data.root {escape(str(root))} holds no {split} shard: {', '.join(_PLACES[split])} "
+        f"data.root {escape(tried(root))} holds no {split} shard: {', '.join(_PLACES[split])} "
         f"(runners/pack_dataset.py --split {split} makes them)"
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from instance_ssl.data.decoding import open_image
 from instance_ssl.data.sources import FileImages
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, tried
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -75,7 +75,10 @@ def open_voc(root: Path | None, lists: Sequence[str], class_names: Sequence[str]
             not difficult.
     """
     if root is None or not os.path.isdir(root):
-        raise UserError(f"{_KEY}.root {root}: give the folder that holds VOC2007 and its like")
+        where = "is not set" if root is None else f"{tried(root)} is no folder"
+        raise UserError(f"{_KEY}.root {where}: give the folder that holds VOC2007 and its like")
+    if root.name in {entry.partition("/")[0] for entry in lists} and not os.path.isdir(root / root.name):
+        raise UserError(f"{_KEY}.root {tried(root)}: give the folder that holds {root.name}, which is its parent")
     names = [name for entry in lists for name in _read_list(root, entry)]
     twice = next(
         (name for name, following in zip(sorted(names), sorted(names)[1:], strict=False) if name == following), None

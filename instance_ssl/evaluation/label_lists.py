@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, tried
 
 
 def read_label_list(path: Path, names: Sequence[str]) -> Tensor:
@@ -25,7 +25,7 @@ def read_label_list(path: Path, names: Sequence[str]) -> Tensor:
         UserError: when the list cannot be read, names nothing, names an image twice, or one that is not there or that
             several folders hold.
     """
-    shown = f"label list {path}"
+    shown = f"label list {tried(path)}"
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:

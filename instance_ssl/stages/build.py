@@ -19,8 +19,9 @@ from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
-from instance_ssl.models.backbones import choose_stem
+from instance_ssl.models.backbones import StemName, choose_stem
 from instance_ssl.models.encoder import Encoder, build_encoder
+from instance_ssl.planning import EncoderCost, measure_encoder
 from instance_ssl.stages.context import Stage
 
 
@@ -45,6 +46,26 @@ def describe_encoder(config: ExperimentConfig) -> str:
     kind = {"small": "3x3 stem without max-pool", "imagenet": "ImageNet stem"}[stem]
     head = f"{config.model.projection} projection to {config.model.embedding_dim}"
     return f"encoder: {config.model.backbone}, {kind} ({how}, {config.data.image_size} px), {head}"
+
+
+def describe_stem_cost(config: ExperimentConfig) -> str | None:
+    """What the 3x3 stem that `auto` has chosen costs beside the other one, counted; None where it was not a choice."""
+    model, size = config.model, config.data.image_size
+    if model.backbone == "small_cnn" or model.stem != "auto" or choose_stem(model.backbone, "auto", size) != "small":
+        return None
+
+    def cost(stem: StemName) -> EncoderCost:
+        def build() -> Encoder:
+            return seeded_encoder(config.model_copy(update={"model": model.model_copy(update={"stem": stem})}))
+
+        return measure_encoder(build, image_size=size, num_views=2, autocast_dtype=None)
+
+    small, imagenet = cost("small"), cost("imagenet")
+    return (
+        f"the 3x3 stem takes {small.flops / imagenet.flops:.1f} times the FLOPs and {small.kept / imagenet.kept:.1f} "
+        f"times the activation memory of the ImageNet stem at {size} px, and sees small images better; "
+        "model.stem=imagenet takes that one, model.stem=small says that this one is meant"
+    )
 
 
 def classifier_shard(stage: Stage) -> ClassifierShard:

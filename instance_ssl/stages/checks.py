@@ -2,18 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import torch
 
 from instance_ssl import engine
-from instance_ssl.checkpoint_files import newest_sound_directory, step_of
+from instance_ssl.checkpoint_files import MANIFEST, committed_directories, newest_sound_directory, step_of
 from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError
+from instance_ssl.ds_config import DeepSpeedSettings, micro_batch_advice
+from instance_ssl.errors import UserError, tried
 from instance_ssl.guard import launchers_of
 from instance_ssl.images import open_split
 from instance_ssl.run_directory import read_json
@@ -29,6 +31,8 @@ FREE_KEYS = (
 _SAID = 10
 # What the result.json of every stage holds.
 _RESULT_KEYS = {"stage", "newest_checkpoint", "data", "seconds", "date", "world_size"}
+# Stages that begin with a checkpoint whatever `evaluation.sources` says.
+_READERS = {"pretrain": ["initialize_classifier"], "evaluate_checkpoints": ["pretrain"]}
 BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 
@@ -132,10 +136,74 @@ def check_sources(evaluation: EvaluationConfig, world: Group) -> None:
         UserError: naming the key and the path.
     """
     given = {"evaluation.weights": evaluation.weights, "evaluation.checkpoint": evaluation.checkpoint}
-    absent = [f"{key} {path} does not exist" for key, path in given.items() if path is not None and not path.exists()]
+    absent = [
+        f"{key} {tried(path)} does not exist" for key, path in given.items() if path is not None and not path.exists()
+    ]
+    other = evaluation.checkpoint
+    if (
+        other
+        and not absent
+        and not ((other / MANIFEST).exists() or committed_directories(other / "pretrain/checkpoints"))
+    ):
+        absent.append(
+            f"evaluation.checkpoint {tried(other)} is no checkpoint: give a directory step_… or a run directory"
+        )
     for rank, complaints in enumerate(world.all_gather_objects(absent)):
         if complaints:
             raise UserError(complaints[0] + (f" where rank {rank} runs" if rank else ""))
+
+
+def check_made_before(config: ExperimentConfig, run_directory: Path, stages: Sequence[str], world: Group) -> None:
+    """Refuses stages that begin with a checkpoint that is not there and that none before them makes. Collective.
+
+    Asked before any image is looked at. A stage that has a result is let through: it may be complete.
+
+    Raises:
+        UserError: naming the stage to run first.
+    """
+
+    def missing() -> str | None:
+        for place, stage in enumerate(stages):
+            for maker in _checkpoints_read(config, stage):
+                made = run_directory / maker / "checkpoints", run_directory / stage / "checkpoints"
+                done = (run_directory / stage / "result.json").exists() and stage not in BOUND_STAGES
+                if not (done or maker in stages[:place] or any(committed_directories(each) for each in made)):
+                    return absent_checkpoint(run_directory, maker)
+        return None
+
+    if (problem := world.broadcast_object(missing() if world.rank == 0 else None)) is not None:
+        raise UserError(problem)
+
+
+def absent_checkpoint(run_directory: Path, maker: str) -> str:
+    """That a run directory lacks the checkpoint of a stage, and how to come by one."""
+    what = {"initialize_classifier": "initialised classifier", "pretrain": "trained encoder"}[maker]
+    return (
+        f"{run_directory} has no {what}: run runners/{maker}.py first with the same --config and --run-dir, or "
+        "runners/pipeline.py for all stages, or give the --run-dir of the run that is meant"
+    )
+
+
+def _checkpoints_read(config: ExperimentConfig, stage: str) -> list[str]:
+    """The stages whose checkpoints a stage begins with; what trains whole networks makes its random one itself."""
+    if stage in _READERS:
+        return _READERS[stage]
+    sources = (config.export.source,) if stage == "export" else config.evaluation.sources
+    of = {"trained": "pretrain"} if config.evaluation.checkpoint is None else {}
+    if stage in ("evaluate_knn", "evaluate_linear", "evaluate_retrieval", "export"):
+        of["random"] = "initialize_classifier"
+    elif stage not in ("evaluate_fine_tune", "evaluate_semi_supervised", "evaluate_detection"):
+        return []
+    return [of[source] for source in sources if source in of]
+
+
+def say_precision(ds: DeepSpeedSettings, world: Group, log: RunLog) -> None:
+    """Says what float16 on a CPU costs: a step of a ResNet-18 took 9.0 s against 0.9 s (2-core AMD EPYC, 2026-11)."""
+    if ds.autocast_dtype == torch.float16 and world.device.type == "cpu":
+        log.say(
+            "warning: torch_autocast.dtype float16 on a CPU: a CPU without float16 units takes up to ten times as long "
+            "as in float32 and is less exact; give --deepspeed_config ds_configs/cpu_float32.json"
+        )
 
 
 def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> str | None:
@@ -175,22 +243,52 @@ def open_evaluation(
         )
     largest = max(config.evaluation.knn.neighbours)
     if largest > len(train):
-        raise UserError(f"evaluation.knn.neighbours asks for {largest} of {len(train)} training images")
+        fitting = ",".join(str(k) for k in dict.fromkeys(min(k, len(train)) for k in config.evaluation.knn.neighbours))
+        raise UserError(
+            f"evaluation.knn.neighbours asks for {largest} of {len(train)} training images: "
+            f"set evaluation.knn.neighbours=[{fitting}]"
+        )
     return train, test
 
 
-def check_size(config: ExperimentConfig, num_images: int) -> None:
-    """Refuses what this many images are too few for."""
-    if config.classifier.num_hard_classes >= num_images:
+def check_size(config: ExperimentConfig, num_images: int, micro_batch_size: int, world_size: int, path: Path) -> None:
+    """Refuses what this many images are too few for, naming settings that fit them.
+
+    Args:
+        path: the DeepSpeed JSON, whose micro-batch may have to shrink too.
+    """
+    if num_images < max(2, world_size):
         raise UserError(
-            f"classifier.num_hard_classes {config.classifier.num_hard_classes} must be below the number of images "
-            f"{num_images}: a class has only {num_images - 1} others"
+            f"{num_images} images cannot be divided over {world_size} ranks: each needs a class of its own, and a "
+            "class another one; start fewer ranks or give more images"
         )
-    if config.optimization.global_batch_size > num_images:
-        raise UserError(
-            f"optimization.global_batch_size {config.optimization.global_batch_size} exceeds the {num_images} images: "
-            "a batch holds an image once at most; 64 to 512 suit a small set"
+    hard, batch = config.classifier.num_hard_classes, config.optimization.global_batch_size
+    wrong, overrides, micro_batch = [], [], micro_batch_size
+    if batch > num_images:
+        wrong.append(
+            f"optimization.global_batch_size {batch} exceeds the {num_images} images: a batch holds an image once at "
+            "most"
         )
+        batch, micro_batch = _batch_that_fits(num_images, micro_batch_size, world_size)
+        overrides.append(f"optimization.global_batch_size={batch}")
+    if hard >= num_images:
+        wrong.append(
+            f"classifier.num_hard_classes {hard} must be below the number of images {num_images}: a class has only "
+            f"{num_images - 1} others"
+        )
+        overrides.append(f"classifier.num_hard_classes={max(1, num_images // 10)}")
+    if wrong:
+        smaller = "" if micro_batch == micro_batch_size else f" and {micro_batch_advice(micro_batch, path)}"
+        raise UserError(f"{'; '.join(wrong)}; this fits: --set {' '.join(overrides)}{smaller}")
+
+
+def _batch_that_fits(num_images: int, micro_batch_size: int, world_size: int) -> tuple[int, int]:
+    """Global batch and micro-batch for a small set: two steps an epoch or more, and no more than 512 images each."""
+    half = num_images // 2
+    if micro_batch_size * world_size > half:
+        micro_batch_size = 2 ** (max(1, half // world_size).bit_length() - 1)
+    at_once = micro_batch_size * world_size
+    return at_once * max(1, min(512, half) // at_once), micro_batch_size
 
 
 def check_micro_batch(config: ExperimentConfig, micro_batch_size: int) -> None:

@@ -141,7 +141,7 @@ def run_stages(
         arguments = parse_arguments(list(offered))
         chosen = [offered[name] for name in arguments.stages] if arguments.stages else stages
         with contextlib.ExitStack() as held:
-            context = _open(arguments, process, held, needs_labels=any(spec.needs_labels for spec in chosen))
+            context = _open(arguments, process, held, chosen)
             for spec in chosen:
                 _run_stage(replace(context, name=spec.name), spec.run, process)
             if after is not None and not arguments.stages:
@@ -176,8 +176,11 @@ def _run(work: Callable[[Process], None]) -> int:
     return exit_code_of(checked)
 
 
-def _open(arguments: argparse.Namespace, process: Process, held: contextlib.ExitStack, *, needs_labels: bool) -> Stage:
+def _open(
+    arguments: argparse.Namespace, process: Process, held: contextlib.ExitStack, chosen: Sequence[StageSpec]
+) -> Stage:
     """Everything that can be refused is refused here, before a file is written. `held` ends with the work."""
+    needs_labels = any(spec.needs_labels for spec in chosen)
     checks.check_hostfile()
     config = load_config(arguments.config, arguments.set)
     ds = load_ds_config(
@@ -204,13 +207,15 @@ def _open(arguments: argparse.Namespace, process: Process, held: contextlib.Exit
     )
     checks.check_sources(config.evaluation, world)
     checks.check_unchanged(config, run_directory, world)
+    checks.check_made_before(config, run_directory, [spec.name for spec in chosen], world)
     source = checks.open_images(
         config.data, "train", world, process.log, instances.as_known(run_directory, config.data)
     )
-    checks.check_size(config, len(source))
+    checks.check_size(config, len(source), ds.micro_batch_size, world.size, arguments.deepspeed_config)
     checks.check_micro_batch(config, ds.micro_batch_size)
     evaluation_sources = checks.open_evaluation(config, source, world, process.log) if needs_labels else None
     instances.record(source, run_directory, world)
+    checks.say_precision(ds, world, process.log)
     checks.say_left_out((source, *(evaluation_sources or ())), process.log)
     process.log.say(
         f"{len(source):,} images, {world.size} x {world.device.type}; global batch "

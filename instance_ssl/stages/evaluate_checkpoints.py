@@ -43,6 +43,8 @@ def run(stage: Stage) -> dict[str, Any]:
     require_same_run(found[-1], stage)
     images = open_labelled(stage)
     known = _known_points(stage, images)
+    left = sum(checkpoint.directory.name not in known for checkpoint in found)
+    stage.log.say(f"{len(found)} checkpoints, {left} of them to be evaluated")
     points = []
     for checkpoint in found:
         name = checkpoint.directory.name

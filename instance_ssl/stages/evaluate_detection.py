@@ -28,6 +28,7 @@ from instance_ssl.models.backbones import ResNet
 from instance_ssl.models.detector import Detector
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.representation import TITLES, evaluation_data, load_backbone
+from instance_ssl.stages.workload import Workload
 
 _RECIPE = {
     "detector": "Faster R-CNN C4, batch norm after res5 (Res5ROIHeadsExtraNorm), all layers tuned, float32",
@@ -45,9 +46,12 @@ def run(stage: Stage) -> dict[str, Any]:
     results = {}
     for source in stage.config.evaluation.sources:
         load_backbone(stage, source)  # what is missing shows before the first is trained for hours
-    for source in stage.config.evaluation.sources:
+    sources = stage.config.evaluation.sources
+    workload = Workload(stage.log.say, f"detection ({', '.join(sources)})", [detection.iterations] * len(sources))
+    for source in sources:
         training, epoch, digest = _build(stage, source)
-        loss = _train(stage, source, training, train, _bound(stage, source, digest, train))
+        with workload.training(detection.iterations):
+            loss = _train(stage, source, training, train, _bound(stage, source, digest, train), workload)
         found = _detect(stage, source, training.model, test)
         figures = detection_figures(found, test.annotations, len(detection.classes), stage.world)
         results[source] = {**figures, "train_loss": loss, "epoch": epoch, "backbone": digest}
@@ -117,11 +121,14 @@ def _build(stage: Stage, source: str) -> tuple[DetectorTraining, int | None, str
     return DetectorTraining(model, schedule, detection.batch_size, stage.world), epoch, digest
 
 
-def _train(stage: Stage, source: str, training: DetectorTraining, data: VocImages, bound: str) -> float | None:
+def _train(
+    stage: Stage, source: str, training: DetectorTraining, data: VocImages, bound: str, workload: Workload
+) -> float | None:
     """Trains from where the last state stopped; returns the mean loss of the last iterations, None if all were done."""
     detection = stage.config.evaluation.detection
     path = stage.directory / f"detector_{source}.pth"
     _resume(stage, training, path, bound)
+    workload.advance(training.iteration, done_before=True)
     title, recent = TITLES[source], []
     left = range(training.iteration, detection.iterations)
     with stage.log.progress(f"{title}: detector", detection.iterations, "steps", initial=training.iteration) as bar:
@@ -129,6 +136,7 @@ def _train(stage: Stage, source: str, training: DetectorTraining, data: VocImage
             figures = training.step(batch)
             recent.append(figures["loss"])
             bar.advance(note=f"loss {figures['loss']:.3f}")
+            workload.advance()
             done = training.iteration
             if done % stage.config.log.every_steps == 0 or done == detection.iterations:
                 rate = training.schedule.rate(done - 1)

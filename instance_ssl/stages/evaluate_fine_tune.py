@@ -11,6 +11,10 @@ from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, describe_images, train_once, tunable_sources
 from instance_ssl.stages.representation import TITLES, LabelledImages, load_backbone, open_labelled
+from instance_ssl.stages.workload import Workload
+
+# Times that one training may see an image before the preset for small sets is named.
+_OFTEN = 500
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -20,19 +24,20 @@ def run(stage: Stage) -> dict[str, Any]:
     whole = Subset(images.train, torch.arange(len(images.train)), images.train_labels)
     test = Subset(images.test, torch.arange(len(images.test)), images.test_labels)
     fitted, held_out = _split(stage, images)
+    grids = {source: _grid(stage, source) for source in tunable_sources(stage)}
+    workload = _announce(stage, grids, len(fitted.ids))
     results: dict[str, Any] = {}
-    for source in tunable_sources(stage):
+    for source, grid in grids.items():
         encoder, epoch = load_backbone(stage, source)
-        grid = _grid(stage, source)
         record: dict[str, Any] = {"layer": LAYERS, "epoch": epoch}
         options = grid[0]
         if len(grid) > 1:
-            points = _search(stage, source, encoder, grid, fitted, held_out, images.num_classes)
+            points = _search(stage, workload, source, encoder, grid, fitted, held_out, images.num_classes)
             options = grid[_best(points, fine_tune.metric)]
             record |= {"held_out_images": len(held_out.ids), "grid": points}
         title = f"{TITLES[source]}: fine-tuning"
         tag = f"fine_tune/{source}"
-        figures = train_once(stage, Training(title, tag, encoder, options, whole, test, images.num_classes))
+        figures = train_once(stage, Training(title, tag, encoder, options, whole, test, images.num_classes), workload)
         results[source] = {"metric": fine_tune.metric, **figures, **record, "recipe": recipe(options)}
         stage.log.say(f"fine-tuned, {TITLES[source]}: {fine_tune.metric} {figures[fine_tune.metric]:.2f} %")
         stage.log.metrics(epoch or 0, {f"{tag}_{fine_tune.metric}": figures[fine_tune.metric]})
@@ -70,8 +75,26 @@ def _grid(stage: Stage, source: str) -> list[TrainingOptions]:
     ]
 
 
+def _announce(stage: Stage, grids: dict[str, list[TrainingOptions]], num_images: int) -> Workload:
+    """Says how much there is to train, and names the preset for small sets where each image would be seen often."""
+    fine_tune = stage.config.evaluation.fine_tune
+    trainings = []
+    for grid in grids.values():
+        trainings += [options.steps for options in grid] if len(grid) > 1 else []
+        trainings.append(grid[0].steps)  # the best one, on all training images
+    workload = Workload(stage.log.say, f"fine-tuning ({', '.join(grids)})", trainings)
+    times = max(trainings) * fine_tune.global_batch_size // num_images
+    if fine_tune.preset == "paper" and times > _OFTEN:
+        stage.log.say(
+            f"fine-tuning: a training sees each of the {num_images:,} images {times:,} times; "
+            "--set evaluation.fine_tune.preset=small, for sets of this size, takes 4 short trainings a source"
+        )
+    return workload
+
+
 def _search(
     stage: Stage,
+    workload: Workload,
     source: str,
     encoder: Encoder,
     grid: list[TrainingOptions],
@@ -86,7 +109,8 @@ def _search(
         title = f"{TITLES[source]}: {place} of {len(grid)}, learning rate {rate:g}, weight decay {decay:g}"
         try:
             tag = f"fine_tune/{source}_grid_{place}"
-            figures = train_once(stage, Training(title, tag, encoder, options, fitted, held_out, num_classes))
+            training = Training(title, tag, encoder, options, fitted, held_out, num_classes)
+            figures = train_once(stage, training, workload)
         except DivergedError:
             stage.log.say(f"{title}: diverged")
             figures = {}

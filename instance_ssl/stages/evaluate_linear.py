@@ -24,18 +24,26 @@ from instance_ssl.stages.representation import (
     represent,
 )
 from instance_ssl.stages.trainings import train_or_find
+from instance_ssl.stages.workload import Workload
 
 
 def run(stage: Stage) -> dict[str, Any]:
     """Top-1 and top-5 of every source; the encoder is bit-equal afterwards, and that is checked."""
     images = open_labelled(stage)
-    protocol = stage.config.evaluation.linear.protocol
+    linear, sources = stage.config.evaluation.linear, stage.config.evaluation.sources
+    protocol, steps_per_epoch = linear.protocol, math.ceil(len(images.train) / linear.global_batch_size)
+    workload = None
+    if protocol == "sgd":
+        trainings = [linear.epochs * steps_per_epoch] * len(sources)
+        workload = Workload(stage.log.say, f"linear evaluation ({', '.join(sources)})", trainings)
     results = {}
-    for source in stage.config.evaluation.sources:
+    for source in sources:
         representation = represent(stage, source)
         before = None if representation.encoder is None else state_digest(representation.encoder)
-        evaluate = {"cached": _probe_cached, "sgd": _train}[protocol]
-        figures = evaluate(stage, representation, images)
+        if workload is None:
+            figures = _probe_cached(stage, representation, images)
+        else:
+            figures = _train(stage, representation, images, workload)
         if representation.encoder is not None and state_digest(representation.encoder) != before:
             raise RuntimeError("the frozen encoder has changed during linear evaluation")
         results[source] = {
@@ -61,8 +69,11 @@ def _probe_cached(stage: Stage, representation: Representation, images: Labelled
     )
 
 
-def _train(stage: Stage, representation: Representation, images: LabelledImages) -> dict[str, float]:
+def _train(
+    stage: Stage, representation: Representation, images: LabelledImages, workload: Workload
+) -> dict[str, float]:
     linear, data, seed = stage.config.evaluation.linear, evaluation_data(stage), stage.config.seed
+    steps_per_epoch = math.ceil(len(images.train) / linear.global_batch_size)
     loader = PartLoader(
         images.train,
         probe_view(data.image_size),
@@ -76,6 +87,7 @@ def _train(stage: Stage, representation: Representation, images: LabelledImages)
         for part in loader.epoch(epoch, own_parts(order, linear.global_batch_size, stage.world)):
             stage.guard.check()
             yield part
+            workload.advance()
 
     def test_batches() -> Iterator[Batch]:
         for batch in own_batches(stage, images.test, centre_view(data.image_size)):
@@ -93,7 +105,9 @@ def _train(stage: Stage, representation: Representation, images: LabelledImages)
     }
 
     def train(state: dict[str, Any] | None, offer: Callable[[Progress], None]) -> dict[str, Any]:
-        with stage.log.progress(title, linear.epochs, "epochs", initial=state["epochs"] if state else 0) as progress:
+        epochs_done = state["epochs"] if state else 0
+        workload.advance(epochs_done * steps_per_epoch, done_before=True)
+        with stage.log.progress(title, linear.epochs, "epochs", initial=epochs_done) as progress:
 
             def on_epoch(done: Progress) -> None:
                 stage.log.metrics(done.epochs, {f"linear/{representation.source}_train_loss": done.train_loss})
@@ -109,7 +123,7 @@ def _train(stage: Stage, representation: Representation, images: LabelledImages)
                 num_classes=images.num_classes,
                 labels=images.train_labels,
                 test_labels=images.test_labels,
-                steps_per_epoch=math.ceil(len(images.train) / linear.global_batch_size),
+                steps_per_epoch=steps_per_epoch,
                 epochs=linear.epochs,
                 learning_rate=linear.learning_rate,
                 global_batch_size=linear.global_batch_size,
@@ -118,4 +132,5 @@ def _train(stage: Stage, representation: Representation, images: LabelledImages)
                 on_epoch=on_epoch,
             )
 
-    return train_or_find(stage, title, decisive, train)
+    with workload.training(linear.epochs * steps_per_epoch):
+        return train_or_find(stage, title, decisive, train)

@@ -12,6 +12,7 @@ from instance_ssl.evaluation.label_lists import draw_balanced, read_label_list, 
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, describe_images, train_once, tunable_sources
 from instance_ssl.stages.representation import TITLES, LabelledImages, load_backbone, open_labelled
+from instance_ssl.stages.workload import Workload
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -21,6 +22,10 @@ def run(stage: Stage) -> dict[str, Any]:
     sources = tunable_sources(stage)
     labelled = [_labelled_ids(stage, images, place) for place in range(len(semi_supervised.fractions))]
     test = Subset(images.test, torch.arange(len(images.test)), images.test_labels)
+    trainings = [
+        _options(stage, source, place, len(ids)).steps for source in sources for place, (ids, _) in enumerate(labelled)
+    ]
+    workload = Workload(stage.log.say, f"semi-supervised ({', '.join(sources)})", trainings)
     results: dict[str, Any] = {}
     for source in sources:
         encoder, epoch = load_backbone(stage, source)
@@ -31,7 +36,7 @@ def run(stage: Stage) -> dict[str, Any]:
             options = _options(stage, source, place, len(ids))
             tag = f"semi_supervised/{source}_{fraction:g}"
             training = Training(title, tag, encoder, options, train, test, images.num_classes)
-            figures = train_once(stage, training)
+            figures = train_once(stage, training, workload)
             rows.append({"fraction": fraction, "labels": list_file, **figures, "recipe": recipe(options)})
             stage.log.say(f"{title} ({len(ids)} images): {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
             stage.log.metrics(epoch or 0, {f"{tag}_top1": figures["top1"]})

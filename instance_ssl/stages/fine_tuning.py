@@ -26,6 +26,7 @@ from instance_ssl.stages.build import own_parts
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.representation import LabelledImages, evaluation_data
 from instance_ssl.stages.trainings import train_or_find
+from instance_ssl.stages.workload import Workload
 
 LAYERS = "all layers, and a linear classifier on the backbone output"
 
@@ -101,8 +102,11 @@ def describe_images(stage: Stage, images: LabelledImages) -> dict[str, Any]:
     return {"kind": evaluation_data(stage).kind, "num_classes": images.num_classes, **digests}
 
 
-def train_once(stage: Stage, training: Training) -> dict[str, Any]:
+def train_once(stage: Stage, training: Training, workload: Workload) -> dict[str, Any]:
     """Trains and tests, or finds that it has been done. Collective.
+
+    Args:
+        workload: what it is part of.
 
     Returns:
         What `fine_tune` returns, with "train_images".
@@ -110,17 +114,26 @@ def train_once(stage: Stage, training: Training) -> dict[str, Any]:
     Raises:
         DivergedError: when the loss is no longer a number.
     """
-    return train_or_find(
-        stage, training.title, training.decisive(stage), lambda state, offer: _train(stage, training, state, offer)
-    )
+    with workload.training(training.options.steps):
+        return train_or_find(
+            stage,
+            training.title,
+            training.decisive(stage),
+            lambda state, offer: _train(stage, training, workload, state, offer),
+        )
 
 
 def _train(
-    stage: Stage, training: Training, state: dict[str, Any] | None, offer: Callable[[Progress], None]
+    stage: Stage,
+    training: Training,
+    workload: Workload,
+    state: dict[str, Any] | None,
+    offer: Callable[[Progress], None],
 ) -> dict[str, Any]:
     options, train, test = training.options, training.train, training.test
     steps_per_epoch = math.ceil(len(train.ids) / options.global_batch_size)
     steps_done = 0 if state is None else min(state["epochs"] * steps_per_epoch, options.steps)
+    workload.advance(steps_done, done_before=True)
     with stage.log.progress(training.title, options.steps, "steps", initial=steps_done) as progress:
         loader = PartLoader(
             train.images,
@@ -139,6 +152,7 @@ def _train(
                 stage.check_together()
                 yield part
                 progress.advance()
+                workload.advance()
 
         def on_epoch(done: Progress) -> None:
             stage.log.metrics(done.epochs, {f"{training.tag}/train_loss": done.train_loss})

@@ -29,6 +29,7 @@ from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.build import (
     classifier_shard,
     describe_encoder,
+    describe_stem_cost,
     own_parts,
     seeded_encoder,
     training_shards,
@@ -46,6 +47,8 @@ def run(stage: Stage) -> dict[str, Any]:
     """Writes checkpoint 0: the random encoder, with the batch-norm statistics of the pass, and W."""
     config = stage.config
     stage.log.say(describe_encoder(config))
+    if stage.log.is_main and (stem_cost := describe_stem_cost(config)) is not None:
+        stage.log.say(stem_cost)
     encoder = seeded_encoder(config).to(stage.world.device)
     shard = classifier_shard(stage)
     mode = config.classifier.initialization

@@ -19,7 +19,7 @@ from instance_ssl.errors import UserError
 from instance_ssl.planning import LAYOUTS, EncoderCost, Layout, Plan, engine_size, measure_encoder
 from instance_ssl.planning_paper import PAPER_GIB, Training, draw_figure_3, table_1
 from instance_ssl.stages.arguments import add_config_arguments
-from instance_ssl.stages.build import describe_encoder, seeded_encoder
+from instance_ssl.stages.build import describe_encoder, describe_stem_cost, seeded_encoder
 from instance_ssl.stages.checks import check_size
 
 _CIFAR_IMAGES = 50_000
@@ -50,10 +50,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise UserError(f"--gpu-memory-gib {gib}: give a positive number")
     config = load_config(arguments.config, arguments.set)
     num_instances = count_images(config.data) if arguments.num_instances is None else arguments.num_instances
-    check_size(config, num_instances)
-    if num_instances < world_size:
-        raise UserError(f"{num_instances} classes cannot be divided over {world_size} ranks")
     ds = _settings(arguments, config, world_size)
+    check_size(config, num_instances, ds.micro_batch_size, world_size, arguments.deepspeed_config)
     engine.check_zero_section(ds)
     # The micro-batch is the JSON's, whatever the number of ranks: one measurement serves all of them.
     cost = measure_encoder(
@@ -64,6 +62,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
     training = _training(config, ds, cost, world_size, num_instances)
     tell(f"{describe_encoder(config)}, {cost.num_parameters / 1e6:.1f} M parameters")
+    if (stem_cost := describe_stem_cost(config)) is not None:
+        tell(stem_cost)
     batch = f"{ds.micro_batch_size} images x {ds.accumulation_steps} micro-batches x {world_size} ranks"
     tell(
         f"{num_instances:,} images; global batch {config.optimization.global_batch_size} = {batch}, "

@@ -26,6 +26,7 @@ from instance_ssl.pretraining import train_epoch
 from instance_ssl.run_directory import require_space, write_json
 from instance_ssl.schedules import EpochClock, warmup_cosine
 from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_shards, training_views
+from instance_ssl.stages.checks import absent_checkpoint
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.growth import add_rows
 from instance_ssl.stages.left_out import LeftOut
@@ -113,10 +114,7 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
         return found
     found = newest_checkpoint(stage.checkpoints_of("initialize_classifier"), stage.world)
     if found is None:
-        raise UserError(
-            f"{stage.run_directory} has no initialised classifier: run runners/initialize_classifier.py "
-            "with the same flags first, or runners/pipeline.py for all stages"
-        )
+        raise UserError(absent_checkpoint(stage.run_directory, "initialize_classifier"))
     say_what_was_passed_over(stage, found)
     require_same_run(found, stage)
     return found

@@ -22,6 +22,7 @@ from instance_ssl.evaluation.features import extract_features
 from instance_ssl.evaluation.knn import knn_accuracy
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.stages.build import seeded_encoder
+from instance_ssl.stages.checks import absent_checkpoint
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.session import say_what_was_passed_over
 from instance_ssl.weights import backbone_network, load_state, read_weights
@@ -242,7 +243,7 @@ def _checkpoint(stage: Stage, source: str) -> Checkpoint:
     else:
         newest = newest_checkpoint(stage.checkpoints_of(made_by), stage.world, ENCODER_FILES)
         if newest is None:
-            raise UserError(f"{stage.run_directory} has no {TITLES[source]} encoder: run runners/{made_by}.py first")
+            raise UserError(absent_checkpoint(stage.run_directory, made_by))
         checkpoint = newest
     say_what_was_passed_over(stage, checkpoint)
     return checkpoint

@@ -70,6 +70,7 @@ def test_a_drawn_list_given_back_is_the_same_training_and_only_what_is_new_is_do
     finished = run_bare("evaluate_semi_supervised", *arguments(run, **changes))
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("done before") == 1
+    assert "semi-supervised (random): 2 trainings, 6 steps in all" in finished.stdout
     same, other = result(run, "evaluate_semi_supervised")["figures"]["random"]["fractions"]
     before = result(two_ranks, "evaluate_semi_supervised")["figures"]["random"]["fractions"][1]
     assert (same["top1"], same["labels"]) == (before["top1"], str(drawn))
@@ -79,6 +80,7 @@ def test_a_drawn_list_given_back_is_the_same_training_and_only_what_is_new_is_do
 def test_the_grid_is_compared_on_held_out_images_and_its_best_point_retrained(tmp_path: Path) -> None:
     finished = run_bare("evaluate_fine_tune", *arguments(tmp_path / "run"))
     assert finished.returncode == 0, finished.stderr
+    assert "fine-tuning (random): 3 trainings, 36 steps in all" in finished.stdout
     figures = result(tmp_path / "run", "evaluate_fine_tune")["figures"]["random"]
     good, diverged = figures["grid"]
     assert good["held_out_top1"] > 0

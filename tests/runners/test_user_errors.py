@@ -1,6 +1,7 @@
 """A user's mistake is one line on stderr, exit code 2, and leaves nothing behind."""
 
 import json
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,7 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subproc
         number, (arguments, _) = item
         run_directory = directory / f"run_{number}"
         filled = [argument.format(d=directory) for argument in arguments]
-        return run_bare("pretrain", "--run-dir", str(run_directory), *filled), run_directory
+        return run_bare("initialize_classifier", "--run-dir", str(run_directory), *filled), run_directory
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(MISTAKES, pool.map(run, enumerate(MISTAKES.values())), strict=True))
@@ -108,6 +109,29 @@ def test_a_stage_out_of_order_says_what_to_run(tmp_path: Path) -> None:
     assert finished.returncode == 2
     assert "runners/initialize_classifier.py" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_an_evaluation_before_its_training_says_so_before_images_are_opened(tmp_path: Path) -> None:
+    arguments = ["--run-dir", str(tmp_path / "run"), "--set", "data.kind=tree", "data.root=/absent"]
+    finished = run_bare("evaluate_knn", *arguments)
+    assert finished.returncode == 2
+    assert f"error: {tmp_path}/run has no" in finished.stderr
+    assert "--run-dir of the run that is meant" in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_set_too_small_runs_with_the_settings_that_the_message_names(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(CPU))
+    base = ["--set", "data.limit_train=5", "optimization.epochs=1", "optimization.warmup_epochs=0"]
+    base += ["--stages", "initialize_classifier", "pretrain", "--run-dir", str(tmp_path / "run")]
+    finished = run_launched("pipeline", 2, *base, "--deepspeed_config", str(tmp_path / "ds.json"))
+    assert finished.returncode == 2, finished.stderr
+    fits = re.search(r'--set ((?:\S+=\d+ )+)and ("train_micro_batch_size_per_gpu": \d+) in a copy', finished.stderr)
+    assert fits is not None, finished.stderr
+    (tmp_path / "copy.json").write_text(json.dumps({**CPU, **json.loads(f"{{{fits[2]}}}")}))
+    changes = ["--deepspeed_config", str(tmp_path / "copy.json"), "--set", *fits[1].split()]
+    finished = run_launched("pipeline", 2, *base, *changes)
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_an_image_that_breaks_in_mid_run_is_named_by_the_rank_that_met_it(tmp_path: Path) -> None:

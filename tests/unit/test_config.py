@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from instance_ssl.config import ExperimentConfig, flatten, load_config
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, tried
 
 CONFIGS = sorted((Path(__file__).parents[2] / "runners/configs").glob("*.yaml"))
 
@@ -41,6 +41,16 @@ def test_defaults_of_fine_tuning_are_the_papers_and_simclrs() -> None:
     expected = [1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1]
     assert transfer.learning_rates == pytest.approx(expected, rel=1e-3)
     assert transfer.weight_decays == pytest.approx([0, *(rate / 100 for rate in expected)], rel=1e-3)
+
+
+def test_the_preset_for_small_sets_fills_in_what_is_not_given(tmp_path: Path) -> None:
+    path = write(tmp_path, "evaluation: {fine_tune: {preset: small, steps: 70}}")
+    small = load_config(path, ["evaluation.fine_tune.weight_decays=[1e-4]"]).evaluation.fine_tune
+    assert (small.steps, small.random_steps, small.global_batch_size) == (70, 1000, 64)
+    assert (small.learning_rates, small.weight_decays) == ((1e-3, 1e-2, 1e-1), (1e-4,))
+    recorded = write(tmp_path, json.dumps(load_config(path).model_dump(mode="json")))
+    assert load_config(recorded).evaluation.fine_tune.steps == 70
+    assert "found 'smal'; did you mean 'small'" in error_of(path, "evaluation.fine_tune.preset=smal")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -102,6 +112,33 @@ def test_a_single_epoch_without_warm_up_is_allowed(tmp_path: Path) -> None:
         ("evaluation.semi_supervised.fractions=[0.1]", "classifier_learning_rates has 2 values, fractions 1"),
         ("evaluation.semi_supervised.list_files=[a.txt]", "list_files has 1 files, fractions 2"),
         ("evaluation.semi_supervised.fractions=[0.1, 2]", "evaluation.semi_supervised.fractions.1"),
+        ("evaluation.sources=random,trained", "write 'evaluation.sources=[random,trained]'"),
+        ("evaluation.sources=random", "write 'evaluation.sources=[random]'"),
+        ("evaluation.knn.neighbours=5", "write 'evaluation.knn.neighbours=[5]'"),
+        ("evaluation.sources=[random, traind]", "found 'traind'; did you mean 'trained'?"),
+        ("evaluation.sources=[weights]", "with --set: evaluation: source 'weights' needs a file"),
+        ("epochs=3", "unknown key 'epochs'; did you mean optimization.epochs or"),
+        ("optimization.temperature=1", "did you mean classifier.temperature?"),
+        ("train_micro_batch_size_per_gpu=8", "belongs in the DeepSpeed JSON, the file of --deepspeed_config"),
+        ("optimization.epochs.max=8", "it is a value and has no keys"),
+        ("optimization.epochs=0", "must be at least 1, not 0"),
+        ("classifier.smoothing_factor=1", "must be below 1, not 1"),
+        ("optimization.epochs=30.5", "expected a whole number, found 30.5"),
+        ("optimization.epochs=None", "expected a whole number, found 'None'"),
+        ("optimization.learning_rate=None", "found 'None': write null for none"),
+        ("optimization.learning_rate=0.5lr", "found '0.5lr': leave out the unit"),
+        ("data.image_size=64 px", "found '64 px': leave out the unit"),
+        ("optimization.momentum=90%", "found '90%': write 0.9 for 90%"),
+        ("optimization.momentum=9.0.0%", "found '9.0.0%': leave out the unit"),
+        ("evaluation.sources=null", "expected a list, found None"),
+        ("optimization.learning_rate=1,5", "found '1,5': one number, with a decimal point"),
+        ("model.backbone=ResNet18", "did you mean 'resnet18'?"),
+        ("model=resnet18", "this is a section with keys of its own (backbone, stem"),
+        ("augmentation.blur=maybe", "expected true or false, found 'maybe'"),
+        ("data.root=None", "write null for none"),
+        ("data.root=''", "write null for none"),
+        ("data.root=[a]", "expected a path, found ['a']"),
+        ("optimization.epochs : 3", "expected key=value"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_it(tmp_path: Path, override: str, expected: str) -> None:
@@ -112,6 +149,37 @@ def test_an_unknown_key_is_named_with_the_nearest(tmp_path: Path) -> None:
     message = error_of(write(tmp_path, "classifier: {temperatur: 0.1}"))
     assert "classifier.temperatur" in message
     assert "did you mean 'temperature'" in message
+
+
+def test_a_section_left_empty_says_what_belongs_into_it(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path, "optimization:\nmodel: {backbone: small_cnn}"))
+    assert "optimization: this is a section with keys of its own (epochs," in message
+    assert "found nothing" in message
+
+
+def test_a_deepspeed_json_given_as_the_experiment_is_known_as_one() -> None:
+    message = error_of(Path(__file__).parents[2] / "ds_configs/cpu_bf16.json")
+    assert "cpu_bf16.json: this is a DeepSpeed JSON" in message
+    assert "--deepspeed_config" in message
+
+
+def test_a_home_directory_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ["data.root", "data.list_file", "evaluation.checkpoint", "evaluation.weights", "export.images"]
+    keys += ["evaluation.detection.root", "evaluation.data.root"]
+    config = load_config(
+        write(tmp_path, ""), [*(f"{key}=~/x" for key in keys), "evaluation.semi_supervised.list_files=[~/x, ~/x]"]
+    )
+    recorded = flatten(config)
+    assert {recorded[key] for key in keys} == {"/home/me/x"}
+    assert recorded["evaluation.semi_supervised.list_files"] == ["/home/me/x"] * 2
+
+
+def test_a_relative_path_is_told_with_the_one_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"--config mine.yaml (tried {tmp_path}/mine.yaml): No such file" in error_of(Path("mine.yaml"))
+    assert tried(Path("/a/b")) == "/a/b"
+    assert "drive letter" in tried(Path("C:\\images"))
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "a: [", "just words"])

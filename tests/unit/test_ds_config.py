@@ -1,6 +1,7 @@
 """The DeepSpeed JSON: what is passed on, derived, refused; every shipped file works."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ def test_the_reductions_precision_can_be_set_where_it_counts(tmp_path: Path, key
         ({"instance_classifier": {"group_size": 0}}, "instance_classifier.group_size"),
         ({"instance_classifier": {"group_size": 3}}, "does not divide the 2 ranks"),
         ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu"),
+        ({"optimization": {"epochs": 3}}, "'optimization' is a key of the experiment"),
         ({"train_micro_batch_size_per_gpu": 48}, "optimization.global_batch_size 4096 is not a multiple"),
     ],
 )
@@ -142,7 +144,32 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(tmp_path: Path) 
     assert "64 x 2 ranks" in error_of(written(tmp_path), batch=64)
 
 
-def test_a_malformed_or_missing_file_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("batch", "world_size", "micro_batch"), [(20, 1, 20), (20, 3, 6), (130, 1, 26), (96, 1, 48), (1, 2, 1), (63, 2, 31)]
+)
+def test_a_batch_that_does_not_divide_says_which_micro_batch_does(
+    tmp_path: Path, batch: int, world_size: int, micro_batch: int
+) -> None:
+    message = error_of(written(tmp_path), batch=batch, world_size=world_size)
+    assert f'"train_micro_batch_size_per_gpu": {micro_batch} in a copy of {tmp_path / "ds.json"}' in message
+    changed = re.search(r"--set optimization.global_batch_size=(\d+)", message)
+    path = written(tmp_path, train_micro_batch_size_per_gpu=micro_batch)
+    settings = load(path, batch=batch if changed is None else int(changed[1]), world_size=world_size)
+    assert settings.micro_batch_size == micro_batch
+    nearest = re.search(r"the nearest is (\d+)", message)
+    assert nearest is not None
+    assert load(written(tmp_path), batch=int(nearest[1]), world_size=world_size).micro_batch_size == 64
+
+
+def test_an_experiment_given_as_the_deepspeed_json_is_known_as_one() -> None:
+    message = error_of(Path(__file__).parents[2] / "runners/configs/pipeline_digits.yaml")
+    assert "pipeline_digits.yaml: this is YAML" in message
+    assert "--config" in message
+
+
+def test_a_malformed_or_missing_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"(tried {tmp_path}/gone.json)" in error_of(Path("gone.json"))
     path = tmp_path / "ds.json"
     assert "ds.json" in error_of(path)
     path.write_text("{")

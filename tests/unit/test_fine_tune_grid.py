@@ -49,3 +49,26 @@ def test_the_best_point_is_the_first_of_equals_and_diverged_ones_never() -> None
     assert evaluate_fine_tune._best(points[:2], "top1") == 1
     with pytest.raises(UserError, match="every point"):
         evaluate_fine_tune._best(points[:1], "top1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {},
+            ["fine-tuning (trained): 57 trainings, 1,140,000 steps in all", "540 images 9,481 times; --set evaluation"],
+        ),
+        ({"learning_rates": [0.1], "weight_decays": [0]}, ["1 training, 20,000 steps", "preset=small"]),
+        ({"preset": "small"}, ["4 trainings, 2,000 steps in all"]),
+        ({"steps": 1000}, ["57 trainings, 57,000 steps"]),
+    ],
+)
+def test_the_total_is_said_first_and_the_preset_where_the_set_is_small(
+    settings: dict[str, Any], expected: list[str]
+) -> None:
+    said: list[str] = []
+    config = ExperimentConfig.model_validate({"evaluation": {"fine_tune": settings}})
+    stage: Any = SimpleNamespace(config=config, log=SimpleNamespace(say=said.append))
+    evaluate_fine_tune._announce(stage, {"trained": evaluate_fine_tune._grid(stage, "trained")}, 540)
+    assert len(said) == len(expected)
+    assert all(text in line for text, line in zip(expected, said, strict=True))

@@ -1,6 +1,7 @@
 """Who may import whom: the layers hold because this test reads every import."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ LAYERS = {
     "classifier": {"distributed", "errors", "ordering"},
     "benchmarks": {"distributed", "data", "classifier", "checkpoint", "checkpoint_files", "errors"},
     "evaluation": {"distributed", "data", "models", "classifier", "errors", "ordering"},
-    "ablation": {"config", "config_types", "console", "errors", "run_directory"},
+    "ablation": {"config", "config_errors", "config_types", "console", "errors", "run_directory"},
     "report": {
         "checkpoint_files",
         "config",
@@ -91,3 +92,9 @@ def test_only_these_files_read_the_environment(path: Path) -> None:
         for node in ast.walk(ast.parse(path.read_text()))
     )
     assert not reads or path.name in ("comm.py", "context.py", "faults.py", "supervise.py")
+
+
+def test_no_message_sends_to_a_registry_for_this_project() -> None:
+    """It is installed from its folder; whatever a registry may have under its name is somebody else's."""
+    guilty = [str(path) for path in FILES if re.search(r"pip install [\"']?instance_ssl", path.read_text())]
+    assert guilty == []

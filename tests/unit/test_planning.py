@@ -1,6 +1,8 @@
 """The planner's arithmetic: layouts, limits and the encoder on fake tensors against a real one."""
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.memory import ClassifierSize, classifier_flops, classifier_memory
+from instance_ssl.config import ExperimentConfig
 from instance_ssl.models.encoder import build_encoder
 from instance_ssl.planning import LAYOUTS, EncoderCost, EngineSize, measure_encoder, plan_layout
 from instance_ssl.planning_paper import Training, table_1
+from instance_ssl.stages.build import describe_stem_cost
 
 COST = EncoderCost(1_000_000, 900_000, 1000, 3_000_000, 3_500_000, 4_000_000, 10**9)
 ENGINE = EngineSize(8, 1, None, torch.float32, 0, 5_000_000, 1)
@@ -102,3 +106,20 @@ def test_table_1_has_the_papers_figures_beside_the_planners() -> None:
     assert rows["GiB a rank"] == list(LAYOUTS)
     assert rows["most classes in 32 GiB"][0] == f"{TRAINING.most_classes('sharded', 32) / 1e6:.1f} M"
     assert "21.51" in [cell for row in table_1(TRAINING, 32) for cell in row]
+
+
+def test_the_stem_chosen_for_small_images_says_what_it_costs() -> None:
+    def said(**settings: Any) -> str | None:
+        values = {
+            "model": {"backbone": "resnet18", **settings.pop("model", {})},
+            "data": {"image_size": 64, **settings},
+        }
+        return describe_stem_cost(ExperimentConfig.model_validate(values))
+
+    found = re.match(r"the 3x3 stem takes ([\d.]+) times the FLOPs and ([\d.]+) times the activation", str(said()))
+    assert found is not None
+    assert (float(found[1]), float(found[2])) == (pytest.approx(15.3, abs=0.5), pytest.approx(10.3, abs=1))
+    assert "model.stem=imagenet" in str(said())
+    assert said(image_size=65) is None
+    assert said(model={"stem": "small"}) is None
+    assert said(model={"backbone": "small_cnn"}) is None
