@@ -79,7 +79,7 @@ def pack_images(
 
 def _begin(source: EncodedImages, folder: Path, packing: Packing) -> dict[str, range]:
     """The shards and the images of each; says in the folder what is packed there."""
-    odd = next((name for name in source.names if name.endswith(".cls")), None)
+    odd = next((name for name in source.names if name.lower().endswith(".cls")), None)
     if odd is not None:
         raise UserError(f"{escape(odd)} has the name of a class index in a tar: rename it")
     wanted = {"source": source.digest, "size": packing.size, "quality": packing.quality, "mib": packing.shard_mib}
