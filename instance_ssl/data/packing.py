@@ -21,8 +21,9 @@ from PIL import Image
 
 from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.folders import escape, reason
+from instance_ssl.data.name_lists import list_line, write_lines
 from instance_ssl.data.packed_set import BEGUN, RECORD, PackedSet
-from instance_ssl.data.sources import EncodedImages, write_lines
+from instance_ssl.data.sources import EncodedImages
 from instance_ssl.data.tar_index import index_shard
 from instance_ssl.errors import UserError
 
@@ -167,7 +168,7 @@ def _write_shard(path: Path, ids: range) -> None:
                 content, problem = _try(source, index, _worker["packing"])
                 name = source.names[index]
                 if content is None:
-                    left_out.append((escape(name), problem))
+                    left_out.append((list_line(name), problem))
                     _worker["on_broken"].judge(left_out, len(source))
                 else:
                     _add(tar, name, content)

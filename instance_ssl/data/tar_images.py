@@ -15,6 +15,7 @@ import numpy as np
 from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.columns import Columns
 from instance_ssl.data.folders import differs_here, escape, existing_root
+from instance_ssl.data.name_lists import list_line
 from instance_ssl.data.name_table import NameTable, pack_names, repetitions
 from instance_ssl.data.packed_set import PackedSet, read_packed_set
 from instance_ssl.data.sources import EncodedImages, names_digest
@@ -27,9 +28,9 @@ _PLACES = {"train": ("train/*.tar", "train*.tar"), "test": ("val/*.tar", "val*.t
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _REMARKS = (
-    "{count:,} .cls members have no image, such as {example}: a label has its image's name, up to the last dot",
-    "{count:,} images are not taken, as their sample has one of its very name, such as {example}",
-    "{count:,} images share a sample with another, such as {example}: each is an instance of its own",
+    "labels that no image has: {count:,}, such as {example}; a .cls has its image's name, up to the last dot",
+    "images ignored, as their sample has one of its very name: {count:,}, such as {example}",
+    "images that share a sample with another: {count:,}, such as {example}; each is an instance of its own",
 )
 
 
@@ -187,7 +188,7 @@ def open_listing(listing: TarListing, kept: np.ndarray, on_broken: OnBroken) -> 
         columns = {**pack_names(names[place] for place in kept.tolist()), **others}
     images = TarImages(listing.shards, listing.shard_bytes, columns, listing.class_names)
     images.remarks = listing.remarks
-    images.left_out = [f"{escape(names[place])}: {listing.problems[place]}" for place in broken]
+    images.left_out = [f"{list_line(names[place])}: {listing.problems[place]}" for place in broken]
     return images
 
 

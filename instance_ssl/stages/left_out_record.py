@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from instance_ssl.data.folders import escape
+from instance_ssl.data.name_lists import list_line
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.errors import UserError
 
@@ -65,8 +66,8 @@ def append_left_out(run_directory: Path, found: Mapping[int, Found], source: Ima
     path = record_path(run_directory)
     lines = []
     for index, one in found.items():
-        why = escape(one.why).replace("\t", " ")
-        lines.append(f"{index}\t{one.step}\t{why}\t{escape(source.names[index])}\n")
+        why = escape(one.why.replace("\t", " "))
+        lines.append(f"{index}\t{one.step}\t{why}\t{list_line(source.names[index])}\n")
     try:
         with path.open("a+b") as file:
             file.seek(0)
