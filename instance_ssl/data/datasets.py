@@ -19,6 +19,7 @@ from instance_ssl.data.folders import (
     required_root,
     scan_images,
 )
+from instance_ssl.data.name_lists import read_names
 from instance_ssl.data.name_table import packed, repetitions
 from instance_ssl.data.sources import ArrayImages, FileImages, ImageSource
 from instance_ssl.data.tar_images import list_tar, open_listing
@@ -50,7 +51,7 @@ def open_source(
             (tar shards, see tar_images.py).
         split: "train" or "test"; "folder" and "list" have no test split.
         root: `data.root`. Paths of a list are relative to it, or to the list file's folder where it is None.
-        list_file: `data.list_file`: one path a line, in the order wanted; blank lines and # comments are ignored.
+        list_file: `data.list_file`: one path a line, in the order wanted; see name_lists.py.
         limit: keeps image floor(i * N / limit) for i = 0 ... limit - 1; None keeps all N.
         shards: `data.shards`, for "tar".
         on_broken: what becomes of files that cannot be read, among those that the limit keeps.
@@ -189,16 +190,16 @@ def _open_list(root: Path | None, list_file: Path | None, limit: int | None, on_
     lines = array("q")
 
     def listed_names() -> Iterator[str]:
-        with list_file.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                if (entry := line.strip()) and not entry.startswith("#"):
-                    lines.append(number)
-                    yield os.path.normpath(entry)
+        for number, name in read_names(list_file, lambda name: os.path.isfile(root / name)):
+            lines.append(number)
+            yield os.path.normpath(name)
 
     try:
         names = packed(listed_names())
     except OSError as error:
         raise UserError(f"{shown} cannot be read: {reason(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{shown}, {reason(error)}") from error
     if not names:
         raise UserError(f"{shown} lists no image")
     for place, first in repetitions(names).items():

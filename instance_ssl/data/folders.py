@@ -7,7 +7,6 @@ from pathlib import Path
 from PIL import UnidentifiedImageError
 
 from instance_ssl.errors import UserError, escape, tried
-from instance_ssl.errors import unescape as unescape
 
 # What lies in the root of a kind, by which a level too deep or too high is told.
 _MARKERS = {"tree": "train", "sun397": "SUN397", "dtd": "dtd/dtd", "inaturalist2018": "train2018.json"}

@@ -21,8 +21,9 @@ from PIL import Image
 
 from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.folders import escape, reason
+from instance_ssl.data.name_lists import list_line, write_lines
 from instance_ssl.data.packed_set import BEGUN, RECORD, PackedSet
-from instance_ssl.data.sources import EncodedImages, write_lines
+from instance_ssl.data.sources import EncodedImages
 from instance_ssl.data.tar_index import index_shard
 from instance_ssl.disk_space import why_not_written
 from instance_ssl.errors import UserError
@@ -83,7 +84,7 @@ def pack_images(
 
 def _begin(source: EncodedImages, folder: Path, packing: Packing) -> dict[str, range]:
     """The shards and the images of each; says in the folder what is packed there."""
-    odd = next((name for name in source.names if name.endswith(".cls")), None)
+    odd = next((name for name in source.names if name.lower().endswith(".cls")), None)
     if odd is not None:
         raise UserError(f"{escape(odd)} has the name of a class index in a tar: rename it")
     wanted = {"source": source.digest, "size": packing.size, "quality": packing.quality, "mib": packing.shard_mib}
@@ -173,7 +174,7 @@ def _write_shard(path: Path, ids: range) -> None:
                 content, problem = _try(source, index, _worker["packing"])
                 name = source.names[index]
                 if content is None:
-                    left_out.append((escape(name), problem))
+                    left_out.append((list_line(name), problem))
                     _worker["on_broken"].judge(left_out, len(source))
                 else:
                     _add(tar, name, content)

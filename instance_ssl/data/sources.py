@@ -16,7 +16,8 @@ from PIL import Image
 from instance_ssl.data.broken import REFUSE, OnBroken, check_files
 from instance_ssl.data.columns import Columns
 from instance_ssl.data.decoding import ChooseReduction, convert_to_rgb, decode_pixels, image_pixels, open_image
-from instance_ssl.data.folders import differs_here, escape, reason, unescape
+from instance_ssl.data.folders import differs_here, escape, reason
+from instance_ssl.data.name_lists import list_line, read_lines, write_names
 from instance_ssl.data.name_table import NameTable, pack_names
 from instance_ssl.errors import RankError
 
@@ -40,6 +41,7 @@ class ImageSource(ABC):
         held_out: ids, (n,) int64, of the training images that the data set itself keeps for the choice of parameters;
             None where it has no such part.
         left_out: the images that could not be read and have no id, a line each that names the image and the reason.
+        remarks: what the user should know of the data set, a line each.
         absent: id → why, of images that have an id from an earlier time and are not there any more.
     """
 
@@ -48,6 +50,7 @@ class ImageSource(ABC):
     digest: str
     held_out: torch.Tensor | None = None
     left_out: Sequence[str] = ()
+    remarks: Sequence[str] = ()
     absent: Mapping[int, str] = {}
 
     def __init__(self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, digest: str) -> None:
@@ -209,7 +212,7 @@ class FileImages(EncodedImages):
         sizes, problems = check_files(root, listed, on_broken)
         columns = {**packed, "sizes": sizes, **label_column(labels)}
         if problems:
-            self.left_out = [f"{escape(listed[index])}: {why}" for index, why in problems.items()]
+            self.left_out = [f"{list_line(listed[index])}: {why}" for index, why in problems.items()]
             kept = np.delete(np.arange(len(listed)), list(problems))
             columns = {**pack_names(listed[int(i)] for i in kept), "sizes": sizes[kept], **label_column(labels, kept)}
             held_out = None if held_out is None else held_out[torch.from_numpy(kept)]
@@ -258,25 +261,10 @@ def digest_of(names: Iterable[str], sizes: np.ndarray) -> str:
 
 
 def write_instances(source: ImageSource, path: Path) -> None:
-    r"""Writes the name of image i to line i, counted from 0, of `path`: N lines, all or nothing.
-
-    A name is written by `escape`: newlines as \n, backslashes as \\.
-    """
-    write_lines((escape(name) for name in source.names), path)
+    """Writes the name of image i to line i, counted from 0, of `path`: N lines, all or nothing; see name_lists.py."""
+    write_names(source.names, path)
 
 
 def read_instances(path: Path) -> Iterator[str]:
     """The names that `write_instances` wrote, in order; raises OSError where there is no such file."""
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        for line in file:
-            yield unescape(line.removesuffix("\n"))
-
-
-def write_lines(lines: Iterable[str], path: Path) -> None:
-    """Writes a file of so many lines, whole or not at all, and never all of them in memory."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return read_lines(path)

@@ -15,6 +15,7 @@ import numpy as np
 from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.columns import Columns
 from instance_ssl.data.folders import differs_here, escape, existing_root
+from instance_ssl.data.name_lists import list_line
 from instance_ssl.data.name_table import NameTable, pack_names, repetitions
 from instance_ssl.data.packed_set import PackedSet, read_packed_set
 from instance_ssl.data.sources import EncodedImages, names_digest
@@ -26,6 +27,11 @@ _OPEN_SHARDS = 64
 _PLACES = {"train": ("train/*.tar", "train*.tar"), "test": ("val/*.tar", "val*.tar", "test/*.tar", "test*.tar")}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_REMARKS = (
+    "labels that no image has: {count:,}, such as {example}; a .cls has its image's name, up to the last dot",
+    "images ignored, as their sample has one of its very name: {count:,}, such as {example}",
+    "images that share a sample with another: {count:,}, such as {example}; each is an instance of its own",
+)
 
 
 class TarImages(EncodedImages):
@@ -105,7 +111,8 @@ class TarListing:
         shard_bytes: of each.
         columns: as TarImages has them.
         problems: by place, what is wrong with images whose header cannot be read.
-        class_names: of the labels, or None.
+        class_names: of the labels, or None: in plain shards, the values in use, as text.
+        remarks: as ImageSource has them.
     """
 
     shards: list[Path]
@@ -113,6 +120,7 @@ class TarListing:
     columns: dict[str, np.ndarray]
     problems: dict[int, str]
     class_names: list[str] | None
+    remarks: list[str]
 
     def __len__(self) -> int:
         return len(self.columns["offsets"])
@@ -135,19 +143,26 @@ def list_tar(root: Path | None, pattern: str | None, split: str) -> TarListing:
     shards = _find_shards(root, pattern, split)
     packed_set = _packed_set(shards, complete=pattern is None)
     indexes = _index_all(shards, packed_set)
-    columns = _join(indexes, shards)
-    labels, class_names = columns.get("labels"), None
-    if labels is not None:
-        class_names = packed_set.class_names if packed_set is not None else _class_names(root, pattern, split, labels)
-        if (highest := int(labels.max())) >= len(class_names or ()):
+    remarks = _remarks(indexes, shards)
+    columns, class_names = _join(indexes, shards, remarks), None
+    if "labels" in columns and packed_set is not None:
+        class_names = packed_set.class_names or []
+        if (highest := int(columns["labels"].max())) >= len(class_names):
             where = escape(str(shards[0].parent))
             raise UserError(f"data.root: {where} has images of class {highest}, one more than there are train classes")
+    elif "labels" in columns:
+        values, class_names = _classes(indexes) if split == "train" else _train_classes(root, pattern)
+        columns["labels"] = _numbered(columns["labels"], values, shards[0].parent)
+        if (highest := int(class_names[-1])) >= len(class_names) and split == "train":
+            remarks.append(
+                f"labels run from {class_names[0]} to {highest} with {len(class_names):,} in use, which are the classes"
+            )
     problems: dict[int, str] = {}
     first = 0
     for index in indexes:
         problems |= {first + place: why for place, why in index.problems.items()}
         first += len(index.names)
-    return TarListing(shards, [index.shard_bytes for index in indexes], columns, problems, class_names)
+    return TarListing(shards, [index.shard_bytes for index in indexes], columns, problems, class_names, remarks)
 
 
 def open_listing(listing: TarListing, kept: np.ndarray, on_broken: OnBroken) -> TarImages:
@@ -172,7 +187,8 @@ def open_listing(listing: TarListing, kept: np.ndarray, on_broken: OnBroken) -> 
         others = {name: column[kept] for name, column in columns.items() if name not in ("names", "name_ends")}
         columns = {**pack_names(names[place] for place in kept.tolist()), **others}
     images = TarImages(listing.shards, listing.shard_bytes, columns, listing.class_names)
-    images.left_out = [f"{escape(names[place])}: {listing.problems[place]}" for place in broken]
+    images.remarks = listing.remarks
+    images.left_out = [f"{list_line(names[place])}: {listing.problems[place]}" for place in broken]
     return images
 
 
@@ -181,7 +197,17 @@ def _index_all(shards: Sequence[Path], packed_set: PackedSet | None) -> list[Sha
         return list(pool.map(lambda shard: index_shard(shard, every_member=packed_set is not None), shards))
 
 
-def _join(indexes: Sequence[ShardIndex], shards: Sequence[Path]) -> dict[str, np.ndarray]:
+def _remarks(indexes: Sequence[ShardIndex], shards: Sequence[Path]) -> list[str]:
+    found = []
+    for kind, text in enumerate(_REMARKS):
+        of_kind = [(index.remarks[kind], shard) for index, shard in zip(indexes, shards, strict=True)]
+        if count := sum(remark.count for remark, _ in of_kind):
+            example, shard = next((remark.example, shard) for remark, shard in of_kind if remark.count)
+            found.append(text.format(count=count, example=f"{example} in {escape(str(shard))}"))
+    return found
+
+
+def _join(indexes: Sequence[ShardIndex], shards: Sequence[Path], remarks: Sequence[str]) -> dict[str, np.ndarray]:
     """The columns of all shards together. Of names that are there again, the second ends in #2, and so on.
 
     Raises:
@@ -202,7 +228,9 @@ def _join(indexes: Sequence[ShardIndex], shards: Sequence[Path]) -> dict[str, np
         place = int(unlabelled[0])
         where = escape(f"{shards[columns['shards'][place]]}: {names[place]}")
         raise UserError(
-            f"data.root: {where} has no .cls, as other images of the set have: give all of them one, or none"
+            "; ".join(
+                [f"data.root: {where} has no .cls, as other images have: give all of them one, or none", *remarks]
+            )
         )
     if repeated := repetitions(names):
         columns |= pack_names(_told_apart(names, repeated))
@@ -219,12 +247,36 @@ def _told_apart(names: NameTable, repeated: dict[int, int]) -> Iterator[str]:
             yield f"{name}#{counts[first] + 1}"
 
 
-def _class_names(root: Path | None, pattern: str | None, split: str, labels: np.ndarray) -> list[str]:
-    """Numbers, as far as the labels of the train split go."""
-    if split != "train":
-        train = _index_all(_find_shards(root, pattern, "train"), None)
-        labels = np.concatenate([index.labels for index in train])
-    return [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
+def _classes(indexes: Sequence[ShardIndex]) -> tuple[np.ndarray, list[str]]:
+    """The labels in use, ascending, and those as text."""
+    values = np.unique(np.concatenate([index.labels for index in indexes]))
+    values = values[values >= 0]
+    return values, [str(value) for value in values.tolist()]
+
+
+def _train_classes(root: Path | None, pattern: str | None) -> tuple[np.ndarray, list[str]]:
+    """The same of the train split; a packed one has names for its classes, which are the labels if they are numbers."""
+    shards = _find_shards(root, pattern, "train")
+    packed_set = _packed_set(shards, complete=pattern is None)
+    if packed_set is None:
+        return _classes(_index_all(shards, None))
+    names = packed_set.class_names or []
+    numbers = sorted(int(name) for name in names if name.isdecimal())
+    return np.array(numbers if names == [str(n) for n in numbers] else range(len(names)), np.int64), names
+
+
+def _numbered(labels: np.ndarray, values: np.ndarray, folder: Path) -> np.ndarray:
+    """The labels as places in `values`, which ascend.
+
+    Raises:
+        UserError: a label is none of them.
+    """
+    if len(absent := np.setdiff1d(labels, values)):
+        raise UserError(
+            f"data.root: {escape(str(folder))} has images of class {absent[0]}, which no training image has: "
+            "a .cls must hold one of the classes of the train split"
+        )
+    return np.searchsorted(values, labels)
 
 
 def _packed_set(shards: Sequence[Path], *, complete: bool) -> PackedSet | None:

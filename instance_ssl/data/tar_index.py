@@ -5,6 +5,7 @@ Nothing is ever unpacked: whatever a member is called, its name is only a name, 
 
 import contextlib
 import os
+import posixpath
 import secrets
 import tarfile
 import zipfile
@@ -18,11 +19,13 @@ import numpy as np
 from instance_ssl.data.decoding import open_image
 from instance_ssl.data.folders import SUFFIXES, escape, reason
 from instance_ssl.data.name_table import NameTable, pack_names, packed
+from instance_ssl.data.tar_samples import Remark, Samples
 from instance_ssl.errors import UserError
 
-_VERSION = 1
+_VERSION = 2  # 1 had labels joined by neighbourhood, and every image of a sample
 _MAX_IMAGE_BYTES = 1 << 30
-_NO_LABEL = -1
+_MAX_LABEL_BYTES = 32
+_CHUNK_BYTES = 1 << 20
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _COLUMNS = ("offsets", "sizes", "labels")
 
@@ -38,6 +41,7 @@ class ShardIndex:
         labels: (n,) int64; -1 where there is none.
         problems: by place, what is wrong with images whose header cannot be read.
         shard_bytes: of the shard itself.
+        remarks: what JoinedSamples calls unmatched, further and alike.
     """
 
     names: NameTable
@@ -46,40 +50,39 @@ class ShardIndex:
     labels: np.ndarray
     problems: dict[int, str]
     shard_bytes: int
+    remarks: tuple[Remark, Remark, Remark]
 
 
 @dataclass
 class _Found:
-    """What a scan has found so far. A sample is a run of members with one name up to the first dot of the file's."""
+    """The images that a scan has found so far, and what their samples are."""
 
     names: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
     problems: dict[int, str] = field(default_factory=dict)
-    sample: str | None = None
-    label: int = _NO_LABEL
-    unlabelled: list[int] = field(default_factory=list)
+    samples: Samples = field(default_factory=Samples)
 
-    def enter(self, sample: str) -> None:
-        if sample != self.sample:
-            self.sample, self.label, self.unlabelled = sample, _NO_LABEL, []
-
-    def add_image(self, member: tarfile.TarInfo, problem: str | None) -> None:
-        place = len(self.names)
+    def add_image(self, member: tarfile.TarInfo, stem: str, problem: str | None) -> None:
+        if problem is not None:
+            self.problems[len(self.names)] = problem
         self.names.append(member.name)
         self.offsets.append(member.offset_data)
         self.sizes.append(member.size if problem is None else 0)
-        self.labels.append(self.label)
-        self.unlabelled.append(place)
-        if problem is not None:
-            self.problems[place] = problem
+        self.samples.add_image(stem)
 
-    def add_label(self, label: int) -> None:
-        """Of the images of this sample before it that have none of their own yet, or else of those after it."""
-        for place in self.unlabelled:
-            self.labels[place] = label
-        self.label, self.unlabelled = label, []
+    def join(self, shard_bytes: int) -> ShardIndex:
+        joined = self.samples.join(self.names)
+        places, rows = np.array(joined.places, np.int64), enumerate(joined.places)
+        return ShardIndex(
+            packed(self.names[place] for place in joined.places),
+            np.array(self.offsets, np.int64)[places],
+            np.array(self.sizes, np.int64)[places],
+            np.array(joined.labels, np.int64),
+            {row: self.problems[place] for row, place in rows if place in self.problems},
+            shard_bytes,
+            (joined.unmatched, joined.further, joined.alike),
+        )
 
 
 def index_shard(shard: Path, *, every_member: bool) -> ShardIndex:
@@ -123,6 +126,8 @@ def _write(index: ShardIndex, path: Path, status: os.stat_result, *, every_membe
         "shard": np.array([status.st_size, status.st_mtime_ns, every_member], np.int64),
         **pack_names(index.names),
         **{name: getattr(index, name) for name in _COLUMNS},
+        "remark_counts": np.array([remark.count for remark in index.remarks], np.int64),
+        **{f"remark_{key}": value for key, value in pack_names(r.example for r in index.remarks).items()},
         "broken": np.array(list(index.problems), np.int64),
         **{f"problem_{key}": value for key, value in pack_names(index.problems.values()).items()},
     }
@@ -164,7 +169,10 @@ def _read(path: Path, status: os.stat_result, every_member: bool) -> ShardIndex 
         if any(len(column) != len(names) for column in columns.values()) or not fits.all():
             return None
         broken = dict(zip(content["broken"].tolist(), problems, strict=True))
-        return ShardIndex(names, **columns, problems=broken, shard_bytes=status.st_size)
+        examples = NameTable.of(content["remark_names"], content["remark_name_ends"])
+        unmatched, further, alike = map(Remark, content["remark_counts"].tolist(), examples)
+        remarks = unmatched, further, alike
+        return ShardIndex(names, **columns, problems=broken, shard_bytes=status.st_size, remarks=remarks)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -177,41 +185,81 @@ def _scan(shard: Path, every_member: bool) -> ShardIndex:
         if kind is not None:
             raise UserError(f"{shown} is compressed by {kind}, and images are read in place: decompress it")
         size, found = os.fstat(file.fileno()).st_size, _Found()
-        try:
-            with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # or it would remember them all
-                    if member.size < 0 or member.offset_data + member.size > size:
-                        raise UserError(f"{shown} ends within {escape(member.name)}: it is truncated; replace it")
-                    _take(found, tar, member, every_member, shown)
-                end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
-        except UserError:
-            raise
-        except Exception as error:  # tarfile raises its own, and ValueError, OverflowError and more for odd headers
-            raise UserError(f"{shown} is truncated or no tar archive ({reason(error)}); replace it") from error
-    if end != bytes(tarfile.BLOCKSIZE):
+        begin: int | None = 0
+        while begin is not None:  # more than once where `cat` has joined archives, each with its end mark
+            end = _scan_archive(file, begin, found, every_member, shown)
+            begin = _end_of_zeros(file, end)
+    try:
+        return found.join(size)
+    except ValueError as error:
+        raise UserError(f"{shown} {error}") from None
+
+
+def _scan_archive(file: BinaryIO, begin: int, found: _Found, every_member: bool, shown: str) -> int:
+    """Takes what the archive at byte `begin` of a shard holds; the byte of its end mark."""
+    found.samples.begin_archive()
+    file.seek(begin)
+    size = os.fstat(file.fileno()).st_size
+    try:
+        with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # or it would remember them all
+                # A sparse file lies there in fewer bytes than it has.
+                end = tar.offset if member.issparse() else member.offset_data + member.size
+                if member.size < 0 or end > size:
+                    raise UserError(f"{shown} ends within {escape(member.name)}: it is truncated; replace it")
+                _take(found, tar, member, every_member, shown)
+            mark = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
+    except UserError:
+        raise
+    except Exception as error:  # tarfile raises its own, and ValueError, OverflowError and more for odd headers
+        raise UserError(f"{shown} is truncated or no tar archive ({reason(error)}); replace it") from error
+    if begin and tar.offset == begin:
+        raise UserError(f"{shown} goes on at byte {begin}, behind its end mark, with what is not a tar archive")
+    if mark != bytes(tarfile.BLOCKSIZE):
         raise UserError(f"{shown} is truncated or damaged: it has no end mark at byte {tar.offset}; replace it")
-    offsets, sizes, labels = (np.array(getattr(found, name), np.int64) for name in _COLUMNS)
-    return ShardIndex(packed(found.names), offsets, sizes, labels, found.problems, size)
+    return tar.offset
+
+
+def _end_of_zeros(file: BinaryIO, begin: int) -> int | None:
+    """The first byte from `begin` on that is not 0; None where there is none."""
+    while chunk := os.pread(file.fileno(), _CHUNK_BYTES, begin):
+        if rest := chunk.lstrip(b"\0"):
+            return begin + len(chunk) - len(rest)
+        begin += len(chunk)
+    return None
 
 
 def _take(found: _Found, tar: tarfile.TarFile, member: tarfile.TarInfo, every_member: bool, shown: str) -> None:
     """Adds a member if it is an image or the class index of one."""
-    folder, _, base = member.name.rpartition("/")
-    if member.isdir() or (base.startswith(".") and not every_member):
+    name = posixpath.normpath(member.name)  # ./a.cls is the label of a.jpg
+    if member.isdir() or (posixpath.basename(name).startswith(".") and not every_member):
         return
-    suffix = os.path.splitext(base)[1].lower()
-    found.enter(f"{folder}/{base.partition('.')[0]}")
-    if suffix == ".cls" and member.isreg():
-        found.add_label(_read_label(tar, member, shown))
-    elif every_member or suffix in SUFFIXES:
-        found.add_image(member, _problem(tar, member))
+    stem, suffix = posixpath.splitext(name)
+    place = len(found.names)
+    if suffix.lower() == ".cls":
+        label = _read_label(tar, member, shown)
+        # A packed set has each label right behind its image, whatever their names.
+        if not found.samples.add_label(str(place - 1) if every_member else stem, label):
+            raise UserError(f"{shown} holds {escape(member.name)} twice: a sample has one label")
+    elif every_member or suffix.lower() in SUFFIXES:
+        found.add_image(member, str(place) if every_member else stem, _problem(tar, member))
+
+
+def _why_no_file(member: tarfile.TarInfo) -> str | None:
+    if member.issparse():
+        return "it is stored as a sparse file: make the tar without --sparse"
+    if member.issym():
+        return f"it is a symbolic link to {escape(member.linkname)}: make the tar with --dereference"
+    if member.islnk():
+        return f"it is a hard link to {escape(member.linkname)}: make the tar with --hard-dereference"
+    return None if member.isreg() else "it is a device or a pipe"
 
 
 def _problem(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
     """What is wrong with an image, as far as its header tells."""
-    if not member.isreg() or member.issparse():
-        return "a link, a device or a sparse file in a tar is not an image"
+    if (problem := _why_no_file(member)) is not None:
+        return problem
     if member.size == 0:
         return "the file is empty"
     if member.size > _MAX_IMAGE_BYTES:
@@ -224,13 +272,17 @@ def _problem(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
 
 
 def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> int:
+    if (problem := _why_no_file(member)) is not None:
+        raise UserError(f"{shown}: {escape(member.name)} is no class index: {problem}")
+    if member.size > _MAX_LABEL_BYTES:
+        raise UserError(f"{shown}: {escape(member.name)} holds {member.size} bytes, no class index from 0 on")
     with _bytes_of(tar, member) as file:
-        text = file.read(32)
+        text = file.read()
     try:
         label = int(text)
     except ValueError:
-        label = _NO_LABEL
-    if not 0 <= label < 2**31:
+        label = -1
+    if not 0 <= label < 2**63:
         raise UserError(f"{shown}: {escape(member.name)} holds {text!r}, no class index from 0 on")
     return label
 

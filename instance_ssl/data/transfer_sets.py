@@ -3,12 +3,13 @@
 None is downloaded. Images are taken in the plain string order of their names.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from instance_ssl.data.folders import escape, reason
+from instance_ssl.data.name_lists import read_names
 from instance_ssl.errors import UserError
 from instance_ssl.structured_files import MalformedError, parse_json
 
@@ -47,11 +48,15 @@ def find_sun397(root: Path, split: str) -> LabelledFiles:
         UserError: when a list is missing or names a class that ClassName.txt does not.
     """
     folder = root / "SUN397"
-    class_names = [line.lstrip("/") for line in _lines(folder / "ClassName.txt", "SUN397")]
+
+    def is_there(name: str) -> bool:
+        return (folder / name.lstrip("/")).exists()
+
+    class_names = [line.lstrip("/") for line in _lines(folder / "ClassName.txt", "SUN397", is_there)]
     places = [place / inner for place in (root, folder) for inner in ("", "Partitions")]
     name = {"train": "Training_01.txt", "test": "Testing_01.txt"}[split]
     path = next((place / name for place in places if (place / name).is_file()), root / name)
-    entries = [line.lstrip("/") for line in _lines(path, "SUN397 (its Partitions.zip)")]
+    entries = [line.lstrip("/") for line in _lines(path, "SUN397 (its Partitions.zip)", is_there)]
     return _labelled(path, sorted(entries), class_names, "SUN397/")
 
 
@@ -64,7 +69,13 @@ def find_dtd(root: Path, split: str) -> LabelledFiles:
         UserError: when a list is missing.
     """
     base = Path("dtd/dtd")
-    parts = {part: _lines(root / base / "labels" / f"{part}1.txt", "DTD") for part in ("train", "val", "test")}
+
+    def is_there(name: str) -> bool:
+        return (root / base / "images" / name).exists()
+
+    parts = {
+        part: _lines(root / base / "labels" / f"{part}1.txt", "DTD", is_there) for part in ("train", "val", "test")
+    }
     class_names = sorted({_folder(entry) for entries in parts.values() for entry in entries})
     shown, prefix = root / base / "labels", f"{base}/images/"
     if split == "test":
@@ -107,14 +118,13 @@ def find_inaturalist2018(root: Path, split: str) -> LabelledFiles:
     return LabelledFiles([name for name, _ in rows], [label for _, label in rows], class_names)
 
 
-def _lines(path: Path, what: str) -> list[str]:
+def _lines(path: Path, what: str, is_there: Callable[[str], bool]) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return [name for _, name in read_names(path, is_there)]
+    except (OSError, ValueError) as error:
         raise UserError(
             f"data.root: {escape(str(path))} cannot be read: {reason(error)}; unpack {what} as torchvision does"
         ) from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _labelled(path: Path, entries: Iterable[str], class_names: list[str], prefix: str) -> LabelledFiles:

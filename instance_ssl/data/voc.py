@@ -6,6 +6,7 @@ Boxes come out as (x1, y1, x2, y2), continuous and 0-based: VOC's pixels xmin â€
 inside, become xmin - 1 â€¦ xmax (detectron2, detectron2/data/datasets/pascal_voc.py).
 """
 
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from instance_ssl.data.decoding import open_image
+from instance_ssl.data.name_lists import read_names
 from instance_ssl.data.sources import FileImages
 from instance_ssl.errors import UserError, tried
 
@@ -26,6 +28,7 @@ VOC_CLASSES = (
 )  # fmt: skip
 
 _KEY = "evaluation.detection"
+_TRUTHS = {"": False, "false": False, "no": False, "true": True, "yes": True}
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 # Tools that count from 0 put a box up to this far over the edge; it is cut there.
 _TOLERATED_PIXELS = 1.0
@@ -102,16 +105,18 @@ def _read_list(root: Path, entry: str) -> list[str]:
     if not slash:
         raise UserError(f"{_KEY}: list {entry!r}: expected folder/list, such as VOC2007/trainval")
     path = root / year / "ImageSets" / "Main" / f"{name}.txt"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{_KEY}: list {path} cannot be read: {_one_line(error)}") from None
+
+    def is_known(word: str) -> bool:
+        return os.path.isfile(root / year / "JPEGImages" / f"{word}.jpg")
+
     names = []
-    for number, line in enumerate(lines, start=1):
-        words = line.split()
-        if len(words) > 1:
-            raise UserError(f"{path}, line {number}: expected one image name, found {line.strip()!r}")
-        names += [f"{year}/JPEGImages/{word}.jpg" for word in words]
+    try:
+        for number, word in read_names(path, is_known):
+            if len(word.split()) > 1 and not is_known(word):
+                raise UserError(f"{path}, line {number}: expected one image name, found {word!r}")
+            names.append(f"{year}/JPEGImages/{word}.jpg")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{_KEY}: list {path} cannot be read: {_one_line(error)}") from None
     if not names:
         raise UserError(f"{path} names no image")
     return names
@@ -168,7 +173,20 @@ def _read_object(
         raise ValueError(f"a {name}'s box {shown} lies outside its image of {width} x {height} pixels")
     if cut[2] <= cut[0] or cut[3] <= cut[1]:
         raise ValueError(f"a {name}'s box {shown} is empty")
-    return tuple(cut), known[name], (element.findtext("difficult") or "0").strip() == "1"
+    return tuple(cut), known[name], _is_difficult(name, element)
+
+
+def _is_difficult(name: str, element: ElementTree.Element) -> bool:
+    text = (element.findtext("difficult") or "").strip().lower()
+    if text in _TRUTHS:
+        return _TRUTHS[text]
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if value not in (0, 1):
+        raise ValueError(f"a {name} has difficult {text!r}, expected 0 or 1")
+    return value == 1
 
 
 def _refuse_empty_classes(annotations: list[Annotation], class_names: Sequence[str], lists: Sequence[str]) -> None:

@@ -11,35 +11,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from instance_ssl.errors import UserError, tried
+from instance_ssl.data.folders import reason
+from instance_ssl.data.name_lists import read_names, write_names
+from instance_ssl.errors import UserError, escape, tried
 
 
 def read_label_list(path: Path, names: Sequence[str]) -> Tensor:
     """Ids (n,), int64 and ascending, of the images that a list names.
 
     Args:
-        path: one name a line, blank lines ignored: of the file alone, or as in `names`.
+        path: one name a line (see name_lists.py): of the file alone, or as in `names`.
         names: of all training images, by id; folders are separated by "/".
 
     Raises:
         UserError: when the list cannot be read, names nothing, names an image twice, or one that is not there or that
             several folders hold.
     """
-    shown = f"label list {tried(path)}"
+    shown = f"label list {escape(tried(path))}"
+    ids_of: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        ids_of.setdefault(_file_name(name), []).append(index)
+    ids_of |= {name: [index] for index, name in enumerate(names)}
     try:
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        entries = [name for _, name in read_names(path, ids_of.__contains__)]
     except OSError as error:
         raise UserError(f"{shown} cannot be read: {error.strerror}") from None
-    entries = [line.strip() for line in lines if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{shown}, {reason(error)}") from None
     if not entries:
         raise UserError(f"{shown} names no image")
     repeated = [entry for entry, count in Counter(entries).items() if count > 1]
     if repeated:
         raise UserError(f"{shown} names {len(repeated)} images twice, the first {repeated[0]!r}: take out one of each")
-    ids_of: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        for key in {name, _file_name(name)}:
-            ids_of.setdefault(key, []).append(index)
     absent = [entry for entry in entries if entry not in ids_of]
     if absent:
         raise UserError(
@@ -78,10 +81,7 @@ def write_label_list(path: Path, names: Sequence[str], ids: Tensor) -> None:
     """Writes the names of images to a list that `read_label_list` reads: of the files, where no two are alike."""
     files = [_file_name(name) for name in names]
     kept = files if len(set(files)) == len(files) else list(names)
-    temporary = path.with_name(f".{path.name}.tmp")
-    text = "".join(kept[index] + "\n" for index in ids.tolist())
-    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    temporary.replace(path)
+    write_names((kept[index] for index in ids.tolist()), path)
 
 
 def _file_name(name: str) -> str:

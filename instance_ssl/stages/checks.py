@@ -112,6 +112,8 @@ def open_images(
         log.say(f"{split} images: rank 0 looks at every file or shard, {seconds:.0f} s so far")
 
     images = share_images(on_rank_0(open_all, world, say), world)
+    for remark in images.remarks:
+        log.say(f"{split} images: {remark}")
     problem = images.missing_here()
     problems = [f"rank {rank}: {text}" for rank, text in enumerate(world.all_gather_objects(problem)) if text]
     if problems:

@@ -25,9 +25,10 @@ import numpy as np
 from instance_ssl.checkpoint_files import committed_directories
 from instance_ssl.config import DataConfig
 from instance_ssl.data.folders import escape
+from instance_ssl.data.name_lists import list_line, write_lines
 from instance_ssl.data.name_table import NameTable, packed
 from instance_ssl.data.rearrangement import places_of, rearranged
-from instance_ssl.data.sources import ImageSource, read_instances, write_instances, write_lines
+from instance_ssl.data.sources import ImageSource, read_instances, write_instances
 from instance_ssl.disk_space import why_not_written
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
@@ -170,7 +171,7 @@ def _why_gone(
     # A name may hold ": " itself, so each place that could end it is looked up.
     left_out = {line[:end]: line for line in source.left_out for end in _ends(line)}
     for index in gone:
-        broken = left_out.get(escape(names[index]))
+        broken = left_out.get(list_line(names[index]))
         if index not in known and broken is None:
             lost.append(index)
         whys[index] = known.get(index) or broken or LOST

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from instance_ssl.data.name_lists import list_line
 from instance_ssl.data.sources import ImageSource
-from instance_ssl.errors import UserError, escape, printable
+from instance_ssl.errors import UserError, printable
 
 LOST = "not in the data set any more"
 
@@ -65,7 +66,7 @@ def append_left_out(run_directory: Path, found: Mapping[int, Found], source: Ima
     lines = []
     for index, one in found.items():
         why = printable(one.why.replace("\t", " "))  # it may hold escaped names: not twice
-        lines.append(f"{index}\t{one.step}\t{why}\t{escape(source.names[index])}\n")
+        lines.append(f"{index}\t{one.step}\t{why}\t{list_line(source.names[index])}\n")
     try:
         with path.open("a+b") as file:
             file.seek(0)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from instance_ssl.data.sources import ArrayImages
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, unescape
 from instance_ssl.stages.left_out_record import Found, append_left_out, read_left_out, record_path
 
-NAMES = ["a.png", "line\nbreak\ttab.png", "back\\slash\udcff.png", "d.png"]
+NAMES = ["a.png", "line\nbreak\ttab\u2028.png", "back\\slash\udcff\x85.png", " d.png "]
 
 
 def images() -> ArrayImages:
@@ -22,7 +22,8 @@ def test_any_name_and_reason_comes_back(tmp_path: Path) -> None:
     append_left_out(tmp_path, first, images())
     append_left_out(tmp_path, {3: Found(9, "gone\ttoo")}, images())
     assert read_left_out(tmp_path, 4) == {**first, 3: Found(9, "gone too")}
-    assert record_path(tmp_path).read_bytes().count(b"\n") == 3
+    text = record_path(tmp_path).read_text(encoding="utf-8", errors="surrogateescape")
+    assert [unescape(line.split("\t", 3)[3]) for line in text.splitlines()] == NAMES[1:]
 
 
 def test_a_torn_line_is_not_read_and_makes_room_for_the_next(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from image_files import encoded
+from image_files import encoded, write_tar
 from PIL import Image
 
 from instance_ssl.data import packing as packing_module
 from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.datasets import open_source
+from instance_ssl.data.packed_set import PackedSet
 from instance_ssl.data.packing import Packing, pack_images
 from instance_ssl.data.sources import EncodedImages
 from instance_ssl.errors import UserError
@@ -132,6 +133,38 @@ def test_a_packed_set_with_a_shard_too_few_or_too_many_is_refused(tree: Path, tm
     first.unlink()
     with pytest.raises(UserError, match=r"shard-000000\.tar is absent"):
         opened("tar", tmp_path / "out")
+
+
+def test_a_label_in_a_packed_set_is_that_of_the_image_before_it(tmp_path: Path) -> None:
+    """As packing has written them from the first: a label is named up to the first dot of its image's name."""
+    names = {"x.y.jpg": 2, "x.z.png": 0, "x.jpg": 1, "x": 2}
+    members = []
+    for number, (name, label) in enumerate(names.items()):
+        members += [(f"a/{name}", encoded(number)), ("a/x.cls", b"%d\n" % label)]
+    write_tar(tmp_path / "train/shard-000000.tar", members)
+    record = PackedSet({"shard-000000.tar": ""}, "", 4, ["b", "c", "d"], "", 0, 90, 0)
+    (tmp_path / "train/index.json").write_text(json.dumps(record.to_json()))
+    packed = opened("tar", tmp_path)
+    assert packed.names == [f"a/{name}" for name in names]
+    assert packed.labels is not None
+    assert packed.labels.tolist() == list(names.values())
+    assert packed.class_names == ["b", "c", "d"]
+    assert packed.remarks == []
+
+
+def test_classes_of_a_tar_keep_their_names_when_packed(tmp_path: Path) -> None:
+    for split, labels in (("train", (500, 30)), ("val", (500,))):
+        members = [(f"{i}{end}", encoded(i) if end == ".jpg" else b"%d" % label)
+                   for i, label in enumerate(labels) for end in (".jpg", ".cls")]  # fmt: skip
+        write_tar(tmp_path / f"plain/{split}-0.tar", members)
+    pack_images(opened("tar", tmp_path / "plain"), tmp_path / "out/train", Packing(size=0), OnBroken())
+    (tmp_path / "out/val-0.tar").write_bytes((tmp_path / "plain/val-0.tar").read_bytes())
+    train, test = opened("tar", tmp_path / "out"), opened("tar", tmp_path / "out", "test")
+    assert train.class_names == test.class_names == ["30", "500"]
+    assert train.labels is not None
+    assert test.labels is not None
+    assert train.labels.tolist() == [1, 0]
+    assert test.labels.tolist() == [1]
 
 
 def test_the_runner_packs_both_splits_and_says_what_is_wrong_in_one_line(tree: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from instance_ssl.config import load_config
 from instance_ssl.console import ArgumentParser, complain, exit_code_of, show_traceback
-from instance_ssl.data.sources import read_instances, write_lines
+from instance_ssl.data.name_lists import write_lines
+from instance_ssl.data.sources import read_instances
 from instance_ssl.errors import UserError, escape, unescape
 from instance_ssl.report.command import main as report
 from instance_ssl.run_log import RunLog

@@ -154,7 +154,7 @@ def test_readers_that_can_do_without_take_it_as_missing(text: bytes, tmp_path: P
         (stage / name).write_bytes(text)
     (stage / "shard.tar").write_bytes(b"")
     assert read_json(stage / "result.json") in (None, {"a": None})
-    assert read_state(stage) is None
+    assert read_state(stage, None) is None
     assert _statuses(tmp_path) == []
     assert _read_figures(stage / "result.json") is None
     assert _records(tmp_path, ["pretrain"]) == {}

@@ -3,6 +3,7 @@
 import gzip
 import os
 import pickle
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,6 @@ def test_names_lead_nowhere_and_what_is_no_plain_file_is_no_image(tmp_path: Path
         ("folder.jpg", special(tarfile.DIRTYPE)),
         ("._hidden.jpg", b"a Macintosh's"),
         ("notes.txt", b"no image"),
-        ("link.cls", special(tarfile.SYMTYPE, "/etc/passwd")),
     ]
     write_tar(tmp_path / "tars/0.tar", members)
     refused("link.jpg", "0.tar", "data.on_broken", root=tmp_path / "tars")
@@ -129,21 +129,252 @@ def test_names_that_come_again_have_ids_of_their_own(tmp_path: Path) -> None:
     assert [source.read(i) for i in range(4)] == [encoded(i) for i in range(4)]
 
 
-def test_a_label_belongs_to_its_sample(tmp_path: Path) -> None:
-    members = [("x/a.cls", b"1\n"), ("x/a.jpg", encoded(0)), ("x/a.left.jpg", encoded(1)), ("y/a.jpg", encoded(2))]
-    members += [("y/a.cls", b" 2"), ("y/b.c.jpg", encoded(3)), ("y/b.cls", b"0"), ("y/b.d.jpg", encoded(4))]
-    write_tar(tmp_path / "0.tar", members)
-    labels = open_tar(tmp_path).labels
-    assert labels is not None
-    assert labels.tolist() == [1, 1, 2, 0, 0]
-    write_tar(tmp_path / "0.tar", [*members, ("z.jpg", encoded(5))])
-    refused("z.jpg", ".cls", root=tmp_path)
-    for content in (b"cat", b"-1", b"", b"9" * 30):
+def labels_of(tmp_path: Path, *names: str, **options: Any) -> dict[str, int]:
+    """What the images of a tar of empty samples are labelled; `x.cls=3` is a label, all else an image."""
+    members = []
+    for number, name in enumerate(names):
+        name, equals, label = name.partition("=")
+        members.append((name, label.encode() if equals else encoded(number, os.path.splitext(name)[1].lower())))
+    write_tar(tmp_path / "0.tar", members, **options)
+    source = open_tar(tmp_path)
+    labels, classes = source.labels, source.class_names
+    if labels is None or classes is None:
+        return dict.fromkeys(source.names, -1)
+    return {name: int(classes[label]) for name, label in zip(source.names, labels.tolist(), strict=True)}
+
+
+DOTTED = ["22.00.cls=0", "22.00.png", "22.01.cls=1", "22.01.png", "22.02.png", "22.02.cls=0"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (DOTTED, {"22.00.png": 0, "22.01.png": 1, "22.02.png": 0}),
+        (DOTTED[::-1], {"22.00.png": 0, "22.01.png": 1, "22.02.png": 0}),
+        (["a.b.c.jpg", "a.b.d.jpg", "a.b.d.cls=5", "a.b.c.cls=4"], {"a.b.c.jpg": 4, "a.b.d.jpg": 5}),
+        (["a.b.cls=1", "a.b.c.jpg", "a.cls=2", "a.d.jpg"], {"a.b.c.jpg": 1, "a.d.jpg": 2}),  # WebDataset's keys
+        (["a.jpg", "b.jpg", "x/a.jpg", "a.cls=1", "x/a.cls=3", "b.cls=2"], {"a.jpg": 1, "b.jpg": 2, "x/a.jpg": 3}),
+        (["x.y/a.cls=1", "x.y/a.jpg", "x.z/a.cls=2", "x.z/a.jpg"], {"x.y/a.jpg": 1, "x.z/a.jpg": 2}),
+        (["A.JPG", "A.CLS=1", "./b.jpg", "b.cls=0"], {"A.JPG": 1, "./b.jpg": 0}),
+        (["a.jpg", "b.jpg", "a.jpg", "b.cls=0", "a.cls=1"], {"a.jpg": 1, "b.jpg": 0, "a.jpg#2": 1}),
+    ],
+)
+def test_a_label_belongs_to_the_image_of_its_name_wherever_it_lies(
+    tmp_path: Path, names: list[str], expected: dict[str, int]
+) -> None:
+    assert labels_of(tmp_path, *names) == expected
+
+
+@pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_labels_of_long_and_odd_names(tmp_path: Path, format_: int) -> None:
+    stems = ["d" * 150 + ".0", "d" * 150 + ".1", "e/" * 120 + "a.b", "ünï.\udcff.x"]
+    names = [f"{stem}.cls={number}" for number, stem in enumerate(stems)] + [f"{stem}.jpg" for stem in stems]
+    assert labels_of(tmp_path, *names, format=format_) == {f"{stem}.jpg": n for n, stem in enumerate(stems)}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.cls=1", "a.jpg", "a.cls=1"],
+        ["a.cls=1", "a.jpg", "b.jpg", "b.cls=0", "a.cls=0", "a.jpg"],
+        ["x/a.jpg", "x/a.cls=1", "./x/a.CLS=2"],
+        ["7.a.cls=1", "7.b.cls=0", "7.a.jpg", "7.b.jpg", "7.a.cls=0"],
+    ],
+)
+def test_two_labels_of_one_sample_are_refused_by_name(tmp_path: Path, names: list[str]) -> None:
+    with pytest.raises(UserError, match=r"0\.tar holds \S*a\.(cls|CLS) twice: a sample has one label"):
+        labels_of(tmp_path, *names)
+
+
+def test_labels_that_no_image_has_are_counted_and_said(tmp_path: Path) -> None:
+    labels_of(tmp_path, "a.jpg", "a.cls=1", "b.gif.cls=0", "c.cls=2", "x/a.cls=3")
+    for _ in range(2):  # scanned, and from the index
+        source = open_tar(tmp_path)
+        assert source.class_names == ["1"]
+        assert [line for line in source.remarks if ".cls" in line] == [
+            f"labels that no image has: 3, such as b.gif.cls in {tmp_path}/0.tar; a .cls has its image's name, up to "
+            "the last dot"
+        ]
+    write_tar(tmp_path / "0.tar", [("a.jpg", encoded(0)), ("b.jpg", encoded(1)), ("a.cls", b"1"), ("c.cls", b"1")])
+    refused("b.jpg has no .cls", "labels that no image has: 1, such as c.cls", root=tmp_path)
+    write_tar(tmp_path / "0.tar", [("a.jpg", encoded(0)), ("c.cls", b"1")])
+    assert open_tar(tmp_path).labels is None
+    assert len(open_tar(tmp_path).remarks) == 1
+
+
+def test_what_is_not_a_class_index_is_refused_by_name(tmp_path: Path) -> None:
+    for content in (b"cat", b"-1", b"", b"9" * 30, b"0" * 40 + b"7"):
         write_tar(tmp_path / "0.tar", [("z.jpg", encoded(5)), ("z.cls", content)])
         refused("z.cls", "class index", root=tmp_path)
-    write_tar(tmp_path / "train-0.tar", samples(0, 1))
-    write_tar(tmp_path / "val-0.tar", samples(5))
-    refused("class 2", root=tmp_path, split="test")
+    for kind, word in ((tarfile.SYMTYPE, "--dereference"), (tarfile.LNKTYPE, "--hard-dereference")):
+        link = tarfile.TarInfo()
+        link.type, link.linkname = kind, "y.cls"
+        write_tar(tmp_path / "0.tar", [("y.jpg", encoded(1)), ("y.cls", b"1"), ("z.jpg", encoded(5)), ("z.cls", link)])
+        refused("z.cls", "y.cls", word, root=tmp_path)
+
+
+def test_a_sample_has_the_image_of_its_very_name(tmp_path: Path) -> None:
+    names = [
+        "a.seg.png",
+        "a.jpg",
+        "a.cls=1",
+        "b.jpg",
+        "b.depth.left.png",
+        "b.cls=0",
+        "c.d.jpg",
+        "c.d.seg.png",
+        "c.cls=2",
+    ]
+    expected = {"a.jpg": 1, "b.jpg": 0, "c.d.jpg": 2}
+    assert labels_of(tmp_path, *names) == expected
+    (said,) = open_tar(tmp_path).remarks
+    assert said.startswith("images ignored, as their sample has one of its very name: 3, such as")
+    assert "a.seg.png beside a.jpg in" in said
+    assert list(labels_of(tmp_path, *(name for name in names if "=" not in name))) == list(expected)
+    # A label of its own makes it a sample of its own; so does a folder.
+    assert labels_of(tmp_path, "a.seg.png", "a.jpg", "a.cls=1", "a.seg.cls=2") == {"a.seg.png": 2, "a.jpg": 1}
+    assert list(labels_of(tmp_path, "a.jpg", "seg/a.png", "a/x.seg.png")) == ["a.jpg", "seg/a.png", "a/x.seg.png"]
+    assert open_tar(tmp_path).remarks == []
+
+
+def test_an_unreadable_image_beside_the_one_of_its_sample_harms_nothing(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.seg.png", b""), ("a.jpg", encoded(1)), ("b.jpg", b"")])
+    source = open_tar(tmp_path, on_broken=OnBroken(skip=True, max_share=0.5))
+    assert source.names == ["a.jpg"]
+    assert source.left_out == ["b.jpg: the file is empty"]
+
+
+@pytest.mark.parametrize(
+    "names", [["a.jpg", "a.png", "a.cls=0"], ["a.left.jpg", "a.right.jpg", "a.cls=0"], ["a.jpg", "a.png"]]
+)
+def test_images_of_one_sample_of_which_none_comes_first_are_all_taken_and_said(
+    tmp_path: Path, names: list[str]
+) -> None:
+    images = [name for name in names if "=" not in name]
+    assert list(labels_of(tmp_path, *names)) == images
+    (said,) = open_tar(tmp_path).remarks
+    assert said.startswith(f"images that share a sample with another: 1, such as {images[1]} and {images[0]} in")
+
+
+def test_classes_are_the_labels_in_use(tmp_path: Path) -> None:
+    big = 2**62
+    expected = {"a.jpg": 7, "b.jpg": big, "c.jpg": 7, "d.jpg": 20_000_000}
+    assert labels_of(tmp_path, *expected, *(f"{name[0]}.cls={label}" for name, label in expected.items())) == expected
+    source = open_tar(tmp_path)
+    assert source.class_names == ["7", "20000000", str(big)]
+    assert source.remarks == [f"labels run from 7 to {big} with 3 in use, which are the classes"]
+    assert labels_of(tmp_path, "a.jpg", "b.jpg", "a.cls=1", "b.cls=0") == {"a.jpg": 1, "b.jpg": 0}
+    assert open_tar(tmp_path).remarks == []
+
+
+def test_test_labels_are_classes_of_the_train_split(tmp_path: Path) -> None:
+    train, val = tmp_path / "train-0.tar", tmp_path / "val-0.tar"
+    sparse = [("a.jpg", encoded(0)), ("a.cls", b"30"), ("b.jpg", encoded(1)), ("b.cls", b"500")]
+    write_tar(train, sparse)
+    write_tar(val, [("v.jpg", encoded(2)), ("v.cls", b"500")])
+    test = open_tar(tmp_path, "test")
+    assert test.class_names == open_tar(tmp_path).class_names == ["30", "500"]
+    assert test.labels is not None
+    assert test.labels.tolist() == [1]
+    for absent in (b"0", b"31", b"501"):
+        write_tar(val, [("v.jpg", encoded(2)), ("v.cls", absent), ("w.jpg", encoded(3)), ("w.cls", b"30")])
+        refused(f"class {absent.decode()}, which no training image has", root=tmp_path, split="test")
+    write_tar(train, sparse[::2])
+    refused("class 30, which no training image has", root=tmp_path, split="test")
+
+
+def joined(path: Path, *archives: list[tuple[str, bytes | tarfile.TarInfo]], padding: int = 0) -> None:
+    parts = [write_tar(path.with_name("part"), members).read_bytes() + bytes(padding) for members in archives]
+    path.with_name("part").unlink()
+    path.write_bytes(b"".join(parts))
+
+
+@pytest.mark.parametrize("padding", [0, -1, 512, 100, 3 << 20])
+def test_archives_joined_by_cat_are_read_to_the_end(tmp_path: Path, padding: int) -> None:
+    if padding >= 0:
+        joined(tmp_path / "0.tar", samples(1, 2), samples(3), [], samples(1, 4), padding=padding)
+    else:  # end marks of a single block
+        joined(tmp_path / "0.tar", samples(1, 2), samples(3), samples(1, 4))
+        content = (tmp_path / "0.tar").read_bytes()
+        (tmp_path / "0.tar").write_bytes(re.sub(rb"\0{1024,}(?=s\d\.)", bytes(1024), content))
+    source = open_tar(tmp_path)
+    assert source.names == ["s1.jpg", "s2.jpg", "s3.jpg", "s1.jpg#2", "s4.jpg"]
+    assert source.labels is not None
+    assert source.labels.tolist() == [1, 2, 0, 1, 1]
+    assert [source.read(i) for i in range(5)] == [encoded(i) for i in (1, 2, 3, 1, 4)]
+
+
+def test_labels_of_joined_archives_are_those_of_their_own_archive(tmp_path: Path) -> None:
+    image, label = ("a.jpg", encoded(0)), ("a.cls", b"1")
+    joined(tmp_path / "0.tar", [image, label], [image, ("a.cls", b"0")])
+    labels = open_tar(tmp_path).labels
+    assert labels is not None
+    assert labels.tolist() == [1, 0]
+    joined(tmp_path / "0.tar", [image], [label])  # the images, then the labels
+    assert open_tar(tmp_path).labels is not None
+    joined(tmp_path / "0.tar", [image, label], [image])  # another image by the same name
+    refused("a.jpg has no .cls", root=tmp_path)
+    joined(tmp_path / "0.tar", [image], [label], [label])
+    refused("0.tar holds a.cls 2 times", root=tmp_path)
+
+
+def test_what_follows_the_end_mark_and_is_not_an_archive_is_refused_with_its_place(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", samples(1))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"x" * 600)
+    refused("0.tar", f"byte {len(whole)}", "not a tar archive", root=tmp_path)
+    path.write_bytes(whole + whole[:700])
+    refused("0.tar", "truncated", root=tmp_path)
+    path.write_bytes(whole + whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512))
+    refused("0.tar", "no end mark", root=tmp_path)
+
+
+def sparse_member(name: str, version: str) -> bytes:
+    """A sparse file of 4 MiB, as GNU tar stores it: 512 bytes of data, and where they lie."""
+    data, size = b"d" * 512, 4 << 20
+    member = tarfile.TarInfo(name)
+    if version == "gnu":
+        member.type, member.size = tarfile.GNUTYPE_SPARSE, len(data)
+        header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        header[386:410] = b"%011o\0%011o\0" % (size - 512, 512)
+        header[483:495] = b"%011o\0" % size
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        return bytes(header) + data
+    if version == "0.0":
+        member.pax_headers = {"GNU.sparse.size": str(size), "GNU.sparse.numblocks": "1"}
+        member.pax_headers |= {"GNU.sparse.offset": str(size - 512), "GNU.sparse.numbytes": "512"}
+    elif version == "0.1":
+        member.pax_headers = {"GNU.sparse.size": str(size), "GNU.sparse.map": f"{size - 512},512"}
+    else:
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(size)}
+        data = f"1\n{size - 512}\n512\n".encode().ljust(512, b"\0") + data
+    member.size = len(data)
+    return member.tobuf(tarfile.PAX_FORMAT) + data
+
+
+@pytest.mark.parametrize("version", ["gnu", "0.0", "0.1", "1.0"])
+def test_a_sparse_file_is_called_one_and_the_rest_is_read(tmp_path: Path, version: str) -> None:
+    path = write_tar(tmp_path / "0.tar", samples(1)[:1])
+    path.write_bytes(sparse_member("hole.jpg", version) + path.read_bytes())
+    refused("hole.jpg", "sparse file", "--sparse", "data.on_broken", root=tmp_path)
+    source = open_tar(tmp_path, on_broken=OnBroken(skip=True, max_share=0.5))
+    assert source.names == ["s1.jpg"]
+    assert source.read(0) == encoded(1)
+    path.write_bytes(sparse_member("hole.jpg", version)[:-100])
+    refused("0.tar", "truncated", root=tmp_path)
+
+
+def test_an_index_of_an_earlier_version_is_not_believed(tmp_path: Path) -> None:
+    labels_of(tmp_path, "a.0.cls=0", "a.0.jpg", "a.1.cls=1", "a.1.jpg")
+    path = tmp_path / "0.tar.index"
+    with np.load(path) as file:
+        content = dict(file)
+    with path.open("wb") as file:
+        np.savez(file, **content | {"version": 1, "labels": content["labels"][::-1]})
+    labels = open_tar(tmp_path).labels
+    assert labels is not None
+    assert labels.tolist() == [0, 1]
 
 
 def test_truncated_damaged_and_compressed_shards_are_named(tmp_path: Path) -> None:

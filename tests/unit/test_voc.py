@@ -50,6 +50,23 @@ def test_lists_of_several_years_follow_each_other(tmp_path: Path) -> None:
     assert [a.classes_m.tolist() for a in data.annotations] == [[1], [0]]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1", True), ("true", True), (" True\n", True), ("1.0", True), ("yes", True), ("0", False), ("False", False),
+     ("0.0", False), ("", False), (" ", False)],
+)  # fmt: skip
+def test_difficult_as_people_write_it(tmp_path: Path, text: str, expected: bool) -> None:
+    odd = DOG.replace("<difficult>0</difficult>", f"<difficult>{text}</difficult>")
+    (annotation,) = open_voc(one_image(tmp_path, CAT, DOG, odd), ["VOC2007/some"], CLASSES).annotations
+    assert annotation.difficult_m.tolist() == [False, False, expected]
+
+
+@pytest.mark.parametrize("text", ["2", "-1", "nan", "maybe", "0.5"])
+def test_difficult_that_says_neither_is_refused(tmp_path: Path, text: str) -> None:
+    odd = DOG.replace("<difficult>0</difficult>", f"<difficult>{text}</difficult>")
+    refused(one_image(tmp_path, CAT, odd), "a.xml", "a dog has difficult", text)
+
+
 def test_an_image_without_objects_and_parts_of_objects_are_fine(tmp_path: Path) -> None:
     part = "<part><name>head</name><bndbox><xmin>99</xmin></bndbox></part></object>"
     one_image(tmp_path, CAT, DOG.replace("</object>", part))

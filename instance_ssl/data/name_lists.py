@@ -1,0 +1,89 @@
+r"""Files that list names, one a line: how all of them are read and written.
+
+A name may hold whatever a file's name may. Backslashes are doubled, and what would end a line, be stripped from it,
+make it a comment or not show becomes an escape, such as \n, \x20 or \u2028.
+"""
+
+import codecs
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from instance_ssl.errors import escape, unescape
+
+# What a reader of lists would strip or take for a comment; what ends a line or does not show, `escape` has written out.
+_UNSAFE = re.compile(r"^[#\s]|\s\Z")
+
+
+def list_line(name: str) -> str:
+    """The line that stands for a name, without its end; `unescape` takes it back."""
+    return _UNSAFE.sub(lambda found: _as_escape(found.group()), escape(name))
+
+
+def _as_escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def write_names(names: Iterable[str], path: Path) -> None:
+    """Writes a list of names, whole or not at all; `read_names` reads it, and so does `read_lines`."""
+    write_lines(map(list_line, names), path)
+
+
+def write_lines(lines: Iterable[str], path: Path) -> None:
+    """Writes a file of so many lines, whole or not at all, and never all of them in memory."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The names that `write_names` wrote, one for each line.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for line in file:
+            yield unescape(line.removesuffix("\n"))
+
+
+def read_names(path: Path, is_known: Callable[[str], bool]) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and name of each line of a list that anyone may have written.
+
+    The list is UTF-8 with or without a byte order mark, or UTF-16 with one; a line ends in LF or CR LF. Blank lines and
+    comments, which begin with #, are skipped. Lists made elsewhere have no escapes, and blanks around a name or in it.
+    So a line with blanks at its ends or a backslash is read in the first way that gives a known name: escapes resolved,
+    with the blanks and then without; and the same once more with backslashes as they stand.
+
+    Args:
+        is_known: whether there is something of this name. Only odd lines are asked about.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such text, or a comment is a known name; the message begins with the line where it can.
+    """
+    with path.open("rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding, errors = ("utf-16", "strict") if is_utf16 else ("utf-8", "surrogateescape")
+    with path.open(encoding=encoding, errors=errors, newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removesuffix("\n").removesuffix("\r")
+            if "\0" in line:
+                raise ValueError(f"line {number} holds a zero byte: save the list as UTF-8")
+            plain, text = line.strip(" \t\ufeff"), line.strip().strip("\ufeff").strip()
+            if text.startswith("#"):
+                if (name := next(filter(is_known, (line, text)), None)) is not None:
+                    raise ValueError(
+                        f"line {number} is a comment, as it begins with #, but there is a file {escape(name)}: write "
+                        f"{list_line(name)}, or change the comment"
+                    )
+            elif text:
+                parts = (line, plain, text)
+                ways = dict.fromkeys((*map(unescape, parts), *parts))
+                known = ways if len(ways) == 1 else filter(is_known, ways)
+                yield number, next(iter(known), unescape(text))
