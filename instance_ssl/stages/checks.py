@@ -4,13 +4,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
 from instance_ssl import engine
 from instance_ssl.checkpoint_files import committed_directories
-from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config
+from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config, read_yaml
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
@@ -26,6 +26,9 @@ FREE_KEYS = (
     *("data.on_broken", "data.max_broken_share", "data.allow_lost"),
 )
 _SAID = 10
+# What became of files before these keys existed, and the kinds that have no files.
+_AS_BEFORE = {"data.exif": "stored", "data.alpha": "drop"}
+_IN_MEMORY = ("digits", "cifar10", "cifar100")
 BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 
@@ -73,8 +76,15 @@ def _shorten(text: str) -> str:
 
 def config_digest(config: ExperimentConfig) -> str:
     """SHA-256 of all keys that a run is bound to."""
-    bound = {key: value for key, value in flatten(config).items() if not key.startswith(FREE_KEYS)}
+    # Runs from before the keys of `_AS_BEFORE` keep their digest.
+    bound = {key: value for key, value in _bound(config).items() if (key, value) not in _AS_BEFORE.items()}
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+
+
+def _bound(config: ExperimentConfig) -> dict[str, Any]:
+    """The keys, dotted, that a run is bound to."""
+    free = FREE_KEYS if config.data.kind not in _IN_MEMORY else (*FREE_KEYS, *_AS_BEFORE)
+    return {key: value for key, value in flatten(config).items() if not key.startswith(free)}
 
 
 def open_images(
@@ -195,14 +205,39 @@ def check_micro_batch(config: ExperimentConfig, micro_batch_size: int) -> None:
         raise UserError("model.projection mlp_bn needs two views a micro-batch: raise train_micro_batch_size_per_gpu")
 
 
+def load_recorded(path: Path) -> ExperimentConfig:
+    """The configuration that a stage has recorded, with the images as they were taken where that is not in it.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    values = read_yaml(path)
+    evaluation = values.get("evaluation")
+    sections = {"": values.get("data"), "evaluation.": evaluation.get("data") if isinstance(evaluation, dict) else None}
+    lacking = [
+        f"{prefix}{key}={value}"
+        for prefix, data in sections.items()
+        if isinstance(data, dict) and data.get("kind") not in _IN_MEMORY
+        for key, value in _AS_BEFORE.items()
+        if key.removeprefix("data.") not in data
+    ]
+    return load_config(path, lacking)
+
+
 def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
     """A run directory belongs to one experiment; what was learned under another is not mixed in."""
     for stage in BOUND_STAGES:
         path = run_directory / stage / "config.yaml"
         if not path.exists():
             continue
-        then, now = flatten(load_config(path)), flatten(config)
-        changed = [key for key, value in now.items() if then.get(key) != value and not key.startswith(FREE_KEYS)]
+        then, now = flatten(load_recorded(path)), _bound(config)
+        changed = [key for key, value in now.items() if then.get(key) != value]
+        if changed and set(changed) <= set(_AS_BEFORE):
+            cure = " ".join(f"{key}={then[key]}" for key in changed)
+            raise UserError(
+                f"{run_directory} holds a run with other {' and '.join(changed)}: go on with --set {cure}, or give "
+                "another --run-dir"
+            )
         if changed:
             key, others = changed[0], changed[1:]
             more = f" (and {', '.join(others)})" if others else ""

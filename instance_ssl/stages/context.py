@@ -327,7 +327,7 @@ def _is_complete(stage: Stage) -> bool:
         return False
     if stage.name in checks.BOUND_STAGES:
         return True
-    same = config_path.exists() and flatten(load_config(config_path)) == flatten(stage.config)
+    same = config_path.exists() and flatten(checks.load_recorded(config_path)) == flatten(stage.config)
     return same and result.get("newest_checkpoint") == _newest_checkpoint(stage)
 
 
