@@ -114,8 +114,7 @@ def upright_size(image: Image.Image, rendering: Rendering) -> tuple[int, int]:
     Raises:
         OSError: one line that says what is wrong with the file.
     """
-    with in_words():
-        return _turned_size(image, _turn_of(image, rendering))
+    return _turned_size(image, _turn_of(image, rendering))
 
 
 def convert_to_rgb(image: Image.Image, rendering: Rendering = AS_SHOWN) -> Image.Image:
@@ -124,8 +123,8 @@ def convert_to_rgb(image: Image.Image, rendering: Rendering = AS_SHOWN) -> Image
     Raises:
         OSError: one line that says what is wrong with the file.
     """
+    turn = _turn_of(image, rendering)
     with in_words():
-        turn = _turn_of(image, rendering)
         image = _flattened(image, rendering)
         return image if turn is None else image.transpose(turn)
 
@@ -152,8 +151,7 @@ def decode_pixels(
     """
     refusal: Exception | None = None
     with open_image(io.BytesIO(data)) as image:
-        with in_words():
-            turn = _turn_of(image, rendering)
+        turn = _turn_of(image, rendering)
         reduction = choose_reduction(*_turned_size(image, turn))
         if isinstance(image, JpegImageFile) and image.mode in ("RGB", "L"):
             if reduction == 1 and turn is None and decode_jpeg is not None:
@@ -178,8 +176,9 @@ def _turn_of(image: Image.Image, rendering: Rendering) -> Image.Transpose | None
     if not rendering.upright:
         return None
     if isinstance(image, PngImageFile):
-        image.load()  # its EXIF may come after the pixels
-    elif not image.info.keys() & {"exif", "xmp"}:
+        with in_words():
+            image.load()  # its EXIF may come after the pixels
+    elif "exif" not in image.info and "xmp" not in image.info:
         return None
     try:
         orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
