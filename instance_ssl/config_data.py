@@ -22,6 +22,8 @@ class DataConfig(Section):
         on_broken: an image that cannot be read is an `error`, or is left out with its class (`skip`).
         max_broken_share: of all images that `skip` may leave out.
         allow_lost: a run goes on without images that are not in the list any more; their classes are left out.
+        exif: images are turned `upright` as their EXIF orientation says, or taken as they are `stored`.
+        alpha: transparent images are composed on `white`, or their alpha is dropped (`drop`), and hidden colours show.
         image_size: side in pixels of what the encoder sees.
         limit_train: keep this many images, evenly spaced over the sorted ones; None keeps all.
         num_workers: loader processes a rank; changes nothing but speed.
@@ -37,6 +39,8 @@ class DataConfig(Section):
     on_broken: Literal["error", "skip"] = "error"
     max_broken_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
     allow_lost: bool = False
+    exif: Literal["upright", "stored"] = "upright"
+    alpha: Literal["white", "drop"] = "white"
     image_size: PositiveInt = 224
     limit_train: PositiveInt | None = None
     limit_test: PositiveInt | None = None

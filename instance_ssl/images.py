@@ -5,6 +5,7 @@ from typing import Literal
 from instance_ssl.config_data import DataConfig
 from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.datasets import open_source
+from instance_ssl.data.decoding import Rendering
 from instance_ssl.data.sources import ImageSource
 
 
@@ -22,9 +23,15 @@ def open_split(data: DataConfig, split: Literal["train", "test"]) -> ImageSource
         limit=data.limit_train if split == "train" else data.limit_test,
         shards=data.shards,
         on_broken=broken_policy(data),
+        rendering=rendering_of(data),
     )
 
 
 def broken_policy(data: DataConfig) -> OnBroken:
     """What becomes of files that cannot be read."""
     return OnBroken(data.on_broken == "skip", data.max_broken_share)
+
+
+def rendering_of(data: DataConfig) -> Rendering:
+    """What becomes of orientation and transparency."""
+    return Rendering(upright=data.exif == "upright", on_white=data.alpha == "white")

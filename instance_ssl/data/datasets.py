@@ -10,6 +10,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from instance_ssl.data.broken import REFUSE, OnBroken
+from instance_ssl.data.decoding import AS_SHOWN, Rendering
 from instance_ssl.data.folders import (
     SUFFIXES,
     class_folders,
@@ -38,6 +39,7 @@ def open_source(
     limit: int | None,
     shards: str | None = None,
     on_broken: OnBroken = REFUSE,
+    rendering: Rendering = AS_SHOWN,
 ) -> ImageSource:
     """Opens a data set.
 
@@ -55,6 +57,7 @@ def open_source(
         limit: keeps image floor(i * N / limit) for i = 0 ... limit - 1; None keeps all N.
         shards: `data.shards`, for "tar".
         on_broken: what becomes of files that cannot be read, among those that the limit keeps.
+        rendering: what becomes of their orientation and transparency.
 
     Raises:
         UserError: one line that names the key and the path at fault.
@@ -69,22 +72,22 @@ def open_source(
         case "cifar100":
             return _open_cifar(CIFAR100, kind, split, required_root(root, kind), limit)
         case "tree":
-            return _open_tree(split, existing_root(root, kind), limit, on_broken)
+            return _open_tree(split, existing_root(root, kind), limit, on_broken, rendering)
         case "sun397":
-            return _open_listed(find_sun397, split, existing_root(root, kind), limit, on_broken)
+            return _open_listed(find_sun397, split, existing_root(root, kind), limit, on_broken, rendering)
         case "dtd":
-            return _open_listed(find_dtd, split, existing_root(root, kind), limit, on_broken)
+            return _open_listed(find_dtd, split, existing_root(root, kind), limit, on_broken, rendering)
         case "inaturalist2018":
-            return _open_listed(find_inaturalist2018, split, existing_root(root, kind), limit, on_broken)
+            return _open_listed(find_inaturalist2018, split, existing_root(root, kind), limit, on_broken, rendering)
         case "folder":
             _refuse_test_split(kind, split)
-            return _open_folder(existing_root(root, kind), limit, on_broken)
+            return _open_folder(existing_root(root, kind), limit, on_broken, rendering)
         case "list":
             _refuse_test_split(kind, split)
-            return _open_list(root, list_file, limit, on_broken)
+            return _open_list(root, list_file, limit, on_broken, rendering)
         case "tar":
             listing = list_tar(root, shards, split)
-            return open_listing(listing, _kept_indices(len(listing), limit, split), on_broken)
+            return open_listing(listing, _kept_indices(len(listing), limit, split), on_broken, rendering)
     raise ValueError(f"unknown kind of data set {kind!r}")
 
 
@@ -129,7 +132,7 @@ def _open_cifar(dataset: type[CIFAR10], kind: str, split: str, root: Path, limit
     return ArrayImages(images.data[kept], [f"{kind}/{split}/{i}" for i in kept], labels, list(images.classes))
 
 
-def _open_tree(split: str, root: Path, limit: int | None, on_broken: OnBroken) -> FileImages:
+def _open_tree(split: str, root: Path, limit: int | None, on_broken: OnBroken, rendering: Rendering) -> FileImages:
     train_classes = class_folders(root, "train")
     folder = "train"
     if split == "test":
@@ -161,28 +164,39 @@ def _open_tree(split: str, root: Path, limit: int | None, on_broken: OnBroken) -
         if size == 0:
             raise UserError(f"data.root: class folder {escape(str(root / folder / class_name))} holds no image")
     kept = _kept_indices(len(names), limit, split)
-    return FileImages(root, (names[i] for i in kept), labels_N[torch.from_numpy(kept)], train_classes, on_broken)
+    return FileImages(
+        root, (names[i] for i in kept), labels_N[torch.from_numpy(kept)], train_classes, on_broken, rendering=rendering
+    )
 
 
 def _open_listed(
-    find: Callable[[Path, str], LabelledFiles], split: str, root: Path, limit: int | None, on_broken: OnBroken
+    find: Callable[[Path, str], LabelledFiles],
+    split: str,
+    root: Path,
+    limit: int | None,
+    on_broken: OnBroken,
+    rendering: Rendering,
 ) -> FileImages:
     files = find(root, split)
     kept = _kept_indices(len(files.names), limit, split)
     rows = torch.from_numpy(kept)
     labels = torch.tensor(files.labels, dtype=torch.int64)[rows]
     held_out = None if files.held_out is None else torch.tensor(files.held_out)[rows]
-    return FileImages(root, (files.names[i] for i in kept), labels, files.class_names, on_broken, held_out)
+    return FileImages(root, (files.names[i] for i in kept), labels, files.class_names, on_broken, held_out, rendering)
 
 
-def _open_folder(root: Path, limit: int | None, on_broken: OnBroken) -> FileImages:
+def _open_folder(root: Path, limit: int | None, on_broken: OnBroken, rendering: Rendering) -> FileImages:
     names = packed(scan_images(root))
     if not names:
         raise UserError(f"data.root {escape(str(root))} holds no {', '.join(sorted(SUFFIXES))} file")
-    return FileImages(root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken)
+    return FileImages(
+        root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken, rendering=rendering
+    )
 
 
-def _open_list(root: Path | None, list_file: Path | None, limit: int | None, on_broken: OnBroken) -> FileImages:
+def _open_list(
+    root: Path | None, list_file: Path | None, limit: int | None, on_broken: OnBroken, rendering: Rendering
+) -> FileImages:
     if list_file is None:
         raise UserError("data.list_file is not set; data.kind 'list' needs a text file of image paths")
     root = list_file.parent if root is None else existing_root(root, "list")
@@ -207,7 +221,9 @@ def _open_list(root: Path | None, list_file: Path | None, limit: int | None, on_
     for number, name in zip(lines, () if on_broken.skip else names, strict=not on_broken.skip):
         if not os.path.isfile(root / name):
             raise UserError(f"{shown}, line {number}: there is no file {escape(tried(root / name))}")
-    return FileImages(root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken)
+    return FileImages(
+        root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken, rendering=rendering
+    )
 
 
 def _refuse_test_split(kind: str, split: str) -> None:

@@ -22,7 +22,7 @@ class PackedSet:
         digest: SHA-256 of the shards' digests, in order.
         num_images: in all shards.
         class_names: of the labels; None where there are none.
-        source: SHA-256 of the names and sizes of the images it was made from.
+        source: digest of the images it was made from.
         size: length of the short side in pixels, where the image was not smaller; 0: the files' own bytes.
         quality: of the JPEGs.
         left_out: images that could not be read.

@@ -106,8 +106,8 @@ def _begin(source: EncodedImages, folder: Path, packing: Packing) -> dict[str, r
         raise UserError(f"--output: {escape(str(path))} is damaged: give another folder") from error
     if begun != wanted:
         raise UserError(
-            f"--output {escape(str(folder))} holds a packing of other images or with other --size, --quality or "
-            "--shard-mib: give another folder"
+            f"--output {escape(str(folder))} holds a packing of other images or with other --size, --quality, "
+            "--shard-mib, data.exif or data.alpha: give another folder"
         )
     starts = range(0, len(source), step)
     width = max(6, len(str(len(starts))))
@@ -210,7 +210,11 @@ def _finish(
 
 
 def _try(source: EncodedImages, index: int, packing: Packing) -> tuple[bytes | None, str]:
-    """An image's file as it is packed, or None and why there is none."""
+    """An image's file as it is packed, or None and why there is none.
+
+    A copy keeps its EXIF orientation, which is followed when it is read; what is encoded anew is turned already and has
+    none.
+    """
     try:
         content = source.read(index)
         image = source.load(index)

@@ -55,7 +55,7 @@ def rearranged(
     again = copy.copy(source)
     again.columns = Columns(columns)
     again.names = NameTable(again.columns)
-    again.digest, again.absent = names_digest(columns), absent
+    again.digest, again.absent = names_digest(columns, source.rendering), absent
     return again
 
 
@@ -63,4 +63,4 @@ def digest_of_first(source: ImageSource, count: int) -> str:
     """The digest of a source of the first `count` images alone; of one without sizes, no digest at all."""
     if "sizes" not in source.columns:
         return ""
-    return digest_of(itertools.islice(source.names, count), source.columns["sizes"][:count])
+    return digest_of(itertools.islice(source.names, count), source.columns["sizes"][:count], source.rendering)

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import logging
+import mmap
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -15,13 +17,26 @@ from PIL import Image
 
 from instance_ssl.data.broken import REFUSE, OnBroken, check_files
 from instance_ssl.data.columns import Columns
-from instance_ssl.data.decoding import ChooseReduction, convert_to_rgb, decode_pixels, image_pixels, open_image
+from instance_ssl.data.decoding import (
+    AS_SHOWN,
+    AS_STORED,
+    ChooseReduction,
+    Rendering,
+    convert_to_rgb,
+    decode_pixels,
+    image_pixels,
+    open_image,
+)
 from instance_ssl.data.folders import differs_here, escape, reason
 from instance_ssl.data.name_lists import list_line, read_lines, write_names
 from instance_ssl.data.name_table import NameTable, pack_names
 from instance_ssl.errors import RankError
 
+logger = logging.getLogger(__name__)
+
 _PROBED_FILES = 64
+# A byte that all processes forked from this one share: whether one has said that PIL reads what torchvision refuses.
+_SAID = mmap.mmap(-1, 1)
 
 
 class ImageSource(ABC):
@@ -43,6 +58,7 @@ class ImageSource(ABC):
         left_out: the images that could not be read and have no id, a line each that names the image and the reason.
         remarks: what the user should know of the data set, a line each.
         absent: id → why, of images that have an id from an earlier time and are not there any more.
+        rendering: how files become pixels.
     """
 
     names: Sequence[str]
@@ -52,6 +68,7 @@ class ImageSource(ABC):
     left_out: Sequence[str] = ()
     remarks: Sequence[str] = ()
     absent: Mapping[int, str] = {}
+    rendering: Rendering = AS_STORED
 
     def __init__(self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, digest: str) -> None:
         self.columns = Columns(columns)
@@ -132,7 +149,19 @@ class ArrayImages(ImageSource):
 
 
 class EncodedImages(ImageSource):
-    """Images that lie somewhere as the bytes of a JPEG, PNG or WebP file, decoded when asked for."""
+    """Images that lie somewhere as the bytes of a JPEG, PNG or WebP file, decoded when asked for.
+
+    `digest` covers the names, the sizes in bytes, in order, and the rendering.
+
+    Args:
+        columns: with `sizes`, (N,) int64, in bytes.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, rendering: Rendering = AS_SHOWN
+    ) -> None:
+        super().__init__(columns, class_names, names_digest(columns, rendering))
+        self.rendering = rendering
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -147,15 +176,13 @@ class EncodedImages(ImageSource):
         """What a message calls the file of image `index`, in one line."""
 
     def load(self, index: int) -> Image.Image:
-        """Image `index` in RGB mode: transparency is dropped, 16-bit grey keeps its upper 8 bits.
-
-        The EXIF orientation is left alone, as torchvision's ImageFolder does.
+        """Image `index` in RGB mode, turned and composed as `rendering` says; 16-bit grey keeps its upper 8 bits.
 
         Raises:
             RankError: the file is gone, truncated or otherwise undecodable.
         """
         with self._named(index), open_image(io.BytesIO(self.read(index))) as image:
-            return convert_to_rgb(image)
+            return convert_to_rgb(image, self.rendering)
 
     def load_pixels(self, index: int, choose_reduction: ChooseReduction) -> torch.Tensor:
         """Image `index` as (3, H, W) uint8, RGB; a JPEG smaller by the factor chosen.
@@ -164,13 +191,23 @@ class EncodedImages(ImageSource):
             RankError: the file is gone, truncated or otherwise undecodable.
         """
         with self._named(index):
-            return decode_pixels(self.read(index), choose_reduction)
+            return decode_pixels(
+                self.read(index), choose_reduction, self.rendering, lambda error: self._say_refused(index, error)
+            )
+
+    def _say_refused(self, index: int, error: Exception) -> None:
+        """Says once that there are files like this one."""
+        if not _SAID[0]:
+            _SAID[0] = 1
+            why = reason(error).rpartition(", ")[2]  # the place in torchvision's sources comes before
+            where = self.where(index)
+            logger.warning("%s: torchvision's decoder refuses it (%s), so Pillow's reads it and its like", where, why)
 
     @contextmanager
     def _named(self, index: int) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # decoders raise OSError, RuntimeError, SyntaxError, struct.error and more
+        except Exception as error:
             raise RankError(
                 f"cannot decode {self.where(index)} (image {index}): {reason(error)}; repair or replace the file"
             ) from error
@@ -179,8 +216,8 @@ class EncodedImages(ImageSource):
 class FileImages(EncodedImages):
     """JPEG, PNG and WebP files under one root, decoded when asked for.
 
-    `digest` covers the relative paths and the sizes in bytes, in order, but not the contents: reading a large data set
-    whole at each start costs too much. A file replaced by another of the same size goes unnoticed.
+    `digest` does not cover the contents: reading a large data set whole at each start costs too much. A file replaced
+    by another of the same size goes unnoticed.
 
     Every header is read once here, so an empty or foreign file is found before training rather than in its midst. Those
     that are left out have no id: the next one has it.
@@ -192,6 +229,7 @@ class FileImages(EncodedImages):
         class_names: the name of each label, or None.
         on_broken: what becomes of a file that is missing, empty, too large, or no JPEG, PNG or WebP image.
         held_out: for each whether it is in the data set's own held-out part, or None.
+        rendering: how the files become pixels.
 
     Raises:
         UserError: where `on_broken` does not let a file pass.
@@ -205,6 +243,7 @@ class FileImages(EncodedImages):
         class_names: list[str] | None,
         on_broken: OnBroken = REFUSE,
         held_out: torch.Tensor | None = None,
+        rendering: Rendering = AS_SHOWN,
     ) -> None:
         self.root = root
         packed = pack_names(names)
@@ -216,7 +255,7 @@ class FileImages(EncodedImages):
             kept = np.delete(np.arange(len(listed)), list(problems))
             columns = {**pack_names(listed[int(i)] for i in kept), "sizes": sizes[kept], **label_column(labels, kept)}
             held_out = None if held_out is None else held_out[torch.from_numpy(kept)]
-        super().__init__(columns, class_names, names_digest(columns))
+        super().__init__(columns, class_names, rendering)
         if held_out is not None:
             self.held_out = held_out.nonzero()[:, 0]
 
@@ -247,16 +286,18 @@ def label_column(labels: torch.Tensor | None, kept: np.ndarray | None = None) ->
     return {"labels": labels.numpy() if kept is None else labels.numpy()[kept]}
 
 
-def names_digest(columns: Mapping[str, np.ndarray]) -> str:
+def names_digest(columns: Mapping[str, np.ndarray], rendering: Rendering) -> str:
     """SHA-256 of the names and the sizes in bytes, in order: the same for the same files, in folders or in tars."""
-    return digest_of(NameTable(Columns(columns)), columns["sizes"])
+    return digest_of(NameTable(Columns(columns)), columns["sizes"], rendering)
 
 
-def digest_of(names: Iterable[str], sizes: np.ndarray) -> str:
+def digest_of(names: Iterable[str], sizes: np.ndarray, rendering: Rendering) -> str:
     """The same of names and sizes, as many of either."""
     digest = hashlib.sha256()
     for name, size in zip(names, sizes.tolist(), strict=True):
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0%d\0" % size)
+    if rendering != AS_STORED:  # of which digests from before there was a choice are
+        digest.update(repr(rendering).encode())
     return digest.hexdigest()
 
 

@@ -14,11 +14,12 @@ import numpy as np
 
 from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.columns import Columns
+from instance_ssl.data.decoding import AS_SHOWN, Rendering
 from instance_ssl.data.folders import differs_here, escape, existing_root
 from instance_ssl.data.name_lists import list_line
 from instance_ssl.data.name_table import NameTable, pack_names, repetitions
 from instance_ssl.data.packed_set import PackedSet, read_packed_set
-from instance_ssl.data.sources import EncodedImages, names_digest
+from instance_ssl.data.sources import EncodedImages
 from instance_ssl.data.tar_index import ShardIndex, index_shard
 from instance_ssl.errors import UserError, tried
 
@@ -45,6 +46,7 @@ class TarImages(EncodedImages):
         columns: what `pack_names` gives, `shards` (N,) int32 and `offsets` (N,) int64, where each image begins, `sizes`
             (N,) int64, and `labels` where there are any.
         class_names: of the labels, or None.
+        rendering: how the images become pixels.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class TarImages(EncodedImages):
         shard_bytes: Sequence[int],
         columns: dict[str, np.ndarray],
         class_names: list[str] | None,
+        rendering: Rendering = AS_SHOWN,
     ) -> None:
-        super().__init__(columns, class_names, names_digest(columns))
+        super().__init__(columns, class_names, rendering)
         self._shards, self._shard_bytes = list(shards), list(shard_bytes)
         self._open: dict[int, IO[bytes]] = {}
 
@@ -165,7 +168,9 @@ def list_tar(root: Path | None, pattern: str | None, split: str) -> TarListing:
     return TarListing(shards, [index.shard_bytes for index in indexes], columns, problems, class_names, remarks)
 
 
-def open_listing(listing: TarListing, kept: np.ndarray, on_broken: OnBroken) -> TarImages:
+def open_listing(
+    listing: TarListing, kept: np.ndarray, on_broken: OnBroken, rendering: Rendering = AS_SHOWN
+) -> TarImages:
     """The `kept` images (n,) of a listing, but for those that cannot be read.
 
     Raises:
@@ -186,7 +191,7 @@ def open_listing(listing: TarListing, kept: np.ndarray, on_broken: OnBroken) -> 
         kept = kept[~np.isin(kept, broken)]
         others = {name: column[kept] for name, column in columns.items() if name not in ("names", "name_ends")}
         columns = {**pack_names(names[place] for place in kept.tolist()), **others}
-    images = TarImages(listing.shards, listing.shard_bytes, columns, listing.class_names)
+    images = TarImages(listing.shards, listing.shard_bytes, columns, listing.class_names, rendering)
     images.remarks = listing.remarks
     images.left_out = [f"{list_line(names[place])}: {listing.problems[place]}" for place in broken]
     return images

@@ -17,7 +17,8 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from instance_ssl.data.decoding import open_image
+from instance_ssl.data.decoding import AS_SHOWN, Rendering, open_image, upright_size
+from instance_ssl.data.folders import escape
 from instance_ssl.data.name_lists import read_names
 from instance_ssl.data.sources import FileImages
 from instance_ssl.errors import UserError, tried
@@ -64,18 +65,21 @@ class VocImages:
         return len(self.annotations)
 
 
-def open_voc(root: Path | None, lists: Sequence[str], class_names: Sequence[str]) -> VocImages:
+def open_voc(
+    root: Path | None, lists: Sequence[str], class_names: Sequence[str], rendering: Rendering = AS_SHOWN
+) -> VocImages:
     """Reads lists of a VOCdevkit and every annotation that they name.
 
     Args:
         root: the folder that holds VOC2007 and the like.
         lists: such as "VOC2007/trainval": root/VOC2007/ImageSets/Main/trainval.txt.
         class_names: the classes that count, in order of their index; another one in an annotation is a mistake.
+        rendering: of the images; boxes are of the image as it is turned.
 
     Raises:
         UserError: one line that names the key and the file: a list or image that is not there, an image named twice, an
-            XML file that cannot be read, a box outside its image, an unknown class, a class without any object that is
-            not difficult.
+            XML file that cannot be read, another size than the image has, a box outside its image, an unknown class, a
+            class without any object that is not difficult.
     """
     if root is None or not os.path.isdir(root):
         where = "is not set" if root is None else f"{tried(root)} is no folder"
@@ -91,10 +95,10 @@ def open_voc(root: Path | None, lists: Sequence[str], class_names: Sequence[str]
     absent = next((name for name in names if not os.path.isfile(root / name)), None)
     if absent is not None:
         raise UserError(f"{_KEY}: there is no image {root / absent}, which one of {', '.join(lists)} names")
-    images = FileImages(root, names, None, None)
+    images = FileImages(root, names, None, None, rendering=rendering)
     known = {name: index for index, name in enumerate(class_names)}
     with ThreadPoolExecutor() as pool:
-        annotations = list(pool.map(lambda name: _read_annotation(root, name, known), names))
+        annotations = list(pool.map(lambda name: _read_annotation(root, name, known, rendering), names))
     _refuse_empty_classes(annotations, class_names, lists)
     return VocImages(images, annotations)
 
@@ -122,12 +126,13 @@ def _read_list(root: Path, entry: str) -> list[str]:
     return names
 
 
-def _read_annotation(root: Path, name: str, known: dict[str, int]) -> Annotation:
+def _read_annotation(root: Path, name: str, known: dict[str, int], rendering: Rendering) -> Annotation:
     path = (root / name).parent.parent / "Annotations" / f"{Path(name).stem}.xml"
     try:
         tree = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_PlainTreeBuilder()))
         with open_image(root / name) as image:
-            size = image.size
+            size, stored = upright_size(image, rendering), image.size
+        _check_size(tree, size, stored, name)
         rows = [_read_object(element, known, size) for element in tree.findall("object")]
     except Exception as error:  # PIL's parsers raise OSError, SyntaxError, ValueError, struct.error and more
         raise UserError(f"annotation {path}: {_one_line(error)}") from None
@@ -138,6 +143,25 @@ def _read_annotation(root: Path, name: str, known: dict[str, int]) -> Annotation
         torch.tensor(classes, dtype=torch.int64),
         torch.tensor(difficult, dtype=torch.bool),
     )
+
+
+def _check_size(tree: ElementTree.Element, size: tuple[int, int], stored: tuple[int, int], name: str) -> None:
+    """Refuses an annotation of an image of another size, as far as it gives one.
+
+    Raises:
+        ValueError: saying both.
+    """
+    texts = [(tree.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
+    try:
+        declared = [float(text) if text else side for text, side in zip(texts, size, strict=True)]
+    except ValueError:
+        raise ValueError(f"its <size> {' x '.join(texts)} is not two numbers") from None
+    if declared != list(size):
+        turned = f" once it is turned upright (data.exif; {stored[0]} x {stored[1]} as stored)" * (size != stored)
+        raise ValueError(
+            f"its <size> is {declared[0]:g} x {declared[1]:g} pixels, but {escape(name)} has "
+            f"{size[0]} x {size[1]}{turned}"
+        )
 
 
 class _PlainTreeBuilder(ElementTree.TreeBuilder):

@@ -18,7 +18,7 @@ from instance_ssl.data.rearrangement import places_of
 from instance_ssl.data.sources import FileImages, ImageSource, label_column, read_instances
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.embedding_map import plane
-from instance_ssl.images import open_split
+from instance_ssl.images import open_split, rendering_of
 from instance_ssl.report.runs import Run
 from instance_ssl.report.svg import Dot, label_colour, map_chart
 from instance_ssl.report.tables import word
@@ -161,10 +161,11 @@ def _open_some(run: Path, data: DataConfig, ids: Sequence[int]) -> ImageSource:
         if root is None:
             raise UserError("data.root is not set: the images cannot be found")
         if data.kind != "tree":
-            return FileImages(root, chosen, None, None)
+            return FileImages(root, chosen, None, None, rendering=rendering_of(data))
         folders = [name.split("/")[1] for name in chosen]
         classes = sorted(set(folders))
-        return FileImages(root, chosen, torch.tensor([classes.index(folder) for folder in folders]), classes)
+        labels = torch.tensor([classes.index(folder) for folder in folders])
+        return FileImages(root, chosen, labels, classes, rendering=rendering_of(data))
     whole = open_split(data, "train")
     places = places_of(chosen, whole.names).tolist()
     if gone := [name for name, place in zip(chosen, places, strict=True) if place < 0]:

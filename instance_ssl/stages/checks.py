@@ -1,39 +1,29 @@
 """What is refused before anything is written: mistakes in what was asked for, and ranks that were asked differently."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
 
 from instance_ssl import engine
-from instance_ssl.checkpoint_files import MANIFEST, committed_directories, newest_sound_directory, step_of
-from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig, flatten, load_config
+from instance_ssl.checkpoint_files import MANIFEST, committed_directories, newest_sound_directory
+from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
 from instance_ssl.ds_config import DeepSpeedSettings, micro_batch_advice
 from instance_ssl.errors import UserError, tried
 from instance_ssl.guard import launchers_of
 from instance_ssl.images import open_split
-from instance_ssl.run_directory import read_json
 from instance_ssl.run_log import RunLog
+from instance_ssl.stages.recorded import BOUND_STAGES
 from instance_ssl.stages.sharing import on_rank_0, share_images
 
-# Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
-FREE_KEYS = (
-    *("evaluation", "export", "log", "checkpoint", "safety"),
-    *("data.num_workers", "data.augment_on", "data.limit_test", "data.root", "data.shards"),
-    *("data.on_broken", "data.max_broken_share", "data.allow_lost"),
-)
 _SAID = 10
-# What the result.json of every stage holds.
-_RESULT_KEYS = {"stage", "newest_checkpoint", "data", "seconds", "date", "world_size"}
 # Stages that begin with a checkpoint whatever `evaluation.sources` says.
 _READERS = {"pretrain": ["initialize_classifier"], "evaluate_checkpoints": ["pretrain"]}
-BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 
 def check_hostfile() -> None:
@@ -76,12 +66,6 @@ def check_ranks_agree(fields: dict[str, str], world: Group) -> None:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def config_digest(config: ExperimentConfig) -> str:
-    """SHA-256 of all keys that a run is bound to."""
-    bound = {key: value for key, value in flatten(config).items() if not key.startswith(FREE_KEYS)}
-    return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
 def open_images(
@@ -297,84 +281,6 @@ def check_micro_batch(config: ExperimentConfig, micro_batch_size: int) -> None:
     """Refuses a micro-batch that the head's batch norm has no variance of."""
     if config.model.projection == "mlp_bn" and micro_batch_size * config.augmentation.num_views == 1:
         raise UserError("model.projection mlp_bn needs two views a micro-batch: raise train_micro_batch_size_per_gpu")
-
-
-def check_unchanged(config: ExperimentConfig, run_directory: Path, world: Group) -> None:
-    """A run directory belongs to one experiment; what was learned under another is not mixed in. Collective.
-
-    Raises:
-        UserError: on all ranks, as rank 0 finds it.
-    """
-    problem = None
-    if world.rank == 0:
-        try:
-            _check_unchanged(config, run_directory)
-        except UserError as error:
-            problem = str(error)
-    problem = world.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
-
-
-def _check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
-    for stage in BOUND_STAGES:
-        path = run_directory / stage / "config.yaml"
-        if not path.exists():
-            continue
-        then, now = flatten(_recorded_config(path, "restore it, or give another --run-dir")), flatten(config)
-        changed = [key for key, value in now.items() if then.get(key) != value and not key.startswith(FREE_KEYS)]
-        if changed:
-            key, others = changed[0], changed[1:]
-            more = f" (and {', '.join(others)})" if others else ""
-            raise UserError(
-                f"{run_directory} holds a run with {key} = {then.get(key)}, not {now[key]}{more}; give another "
-                f"--run-dir or the same value (only {', '.join(FREE_KEYS)} may change in a run)"
-            )
-
-
-def sound_result(directory: Path) -> dict[str, Any] | None:
-    """A stage's result.json, where it is there and holds what every stage writes at its end."""
-    result = read_json(directory / "result.json")
-    is_sound = result is not None and result.keys() >= _RESULT_KEYS and result["stage"] == directory.name
-    return result if is_sound else None
-
-
-def is_complete(directory: Path, config: ExperimentConfig, newest_checkpoint: str | None, log: RunLog) -> bool:
-    """Whether a stage's own record says that it is complete, and agrees with what it is a record of.
-
-    Args:
-        newest_checkpoint: what an evaluation would be of now (`what_is_evaluated`).
-
-    Raises:
-        UserError: when the stage's config.yaml cannot be read, or a training is complete but its checkpoints are gone.
-    """
-    result, config_path = sound_result(directory), directory / "config.yaml"
-    if result is None:
-        return False
-    if directory.name not in BOUND_STAGES:
-        if not config_path.exists():
-            return False
-        recorded = _recorded_config(config_path, "remove it, and the evaluation is done again")
-        return flatten(recorded) == flatten(config) and result["newest_checkpoint"] == newest_checkpoint
-    steps, newest = result.get("steps", 0), newest_sound_directory(directory / "checkpoints")
-    if newest is None:
-        raise UserError(
-            f"{directory / 'result.json'} says complete, but {directory / 'checkpoints'} holds no whole checkpoint: "
-            "restore it, or remove result.json to have the stage run again"
-        )
-    if step_of(newest) != steps:
-        log.say(
-            f"{directory.name}: result.json says {steps} steps, but the newest whole checkpoint is {newest.name}: not "
-            "complete"
-        )
-    return step_of(newest) == steps
-
-
-def _recorded_config(path: Path, cure: str) -> ExperimentConfig:
-    try:
-        return load_config(path)
-    except UserError as error:
-        raise UserError(f"{str(error).removeprefix('--config ')}; this is the stage's own record: {cure}") from None
 
 
 def say_left_out(sources: Iterable[ImageSource], log: RunLog) -> None:

@@ -30,7 +30,7 @@ from instance_ssl.launch_checks import check_world
 from instance_ssl.limits import check_limits, describe_shortage
 from instance_ssl.run_directory import locked, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
-from instance_ssl.stages import checks, instances
+from instance_ssl.stages import checks, instances, recorded
 from instance_ssl.stages.arguments import parse_arguments
 from instance_ssl.stages.process import Process, exit_code
 
@@ -206,7 +206,7 @@ def _open(
         world,
     )
     checks.check_sources(config.evaluation, world)
-    checks.check_unchanged(config, run_directory, world)
+    recorded.check_unchanged(config, run_directory, world)
     checks.check_made_before(config, run_directory, [spec.name for spec in chosen], world)
     source = checks.open_images(
         config.data, "train", world, process.log, instances.as_known(run_directory, config.data)
@@ -239,7 +239,7 @@ def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], proces
         # Before the work: a training that goes on beside an evaluation may commit a newer one meanwhile.
         newest = _newest_checkpoint(stage)
         figures = function(stage)
-        if stage.name in checks.BOUND_STAGES:
+        if stage.name in recorded.BOUND_STAGES:
             newest = _newest_checkpoint(stage)
         record = {"stage": stage.name, **figures, "newest_checkpoint": newest}
         record["seconds"] = round(time.perf_counter() - started, 3)
@@ -256,7 +256,7 @@ def _conclude(stage: Stage, record: dict[str, Any], run: str | None) -> None:
 
 
 def _is_complete(stage: Stage) -> bool:
-    return checks.is_complete(stage.directory, stage.config, _newest_checkpoint(stage), stage.log)
+    return recorded.is_complete(stage.directory, stage.config, _newest_checkpoint(stage), stage.log)
 
 
 def _newest_checkpoint(stage: Stage) -> str | None:

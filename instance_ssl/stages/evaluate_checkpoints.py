@@ -12,9 +12,9 @@ from instance_ssl.errors import UserError
 from instance_ssl.evaluation.correlation import correlations, draw_correlation, instance_accuracy
 from instance_ssl.run_directory import read_json, write_json
 from instance_ssl.stages.build import classifier_shard, own_parts, training_view
-from instance_ssl.stages.checks import config_digest
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.left_out import LeftOut
+from instance_ssl.stages.recorded import config_digest
 from instance_ssl.stages.representation import (
     LabelledImages,
     Representation,

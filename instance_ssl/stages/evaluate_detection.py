@@ -24,6 +24,7 @@ from instance_ssl.evaluation.detection import (
 from instance_ssl.evaluation.detection_metrics import Detections, require_coco
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.guard import Stopped
+from instance_ssl.images import rendering_of
 from instance_ssl.models.backbones import ResNet
 from instance_ssl.models.detector import Detector
 from instance_ssl.stages.context import Stage
@@ -86,7 +87,8 @@ def _refuse(stage: Stage) -> None:
 def _open(stage: Stage, lists: Sequence[str]) -> VocImages:
     """The images of some lists: read by rank 0 and sent to all. Collective."""
     detection = stage.config.evaluation.detection
-    data = stage.on_rank_0(lambda: open_voc(detection.root, lists, detection.classes))
+    rendering = rendering_of(evaluation_data(stage))
+    data = stage.on_rank_0(lambda: open_voc(detection.root, lists, detection.classes, rendering))
 
     def check() -> None:
         if (problem := data.images.missing_here()) is not None:

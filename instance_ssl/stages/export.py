@@ -127,7 +127,9 @@ def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
 
 def _open_folder(stage: Stage, root: Path) -> ImageSource:
     try:
-        return checks.open_images(DataConfig(kind="folder", root=root), "train", stage.world, stage.log)
+        own = stage.config.data
+        data = DataConfig(kind="folder", root=root, exif=own.exif, alpha=own.alpha)
+        return checks.open_images(data, "train", stage.world, stage.log)
     except UserError as error:
         raise UserError(str(error).replace("data.root", "export.images")) from None
 

@@ -33,8 +33,8 @@ from instance_ssl.disk_space import why_not_written
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run_directory import write_json
-from instance_ssl.stages.checks import sound_result
 from instance_ssl.stages.left_out_record import LOST, read_left_out
+from instance_ssl.stages.recorded import sound_result
 from instance_ssl.structured_files import MalformedError, read_json, what_failed
 
 _NAMED = 3

@@ -21,9 +21,9 @@ from instance_ssl.metrics import InputWatch, LossLevel, TrainingMeter
 from instance_ssl.pretraining import StepReport
 from instance_ssl.run_log import Progress
 from instance_ssl.schedules import EpochClock
-from instance_ssl.stages.checks import config_digest
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.left_out import LeftOut, TooManyBroken
+from instance_ssl.stages.recorded import config_digest
 
 # A rank is named when its own work takes so many times the median's, and so many seconds a step more.
 _STRAGGLER_RATIO, _STRAGGLER_SECONDS = 1.5, 0.01

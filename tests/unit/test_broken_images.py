@@ -151,8 +151,8 @@ ODD = {
     "grey16.png": (bytes_of(Image.fromarray(np.full((3, 5), 200 << 8 | 255, np.uint16)), "PNG"), (5, 3), (200,) * 3, 0),
     "grey.jpg": (bytes_of(Image.new("L", (8, 8), 90), "JPEG"), (8, 8), (90, 90, 90), 2),
     "one bit.png": (bytes_of(Image.new("1", (3, 3), 1), "PNG"), (3, 3), (255, 255, 255), 0),
-    "grey and alpha.png": (bytes_of(Image.new("LA", (3, 3), (70, 0)), "PNG"), (3, 3), (70, 70, 70), 0),
-    "palette.png": (palette_with_transparency(), (4, 3), (10, 200, 30), 0),
+    "grey and alpha.png": (bytes_of(Image.new("LA", (3, 3), (70, 255)), "PNG"), (3, 3), (70, 70, 70), 0),
+    "palette.png": (palette_with_transparency(), (4, 3), (255, 255, 255), 0),
     "alpha.webp": (
         bytes_of(Image.new("RGBA", (4, 4), (9, 99, 199, 255)), "WEBP", lossless=True),
         (4, 4),

@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from voc_tree import CLASSES, add_image, make_tree, object_xml, write_list
 
+from instance_ssl.data.decoding import AS_STORED
+from instance_ssl.data.detection_batches import Resizing, single_images
 from instance_ssl.data.voc import VOC_CLASSES, open_voc
 from instance_ssl.errors import UserError
 
@@ -107,6 +110,72 @@ def test_entities_are_refused_before_they_expand(tmp_path: Path, encoding: str) 
     bomb = f'<?xml version="1.0" encoding="{encoding}"?><!DOCTYPE a [<!ENTITY e0 "x">{levels}]><a>&e11;</a>'
     (tmp_path / "VOC2007/Annotations/a.xml").write_bytes(bomb.encode(encoding))
     refused(tmp_path, "Annotations/a.xml", "DOCTYPE")
+
+
+def with_size(root: Path, *texts: str) -> None:
+    path = root / "VOC2007/Annotations/a.xml"
+    width, height = texts
+    size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+    path.write_text(f"<annotation>{size}{CAT}{DOG}</annotation>")
+
+
+@pytest.mark.parametrize("texts", [("60", "40"), (" 60.0 ", "40"), ("", "40"), ("", "")])
+def test_the_image_s_own_size_passes_and_so_does_none(tmp_path: Path, texts: tuple[str, str]) -> None:
+    with_size(one_image(tmp_path, CAT, DOG), *texts)
+    (annotation,) = open_voc(tmp_path, ["VOC2007/some"], CLASSES).annotations
+    assert (annotation.width, annotation.height) == (60, 40)
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (("40", "60"), ("40 x 60", "a.jpg has 60 x 40")),
+        (("600", "40"), ("600 x 40", "a.jpg has 60 x 40")),
+        (("0", "0"), ("0 x 0", "60 x 40")),
+        (("", "41"), ("60 x 41", "60 x 40")),
+        (("wide", "40"), ("wide x 40", "not two numbers")),
+    ],
+)
+def test_another_size_than_the_image_s_is_refused_with_both(
+    tmp_path: Path, texts: tuple[str, str], words: tuple[str, ...]
+) -> None:
+    with_size(one_image(tmp_path, CAT, DOG), *texts)
+    refused(tmp_path, "Annotations/a.xml", *words)
+
+
+def test_boxes_lie_on_the_upright_photograph(tmp_path: Path) -> None:
+    boxes = object_xml("cat", (1, 51, 40, 60)), object_xml("dog", (1, 1, 40, 50))
+    one_image(tmp_path, *boxes)
+    stored = np.zeros((40, 60, 3), np.uint8)
+    stored[:, 50:] = 250  # the cat: at the right as stored, at the bottom as shown
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(stored).save(tmp_path / "VOC2007/JPEGImages/a.jpg", quality=95, exif=exif)
+    data = open_voc(tmp_path, ["VOC2007/some"], CLASSES)
+    (annotation,) = data.annotations
+    assert (annotation.width, annotation.height) == (40, 60)
+    pixels, (left, top, right, bottom) = np.asarray(data.images.load(0)), annotation.boxes_m4[0].int().tolist()
+    assert pixels[top + 2 : bottom, left:right].min() > 200
+    assert pixels[: top - 2].max() < 50
+    for texts in (("40", "60"), ("60", "40")):
+        size = f"<size><width>{texts[0]}</width><height>{texts[1]}</height></size>"
+        (tmp_path / "VOC2007/Annotations/a.xml").write_text(f"<annotation>{size}{''.join(boxes)}</annotation>")
+        if texts == ("40", "60"):
+            open_voc(tmp_path, ["VOC2007/some"], CLASSES)
+        else:
+            refused(tmp_path, "60 x 40", "has 40 x 60", "data.exif")
+    with pytest.raises(UserError, match="cat's box 1 51 40 60 lies outside"):
+        open_voc(tmp_path, ["VOC2007/some"], CLASSES, AS_STORED)
+
+
+def test_resized_images_and_boxes_are_of_the_upright_photograph(tmp_path: Path) -> None:
+    one_image(tmp_path, object_xml("cat", (1, 51, 40, 60)), object_xml("dog", (1, 1, 40, 50)))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 8
+    Image.fromarray(GREY).save(tmp_path / "VOC2007/JPEGImages/a.jpg", exif=exif)
+    data = open_voc(tmp_path, ["VOC2007/some"], CLASSES)
+    (image,) = single_images(data, Resizing((80,), 1000, flip=False), 0, range(1))
+    assert image.shape == (3, 120, 80)
 
 
 def test_an_empty_class_is_refused(tmp_path: Path) -> None:
