@@ -157,7 +157,8 @@ class EvaluationConfig(Section):
         sources: raw `pixels`, the `random` network, the one `trained`, the backbone of a file of `weights`.
         checkpoint: what `trained` is: a directory step_… or a run directory (its newest), of any run of the same
             encoder; None: this run's newest.
-        weights: for `weights`: a backbone by torchvision's keys, .safetensors or .pth.
+        weights: for `weights`: a file with a backbone by torchvision's keys, of safetensors or torch.save; of several
+            in one, file.pth#prefix takes the one below that prefix.
     """
 
     sources: Annotated[tuple[SourceName, ...], Field(min_length=1)] = ("trained",)
