@@ -38,6 +38,8 @@ def _pack(arguments: argparse.Namespace, log: RunLog) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {low:g} to {high:g}")
     data, split = load_config(arguments.config, arguments.set).data, arguments.split
     source = open_split(data, split)
+    for remark in source.remarks:
+        log.say(remark)
     if not isinstance(source, EncodedImages):
         raise UserError(f"data.kind {data.kind} lies in memory: there is nothing to pack")
     packing = Packing(arguments.size, arguments.quality, arguments.shard_mib, arguments.workers)

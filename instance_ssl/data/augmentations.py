@@ -114,7 +114,7 @@ def centre_view(image_size: int) -> Transform:
     convention); smaller images are resized to (image_size, image_size) whole, for CIFAR's objects fill their frame.
     """
     if image_size > _SMALL_IMAGE_SIZE:
-        crop: Transform = _CentreCrop(round(image_size * 256 / 224), image_size)
+        crop: Callable[[Image.Image], Image.Image] = _CentreCrop(round(image_size * 256 / 224), image_size)
     else:
         crop = v2.Resize((image_size, image_size), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([crop, _to_unit_range, _normalise])

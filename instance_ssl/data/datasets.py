@@ -12,6 +12,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from instance_ssl.data.broken import REFUSE, OnBroken
 from instance_ssl.data.folders import (
     SUFFIXES,
+    Ignored,
     class_folders,
     escape,
     existing_root,
@@ -41,7 +42,8 @@ def open_source(
     """Opens a data set.
 
     Files are taken in the plain string order of their relative POSIX paths, so ids do not depend on the order in which
-    a file system lists them. Hidden files are skipped and each folder is visited once, symbolic links included.
+    a file system lists them. Hidden files and folders of this project's runs are skipped and each folder is visited
+    once, symbolic links included.
 
     Args:
         kind: "digits" (scikit-learn's, split here), "cifar10" or "cifar100" (downloaded if absent), "tree" (ImageNet's
@@ -141,10 +143,10 @@ def _open_tree(split: str, root: Path, limit: int | None, on_broken: OnBroken) -
                 f"but {escape(first)!r} is not in {other}"
             )
     class_index = {name: index for index, name in enumerate(train_classes)}
-    labels = array("q")
+    labels, ignored = array("q"), Ignored()
 
     def labelled_names() -> Iterator[str]:
-        for name in scan_images(root / folder):
+        for name in scan_images(root / folder, ignored):
             if "/" not in name:
                 raise UserError(
                     f"data.root: {escape(str(root / folder / name))} lies in no class folder; move it into one"
@@ -156,9 +158,18 @@ def _open_tree(split: str, root: Path, limit: int | None, on_broken: OnBroken) -
     labels_N = torch.from_numpy(np.array(labels, np.int64))
     for class_name, size in zip(train_classes, labels_N.bincount(minlength=len(train_classes)).tolist(), strict=True):
         if size == 0:
-            raise UserError(f"data.root: class folder {escape(str(root / folder / class_name))} holds no image")
+            raise UserError(
+                "; ".join(
+                    [
+                        f"data.root: class folder {escape(str(root / folder / class_name))} holds no image",
+                        *ignored.remarks(root / folder),
+                    ]
+                )
+            )
     kept = _kept_indices(len(names), limit, split)
-    return FileImages(root, (names[i] for i in kept), labels_N[torch.from_numpy(kept)], train_classes, on_broken)
+    images = FileImages(root, (names[i] for i in kept), labels_N[torch.from_numpy(kept)], train_classes, on_broken)
+    images.remarks = ignored.remarks(root / folder)
+    return images
 
 
 def _open_listed(
@@ -173,10 +184,14 @@ def _open_listed(
 
 
 def _open_folder(root: Path, limit: int | None, on_broken: OnBroken) -> FileImages:
-    names = packed(scan_images(root))
+    ignored = Ignored()
+    names = packed(scan_images(root, ignored))
     if not names:
-        raise UserError(f"data.root {escape(str(root))} holds no {', '.join(sorted(SUFFIXES))} file")
-    return FileImages(root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken)
+        nothing = f"data.root {escape(str(root))} holds no {', '.join(sorted(SUFFIXES))} file"
+        raise UserError("; ".join([nothing, *ignored.remarks(root)]))
+    images = FileImages(root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken)
+    images.remarks = ignored.remarks(root)
+    return images
 
 
 def _open_list(root: Path | None, list_file: Path | None, limit: int | None, on_broken: OnBroken) -> FileImages:

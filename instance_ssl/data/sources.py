@@ -40,6 +40,7 @@ class ImageSource(ABC):
         held_out: ids, (n,) int64, of the training images that the data set itself keeps for the choice of parameters;
             None where it has no such part.
         left_out: the images that could not be read and have no id, a line each that names the image and the reason.
+        remarks: what the user should know of the data set, a line each.
         absent: id → why, of images that have an id from an earlier time and are not there any more.
     """
 
@@ -48,6 +49,7 @@ class ImageSource(ABC):
     digest: str
     held_out: torch.Tensor | None = None
     left_out: Sequence[str] = ()
+    remarks: Sequence[str] = ()
     absent: Mapping[int, str] = {}
 
     def __init__(self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, digest: str) -> None:

@@ -18,6 +18,7 @@ from instance_ssl.guard import launchers_of
 from instance_ssl.images import open_split
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages.sharing import on_rank_0, share_images
+from instance_ssl.weights import split_choice
 
 # Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
 FREE_KEYS = (
@@ -105,6 +106,8 @@ def open_images(
         log.say(f"{split} images: rank 0 looks at every file or shard, {seconds:.0f} s so far")
 
     images = share_images(on_rank_0(open_all, world, say), world)
+    for remark in images.remarks:
+        log.say(f"{split} images: {remark}")
     problem = images.missing_here()
     problems = [f"rank {rank}: {text}" for rank, text in enumerate(world.all_gather_objects(problem)) if text]
     if problems:
@@ -128,7 +131,8 @@ def check_sources(evaluation: EvaluationConfig, world: Group) -> None:
     Raises:
         UserError: naming the key and the path.
     """
-    given = {"evaluation.weights": evaluation.weights, "evaluation.checkpoint": evaluation.checkpoint}
+    weights = None if evaluation.weights is None else split_choice(evaluation.weights)[0]
+    given = {"evaluation.weights": weights, "evaluation.checkpoint": evaluation.checkpoint}
     absent = [f"{key} {path} does not exist" for key, path in given.items() if path is not None and not path.exists()]
     for rank, complaints in enumerate(world.all_gather_objects(absent)):
         if complaints:
@@ -142,7 +146,7 @@ def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> st
         others = committed_directories(evaluation.checkpoint / "pretrain/checkpoints")
         names.append(str(others[0] if others else evaluation.checkpoint))
     if evaluation.weights is not None:
-        status = evaluation.weights.stat()
+        status = split_choice(evaluation.weights)[0].stat()
         names.append(f"{evaluation.weights} of {status.st_size} bytes and time {status.st_mtime_ns}")
     return ", ".join(names) or None
 

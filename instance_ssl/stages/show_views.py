@@ -35,6 +35,8 @@ def _parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
 def _show(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.set)
     source = open_split(config.data, "train")
+    for remark in source.remarks:
+        print(remark)
     if not 1 <= arguments.images <= len(source):
         raise UserError(f"--images {arguments.images}: there are {len(source)}, take 1 to as many")
     if arguments.epoch < 0:
