@@ -194,6 +194,20 @@ class ExportConfig(Section):
     formats: tuple[ExportFormat, ...] = ("pth", "safetensors", "detectron2", "onnx", "parquet")
     images: Path | None = None
 
+    @field_validator("formats", mode="before")
+    @classmethod
+    def _formats_are_of_the_backbone(cls, values: Any) -> Any:
+        known = get_args(ExportFormat)
+        if isinstance(values, str):
+            raise ValueError(f"expected a list: [{values}]")
+        unknown = [value for value in values if value not in known] if isinstance(values, list | tuple) else []
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is none of {', '.join(known)}: the first four are of the backbone, the last of the "
+                "features of the folder that export.images names, which are written as .npy in any case"
+            )
+        return values
+
 
 class LogConfig(Section):
     """How often figures are written."""

@@ -75,7 +75,8 @@ class Ignored:
         lines = []
         if self.files:
             count, kinds = self.files.total(), ", ".join(f"{number:,} {name}" for name, number in self._named())
-            lines.append(f"ignored in {escape(str(root))}: {count:,} files that are not {_NAMES} by name: {kinds}")
+            files = "1 file that is" if count == 1 else f"{count:,} files that are"
+            lines.append(f"ignored in {escape(str(root))}: {files} not {_NAMES} by name: {kinds}")
         if self.num_runs:
             which = "a folder" if self.num_runs == 1 else f"{self.num_runs:,} folders"
             first = "" if self.num_runs == 1 else "first "

@@ -28,6 +28,8 @@ FREE_KEYS = (
 )
 _SAID = 10
 BOUND_STAGES = ("initialize_classifier", "pretrain")
+# They read an encoder alone: neither the training's batch nor W has to fit the images or the ranks.
+READING_STAGES = ("export", "evaluate_knn", "evaluate_linear", "evaluate_retrieval")
 
 
 def check_hostfile() -> None:
@@ -137,6 +139,20 @@ def check_sources(evaluation: EvaluationConfig, world: Group) -> None:
     for rank, complaints in enumerate(world.all_gather_objects(absent)):
         if complaints:
             raise UserError(complaints[0] + (f" where rank {rank} runs" if rank else ""))
+
+
+def check_run_to_export(config: ExperimentConfig, run_directory: Path, world: Group) -> None:
+    """Refuses the default run directory where it has no encoder to export: --run-dir was forgotten. Collective."""
+    stage = {"trained": "pretrain", "random": "initialize_classifier"}.get(config.export.source)
+    if stage is None or (stage == "pretrain" and config.evaluation.checkpoint is not None):
+        return
+    absent = world.rank == 0 and not committed_directories(run_directory / stage / "checkpoints")
+    if world.broadcast_object(absent):
+        raise UserError(
+            f"--run-dir is not given, and {run_directory}, its default for this --config, has no checkpoint of "
+            f"{stage}: give the --run-dir of the training, or set evaluation.checkpoint, or export.source=weights with "
+            "evaluation.weights"
+        )
 
 
 def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> str | None:

@@ -139,7 +139,7 @@ def run_stages(
         offered = {spec.name: spec for spec in (*stages, *further)}
         arguments = parse_arguments(list(offered))
         chosen = [offered[name] for name in arguments.stages] if arguments.stages else stages
-        context = _open(arguments, process, needs_labels=any(spec.needs_labels for spec in chosen))
+        context = _open(arguments, process, chosen)
         for spec in chosen:
             _run_stage(replace(context, name=spec.name), spec.run, process)
         if after is not None and not arguments.stages:
@@ -244,13 +244,15 @@ def _fault(error: Exception, process: _Process) -> int:
     return EXIT_FAILURE
 
 
-def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: bool) -> Stage:
+def _open(arguments: argparse.Namespace, process: _Process, chosen: Sequence[StageSpec]) -> Stage:
     """Everything that can be refused is refused here, before a file is written."""
+    needs_labels = any(spec.needs_labels for spec in chosen)
+    trains = any(spec.name not in checks.READING_STAGES for spec in chosen)
     checks.check_hostfile()
     config = load_config(arguments.config, arguments.set)
     ds = load_ds_config(
         arguments.deepspeed_config,
-        global_batch_size=config.optimization.global_batch_size,
+        global_batch_size=config.optimization.global_batch_size if trains else None,
         max_grad_norm=config.optimization.max_grad_norm,
         world_size=comm.launched_world_size(),
     )
@@ -271,18 +273,23 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
     )
     checks.check_sources(config.evaluation, world)
     checks.check_unchanged(config, run_directory)
+    if arguments.run_dir is None and [spec.name for spec in chosen] == ["export"]:
+        checks.check_run_to_export(config, run_directory, world)
     source = checks.open_images(
         config.data, "train", world, process.log, instances.as_known(run_directory, config.data)
     )
-    checks.check_size(config, len(source))
-    checks.check_micro_batch(config, ds.micro_batch_size)
+    if trains:
+        checks.check_size(config, len(source))
+        checks.check_micro_batch(config, ds.micro_batch_size)
     evaluation_sources = checks.open_evaluation(config, source, world, process.log) if needs_labels else None
     instances.record(source, run_directory, world)
     checks.say_left_out((source, *(evaluation_sources or ())), process.log)
+    batch = (
+        f"global batch {config.optimization.global_batch_size} = {ds.micro_batch_size} images x "
+        f"{ds.accumulation_steps} micro-batches x {world.size} ranks, {config.augmentation.num_views} views each; "
+    )
     process.log.say(
-        f"{len(source):,} images, {world.size} x {world.device.type}; global batch "
-        f"{config.optimization.global_batch_size} = {ds.micro_batch_size} images x {ds.accumulation_steps} "
-        f"micro-batches x {world.size} ranks, {config.augmentation.num_views} views each; run in {run_directory}"
+        f"{len(source):,} images, {world.size} x {world.device.type}; {batch if trains else ''}run in {run_directory}"
     )
     return Stage("", run_directory, config, ds, world, process.log, process.guard, source, evaluation_sources)
 

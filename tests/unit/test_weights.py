@@ -1,5 +1,6 @@
 """Backbone weights from files: what is accepted, what is left aside, and one line for what does not fit."""
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,11 @@ def test_a_dictionary_within_itself_is_entered_once(tmp_path: Path, body: dict[s
     content["again"] = content
     content["model again"] = content["model"]
     assert read_weights(save(tmp_path, content)).prefix == "model."
+
+
+def test_a_command_line_beside_the_weights_is_read(tmp_path: Path, body: dict[str, Tensor]) -> None:
+    """As DINO's checkpoints have it."""
+    assert read_weights(save(tmp_path, {"student": body, "args": argparse.Namespace(lr=1)})).prefix == "student."
 
 
 def test_safetensors_and_torch_files_are_told_apart_by_their_content(tmp_path: Path, body: dict[str, Tensor]) -> None:
