@@ -243,7 +243,11 @@ def read_tensors(path: Path, *, mapped: bool = True) -> dict[str, Any]:
         UserError: for such a file, or one that cannot be read.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if mapped:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with path.open("rb") as file:  # of a path, torch goes by the suffix
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise almost anything
         reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _one_line(error)
         raise UserError(f"{path} cannot be loaded: {reason}; nothing in it was run, give an intact one") from None

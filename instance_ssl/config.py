@@ -163,7 +163,8 @@ class EvaluationConfig(Section):
         sources: raw `pixels`, the `random` network, the one `trained`, the backbone of a file of `weights`.
         checkpoint: what `trained` is: a directory step_… or a run directory (its newest), of any run of the same
             encoder; None: this run's newest.
-        weights: for `weights`: a backbone by torchvision's keys, .safetensors or .pth.
+        weights: for `weights`: a file with a backbone by torchvision's keys, of safetensors or torch.save; of several
+            in one, file.pth#prefix takes the one below that prefix.
     """
 
     sources: Annotated[tuple[SourceName, ...], Field(min_length=1)] = ("trained",)
@@ -198,6 +199,20 @@ class ExportConfig(Section):
     source: Literal["random", "trained", "weights"] = "trained"
     formats: tuple[ExportFormat, ...] = ("pth", "safetensors", "detectron2", "onnx", "parquet")
     images: LocalPath | None = None
+
+    @field_validator("formats", mode="before")
+    @classmethod
+    def _formats_are_of_the_backbone(cls, values: Any) -> Any:
+        known = get_args(ExportFormat)
+        if isinstance(values, str):
+            raise ValueError(f"expected a list: [{values}]")
+        unknown = [value for value in values if value not in known] if isinstance(values, list | tuple) else []
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is none of {', '.join(known)}: the first four are of the backbone, the last of the "
+                "features of the folder that export.images names, which are written as .npy in any case"
+            )
+        return values
 
 
 class LogConfig(Section):

@@ -129,8 +129,13 @@ class DeepSpeedSettings:
         return world_size if self.classifier.group_size == "world" else self.classifier.group_size
 
 
-def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, world_size: int) -> DeepSpeedSettings:
+def load_ds_config(
+    path: Path, *, global_batch_size: int | None, max_grad_norm: float, world_size: int
+) -> DeepSpeedSettings:
     """Reads, checks and completes a DeepSpeed JSON.
+
+    Args:
+        global_batch_size: images a step; None: nothing is trained, and neither a batch nor W is divided over ranks.
 
     Raises:
         UserError: for a missing or malformed file, an unknown, owned or refused key, or a batch that does not divide.
@@ -150,10 +155,13 @@ def load_ds_config(path: Path, *, global_batch_size: int, max_grad_norm: float, 
         raise UserError(f"{path}: communication_data_type must be fp32, fp16 or bf16")
     if type(micro_batch_size) is not int or micro_batch_size < 1:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of images a rank")
-    accumulation_steps, remainder = divmod(global_batch_size, micro_batch_size * world_size)
+    images_at_once = micro_batch_size * world_size
+    trains = global_batch_size is not None
+    global_batch_size = images_at_once if global_batch_size is None else global_batch_size
+    accumulation_steps, remainder = divmod(global_batch_size, images_at_once)
     if remainder or accumulation_steps == 0:
         raise UserError(_indivisible(global_batch_size, micro_batch_size, world_size, path))
-    if classifier.group_size != "world" and world_size % classifier.group_size:
+    if trains and classifier.group_size != "world" and world_size % classifier.group_size:
         raise UserError(
             f"{path}: instance_classifier.group_size {classifier.group_size} does not divide the {world_size} ranks"
         )

@@ -29,6 +29,8 @@ Transform = Callable[[Image.Image], Tensor]
 
 # Up to this side length, CIFAR's conventions hold: weaker jitter, no blur, no margin around the evaluation crop.
 _SMALL_IMAGE_SIZE = 64
+# From this aspect ratio on, an image is cropped before it is resized.
+_ELONGATED = 4
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,55 @@ def centre_view(image_size: int) -> Transform:
     Above 64 pixels, the short side is resized to image_size * 256 / 224 and the centre cropped (the ImageNet
     convention); smaller images are resized to (image_size, image_size) whole, for CIFAR's objects fill their frame.
     """
-    bicubic = v2.InterpolationMode.BICUBIC
     if image_size > _SMALL_IMAGE_SIZE:
-        short_side = round(image_size * 256 / 224)
-        steps: list[Transform] = [v2.Resize(short_side, interpolation=bicubic), v2.CenterCrop(image_size)]
+        crop: Callable[[Image.Image], Image.Image] = _CentreCrop(round(image_size * 256 / 224), image_size)
     else:
-        steps = [v2.Resize((image_size, image_size), interpolation=bicubic)]
-    return v2.Compose([*steps, _to_unit_range, _normalise])
+        crop = v2.Resize((image_size, image_size), interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([crop, _to_unit_range, _normalise])
+
+
+@dataclass(frozen=True)
+class _CentreCrop:
+    """Resizes the short side and takes a square from the centre: RGB image -> RGB image.
+
+    The resized image grows with the aspect ratio (a line of 1 x 20,000 pixels would take 4 GiB), so of an elongated one
+    only the centre is resized. Its pixels are those of resizing it whole, up to the rounding of a level in 255.
+    """
+
+    short_side: int
+    image_size: int
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        short, long = sorted(image.size)
+        if long <= _ELONGATED * short:
+            image = functional.resize(image, [self.short_side], v2.InterpolationMode.BICUBIC)
+        else:
+            image = self._resized_centre(image, short, long)
+        return functional.center_crop(image, [self.image_size])
+
+    def _resized_centre(self, image: Image.Image, short: int, long: int) -> Image.Image:
+        """Resized to the short side; of the long side, only the square's part."""
+        bicubic = Image.Resampling.BICUBIC
+        length = int(self.short_side * long / short)
+        start = round((length - self.image_size) / 2)
+        scale = long / length
+        first, last = start * scale, (start + self.image_size) * scale
+        # The filter reaches two pixels beyond, of the source or, where it shrinks, of the result. Cut out by whole
+        # pixels first, for PIL keeps the box in single precision.
+        reach = 2 * max(scale, 1) + 1
+        low, high = max(0, math.floor(first - reach)), min(long, math.ceil(last + reach))
+        # One axis after the other, in PIL's order for the whole image, between which it rounds and clips.
+        if image.width == long:
+            part = image.crop((low, 0, high, short))
+            part = part.resize((self.image_size, short), bicubic, (first - low, 0, last - low, short))
+            return part.resize((self.image_size, self.short_side), bicubic)
+        part = image.crop((0, low, short, high))
+        if scale > 1:
+            part = part.resize((short, self.image_size), bicubic, (0, first - low, short, last - low))
+            return part.resize((self.short_side, self.image_size), bicubic)
+        part = part.resize((self.short_side, part.height), bicubic)
+        box = (0, first - low, self.short_side, last - low)
+        return part.resize((self.short_side, self.image_size), bicubic, box)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from instance_ssl.data.broken import REFUSE, OnBroken
 from instance_ssl.data.decoding import AS_SHOWN, Rendering
 from instance_ssl.data.folders import (
     SUFFIXES,
+    Ignored,
     class_folders,
     escape,
     existing_root,
@@ -44,7 +45,8 @@ def open_source(
     """Opens a data set.
 
     Files are taken in the plain string order of their relative POSIX paths, so ids do not depend on the order in which
-    a file system lists them. Hidden files are skipped and each folder is visited once, symbolic links included.
+    a file system lists them. Hidden files and folders of this project's runs are skipped and each folder is visited
+    once, symbolic links included.
 
     Args:
         kind: "digits" (scikit-learn's, split here), "cifar10" or "cifar100" (downloaded if absent), "tree" (ImageNet's
@@ -147,10 +149,10 @@ def _open_tree(split: str, root: Path, limit: int | None, on_broken: OnBroken, r
                 f"but {escape(first)!r} is not in {other}"
             )
     class_index = {name: index for index, name in enumerate(train_classes)}
-    labels = array("q")
+    labels, ignored = array("q"), Ignored()
 
     def labelled_names() -> Iterator[str]:
-        for name in scan_images(root / folder):
+        for name in scan_images(root / folder, ignored):
             if "/" not in name:
                 raise UserError(
                     f"data.root: {escape(str(root / folder / name))} lies in no class folder; move it into one"
@@ -162,11 +164,20 @@ def _open_tree(split: str, root: Path, limit: int | None, on_broken: OnBroken, r
     labels_N = torch.from_numpy(np.array(labels, np.int64))
     for class_name, size in zip(train_classes, labels_N.bincount(minlength=len(train_classes)).tolist(), strict=True):
         if size == 0:
-            raise UserError(f"data.root: class folder {escape(str(root / folder / class_name))} holds no image")
+            raise UserError(
+                "; ".join(
+                    [
+                        f"data.root: class folder {escape(str(root / folder / class_name))} holds no image",
+                        *ignored.remarks(root / folder),
+                    ]
+                )
+            )
     kept = _kept_indices(len(names), limit, split)
-    return FileImages(
+    images = FileImages(
         root, (names[i] for i in kept), labels_N[torch.from_numpy(kept)], train_classes, on_broken, rendering=rendering
     )
+    images.remarks = ignored.remarks(root / folder)
+    return images
 
 
 def _open_listed(
@@ -186,12 +197,16 @@ def _open_listed(
 
 
 def _open_folder(root: Path, limit: int | None, on_broken: OnBroken, rendering: Rendering) -> FileImages:
-    names = packed(scan_images(root))
+    ignored = Ignored()
+    names = packed(scan_images(root, ignored))
     if not names:
-        raise UserError(f"data.root {escape(str(root))} holds no {', '.join(sorted(SUFFIXES))} file")
-    return FileImages(
+        nothing = f"data.root {escape(str(root))} holds no {', '.join(sorted(SUFFIXES))} file"
+        raise UserError("; ".join([nothing, *ignored.remarks(root)]))
+    images = FileImages(
         root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken, rendering=rendering
     )
+    images.remarks = ignored.remarks(root)
+    return images
 
 
 def _open_list(

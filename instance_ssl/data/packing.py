@@ -33,6 +33,7 @@ _SAMPLED = 32
 _POLL_SECONDS = 0.2
 _BLOCK = tarfile.BLOCKSIZE
 _JPEG = b"\xff\xd8\xff"
+_LONGEST_JPEG = 65_500  # libjpeg's bound, below the format's own 65,535
 
 
 @dataclass(frozen=True)
@@ -210,25 +211,34 @@ def _finish(
 
 
 def _try(source: EncodedImages, index: int, packing: Packing) -> tuple[bytes | None, str]:
-    """An image's file as it is packed, or None and why there is none.
+    """An image's file as it is packed, or None and why there is none: whatever fails here is the image's fault.
 
     A copy keeps its EXIF orientation, which is followed when it is read; what is encoded anew is turned already and has
     none.
     """
     try:
-        content = source.read(index)
-        image = source.load(index)
-    except (OSError, UserError) as error:
+        return _packed(source, index, packing), ""
+    except Exception as error:  # encoders and decoders raise OSError, ValueError, MemoryError and more
         return None, reason(error)
+
+
+def _packed(source: EncodedImages, index: int, packing: Packing) -> bytes:
+    content = source.read(index)
+    image = source.load(index)
     scale = packing.size / min(image.size)
     if packing.size == 0 or (scale >= 1 and content.startswith(_JPEG)):
-        return content, ""
+        return content
     if scale < 1:
         width, height = (max(1, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if max(image.size) > _LONGEST_JPEG:
+        raise UserError(
+            f"{image.width} x {image.height} pixels are too long for a JPEG ({_LONGEST_JPEG} at most): --size 0 copies "
+            "files as they are"
+        )
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=packing.quality)
-    return buffer.getvalue(), ""
+    return buffer.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -20,10 +20,13 @@ from instance_ssl.images import open_split
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages.recorded import BOUND_STAGES
 from instance_ssl.stages.sharing import on_rank_0, share_images
+from instance_ssl.weights import split_choice
 
 _SAID = 10
 # Stages that begin with a checkpoint whatever `evaluation.sources` says.
 _READERS = {"pretrain": ["initialize_classifier"], "evaluate_checkpoints": ["pretrain"]}
+# They read an encoder alone: neither the training's batch nor W has to fit the images or the ranks.
+READING_STAGES = ("export", "evaluate_knn", "evaluate_linear", "evaluate_retrieval")
 
 
 def check_hostfile() -> None:
@@ -121,7 +124,8 @@ def check_sources(evaluation: EvaluationConfig, world: Group) -> None:
     Raises:
         UserError: naming the key and the path.
     """
-    given = {"evaluation.weights": evaluation.weights, "evaluation.checkpoint": evaluation.checkpoint}
+    weights = None if evaluation.weights is None else split_choice(evaluation.weights)[0]
+    given = {"evaluation.weights": weights, "evaluation.checkpoint": evaluation.checkpoint}
     absent = [
         f"{key} {tried(path)} does not exist" for key, path in given.items() if path is not None and not path.exists()
     ]
@@ -192,6 +196,20 @@ def say_precision(ds: DeepSpeedSettings, world: Group, log: RunLog) -> None:
         )
 
 
+def check_run_to_export(config: ExperimentConfig, run_directory: Path, world: Group) -> None:
+    """Refuses the default run directory where it has no encoder to export: --run-dir was forgotten. Collective."""
+    stage = {"trained": "pretrain", "random": "initialize_classifier"}.get(config.export.source)
+    if stage is None or (stage == "pretrain" and config.evaluation.checkpoint is not None):
+        return
+    absent = world.rank == 0 and not committed_directories(run_directory / stage / "checkpoints")
+    if world.broadcast_object(absent):
+        raise UserError(
+            f"--run-dir is not given, and {run_directory}, its default for this --config, has no checkpoint of "
+            f"{stage}: give the --run-dir of the training, or set evaluation.checkpoint, or export.source=weights with "
+            "evaluation.weights"
+        )
+
+
 def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> str | None:
     """What an evaluation is of: it is done again when training has gone on since, or a file given has changed."""
     newest = newest_sound_directory(own_checkpoints)
@@ -200,7 +218,7 @@ def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> st
         newest = newest_sound_directory(evaluation.checkpoint / "pretrain/checkpoints")
         names.append(str(newest or evaluation.checkpoint))
     if evaluation.weights is not None:
-        status = evaluation.weights.stat()
+        status = split_choice(evaluation.weights)[0].stat()
         names.append(f"{evaluation.weights} of {status.st_size} bytes and time {status.st_mtime_ns}")
     return ", ".join(names) or None
 

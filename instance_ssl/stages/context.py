@@ -181,11 +181,12 @@ def _open(
 ) -> Stage:
     """Everything that can be refused is refused here, before a file is written. `held` ends with the work."""
     needs_labels = any(spec.needs_labels for spec in chosen)
+    trains = any(spec.name not in checks.READING_STAGES for spec in chosen)
     checks.check_hostfile()
     config = load_config(arguments.config, arguments.set)
     ds = load_ds_config(
         arguments.deepspeed_config,
-        global_batch_size=config.optimization.global_batch_size,
+        global_batch_size=config.optimization.global_batch_size if trains else None,
         max_grad_norm=config.optimization.max_grad_norm,
         world_size=comm.launched_world_size(),
     )
@@ -207,20 +208,25 @@ def _open(
     )
     checks.check_sources(config.evaluation, world)
     recorded.check_unchanged(config, run_directory, world)
+    if arguments.run_dir is None and [spec.name for spec in chosen] == ["export"]:
+        checks.check_run_to_export(config, run_directory, world)
     checks.check_made_before(config, run_directory, [spec.name for spec in chosen], world)
     source = checks.open_images(
         config.data, "train", world, process.log, instances.as_known(run_directory, config.data)
     )
-    checks.check_size(config, len(source), ds.micro_batch_size, world.size, arguments.deepspeed_config)
-    checks.check_micro_batch(config, ds.micro_batch_size)
+    if trains:
+        checks.check_size(config, len(source), ds.micro_batch_size, world.size, arguments.deepspeed_config)
+        checks.check_micro_batch(config, ds.micro_batch_size)
     evaluation_sources = checks.open_evaluation(config, source, world, process.log) if needs_labels else None
     instances.record(source, run_directory, world)
     checks.say_precision(ds, world, process.log)
     checks.say_left_out((source, *(evaluation_sources or ())), process.log)
+    batch = (
+        f"global batch {config.optimization.global_batch_size} = {ds.micro_batch_size} images x "
+        f"{ds.accumulation_steps} micro-batches x {world.size} ranks, {config.augmentation.num_views} views each; "
+    )
     process.log.say(
-        f"{len(source):,} images, {world.size} x {world.device.type}; global batch "
-        f"{config.optimization.global_batch_size} = {ds.micro_batch_size} images x {ds.accumulation_steps} "
-        f"micro-batches x {world.size} ranks, {config.augmentation.num_views} views each; run in {run_directory}"
+        f"{len(source):,} images, {world.size} x {world.device.type}; {batch if trains else ''}run in {run_directory}"
     )
     return Stage("", run_directory, config, ds, world, process.log, process.guard, source, evaluation_sources)
 

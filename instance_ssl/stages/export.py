@@ -1,7 +1,7 @@
 """Stage: an encoder as files for others, with a model card, and the features of any folder of images."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from instance_ssl.stages.context import Stage
 from instance_ssl.stages.representation import Representation, represent
 from instance_ssl.stages.sharing import on_rank_0
 
+_BACKBONE_FILES = ("backbone.pth", "backbone.safetensors", "features.onnx", "detectron2.pkl")
+
 
 def run(stage: Stage) -> dict[str, Any]:
     """Files of the backbone and its card, by rank 0; rows of `export.images`, by all ranks."""
@@ -49,12 +51,20 @@ def run(stage: Stage) -> dict[str, Any]:
     encoder = representation.encoder
     assert encoder is not None  # no source of `export` is pixels
     stage.log.say(describe_encoder(stage.config))
-    files = stage.on_rank_0(lambda: _write_backbone(stage, encoder))
-    card = {**_describe(stage, representation), "sha256": files}
-    names = [*files, "model_card.json"]
+    described = {**_describe(stage, representation), "encoder_sha256": state_digest(encoder)}
+    before = stage.on_rank_0(lambda: _earlier_export(stage, described))
+    written = stage.on_rank_0(lambda: _write_backbone(stage, encoder))
+    kept = {name: sha256 for name, sha256 in before["sha256"].items() if name not in written}
+    files = {**kept, **written}
+    card = {**described, **_describe_files(stage, files), "sha256": files}
+    names = [*written, "model_card.json"]
+    if kept:
+        stage.log.say(f"kept, of the same encoder: {', '.join(kept)}")
     if images is not None:
         card["images"] = _write_rows(stage, representation, encoder, images)
         names += card["images"]["files"]
+    elif before["images"] is not None:
+        card["images"] = before["images"]
     stage.on_rank_0(lambda: _write_card(stage, card))
     stage.log.say(f"{', '.join(names)}: in {stage.directory}")
     return card
@@ -66,6 +76,37 @@ def _write_card(stage: Stage, card: dict[str, Any]) -> None:
     path = stage.directory / "model_card.json"
     with saving(path):
         write_json(path, {**card, **made_with})
+
+
+def _earlier_export(stage: Stage, described: dict[str, Any]) -> dict[str, Any]:
+    """What stays of an export before this one: files by their SHA-256 and the rows, where they are of this encoder.
+
+    Files of another encoder must not lie beside this one's: they are removed, which is said. Rows take long: they stay,
+    but the card is silent about them, which is said too.
+    """
+    card = read_json(stage.directory / "model_card.json") or {}
+    same = all(card.get(key) == described[key] for key in ("encoder_sha256", "image_size"))
+    recorded, kept, removed = card.get("sha256"), {}, []
+    for name in _BACKBONE_FILES:
+        path = stage.directory / name
+        if not path.exists():
+            continue
+        sha256 = _sha256(path)
+        if same and isinstance(recorded, dict) and recorded.get(name) == sha256:
+            kept[name] = sha256
+        else:
+            path.unlink()
+            removed.append(name)
+    if removed:
+        stage.log.say(f"removed, not known to be of this encoder: {', '.join(removed)} (in {stage.directory})")
+    if card.get("images") and not same:
+        stage.log.say(f"{stage.directory / 'images'}: the rows there are of another encoder")
+    return {"sha256": kept, "images": card.get("images") if same else None}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_backbone(stage: Stage, encoder: Encoder) -> dict[str, str]:
@@ -85,15 +126,12 @@ def _write_backbone(stage: Stage, encoder: Encoder) -> dict[str, str]:
     if not small:
         writers["detectron2"] = ("detectron2.pkl", lambda path: write_detectron2(state, path))
     written = {}
-    for name in ("backbone.pth", "backbone.safetensors", "features.onnx", "detectron2.pkl"):
-        (stage.directory / name).unlink(missing_ok=True)  # another encoder's must not lie beside this one's
     for form in formats:
         if form in writers:
             name, write = writers[form]
             stage.guard.check()
             write(stage.directory / name)
-            with (stage.directory / name).open("rb") as file:
-                written[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            written[name] = _sha256(stage.directory / name)
     return written
 
 
@@ -102,7 +140,7 @@ def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
     config, model = stage.config, stage.config.model
     size = config.data.image_size
     stem = choose_stem(model.backbone, model.stem, size)
-    described: dict[str, Any] = {
+    return {
         "architecture": model.backbone,
         "stem": {"small": "3x3, stride 1, no max-pool", "imagenet": "7x7, stride 2, max-pool"}[stem],
         "image_size": size,
@@ -118,9 +156,16 @@ def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
         # Not where it lies: the card goes to others.
         **{key: value for key, value in representation.origin.items() if key not in ("checkpoint", "file")},
     }
-    if model.backbone != "small_cnn" and "pth" in config.export.formats:
-        described["load"] = loading_code(model.backbone, small_stem=stem == "small")
-    if "onnx" in config.export.formats:
+
+
+def _describe_files(stage: Stage, files: Iterable[str]) -> dict[str, Any]:
+    """How to load those of the files that need a word."""
+    described: dict[str, Any] = {}
+    model = stage.config.model
+    if model.backbone != "small_cnn" and "backbone.pth" in files:
+        small = choose_stem(model.backbone, model.stem, stage.config.data.image_size) == "small"
+        described["load"] = loading_code(model.backbone, small_stem=small)
+    if "features.onnx" in files:
         described["onnx"] = {"opset": ONNX_OPSET, "input": "images (batch, 3, S, S)", "output": "features (batch, F)"}
     return described
 
@@ -204,8 +249,11 @@ def _join(stage: Stage, images: ImageSource, parts: list[Path], columns: dict[st
     write_instances(images, directory / "names.txt")
     paths = [*arrays.values(), directory / "names.txt"]
     table = directory / "images.parquet"
-    table.unlink(missing_ok=True)
-    if "parquet" in stage.config.export.formats:
+    if "parquet" not in stage.config.export.formats:
+        if table.exists():
+            table.unlink()
+            stage.log.say(f"removed, for export.formats has no parquet and the rows are new: {table}")
+    else:
         with whole_file(table) as temporary:
             write_parquet(images.names, arrays, temporary)
         paths.append(table)

@@ -13,6 +13,7 @@ from instance_ssl import faults
 from instance_ssl.checkpoint import ENCODER_FILES, Checkpoint, checkpoint_at, load_encoder, newest_checkpoint
 from instance_ssl.config import DataConfig, KnnConfig
 from instance_ssl.data.augmentations import Transform, centre_view
+from instance_ssl.data.folders import escape
 from instance_ssl.data.loaders import Batch, image_loader
 from instance_ssl.data.order import consecutive_batches
 from instance_ssl.data.sources import ImageSource
@@ -29,6 +30,7 @@ from instance_ssl.weights import backbone_network, load_state, read_weights
 
 TITLES = {"pixels": "raw pixels", "random": "random network", "trained": "trained", "weights": "weights file"}
 _PROJECTED_ROWS = 16384
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -259,10 +261,11 @@ def _load_weights(stage: Stage) -> tuple[Encoder, dict[str, Any]]:
         raise UserError(f"evaluation.weights {path} is not the same file on all nodes")
     encoder = seeded_encoder(stage.config)
     stage.together(lambda: load_state(backbone_network(encoder.backbone), weights.state, f"evaluation.weights {path}"))
-    aside = f"; left aside: {', '.join(weights.ignored[:2])}" if weights.ignored else ""
-    more = f" and {len(weights.ignored) - 2} more" if len(weights.ignored) > 2 else ""
-    stage.log.say(f"weights: {path}, sha256 {weights.sha256[:12]}{aside}{more}")
-    return encoder.to(stage.world.device), {"file": str(path), "sha256": weights.sha256}
+    aside = f"; left aside: {escape(', '.join(weights.aside[:_NAMED]))}" if weights.aside else ""
+    more = f" and {len(weights.aside) - _NAMED} more" if len(weights.aside) > _NAMED else ""
+    prefix = f" ({escape(weights.prefix)}*)" if weights.prefix else ""
+    stage.log.say(f"weights: {path}{prefix}, sha256 {weights.sha256[:12]}{aside}{more}")
+    return encoder.to(stage.world.device), {"file": str(path), "sha256": weights.sha256, "prefix": weights.prefix}
 
 
 def _pixels(images: Tensor) -> Tensor:

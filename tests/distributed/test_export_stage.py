@@ -111,6 +111,43 @@ def test_weights_that_were_exported_are_the_same_encoder_to_the_bit(run: Path, t
     assert random["network.bn1.running_mean"].abs().max() > 0
 
 
+def _export_thrice(group: Group, directory: Path, folder: Path) -> list[Any]:
+    """pth and rows; then safetensors alone; then, after another training of the same run directory, safetensors."""
+    said: list[str] = []
+    outcomes: list[Any] = []
+    for formats, images in ((["pth", "parquet"], str(folder)), (["safetensors"], None), (["safetensors"], None)):
+        sections = {"export": {"source": "random", "formats": formats, "images": images}}
+        stage = make_stage(group, "export", directory, **sections)
+        stage.log.say = said.append  # type: ignore[method-assign]
+        if len(outcomes) == 2:
+            card = json.loads((stage.directory / "model_card.json").read_text())
+            write_json(stage.directory / "model_card.json", {**card, "encoder_sha256": "another"})
+        card = export.run(stage)
+        outcomes.append((card, sorted(path.name for path in stage.directory.iterdir()), list(said)))
+        said.clear()
+    return outcomes
+
+
+def test_a_further_export_keeps_files_of_the_same_encoder_and_says_what_it_removes(
+    run: Path, folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    pytest.importorskip("pyarrow")
+    shutil.copytree(run / "initialize_classifier", tmp_path / "run/initialize_classifier")
+    first, second, third = run_ranks(_export_thrice, 1, tmp_path / "run", folder)[0]
+    assert {"backbone.pth", "backbone.safetensors", "images"} <= set(second[1])
+    assert second[0]["sha256"].keys() == {"backbone.pth", "backbone.safetensors"}
+    assert second[0]["sha256"]["backbone.pth"] == first[0]["sha256"]["backbone.pth"]
+    assert second[0]["images"] == first[0]["images"]
+    assert "load" in second[0]
+    assert any(line == "kept, of the same encoder: backbone.pth" for line in second[2])
+    assert "backbone.pth" not in third[1]
+    assert third[0]["sha256"].keys() == {"backbone.safetensors"}
+    assert "images" not in third[0]
+    assert any("removed, not known to be of this encoder: backbone.pth" in line for line in third[2])
+    assert any("rows there are of another encoder" in line for line in third[2])
+
+
 def test_two_ranks_write_the_rows_of_a_folder_like_one_from_another_runs_checkpoint(
     run: Path, folder: Path, tmp_path: Path
 ) -> None:

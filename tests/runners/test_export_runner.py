@@ -24,6 +24,7 @@ def test_two_ranks_export_a_file_and_a_folder(tmp_path: Path) -> None:
     finished = run_launched(
         "export", 2, "--run-dir", str(run), "--set", "export.source=weights", "export.formats=[safetensors]",
         f"evaluation.weights={tmp_path}/weights.pth", f"export.images={tmp_path}/images", "data.num_workers=1",
+        "optimization.global_batch_size=4097", "classifier.num_hard_classes=5000",  # which an export never uses
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
     exported = safetensors.load_file(run / "export/backbone.safetensors")
@@ -35,6 +36,15 @@ def test_two_ranks_export_a_file_and_a_folder(tmp_path: Path) -> None:
     result = json.loads((run / "export/result.json").read_text())
     assert result["images"]["num_images"] == 3
     assert json.loads((run / "export/status.json").read_text())["state"] == "complete"
+
+
+def test_a_forgotten_run_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("data: {kind: digits, image_size: 16}\nmodel: {backbone: small_cnn}\n")
+    finished = run_bare("export", "--config", str(tmp_path / "mine.yaml"))
+    assert finished.returncode == 2, finished.stderr
+    assert "--run-dir is not given" in finished.stderr
+    assert "runs/mine" in finished.stderr
+    assert finished.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from instance_ssl.data.augmentations import (
     NORMALISE_MEAN,
@@ -127,3 +128,43 @@ def test_centre_view_is_deterministic_and_central() -> None:
     assert torch.equal(view, unit(transform(wide)) * 255)
     assert view[0, :, 0].round().tolist() == list(range(8, 120))
     assert view[1, 0].round().tolist() == list(range(40, 152))
+
+
+def resized_whole_then_cropped(image: Image.Image, image_size: int) -> torch.Tensor:
+    """The ImageNet convention as torchvision has it, in levels 0 to 255."""
+    resized = v2.Resize(round(image_size * 256 / 224), interpolation=v2.InterpolationMode.BICUBIC)(image)
+    return v2.functional.pil_to_tensor(v2.CenterCrop(image_size)(resized))
+
+
+@pytest.mark.parametrize("size", [(60, 60), (50, 200), (201, 140), (400, 100), (99, 180)])
+@pytest.mark.parametrize("image_size", [65, 96, 131])
+def test_centre_view_of_ordinary_images_is_torchvisions_to_the_bit(size: tuple[int, int], image_size: int) -> None:
+    view = unit(centre_view(image_size)(noise(*size))) * 255
+    assert torch.equal(view.round().to(torch.uint8), resized_whole_then_cropped(noise(*size), image_size))
+
+
+@pytest.mark.parametrize("size", [(1, 300), (301, 1), (2, 97), (3, 1000), (33, 140), (150, 640), (2000, 301), (1, 5)])
+@pytest.mark.parametrize("image_size", [65, 96, 131])
+def test_centre_view_of_elongated_images_is_that_of_resizing_them_whole(size: tuple[int, int], image_size: int) -> None:
+    view = (unit(centre_view(image_size)(noise(*size))) * 255).round()
+    difference = (view - resized_whole_then_cropped(noise(*size), image_size)).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (65_500, 3), (40_000, 9)])
+@pytest.mark.parametrize("build", [centre_view, simclr_view, probe_view, digit_view])
+def test_no_view_of_a_line_resizes_more_than_the_crop(
+    build: Callable[[int], Transform], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resized whole, a line of 1 x 20,000 pixels would have 256 x 5,120,000."""
+    resize, sizes = Image.Image.resize, [(1, 1)]
+
+    def recording(image: Image.Image, size: tuple[int, int], *rest: object, **options: object) -> Image.Image:
+        assert size[0] * size[1] < 1e6
+        sizes.append(size)
+        return resize(image, size, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", recording)
+    assert build(224)(Image.new("RGB", size)).shape == (3, 224, 224)
+    assert max(width * height for width, height in sizes) <= 256 * 224

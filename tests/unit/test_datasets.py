@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from instance_ssl.data.datasets import open_source
+from instance_ssl.data.folders import Ignored
 from instance_ssl.data.sources import ArrayImages, ImageSource, write_instances
 from instance_ssl.errors import RankError, UserError
 
@@ -274,3 +275,70 @@ def test_instance_file_has_one_line_an_image(tmp_path: Path) -> None:
     write_instances(source, tmp_path / "instances.txt")
     assert (tmp_path / "instances.txt").read_text() == "new\\nline.png\nplain.png\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "instances.txt"]
+
+
+def run_directory(path: Path) -> None:
+    """What a run leaves: its list of images, and a stage with a picture; and a picture that show_views was told to."""
+    save(path / "evaluate_similarity/similarity.png")
+    save(path / "views.png")
+    for name in ("instances.txt", "data.json", *(f"evaluate_similarity/{name}" for name in STAGE_FILES)):
+        (path / name).touch()
+
+
+STAGE_FILES = ("config.yaml", "ds_config.json", "environment.json")
+
+
+def test_pictures_of_runs_are_no_images(tree: Path) -> None:
+    names = list(open_files("folder", tree).names)
+    run_directory(tree / "train/a/runs/mine")
+    run_directory(tree / "out")
+    save(tree / "plan/table.png")
+    for name in ("table.json", "table.md"):
+        (tree / "plan" / name).touch()
+    images = open_files("folder", tree)
+    assert list(images.names) == names
+    assert len(images.remarks) == 1
+    assert "3 folders of this project's runs (first " in images.remarks[0]
+    before = list(open_files("tree", tree).names)
+    run_directory(tree / "train/out")
+    images = open_files("tree", tree)
+    assert (list(images.names), images.class_names) == (before, ["a", "b"])
+    assert "2 folders" in images.remarks[0]
+
+
+def test_a_run_in_the_root_itself_hides_its_stages_alone(tmp_path: Path) -> None:
+    run_directory(tmp_path)
+    save(tmp_path / "b/1.png")
+    assert list(open_files("folder", tmp_path).names) == ["b/1.png", "views.png"]
+
+
+def test_ignored_files_are_counted_by_extension(tree: Path) -> None:
+    assert not open_files("folder", tree).remarks
+    for name in ("a/1.bmp", "a/2.BMP", "b/x.tif", "b/y.\x1b[2Jfif", "a/none", "b/.hidden.gif"):
+        (tree / "train" / name).touch()
+    (tree / "notes.txt").touch()
+    (line,) = open_files("folder", tree).remarks
+    assert f"{tree}: 6 files that are not JPEG, PNG or WebP by name: 2 .bmp" in line
+    assert all(word in line for word in ("1 .tif", "1 without extension", "1 .txt"))
+    (line,) = open_files("tree", tree).remarks
+    assert f"{tree}/train: 5 files" in line
+    (tree / "train/c").mkdir()
+    (tree / "train/c/1.avif").touch()
+    (tree / "only").mkdir()
+    (tree / "only/1.jfif").touch()
+    refused("class folder", "train/c holds no image", "1 .avif", kind="tree", root=tree)
+    refused("holds no .jpeg", "1 .jfif", kind="folder", root=tree / "only")
+
+
+def test_the_count_of_ignored_files_stays_short(tmp_path: Path) -> None:
+    save(tmp_path / "1.png")
+    for number in range(30):
+        (tmp_path / f"frame.{number:06d}").touch()
+    (line,) = open_files("folder", tmp_path).remarks
+    assert line.endswith("22 of other extensions")
+    ignored = Ignored()
+    for number in range(5000):
+        ignored.add_file(f"frame.{number:06d}{'x' * 200}")
+    assert len(ignored.files) <= 1001
+    assert ignored.files.total() == 5000
+    assert len(ignored.remarks(tmp_path)[0]) < 400

@@ -42,6 +42,12 @@ def test_shipped_files_load(path: Path) -> None:
     assert ("fp16" in path.name) == (settings.autocast_dtype == torch.float16)
 
 
+def test_what_trains_nothing_needs_no_batch_that_divides(tmp_path: Path) -> None:
+    path = written(tmp_path, instance_classifier={"group_size": 4})
+    settings = load_ds_config(path, global_batch_size=None, max_grad_norm=0.0, world_size=3)
+    assert settings.accumulation_steps == 1
+
+
 def test_the_derived_keys_are_injected(tmp_path: Path) -> None:
     settings = load(written(tmp_path, zero_optimization={"stage": 1}), clip=2.0)
     assert settings.engine["gradient_accumulation_steps"] == 32

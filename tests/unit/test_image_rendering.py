@@ -16,16 +16,17 @@ import yaml
 from image_files import chunk, encoded
 from PIL import ExifTags, Image, ImageOps
 
-from instance_ssl.config import DataConfig, ExperimentConfig
+from instance_ssl.config import DataConfig, ExperimentConfig, flatten
 from instance_ssl.data.augmentations import simclr_view
 from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.decoding import AS_SHOWN, AS_STORED, Rendering, decode_pixels
 from instance_ssl.data.packing import Packing, pack_images
 from instance_ssl.data.sources import EncodedImages
 from instance_ssl.data.views import ViewDataset
+from instance_ssl.errors import UserError
 from instance_ssl.images import open_split
+from instance_ssl.stages import checks, recorded
 from instance_ssl.stages import export as export_stage
-from instance_ssl.stages import recorded
 
 # From what is stored to what is to be seen, by the EXIF standard.
 TURNS = {
@@ -275,20 +276,20 @@ def test_a_run_from_before_the_keys_says_what_to_set_and_goes_on_with_it(tmp_pat
         if kind == "digits":
             recorded.compare_with_record(config_of(kind=kind), tmp_path)
         else:
-            with pytest.raises(checks.UserError, match=r"--set data\.exif=stored data\.alpha=drop") as raised:
+            with pytest.raises(UserError, match=r"--set data\.exif=stored data\.alpha=drop") as raised:
                 recorded.compare_with_record(config_of(), tmp_path)
             assert "\n" not in str(raised.value)
-            with pytest.raises(checks.UserError, match=r"--set data\.alpha=drop,"):
+            with pytest.raises(UserError, match=r"--set data\.alpha=drop,"):
                 recorded.compare_with_record(config_of(exif="stored"), tmp_path)
     record.write_text(yaml.safe_dump(config_of(exif="stored").model_dump(mode="json")))
     recorded.compare_with_record(config_of(exif="stored"), tmp_path)
-    with pytest.raises(checks.UserError, match=r"--set data\.exif=stored,"):
+    with pytest.raises(UserError, match=r"--set data\.exif=stored,"):
         recorded.compare_with_record(config_of(), tmp_path)
 
 
 def test_the_digest_of_a_configuration_from_before_the_keys_is_the_same() -> None:
     def before(config: ExperimentConfig) -> str:
-        flat = checks.flatten(config)
+        flat = flatten(config)
         bound = {k: v for k, v in flat.items() if not k.startswith((*recorded.FREE_KEYS, "data.exif", "data.alpha"))}
         return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 

@@ -45,6 +45,7 @@ RESERVED = {
         "instance_ssl/stages/context.py",
         "instance_ssl/stages/plan.py",
         "instance_ssl/stages/show_views.py",
+        "instance_ssl/weights.py",  # a command line's values may lie in a file of weights
         "runners/ablate.py",
         "runners/benchmark_checkpoint.py",
         "runners/benchmark_classifier.py",

@@ -1,5 +1,6 @@
 """A packed set is the same data set: ids, names, labels and pixels; stopped anywhere, it goes on."""
 
+import errno
 import hashlib
 import json
 import os
@@ -121,6 +122,47 @@ def test_images_that_cannot_be_decoded_follow_the_policy(tree: Path, tmp_path: P
     assert (tmp_path / "out/train/left_out.txt").read_text().startswith("train/a/1.jpg: cannot decode")
     packed = opened("tar", tmp_path / "out")
     assert packed.names == source.names[1:]
+
+
+@pytest.mark.parametrize("fault", ["wide", "encoder", "memory", "gone"])
+def test_an_image_that_cannot_be_packed_is_named_and_not_the_output(
+    fault: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only its header is read when the set is opened; what fails later must not be called a fault of the output."""
+    victim = tree / "train/c/7.png"
+    Image.new("RGB", (66_000 if fault == "wide" else 3, 2)).save(victim)
+    source = opened("tree", tree)
+    save = Image.Image.save
+
+    def failing(image: Image.Image, *arguments: object, **options: object) -> None:
+        if image.size == (3, 2):
+            raise MemoryError if fault == "memory" else OSError("broken data stream when writing image file")
+        save(image, *arguments, **options)  # type: ignore[arg-type]
+
+    if fault == "gone":
+        victim.unlink()
+    elif fault != "wide":
+        monkeypatch.setattr(Image.Image, "save", failing)
+    with pytest.raises(UserError, match=r"c/7\.png: ") as caught:
+        pack_images(source, tmp_path / "refused/train", Packing(size=16), OnBroken())
+    assert "--output" not in str(caught.value)
+    if fault == "wide":
+        assert "66000 x 2 pixels" in str(caught.value)
+    record = pack_images(source, tmp_path / "out/train", Packing(size=16), OnBroken(skip=True, max_share=0.2))
+    assert (record.left_out, record.num_images) == (1, 6)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_a_fault_of_the_output_is_still_called_that(
+    code: int, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(tar: object, name: str, content: bytes) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(packing_module, "_add", failing)
+    with pytest.raises(UserError) as caught:
+        pack_images(opened("tree", tree), tmp_path / "out/train", Packing(size=16), OnBroken(skip=True, max_share=1))
+    assert str(caught.value).startswith(f"--output {tmp_path}/out/train: {os.strerror(code)}")
 
 
 def test_a_packed_set_with_a_shard_too_few_or_too_many_is_refused(tree: Path, tmp_path: Path) -> None:

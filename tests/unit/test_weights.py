@@ -1,5 +1,6 @@
 """Backbone weights from files: what is accepted, what is left aside, and one line for what does not fit."""
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,100 @@ def test_of_mocos_checkpoint_the_query_encoder_is_taken(tmp_path: Path, torchvis
     assert torch.equal(weights.state["conv1.weight"], torchvision_state["conv1.weight"])
     assert "module.queue" in weights.ignored
     load_state(network(), weights.state, "x")
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.fixture(scope="module")
+def body(torchvision_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names, with values of a number each: which tensors are taken is all that matters."""
+    names = [name for name in torchvision_state if not name.startswith("fc.")]
+    return {name: torch.tensor([float(number)]) for number, name in enumerate(names)}
+
+
+def as_children(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of Sequential(*resnet.children()), as lightly saves a backbone."""
+    places = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    return {f"{places[name.partition('.')[0]]}.{name.partition('.')[2]}": value for name, value in state.items()}
+
+
+HEAD = {"0.weight": torch.zeros(4, 512), "layer1.weight": torch.zeros(2)}
+LAYOUTS: dict[str, Any] = {
+    "query encoder of one process": lambda b: {
+        "state_dict": {**under("encoder_q.", b), **under("encoder_k.", moved(b)), "queue": torch.zeros(8)}
+    },
+    "base encoder": lambda b: {"state_dict": {**under("module.base_encoder.", b), **under("module.predictor.", HEAD)}},
+    "its momentum encoder": lambda b: {**under("base_encoder.", b), **under("momentum_encoder.", moved(b))},
+    "projector": lambda b: {"state_dict": {**under("backbone.", b), **under("projector.", HEAD)}, "epoch": 1},
+    "momentum backbone": lambda b: {**under("backbone.", b), **under("momentum_backbone.", moved(b))},
+    "head in the network": lambda b: {**under("module.", b), **under("module.projection_head.", HEAD)},
+    "student": lambda b: {"student": under("module.backbone.", b), "teacher": under("backbone.", moved(b)), "epoch": 1},
+    "online": lambda b: {**under("online_encoder.net.", b), **under("target_encoder.net.", moved(b))},
+    "ema": lambda b: {"model": b, "model_ema": moved(b), "optimizer": {"state": {0: {"momentum": torch.zeros(3)}}}},
+    "compiled": lambda b: {"model": under("_orig_mod.net.", b), "head": HEAD},
+    "compiled inside": lambda b: {name.replace("layer1.", "layer1._orig_mod."): value for name, value in b.items()},
+    "children": lambda b: {"state_dict": {**under("backbone.", as_children(b)), **under("projection_head.", HEAD)}},
+    "children alone": as_children,
+    "deep": lambda b: {"classy_state_dict": {"base_model": {"model": {"trunk": under("_feature_blocks.", b)}}}},
+    "twice": lambda b: {**under("encoder_q.0.", b), **under("backbone.", b), **under("encoder_k.0.", moved(b))},
+    "a name that ends so": lambda b: {**under("backbone.", b), "old_backbone.conv1.weight": HEAD["0.weight"]},
+}  # fmt: skip
+
+
+def moved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value + 1 for name, value in state.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_trained_backbone_is_found_in_what_others_write(
+    layout: str, tmp_path: Path, body: dict[str, Tensor]
+) -> None:
+    weights = read_weights(save(tmp_path, LAYOUTS[layout](body)))
+    assert weights.state.keys() == body.keys()
+    assert all(torch.equal(weights.state[name], value) for name, value in body.items())
+
+
+def test_what_is_left_aside_is_named_by_whole_parts(tmp_path: Path, body: dict[str, Tensor]) -> None:
+    content = {"student": {**under("module.backbone.", body), **under("module.head.", HEAD)}}
+    content["teacher"] = {**under("backbone.", moved(body)), **under("head.", HEAD)}
+    weights = read_weights(save(tmp_path, content))
+    assert weights.prefix == "student.module.backbone."
+    assert weights.aside == ("student.module.head", "teacher")
+    asked = read_weights(Path(f"{save(tmp_path, content)}#teacher"))
+    assert asked.prefix == "teacher.backbone."
+    assert torch.equal(asked.state["conv1.weight"], body["conv1.weight"] + 1)
+    assert "only: student.module.backbone, teacher.backbone" in error_of(read_weights, tmp_path / "weights.pth#ema")
+    save(tmp_path, content, "with#mark.pth")
+    assert read_weights(tmp_path / "with#mark.pth").prefix == "student.module.backbone."
+
+
+@pytest.mark.parametrize("second", ["other.", "teacher2.", "averaged.", "backbone2."])
+def test_several_backbones_are_refused_by_name(second: str, tmp_path: Path, body: dict[str, Tensor]) -> None:
+    path = save(tmp_path, {**under("backbone.", body), **under(second, moved(body))})
+    message = error_of(read_weights, path)
+    assert f"several backbones: backbone, {second[:-1]}; choose one: {path}#backbone" in message
+    assert read_weights(Path(f"{path}#{second[:-1]}")).prefix == second
+
+
+def test_a_dictionary_within_itself_is_entered_once(tmp_path: Path, body: dict[str, Tensor]) -> None:
+    content: dict[str, Any] = {"model": body}
+    content["again"] = content
+    content["model again"] = content["model"]
+    assert read_weights(save(tmp_path, content)).prefix == "model."
+
+
+def test_a_command_line_beside_the_weights_is_read(tmp_path: Path, body: dict[str, Tensor]) -> None:
+    """As DINO's checkpoints have it."""
+    assert read_weights(save(tmp_path, {"student": body, "args": argparse.Namespace(lr=1)})).prefix == "student."
+
+
+def test_safetensors_and_torch_files_are_told_apart_by_their_content(tmp_path: Path, body: dict[str, Tensor]) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(under("backbone.", body), tmp_path / "weights.pth")
+    assert read_weights(tmp_path / "weights.pth").prefix == "backbone."
+    assert read_weights(save(tmp_path, under("net.", body), "weights.safetensors")).prefix == "net."
 
 
 def test_a_prefix_of_some_keys_only_is_left(tmp_path: Path, torchvision_state: dict[str, Tensor]) -> None:

@@ -50,3 +50,5 @@ def test_another_file_of_the_same_name_is_noticed(tmp_path: Path) -> None:
     assert what_is_evaluated(evaluation, tmp_path) == before
     (tmp_path / "w.pth").write_bytes(b"12")
     assert what_is_evaluated(evaluation, tmp_path) != before
+    asked = EvaluationConfig(weights=tmp_path / "w.pth#teacher")
+    assert what_is_evaluated(asked, tmp_path) not in (None, what_is_evaluated(evaluation, tmp_path))
