@@ -28,6 +28,14 @@ def cache_bytes() -> int:
     return size
 
 
+def onednn_multiplies_bfloat16() -> bool:
+    """Whether torch gives bfloat16 products on this CPU to oneDNN, which needs AVX-512 (x86) or bfloat16 (Arm).
+
+    Elsewhere torch multiplies without a workspace, and at a fraction of its float32 rate.
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @contextlib.contextmanager
 def fast_float32_products(matmul_dtype: torch.dtype) -> Iterator[None]:
     """Float32 products inside run in whichever of torch's CPU libraries is the fastest *at float32's own error*.
