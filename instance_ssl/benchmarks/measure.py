@@ -74,30 +74,6 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return _resident_bytes("VmHWM") - before
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """GFLOP/s of a square product on this device with these threads, the best of ten.
-
-    The product grows until one takes 20 ms: a CPU without bfloat16 instructions is 40 times slower than in float32,
-    and a fixed size would keep it for minutes.
-    """
-    largest, size = (8192 if device.type == "cuda" else 2048), 128
-    while True:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        best = min(_product_seconds(a, b, out) for _ in range(2))
-        if best > 0.02 or size == largest:
-            return 2 * size**3 / min(best, *(_product_seconds(a, b, out) for _ in range(8))) / 1e9
-        size *= 2
-
-
-def _product_seconds(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
-    started = time.perf_counter()
-    torch.mm(a, b, out=out)
-    if a.device.type == "cuda":
-        torch.cuda.synchronize(a.device)
-    return time.perf_counter() - started
-
-
 def _resident_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

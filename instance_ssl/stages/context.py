@@ -29,7 +29,7 @@ from instance_ssl.errors import EXIT_USER_ERROR, AbsentPeersError, RankError, Us
 from instance_ssl.guard import EXIT_LOST_PEER, Guard, Stopped, own_process_id
 from instance_ssl.run_directory import State, locked, read_json, read_state, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
-from instance_ssl.stages import checks, instances
+from instance_ssl.stages import checks, instances, precision
 from instance_ssl.stages.arguments import parse_arguments
 
 _T = TypeVar("_T")
@@ -284,6 +284,7 @@ def _open(arguments: argparse.Namespace, process: _Process, *, needs_labels: boo
         f"{config.optimization.global_batch_size} = {ds.micro_batch_size} images x {ds.accumulation_steps} "
         f"micro-batches x {world.size} ranks, {config.augmentation.num_views} views each; run in {run_directory}"
     )
+    ds = precision.settle(ds, world, process.log)
     return Stage("", run_directory, config, ds, world, process.log, process.guard, source, evaluation_sources)
 
 

@@ -31,6 +31,7 @@ from instance_ssl.stages.build import classifier_shard, seeded_encoder, training
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.growth import add_rows
 from instance_ssl.stages.left_out import LeftOut
+from instance_ssl.stages.precision import say_if_changed
 from instance_ssl.stages.session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
 
 
@@ -113,6 +114,7 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
         require_same_run(found, stage)
         position = found.position
         stage.log.say(f"resuming from {found.directory}: {position.epoch} epochs done, {position.step} steps in all")
+        say_if_changed(found, stage.ds.matmul_dtype, stage.log)
         return found
     found = newest_checkpoint(stage.checkpoints_of("initialize_classifier"), stage.world)
     if found is None:
