@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import platform
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import torchvision
 import yaml
 
 from instance_ssl import engine, faults
+from instance_ssl.allocator import keep_freed_memory
 from instance_ssl.config import ExperimentConfig, flatten, load_config
 from instance_ssl.console import complain, heard_or_not
 from instance_ssl.data.sources import ImageSource
@@ -131,6 +133,7 @@ def run_stages(
 
     Complete stages are skipped; `after` follows the last. `--stages` names those, `further` ones too, to run instead.
     """
+    keep_freed_memory(os.environ)  # here, so that loader processes, which are forked, inherit it
     process = _Process()
     faults.reach("start", process.rank)
     process.guard.start()
