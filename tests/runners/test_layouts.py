@@ -20,7 +20,7 @@ def test_sampled_classes_over_copies_of_w(tmp_path: Path) -> None:
             "group_size": 1,
             "row_dtype": "bfloat16",
             "momentum_dtype": "bfloat16",
-            "matmul_dtype": "bfloat16",
+            "matmul_dtype": "auto",
             "kernels": "torch",
         },
     }
