@@ -58,6 +58,7 @@ class TrainingPosition:
         loss_scale: state of float16's loss scale.
         skipped_in_a_row: steps that have not moved anything, counted back from this one.
         loss_level: what the next loss is compared with, for spikes.
+        matmul_dtype: precision of the classifier's products; None before the first step.
         stretches: those of the `EpochClock`, where a data set has grown on the way; empty: all epochs are alike.
     """
 
@@ -74,6 +75,7 @@ class TrainingPosition:
     skipped_in_a_row: int = 0
     loss_level: float | None = None
     stretches: list[tuple[int, int, int]] = field(default_factory=list)
+    matmul_dtype: str | None = None
 
 
 @dataclass(frozen=True)

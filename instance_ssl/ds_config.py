@@ -53,7 +53,8 @@ class InstanceClassifierSection(BaseModel):
             core on a CPU, 256 MiB on a GPU.
         keep_mib: memory for terms of the softmax that live from the first pass over W to the second, which then need
             not be computed again; with one micro-batch a step and the kernels `torch`.
-        matmul_dtype: precision of the logits' matrix products; `auto` follows torch_autocast when that is bfloat16.
+        matmul_dtype: precision of the logits' matrix products; `auto` follows torch_autocast when that is bfloat16,
+            unless float32 is measured to be faster on this CPU.
             float16 is not offered: exp(cos/τ) spans more than its range.
         row_dtype: of the rows of W; bfloat16 rows are rounded stochastically at each update.
         momentum_dtype: of their momentum.
@@ -84,6 +85,7 @@ class DeepSpeedSettings:
         autocast_dtype: of the encoder's forward pass; None is plain float32.
         recompute_stages: whether `activation_checkpointing` is there: activations inside the backbone's stages are
             computed again in the backward pass.
+        auto_dtype: what `matmul_dtype: auto` has been settled as on these ranks; None: as autocast.
     """
 
     engine: dict[str, Any]
@@ -92,12 +94,14 @@ class DeepSpeedSettings:
     accumulation_steps: int
     autocast_dtype: torch.dtype | None
     recompute_stages: bool = False
+    auto_dtype: torch.dtype | None = None
 
     @property
     def matmul_dtype(self) -> torch.dtype:
         """Precision of the classifier's matrix products."""
         if self.classifier.matmul_dtype == "auto":
-            return torch.bfloat16 if self.autocast_dtype == torch.bfloat16 else torch.float32
+            as_autocast = torch.bfloat16 if self.autocast_dtype == torch.bfloat16 else torch.float32
+            return self.auto_dtype or as_autocast
         return _DTYPES[self.classifier.matmul_dtype]
 
     @property

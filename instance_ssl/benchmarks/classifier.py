@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
+from instance_ssl.classifier.matmul import auto_matmul_dtype
 from instance_ssl.classifier.passes import choose_block_bytes, choose_kernels
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.distributed import comm
@@ -98,7 +99,7 @@ Builder = Callable[[Problem, Group], Running]
 
 
 def streamed(
-    matmul_dtype: torch.dtype,
+    wanted_dtype: torch.dtype | Literal["auto"],
     *,
     group_size: int | None = None,
     kernels: Literal["auto", "torch", "triton"] = "auto",
@@ -107,9 +108,13 @@ def streamed(
     block_mib: int | None = None,
     keep_mib: int = 0,
 ) -> Builder:
-    """This project's classifier; `group_size` None is one group of all ranks, which may be some of the world's."""
+    """This project's classifier; `group_size` None is one group of all ranks, which may be some of the world's.
+
+    `auto` is what a JSON's `matmul_dtype: auto` takes under bfloat16 autocast.
+    """
 
     def build(problem: Problem, world: Group) -> Running:
+        matmul_dtype = auto_matmul_dtype(world)[0] if wanted_dtype == "auto" else wanted_dtype
         group, replicas = (world, None) if group_size is None else comm.split(world, group_size)
         block_bytes, chosen = (
             choose_block_bytes(block_mib and block_mib * 2**20, world.device),
@@ -252,6 +257,7 @@ VARIANTS: dict[str, Builder] = {
     "torch-linear-cross-entropy": torch_linear_cross_entropy,
     "streamed": streamed(torch.float32),
     "streamed-bfloat16": streamed(torch.bfloat16),
+    "streamed-auto": streamed("auto"),
     "streamed-bfloat16-torch": streamed(torch.bfloat16, kernels="torch"),
     "streamed-bfloat16-momentum": streamed(torch.bfloat16, momentum_dtype=torch.bfloat16),
     "streamed-bfloat16-rows": streamed(torch.bfloat16, momentum_dtype=torch.bfloat16, row_dtype=torch.bfloat16),

@@ -74,20 +74,6 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return _resident_bytes("VmHWM") - before
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """GFLOP/s of a large square product on this device with these threads, the best of ten."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out, seconds = torch.empty_like(a), []
-    for _ in range(10):
-        started = time.perf_counter()
-        torch.mm(a, b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds) / 1e9
-
-
 def _resident_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

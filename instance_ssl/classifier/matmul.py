@@ -1,12 +1,18 @@
-"""What this machine's matrix products are worth: the fastest float32 product on a CPU, and the size of its cache."""
+"""Matrix products of this machine: their rates in float32 and bfloat16, the fastest float32 product, the L2 cache."""
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instance_ssl.distributed.comm import Group
 
 Float32Precision = Literal["highest", "medium"]
 
@@ -26,6 +32,14 @@ def cache_bytes() -> int:
             if (index / "level").read_text().strip() == "2":
                 size = int((index / "size").read_text().strip().removesuffix("K")) * 1024
     return size
+
+
+def onednn_multiplies_bfloat16() -> bool:
+    """Whether torch gives bfloat16 products on this CPU to oneDNN, which needs AVX-512 (x86) or bfloat16 (Arm).
+
+    Elsewhere torch multiplies without a workspace, and at a fraction of its float32 rate.
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextlib.contextmanager
@@ -63,3 +77,78 @@ def float32_precision() -> Float32Precision:
         errors[precision] = (rows @ classes.T - truth).abs().max().item()
     torch.set_float32_matmul_precision(before)
     return "medium" if errors["medium"] <= 2 * errors["highest"] else "highest"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """GFLOP/s of the same arithmetic in two precisions, each that of the slowest rank."""
+
+    float32: float
+    bfloat16: float
+
+    @property
+    def faster(self) -> torch.dtype:
+        """float32 where it is faster by more than a quarter; near a tie noise would decide, so bfloat16 is kept."""
+        return torch.float32 if self.float32 > 1.25 * self.bfloat16 else torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"{self.float32:,.3g} GFLOP/s in float32, {self.bfloat16:,.3g} in bfloat16 on the slowest rank"
+
+
+def agreed_rates(measure: Callable[[torch.dtype, torch.device], float], group: Group) -> Rates:
+    """Measures both precisions on every rank at once and returns the same rates on all: the lowest. Collective."""
+    own = [measure(dtype, group.device) for dtype in (torch.float32, torch.bfloat16)]
+    slowest = -group.all_reduce_max_(-torch.tensor(own, dtype=torch.float64, device=group.device))
+    return Rates(*slowest.tolist())
+
+
+def auto_matmul_dtype(group: Group) -> tuple[torch.dtype, Rates | None]:
+    """What `matmul_dtype: auto` takes under bfloat16 autocast: on CPUs the faster one, with the rates. Collective."""
+    if group.device.type != "cpu":
+        return torch.bfloat16, None
+    rates = agreed_rates(quick_matmul_rate, group)
+    return rates.faster, rates
+
+
+@functools.cache
+def quick_matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """GFLOP/s of matrix products, measured in some 20 ms once a process."""
+    return matmul_rate(dtype, device, seconds=1e-3, repeats=3)
+
+
+@functools.cache
+def quick_convolution_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """GFLOP/s of a 3x3 convolution's forward pass, measured in up to 0.2 s once a process."""
+    images, kernel = (_gaussian(shape, dtype, device) for shape in ((4, 32, 16, 16), (32, 32, 3, 3)))
+    seconds = min(_seconds(lambda: F.conv2d(images, kernel, padding=1), device) for _ in range(4))
+    return 2 * 4 * 16 * 16 * kernel.numel() / seconds / 1e9
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, *, seconds: float = 0.02, repeats: int = 10) -> float:
+    """GFLOP/s of a square product on this device with these threads, the best of `repeats`.
+
+    The product grows until one takes `seconds`: a CPU without bfloat16 instructions can be 40 times slower than in
+    float32, and a large fixed size would keep it for minutes.
+    """
+    largest, size = (8192 if device.type == "cuda" else 2048), 64
+    with fast_float32_products(dtype):
+        while True:
+            a, b = (_gaussian((size, size), dtype, device) for _ in range(2))
+            multiply = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+            best = min(_seconds(multiply, device) for _ in range(2))
+            if best > seconds or size == largest:
+                return 2 * size**3 / min(best, *(_seconds(multiply, device) for _ in range(repeats - 2))) / 1e9
+            size *= 2
+
+
+def _gaussian(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Draws without touching the global generator, whose state a training depends on."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

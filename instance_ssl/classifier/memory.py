@@ -16,6 +16,7 @@ from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.hard_classes import fast_screen_dtype, search_bytes, tile_bytes, tile_edge
 from instance_ssl.classifier.hard_table import ROWS_AT_ONCE
 from instance_ssl.classifier.kept_terms import kept_classes
+from instance_ssl.classifier.matmul import onednn_multiplies_bfloat16
 from instance_ssl.distributed.comm import ring_bytes
 from instance_ssl.distributed.partition import Partition
 
@@ -187,8 +188,9 @@ def _first_pass_bytes(size: ClassifierSize, block: int) -> int:
     sums = kept_labels + 2 * features + 2 * rows * _FLOAT
     narrow = size.options.matmul_dtype.itemsize
     terms = entries * (3 * _ID + _FLOAT) + _entry_terms_bytes(size, rows, entries) + features
-    workspace = 2 * features if narrow < _FLOAT else 0  # of oneDNN's products
-    passes = sums + max(terms, block + workspace + rows * (2 * width * narrow + _FLOAT))
+    widened = features if narrow < _FLOAT else 0  # the product, in the precision of the sum that it is added to
+    workspace = features if _has_workspace(size) else 0
+    passes = sums + max(terms, block + widened + workspace + rows * (2 * width * narrow + _FLOAT))
     # `unit_feature_gradient`: A, C and three more of their shape while they are put together.
     gradient = kept_labels + 5 * features
     return gathered + max(labels, passes, gradient)
@@ -202,10 +204,16 @@ def _update_bytes(size: ClassifierSize, block: int) -> int:
     features = rows * (size.embedding_dim * (_FLOAT + 2 * narrow) + 2 * _FLOAT)
     joined = entries * (2 * _ID + _FLOAT) if size.accumulation_steps > 1 else 0
     terms = entries * narrow  # of the entries, beside which first their rows are held, then the blocks
-    workspace = rows * size.embedding_dim * _FLOAT if narrow < _FLOAT else 0  # of oneDNN's products
-    if size.kept_classes and narrow < _FLOAT:  # which copies some 128 columns of kept terms a thread
+    workspace = rows * size.embedding_dim * _FLOAT if _has_workspace(size) else 0
+    if size.kept_classes and _has_workspace(size):  # oneDNN copies some 128 columns of kept terms a thread
         workspace += 2 * 128 * rows * narrow
     return features + joined + terms + max(_entry_terms_bytes(size, rows, entries), block + workspace)
+
+
+def _has_workspace(size: ClassifierSize) -> bool:
+    """Whether narrow products take a workspace: oneDNN's do; without it, a CPU multiplies in place."""
+    narrow = size.options.matmul_dtype.itemsize < _FLOAT
+    return narrow and (size.device.type != "cpu" or onednn_multiplies_bfloat16())
 
 
 def _refresh_bytes(size: ClassifierSize) -> int:

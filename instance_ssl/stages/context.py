@@ -17,6 +17,7 @@ import torchvision
 import yaml
 
 from instance_ssl import engine, faults
+from instance_ssl.allocator import keep_freed_memory
 from instance_ssl.config import ExperimentConfig, load_config
 from instance_ssl.console import exit_code_of
 from instance_ssl.data.sources import ImageSource
@@ -30,7 +31,7 @@ from instance_ssl.launch_checks import check_world
 from instance_ssl.limits import check_limits, describe_shortage
 from instance_ssl.run_directory import locked, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
-from instance_ssl.stages import checks, instances, recorded
+from instance_ssl.stages import checks, instances, precision, recorded
 from instance_ssl.stages.arguments import parse_arguments
 from instance_ssl.stages.process import Process, exit_code
 
@@ -135,6 +136,7 @@ def run_stages(
     """
 
     def work(process: Process) -> None:
+        keep_freed_memory(os.environ)  # here, so that loader processes, which are forked, inherit it
         faults.reach("start", process.rank)
         process.guard.start()
         offered = {spec.name: spec for spec in (*stages, *further)}
@@ -228,6 +230,7 @@ def _open(
     process.log.say(
         f"{len(source):,} images, {world.size} x {world.device.type}; {batch if trains else ''}run in {run_directory}"
     )
+    ds = precision.settle(ds, world, process.log)
     return Stage("", run_directory, config, ds, world, process.log, process.guard, source, evaluation_sources)
 
 

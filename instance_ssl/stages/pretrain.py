@@ -30,6 +30,7 @@ from instance_ssl.stages.checks import absent_checkpoint
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.growth import add_rows
 from instance_ssl.stages.left_out import LeftOut
+from instance_ssl.stages.precision import say_if_changed
 from instance_ssl.stages.session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
 from instance_ssl.structured_files import MalformedError, read_json, what_failed
 
@@ -111,6 +112,7 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
         require_same_run(found, stage)
         position = found.position
         stage.log.say(f"resuming from {found.directory}: {position.epoch} epochs done, {position.step} steps in all")
+        say_if_changed(found, stage.ds.matmul_dtype, stage.log)
         return found
     found = newest_checkpoint(stage.checkpoints_of("initialize_classifier"), stage.world)
     if found is None:

@@ -21,6 +21,7 @@ from instance_ssl.metrics import InputWatch, LossLevel, TrainingMeter
 from instance_ssl.pretraining import StepReport
 from instance_ssl.run_log import Progress
 from instance_ssl.schedules import EpochClock
+from instance_ssl.stages import precision
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.left_out import LeftOut, TooManyBroken
 from instance_ssl.stages.recorded import config_digest
@@ -134,6 +135,7 @@ class TrainingSession:
             skipped_in_a_row=self._skipped_in_a_row,
             loss_level=self._loss.level,
             stretches=list(self._clock.stretches),
+            matmul_dtype=precision.describe(self._stage.ds.matmul_dtype),
         )
         state, momentum = self._engine.full_state()
         buffers = self._engine.own_buffers()

@@ -20,7 +20,7 @@ def test_sampled_classes_over_copies_of_w(tmp_path: Path) -> None:
             "group_size": 1,
             "row_dtype": "bfloat16",
             "momentum_dtype": "bfloat16",
-            "matmul_dtype": "bfloat16",
+            "matmul_dtype": "auto",
             "kernels": "torch",
         },
     }
@@ -53,8 +53,8 @@ def test_triton_without_a_gpu_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_times_every_layout(tmp_path: Path) -> None:
-    arguments = ["--num-classes", "3001", "6002", "--batch", "32", "--repeats", "2", "--output", str(tmp_path)]
-    variants = ["replicated-dense", "sharded-dense", "replicated-streamed", "streamed", "streamed-bfloat16"]
+    arguments = ["--num-classes", "1501", "3002", "--batch", "32", "--repeats", "2", "--output", str(tmp_path)]
+    variants = ["replicated-dense", "sharded-dense", "replicated-streamed", "streamed", "streamed-auto"]
     finished = run_launched("benchmark_classifier", 2, *arguments, "--variants", *variants)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     with (tmp_path / "steps.csv").open() as file:
@@ -62,7 +62,7 @@ def test_the_benchmark_times_every_layout(tmp_path: Path) -> None:
     assert [row["variant"] for row in rows] == variants * 2
     sent = {row["variant"]: int(row["sent_bytes"]) for row in rows[5:]}
     # Two ranks: a ring all-reduce of the whole gradient against a few bytes a row.
-    assert sent["replicated-dense"] >= 6002 * 128 * 4
+    assert sent["replicated-dense"] >= 3002 * 128 * 4
     assert sent["streamed"] < sent["replicated-dense"] / 50
     assert (tmp_path / "steps.png").stat().st_size > 10_000
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from instance_ssl.classifier import memory
 from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.memory import ClassifierSize, classifier_flops, classifier_memory
 from instance_ssl.config import ExperimentConfig
@@ -99,6 +100,20 @@ def test_nothing_fits_beside_too_large_an_encoder() -> None:
 def test_narrow_rows_halve_w() -> None:
     narrow = classifier_memory(replace(SIZE, row_dtype=torch.bfloat16, momentum_dtype=torch.bfloat16))
     assert 2 * narrow.weight == classifier_memory(SIZE).weight == narrow.weight + narrow.momentum
+
+
+def test_a_workspace_is_counted_where_onednn_makes_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = replace(SIZE.options, matmul_dtype=torch.bfloat16, kept_bytes=2**20)
+    size = replace(SIZE, options=options, device=torch.device("cpu"), num_hard_classes=0)
+    plans = []
+    for available in (True, False):
+        monkeypatch.setattr(memory, "onednn_multiplies_bfloat16", lambda available=available: available)
+        plans.append(classifier_memory(size))
+    with_onednn, without = plans
+    features = size.gathered_rows * size.embedding_dim * 4
+    assert with_onednn.first_pass - without.first_pass == features
+    assert with_onednn.update - without.update == features + 2 * 128 * size.gathered_rows * 2
+    assert with_onednn.resident == without.resident
 
 
 def test_table_1_has_the_papers_figures_beside_the_planners() -> None:
