@@ -84,8 +84,7 @@ def _relative_errors(
 
     def figures(passes: ModuleType, sums: SoftmaxSums) -> dict[str, Tensor]:
         rows_nD, buffer_nD = weight_nD.clone(), momentum_nD.clone()
-        entries = replace(labels, exp=sums.entry_exp_P)
-        passes.update_rows(unit_x_BD, theirs.z_B, theirs.y_B, entries, rows_nD, buffer_nD, options, _UPDATE)
+        passes.update_rows(unit_x_BD, theirs.z_B, theirs.y_B, labels, rows_nD, buffer_nD, options, _UPDATE)
         gradient_BD = unit_feature_gradient(sums, sums.z_B, sums.y_B, options, _NUM_ROWS)
         return {"Z": sums.z_B, "∂x": gradient_BD, "momentum": buffer_nD, "step": rows_nD.float() - weight_nD.float()}
 

@@ -213,7 +213,7 @@ def weight_gradient(
 
 
 def check_saturated_rows(device: str) -> None:
-    """Rows that know their class: |truth - ours| ≤ 2 |truth - PyTorch's| for ∂W, the small difference p - q.
+    """Rows that know their class: |truth - ours| ≤ 2 |truth - PyTorch's| + tiny for ∂W, the small difference p - q.
 
     On the kernels' own sums, and on the true ones, which lack the exp(s) of the entries.
     """
@@ -244,7 +244,9 @@ def check_saturated_rows(device: str) -> None:
                 )
                 our_error, their_error = (torch.linalg.vector_norm(t.double() - truth) for t in (ours, theirs))
                 name = f"{form}, {matmul}, τ {tau}, α {alpha}, {'own' if given is None else 'true'} sums"
-                allowed = 2 * their_error + 2e-7 * torch.linalg.vector_norm(truth)
+                # The kernels' exp(s) of entries are those of embeddings in bfloat16, which 1/τ magnifies.
+                share = 2e-7 if matmul == torch.float32 else 2**-9 / tau
+                allowed = 2 * their_error + share * torch.linalg.vector_norm(truth)
                 assert our_error <= allowed, f"{name}: {our_error:.3g} > {allowed:.3g}"
 
 

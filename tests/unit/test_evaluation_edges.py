@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor, nn
 
 from instance_ssl.distributed import comm
@@ -97,18 +96,6 @@ def test_accuracy_is_of_the_best_five_and_of_the_classes_that_are_tested(group: 
     assert figures["top1"] == 50
     assert figures["top5"] == 75
     assert figures["mean_per_class"] == pytest.approx(100 / 3)
-
-
-def averaged(group: Group) -> Tensor:
-    norm = nn.BatchNorm1d(2)
-    assert norm.running_mean is not None
-    norm.running_mean.fill_(float(group.rank))
-    fine_tuning._average_statistics(norm, group)  # type: ignore[arg-type]
-    return norm.running_mean
-
-
-def test_statistics_are_averaged_over_the_ranks() -> None:
-    assert all(torch.equal(mean, torch.full((2,), 0.5)) for mean in run_ranks(averaged, 2))
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 50])
