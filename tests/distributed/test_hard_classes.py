@@ -233,5 +233,6 @@ def test_bounds_and_cutoffs_keep_their_word_at_every_number(dtype: torch.dtype) 
     for score, kept in zip(exact.tolist(), stored[:, None], strict=True):
         bits = kept.view(screen.bits_dtype)
         assert screen.exact_bounds(bits, torch.zeros(1)).item() <= score * (1 + 1e-7)
+        assert screen.exact_bounds(bits, margins).item() <= score * (1 + 1e-7) - 1e-3 + 1e-7
         cutoff = screen.cutoff_bits(torch.tensor([score]), margins, 1).view(dtype).item()
         assert cutoff <= (score - 1e-3) * (1 + roundoff)

@@ -16,8 +16,10 @@ from instance_ssl.classifier.cosine_softmax import (
     normalise_rows,
     own_labels,
 )
+from instance_ssl.classifier.left_out import LeftOutClasses
 from instance_ssl.classifier.reference import dense_hard_classes, dense_labels
 from instance_ssl.classifier.sampling import RowClock
+from instance_ssl.distributed.partition import Partition
 
 OPTIONS = SoftmaxOptions(0.15, "mixture", torch.float32, block_bytes=1)  # one class a block
 
@@ -76,6 +78,14 @@ def test_the_best_class_is_the_lowest_of_equals_and_none_that_is_left_out() -> N
     assert classes.tolist() == [3, 1]
     torch.testing.assert_close(best, torch.tensor([-(0.5**0.5), 1.0]))
     assert blocked.best_classes(unit_x, weight, OPTIONS)[1].tolist() == [0, 1]
+
+
+def test_a_left_out_class_is_struck_out_and_its_own_row_with_it() -> None:
+    left_out = LeftOutClasses(Partition(6, 2), rank=1)  # classes 3, 4 and 5
+    left_out.add(torch.tensor([4, 0]))
+    table = torch.tensor([[0, 1], [1, 2], [4, 3]], dtype=torch.int32)
+    left_out.strike_out_(table)
+    assert table.tolist() == [[-1, 1], [-1, -1], [-1, 3]]
 
 
 def test_rows_that_are_settled_late_are_rounded_stochastically() -> None:
