@@ -8,9 +8,9 @@ from ranks import run_ranks
 from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import normalise_rows
-from instance_ssl.classifier.hard_classes import find_hard_classes
+from instance_ssl.classifier.hard_classes import _Search, find_hard_classes
 from instance_ssl.classifier.reference import dense_hard_classes
-from instance_ssl.classifier.screening import Screen
+from instance_ssl.classifier.screening import Screen, passing_pairs, passing_pairs_transposed
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 
@@ -214,14 +214,41 @@ def test_margins_are_as_wide_as_the_rounding(world_size: int) -> None:
     assert torch.equal(table, exact_table(weight_ND, 5))
 
 
-def test_a_margin_counts_the_rounding_of_other_ranks_rows() -> None:
-    """The first rank's unit rows are bfloat16 numbers, which round to themselves; the second's are near them."""
-    generator = torch.Generator().manual_seed(8)
-    exact = torch.randint(0, 2, (480, 16), generator=generator).float() * 2 - 1
-    near = exact[:40].repeat_interleave(12, dim=0) + 0.05 * torch.randn(480, 16, generator=generator)
-    weight_ND = torch.cat([exact, near])
-    table = torch.cat(run_ranks(sharded_table, 2, weight_ND, 5, 8 << 20, torch.bfloat16))
+def test_a_class_all_others_are_opposite_to_is_not_its_own_hardest() -> None:
+    """Its bound is no positive score, so all of its pairs pass, with itself among them, where few others' do."""
+    weight_ND = crowded(960, 16).abs()
+    weight_ND[100] = -1
+    (table,) = run_ranks(sharded_table, 1, weight_ND, 5, 8 << 20, torch.bfloat16)
     assert torch.equal(table, exact_table(weight_ND, 5))
+
+
+def margins_of(group: Group, weight_ND: Tensor) -> Tensor:
+    partition = Partition(len(weight_ND), group.size)
+    own = weight_ND[slice(*partition.bounds(group.rank))]
+    return _Search(own, 5, partition, group, 60_000, torch.bfloat16).margins_n
+
+
+def test_a_margin_counts_the_rounding_of_other_ranks_rows() -> None:
+    """The first rank's unit rows are bfloat16 numbers, which round to themselves; the second's are not."""
+    generator = torch.Generator().manual_seed(8)
+    exact = torch.randint(0, 2, (30, 16), generator=generator).float() * 2 - 1
+    weight_ND = torch.cat([exact, torch.randn(30, 16, generator=generator)])
+    screen = Screen(torch.bfloat16)
+    errors_N = screen.rounding_errors(normalise_rows(weight_ND)[0])
+    assert errors_N[:30].max() == 0
+    margins_N = torch.cat(run_ranks(margins_of, 2, weight_ND))
+    torch.testing.assert_close(margins_N, screen.margins(errors_N, errors_N.max(), 16))
+
+
+def test_pairs_pass_alike_by_rows_and_by_columns() -> None:
+    bits = torch.randint(0, 1000, (64, 160), dtype=torch.int32, generator=torch.Generator().manual_seed(9))
+    cutoffs = bits.sort(dim=1).values[:, -2].contiguous()  # reached exactly, by one score of each row
+    pairs, transposed = passing_pairs(bits, cutoffs), passing_pairs_transposed(bits.T.contiguous(), cutoffs)
+    assert pairs is not None
+    assert transposed is not None
+    expected = {(row, column) for row, column in torch.nonzero(bits >= cutoffs[:, None]).tolist()}
+    assert set(zip(*(part.tolist() for part in pairs), strict=True)) == expected
+    assert set(zip(*(part.tolist() for part in transposed), strict=True)) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
