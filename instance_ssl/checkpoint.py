@@ -123,8 +123,9 @@ def _find_infinite_rows(files: dict[str, Content]) -> str | None:
     for name, content in files.items():
         if name.startswith("rows_") and not isinstance(content, str):
             # The Euclidean norm: at a fifteenth of the cost of the largest absolute value.
-            norms = [torch.linalg.vector_norm(content[key].flatten()) for key in ("weight", "momentum")]
-            if not all(norm.isfinite() for norm in norms):
+            tensors = [content[key] for key in ("weight", "momentum")]
+            overflowed = [t for t in tensors if not torch.linalg.vector_norm(t.flatten()).isfinite()]
+            if not all(bool(tensor.isfinite().all()) for tensor in overflowed):
                 return f"{name}: rows of W are not finite"
     return None
 

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import (
-    NORM_EPSILON,
     RowUpdate,
     SmoothedLabels,
     SoftmaxOptions,
     SoftmaxSums,
+    inverse_norms,
 )
-from instance_ssl.classifier.entries import entry_sums, gradient_terms
+from instance_ssl.classifier.entries import entry_exp, entry_sums, gradient_terms
 from instance_ssl.classifier.kept_terms import KeptTerms
 from instance_ssl.classifier.matmul import cache_bytes, fast_float32_products
 from instance_ssl.classifier.rounding import round_stochastically_
@@ -154,7 +154,8 @@ def update_rows(
     """
     num_rows = unit_x_BD.shape[0]
     at_once = block_classes(options, *unit_x_BD.shape)
-    term_P = gradient_terms(unit_x_BD, z_B, y_B, labels, weight_nD, options, at_once)
+    labels = replace(labels, exp=entry_exp(labels, weight_nD, unit_x_BD, options, at_once))
+    term_P = gradient_terms(z_B, y_B, labels, options).to(options.matmul_dtype)
     logit_x_DB = _logit_embeddings(unit_x_BD, options).T.contiguous()
     scale = options.temperature * (num_rows if total_rows is None else total_rows)
     scaled_x_BD = (unit_x_BD / (z_B[:, None] * scale)).to(options.matmul_dtype)
@@ -224,7 +225,6 @@ class _UnitBlock:
         self._matmul = _narrow(self._unit, options)
         self._inverse_norms = unit_x_BD.new_empty(self.length, 1)
         self._along = torch.empty_like(self._inverse_norms)
-        self._without_direction = torch.empty_like(self._inverse_norms, dtype=torch.bool)
         self._size = 0
 
     def bounds(self) -> Iterator[tuple[int, int]]:
@@ -234,13 +234,11 @@ class _UnitBlock:
 
     def load(self, start: int, stop: int) -> Tensor:
         """Unit rows of classes start … stop - 1 in matmul_dtype (m, D), 0 where a row has no direction."""
-        size = self._size = stop - start
+        self._size = stop - start
         rows_mD = _cast(self._weight_nD[start:stop], self.unit_mD)
-        torch.linalg.vector_norm(rows_mD, dim=1, keepdim=True, out=self.inverse_norms_m1)
-        torch.le(self.inverse_norms_m1, NORM_EPSILON, out=self._without_direction[:size])
-        self.inverse_norms_m1.reciprocal_().masked_fill_(self._without_direction[:size], 0)
+        inverse_norms(rows_mD, out=self.inverse_norms_m1)
         torch.mul(rows_mD, self.inverse_norms_m1, out=self.unit_mD)
-        return _cast(self.unit_mD, self._matmul[:size])
+        return _cast(self.unit_mD, self._matmul[: self._size])
 
     def recall(self, inverse_norms_m1: Tensor) -> None:
         """In place of `load` where only the norms are needed, and are known."""

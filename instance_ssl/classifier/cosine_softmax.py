@@ -20,7 +20,8 @@ y has K+1 entries a row (Eq. 2), so Y and q are sparse; Z is dense. Two passes o
 No maximum is subtracted. |s| ≤ 1/τ, so for τ ≥ 0.03 exp(s) lies in [3e-15, 3e14], and 30 million of them sum to at
 most 1e22: float32 holds all of it at full relative precision. A smaller τ is refused (`MIN_TEMPERATURE`).
 
-A row shorter than `NORM_EPSILON` has no direction: its cosines are 0 and so is its gradient.
+A row shorter than `NORM_EPSILON` has no direction: its cosines are 0 and so is its gradient, which is divided by the
+row's norm. What has no such gradient, the search for the hardest classes say, knows the direction of any row but 0.
 """
 
 import itertools
@@ -148,11 +149,60 @@ def own_labels(
     return SmoothedLabels(rows[order], classes, values_BL[rows, columns][order])
 
 
+def inverse_norms(rows_mD: Tensor, out: Tensor | None = None) -> Tensor:
+    """1/‖w‖ of each row, (m, 1); 0 for a row without direction, and for one that holds an infinity.
+
+    The squares of a row beyond 1.8e19 overflow float32: such rows take their norm from a sum in float64. On a CPU the
+    others do not, so as to stay the same bits; on a GPU the host would have to wait for the answer, and all rows do.
+    """
+    norms_m1 = torch.linalg.vector_norm(rows_mD, dim=1, keepdim=True, out=out)
+    if rows_mD.device.type == "cpu" and (len(rows_mD) == 0 or float(norms_m1.amax()) < torch.inf):
+        return _reciprocal(norms_m1, out)
+    wide_m1 = torch.linalg.vector_norm(rows_mD, dim=1, keepdim=True, dtype=torch.float64)
+    if rows_mD.device.type == "cpu":
+        wide_m1 = torch.where(norms_m1.isinf(), wide_m1.reciprocal(), _reciprocal(norms_m1, out).double())
+        return norms_m1.copy_(wide_m1)
+    return norms_m1.copy_(_reciprocal(wide_m1, wide_m1))
+
+
+def _reciprocal(norms_m1: Tensor, out: Tensor | None) -> Tensor:
+    without_direction_m1 = norms_m1 <= NORM_EPSILON
+    return torch.reciprocal(norms_m1, out=out).masked_fill_(without_direction_m1, 0)
+
+
 def normalise_rows(rows_mD: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows (m, D) and inverse norms (m, 1); both are 0 for a row without direction."""
-    norms_m1 = torch.linalg.vector_norm(rows_mD, dim=1, keepdim=True)
-    inverse_m1 = norms_m1.reciprocal().masked_fill_(norms_m1 <= NORM_EPSILON, 0)
+    inverse_m1 = inverse_norms(rows_mD)
     return rows_mD * inverse_m1, inverse_m1
+
+
+def finite_rows(rows_mD: Tensor) -> Tensor:
+    """(m,) bool: whether all numbers of a row are finite."""
+    is_finite_m = torch.linalg.vector_norm(rows_mD, dim=1).isfinite()
+    if not bool(is_finite_m.all()):  # or its norm has overflowed
+        is_finite_m |= rows_mD.isfinite().all(dim=1)
+    return is_finite_m
+
+
+def scaled_rows(rows_mD: Tensor) -> Tensor:
+    """Finite rows (m, D), float32, whose squares neither overflow nor underflow: times powers of two where needed.
+
+    That changes no bit of what is computed of their directions.
+    """
+    rows_mD = rows_mD.float()
+    norms_m = torch.linalg.vector_norm(rows_mD, dim=1)
+    if bool(((norms_m > 1e-9) & (norms_m < 1e15)).all()):
+        return rows_mD
+    peaks_m1 = torch.linalg.vector_norm(rows_mD, ord=torch.inf, dim=1, keepdim=True)
+    return torch.ldexp(rows_mD, -torch.frexp(peaks_m1).exponent.clamp_(-126, 126))
+
+
+def directions(rows_mD: Tensor) -> Tensor:
+    """Unit rows (m, D), float32, of finite rows however long or short; 0 for a row of zeros.
+
+    For what divides no gradient by ‖w‖.
+    """
+    return normalise_rows(scaled_rows(rows_mD))[0]
 
 
 def project_gradient(gradient_mD: Tensor, unit_mD: Tensor, inverse_norms_m1: Tensor) -> Tensor:

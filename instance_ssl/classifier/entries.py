@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import NORM_EPSILON, SmoothedLabels, SoftmaxOptions, SoftmaxSums
+from instance_ssl.classifier.cosine_softmax import SmoothedLabels, SoftmaxOptions, SoftmaxSums, inverse_norms
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ def _entry_terms(
     split = zip(labels.rows.split(at_once), labels.classes.split(at_once), labels.values.split(at_once), strict=True)
     for rows_p, classes_p, values_p in split:
         unit_pD = weight_nD.index_select(0, classes_p).to(unit_x_BD.dtype)
-        norms_p1 = torch.linalg.vector_norm(unit_pD, dim=1, keepdim=True)
-        unit_pD.mul_(norms_p1.reciprocal().masked_fill_(norms_p1 <= NORM_EPSILON, 0))
+        unit_pD.mul_(inverse_norms(unit_pD))
         # One entry a row of a sparse matrix, in the column of its row of the batch: that product alone is computed.
         row_starts = torch.arange(len(rows_p) + 1, device=rows_p.device)
         places = _sparse_matrix(row_starts, rows_p, values_p, len(rows_p), len(unit_x_BD))
@@ -80,26 +79,26 @@ def entry_sums(
     return sums
 
 
-def gradient_terms(
-    unit_x_BD: Tensor,
-    z_B: Tensor,
-    y_B: Tensor,
-    labels: SmoothedLabels,
-    weight_nD: Tensor,
-    options: SoftmaxOptions,
-    at_once: int,
+def entry_exp(
+    labels: SmoothedLabels, weight_nD: Tensor, unit_x_BD: Tensor, options: SoftmaxOptions, at_once: int
 ) -> Tensor:
-    """Z_i (p_ij - q_ij) of each entry of y, in the order of `labels`, in matmul_dtype.
+    """exp(s_ij) of each entry of y, (P,): those that the first pass has found, or else computed."""
+    if labels.exp is not None:
+        return labels.exp
+    return torch.cat([part.exp for part in _entry_terms(labels, weight_nD, unit_x_BD, options, at_once)])
+
+
+def gradient_terms(z_B: Tensor, y_B: Tensor, labels: SmoothedLabels, options: SoftmaxOptions) -> Tensor:
+    """Z_i (p_ij - q_ij) of each entry of y, in the order of `labels`.
 
     In place of Z_i p_ij in a block they let one product serve the dense and the sparse part.
     """
     exp_P = labels.exp
-    if exp_P is None:
-        exp_P = torch.cat([part.exp for part in _entry_terms(labels, weight_nD, unit_x_BD, options, at_once)])
+    assert exp_P is not None
     zq_P = labels.values * z_B[labels.rows]
     if options.form == "mixture":
         zq_P.mul_(exp_P).div_(y_B[labels.rows])
-    return (exp_P - zq_P).to(options.matmul_dtype)
+    return exp_P - zq_P
 
 
 def _sparse_matrix(row_starts: Tensor, columns_p: Tensor, values_p: Tensor, rows: int, columns: int) -> Tensor:

@@ -14,6 +14,7 @@ where the bounds separate little (no bound yet, or most rows alike) are computed
 same result.
 
 Equal cosines (duplicate images, say) are settled by the lower id, whatever the block size or the number of ranks.
+Classes whose rows are not finite are excluded: they are in nobody's table and have none.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import normalise_rows
+from instance_ssl.classifier.cosine_softmax import directions, finite_rows
 from instance_ssl.classifier.hard_table import HardTable, block_keys, pair_keys
 from instance_ssl.classifier.screening import (
     GROUP,
@@ -57,6 +58,7 @@ def find_hard_classes(
     screen_dtype: torch.dtype | None = None,
     on_block: Callable[[int, int], None] | None = None,
     left_out: Tensor | None = None,
+    on_not_finite: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
     """Top-K of cos(w_i, w_j), j ≠ i, for every own class i.
 
@@ -68,10 +70,15 @@ def find_hard_classes(
         screen_dtype: bfloat16 or float32, which changes the time and not the result; None chooses by the device.
         on_block: called with (class blocks done, class blocks in all).
         left_out: classes, ascending, (k,) int64 on the CPU, that are in nobody's table and have none; None: no class.
+        on_not_finite: called on all ranks with the number of classes excluded because their rows are not finite.
 
     Returns:
         (n, K) int32, hardest first; -1 where there are not so many classes.
     """
+    not_finite = _not_finite_classes(weight_nD, partition, group)
+    if len(not_finite):
+        on_not_finite(len(not_finite))
+        left_out = torch.cat([not_finite] if left_out is None else [left_out, not_finite]).unique()
     if left_out is None or len(left_out) == 0:
         return _search(weight_nD, num_hard_classes, partition, group, block_bytes, screen_dtype, on_block)
     table_nK = torch.full((len(weight_nD), num_hard_classes), -1, dtype=torch.int32, device=weight_nD.device)
@@ -87,6 +94,12 @@ def find_hard_classes(
         gaps = (left_out - torch.arange(len(left_out))).to(found_mK)
         table_nK[live, :num_found] = found_mK + torch.searchsorted(gaps, found_mK, right=True, out_int32=True)
     return table_nK
+
+
+def _not_finite_classes(weight_nD: Tensor, partition: Partition, group: Group) -> Tensor:
+    """Classes (k,) whose rows are not finite, int64 on the CPU, the same on all ranks."""
+    own = torch.nonzero(~finite_rows(weight_nD)).squeeze(1) + partition.bounds(group.rank)[0]
+    return group.all_gather_rows(own, group.row_counts(len(own))).cpu()
 
 
 def _search(
@@ -155,7 +168,7 @@ class _Search:
         self.start, _ = partition.bounds(group.rank)
         self.screen = Screen(screen_dtype or fast_screen_dtype(device))
         self.edge = tile_edge(block_bytes, embedding_dim, max(partition.counts()), device.type)
-        self.unit_nD, _ = normalise_rows(weight_nD.float())
+        self.unit_nD = directions(weight_nD)
         errors_n = self.screen.rounding_errors(self.unit_nD)
         largest = group.all_reduce_max_(errors_n.max() if num_rows else errors_n.new_zeros(()))
         self.margins_n = self.screen.margins(errors_n, largest, embedding_dim)

@@ -20,8 +20,7 @@ def dense_labels(labels_B: Tensor, hard_BK: Tensor | None, smoothing_factor: flo
 
 def dense_loss(x_BD: Tensor, weight_ND: Tensor, y_BN: Tensor, temperature: float, form: LossForm) -> Tensor:
     """Eq. 3 (`mixture`; with one-hot y it is Eq. 1) or the usual smoothed cross entropy; differentiable."""
-    unit_x_BD = x_BD / torch.linalg.vector_norm(x_BD, dim=1, keepdim=True)
-    unit_w_ND = weight_ND / torch.linalg.vector_norm(weight_ND, dim=1, keepdim=True)
+    unit_x_BD, unit_w_ND = _unit(x_BD), _unit(weight_ND)
     s_BN = unit_x_BD @ unit_w_ND.T / temperature
     log_z_B = torch.logsumexp(s_BN, dim=1)
     if form == "mixture":
@@ -30,8 +29,21 @@ def dense_loss(x_BD: Tensor, weight_ND: Tensor, y_BN: Tensor, temperature: float
 
 
 def dense_hard_classes(weight_ND: Tensor, num_hard_classes: int) -> Tensor:
-    """(N, K) most similar other classes of every class, hardest first, ties by the lower id: sorts all N x N."""
-    unit_w_ND = weight_ND / torch.linalg.vector_norm(weight_ND, dim=1, keepdim=True)
+    """(N, K) most similar other classes of every class, hardest first, ties by the lower id: sorts all N x N.
+
+    Classes whose rows are not finite are nobody's and have none; -1 where there are not so many classes.
+    """
+    is_finite_N = weight_ND.isfinite().all(dim=1)
+    unit_w_ND = _unit(weight_ND.where(is_finite_N[:, None], 1))
     cosine_NN = unit_w_ND @ unit_w_ND.T
     cosine_NN.fill_diagonal_(-torch.inf)
-    return torch.sort(cosine_NN, dim=1, descending=True, stable=True).indices[:, :num_hard_classes].int()
+    cosine_NN[~is_finite_N] = -torch.inf
+    cosine_NN[:, ~is_finite_N] = -torch.inf
+    cosines_NN, ids_NN = torch.sort(cosine_NN, dim=1, descending=True, stable=True)
+    return ids_NN.where(cosines_NN > -torch.inf, -1)[:, :num_hard_classes].int()
+
+
+def _unit(rows_mD: Tensor) -> Tensor:
+    """Rows of length 1; divided by their largest number first, so that no square overflows or underflows."""
+    scaled_mD = rows_mD / rows_mD.detach().abs().amax(dim=1, keepdim=True)
+    return scaled_mD / torch.linalg.vector_norm(scaled_mD, dim=1, keepdim=True)

@@ -227,7 +227,12 @@ class ClassifierShard:
             self._clock.settle_all(self._rounding_seed)
 
     @torch.no_grad()
-    def refresh_hard_classes(self, num_hard_classes: int, on_block: Callable[[int, int], None] | None = None) -> None:
+    def refresh_hard_classes(
+        self,
+        num_hard_classes: int,
+        on_block: Callable[[int, int], None] | None = None,
+        on_not_finite: Callable[[int], None] = lambda count: None,
+    ) -> None:
         """Finds the K hardest classes of every own class anew; K = 0 turns smoothing off."""
         if num_hard_classes == 0 or self.smoothing_factor == 0:
             self.hard_classes = None
@@ -241,6 +246,7 @@ class ClassifierShard:
             block_bytes=search_bytes(self.options.block_bytes, self.weight.device),
             on_block=on_block,
             left_out=self.left_out.ids,
+            on_not_finite=on_not_finite,
         )
 
     @torch.no_grad()

@@ -16,7 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import RowUpdate, SmoothedLabels, SoftmaxOptions, SoftmaxSums
+from instance_ssl.classifier.cosine_softmax import (
+    RowUpdate,
+    SmoothedLabels,
+    SoftmaxOptions,
+    SoftmaxSums,
+    normalise_rows,
+)
+from instance_ssl.classifier.entries import entry_exp, gradient_terms
 
 # A chunk of unit rows: a larger one would not stay in the L2 cache (50 MB on an H100, shared with all the rest).
 _CHUNK_BYTES = 16 * 2**20
@@ -25,11 +32,18 @@ _CHUNK_BYTES = 16 * 2**20
 _UNIT_ROWS_AT_ONCE = 32
 _ENTRIES_AT_ONCE = 32
 
+# Entries whose rows of W are gathered at once where the forward pass has not kept their exp(s).
+_TERMS_AT_ONCE = 2**16
+
 # float32 products as three TF32 products each, about float32's precision; plain float32 would miss the matrix units.
 _PRECISION = "tf32x3"
 
 # Cost of starting and ending a program of `dense_sums_kernel`, in tiles of classes: it reads and writes its sums.
 _PROGRAM_OVERHEAD_TILES = 2
+
+
+# Below it p - q can be smaller than what bfloat16 products lose of p ≈ 1.
+_SATURATING_TEMPERATURE = 0.1
 
 
 @dataclass(frozen=True)
@@ -119,20 +133,38 @@ def softmax_sums(
     tile = tile or forward_tile(dim, options.matmul_dtype)
     _check_rows(weight_nD)
     x_PD = _padded(unit_x_BD, tile.rows, options.matmul_dtype)
-    row_entries, classes, values = _entries_by_row(labels, num_rows)
-    y_B, sparse_BD = unit_x_BD.new_empty(num_rows), unit_x_BD.new_empty(num_rows, x_PD.shape[1])
+    row_entries, order_P = _entries_by_row(labels, num_rows)
+    exp_P = unit_x_BD.new_empty(len(order_P), dtype=torch.float32)
+    y_B = unit_x_BD.new_empty(num_rows)
+    sparse_BD, dense_BD = unit_x_BD.new_empty(2, num_rows, x_PD.shape[1])
     with torch.cuda.device_of(weight_nD):  # Triton launches on the current device
-        z_SP, dense_SPD = _dense_sums(x_PD, weight_nD, options, tile)
         programs.sparse_sums_kernel[(num_rows,)](
-            x_PD, weight_nD, row_entries, classes, values, y_B, sparse_BD, dense_SPD[0], _log2_scale(options),
+            x_PD, weight_nD, row_entries, labels.classes[order_P], labels.values[order_P],
+            y_B, exp_P, sparse_BD, dense_BD, _log2_scale(options),
             DIM=dim, PADDED_DIM=x_PD.shape[1], ENTRIES=_ENTRIES_AT_ONCE, MIXTURE=options.form == "mixture",
+            PRECISION=_PRECISION,
         )  # fmt: skip
-    dense_BD = dense_SPD.sum(dim=0)[:num_rows, :dim].contiguous()
-    return SoftmaxSums(z_SP.sum(dim=0)[:num_rows], y_B, dense_BD, sparse_BD[:, :dim].contiguous())
+        labels = replace(labels, exp=torch.empty_like(exp_P).index_copy_(0, order_P, exp_P))
+        apart_P, apart_exp_P = _strongest_entries(labels, x_PD.shape[0])
+        z_SP, dense_SPD = _dense_sums(x_PD, weight_nD, apart_P, options, tile)
+    z_B = z_SP.sum(dim=0)[:num_rows]
+    dense_BD = (dense_BD + dense_SPD.sum(dim=0)[:num_rows])[:, :dim]
+    if _keeps_apart(options):
+        unit_BD, _ = normalise_rows(weight_nD[apart_P[:num_rows].clamp(min=0)].float())
+        z_B = z_B + apart_exp_P[:num_rows]
+        # What `sparse_sums_kernel` has put right of the products' rounding is that of this entry, too.
+        rounded_BD = apart_exp_P[:num_rows, None].to(x_PD.dtype).float() * unit_BD.to(x_PD.dtype).float()
+        dense_BD = dense_BD + rounded_BD
+    return SoftmaxSums(z_B, y_B, dense_BD.contiguous(), sparse_BD[:, :dim].contiguous(), labels.exp)
 
 
-def _dense_sums(x_PD: Tensor, weight_nD: Tensor, options: SoftmaxOptions, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Z (S, P) and A (S, P, D) of padded rows in S parts that are still to be added up."""
+def _dense_sums(
+    x_PD: Tensor, weight_nD: Tensor, apart_P: Tensor, options: SoftmaxOptions, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """Z (S, P) and A (S, P, D) of padded rows in S parts that are still to be added up.
+
+    Where `_keeps_apart`, one class of each row is left out, `apart_P` (P,).
+    """
     from instance_ssl.classifier import triton_programs as programs
 
     padded_rows, padded_dim = x_PD.shape
@@ -151,10 +183,10 @@ def _dense_sums(x_PD: Tensor, weight_nD: Tensor, options: SoftmaxOptions, tile: 
             DIM=dim, PADDED_DIM=padded_dim, CLASSES=_UNIT_ROWS_AT_ONCE,
         )  # fmt: skip
         programs.dense_sums_kernel[(row_tiles, splits)](
-            x_PD, unit_w_mD, z_SP, dense_SPD, padded_rows, chunk_mD.shape[0],
+            x_PD, unit_w_mD, z_SP, dense_SPD, apart_P - start, padded_rows, chunk_mD.shape[0],
             _tiles(padded_classes // tile.classes, splits) * tile.classes, _log2_scale(options),
             D=padded_dim, ROWS=tile.rows, CLASSES=tile.classes, PRECISION=_PRECISION,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            APART=_keeps_apart(options), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return z_SP, dense_SPD
 
@@ -192,19 +224,20 @@ def update_rows(
     _check_rows(momentum_nD)
     x_PD = _padded(unit_x_BD, tile.rows, options.matmul_dtype)
     minus_log2_z_P = _padded_minus_log2(z_B, x_PD.shape[0])
-    minus_log2_y_P = _padded_minus_log2(y_B, x_PD.shape[0]) if options.form == "mixture" else minus_log2_z_P
+    labels = replace(labels, exp=entry_exp(labels, weight_nD, unit_x_BD, options, _TERMS_AT_ONCE))
+    term_P = gradient_terms(z_B, y_B, labels, options) / z_B[labels.rows]
+    apart_P, _ = _strongest_entries(labels, x_PD.shape[0])
     num_tiles = _tiles(num_classes, tile.classes)
     edges = torch.arange(num_tiles + 1, device=weight_nD.device) * tile.classes
     tile_entries = torch.searchsorted(labels.classes, edges, out_int32=True)
     with torch.cuda.device_of(weight_nD):
         programs.update_kernel[(num_tiles,)](
-            weight_nD, momentum_nD, x_PD, minus_log2_z_P, minus_log2_y_P,
-            labels.rows, labels.classes, labels.values, tile_entries, num_classes, x_PD.shape[0],
+            weight_nD, momentum_nD, x_PD, minus_log2_z_P, apart_P,
+            labels.rows, labels.classes, term_P, tile_entries, num_classes, x_PD.shape[0],
             _log2_scale(options), 1 / (options.temperature * (total_rows or unit_x_BD.shape[0])),
             update.learning_rate, update.momentum, update.weight_decay, update.seed % 2**31,
             DIM=dim, PADDED_DIM=x_PD.shape[1], ROWS=tile.rows, CLASSES=tile.classes, ENTRIES=_ENTRIES_AT_ONCE,
-            MIXTURE=options.form == "mixture", PRECISION=_PRECISION,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            PRECISION=_PRECISION, APART=_keeps_apart(options), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
 
@@ -228,17 +261,30 @@ def _log2_scale(options: SoftmaxOptions) -> float:
 
 
 def _padded_minus_log2(sums_B: Tensor, padded_rows: int) -> Tensor:
-    """-log2 of Z or Y, with zeros for padding."""
+    """-log2 of Z, with zeros for padding."""
     log2_P = sums_B.new_zeros(padded_rows, dtype=torch.float32)
     log2_P[: sums_B.shape[0]] = -sums_B.log2()
     return log2_P
 
 
-def _entries_by_row(labels: SmoothedLabels, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each row's entries begin (B + 1,), and classes and values of the entries in that order."""
-    rows, order = torch.sort(labels.rows, stable=True)
+def _keeps_apart(options: SoftmaxOptions) -> bool:
+    """Whether each row's strongest entry stays out of the dense sums (see `triton_programs`)."""
+    return options.matmul_dtype == torch.float32 or options.temperature < _SATURATING_TEMPERATURE
+
+
+def _strongest_entries(labels: SmoothedLabels, padded_rows: int) -> tuple[Tensor, Tensor]:
+    """Class (P,) and exp(s) (P,) of each row's entry of largest exp(s); -1 and 0 for a row without any."""
+    assert labels.exp is not None
+    exp_P = labels.exp.new_zeros(padded_rows).scatter_reduce_(0, labels.rows, labels.exp, "amax")
+    classes = torch.where(labels.exp == exp_P[labels.rows], labels.classes, -1)
+    return labels.rows.new_full((padded_rows,), -1).scatter_reduce_(0, labels.rows, classes, "amax"), exp_P
+
+
+def _entries_by_row(labels: SmoothedLabels, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Where each row's entries begin (B + 1,), and the entries in that order (P,)."""
+    rows, order_P = torch.sort(labels.rows, stable=True)
     row_entries = torch.searchsorted(rows, torch.arange(num_rows + 1, device=rows.device), out_int32=True)
-    return row_entries, labels.classes[order], labels.values[order]
+    return row_entries, order_P
 
 
 def _chunk_rows(options: SoftmaxOptions, padded_dim: int, tile_classes: int) -> int:

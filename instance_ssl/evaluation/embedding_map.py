@@ -10,7 +10,7 @@ def principal_components(features_nF: Tensor, num_components: int) -> Tensor:
     c is `num_components`, or as many as n and F allow. By the eigenvectors of the n x n matrix of inner products: n is
     small where F is large (raw pixels). The score of largest size in each column is positive.
     """
-    unit_nF = torch.nn.functional.normalize(features_nF.double(), dim=1)
+    unit_nF = torch.nn.functional.normalize(features_nF.double(), dim=1, eps=1e-300)
     unit_nF -= unit_nF.mean(dim=0)
     count = min(num_components, *features_nF.shape)
     values, vectors = torch.linalg.eigh(unit_nF @ unit_nF.T)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from instance_ssl.classifier.cosine_softmax import finite_rows, scaled_rows
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.linear import count_correct
@@ -19,7 +20,8 @@ class ShardedBank:
     """L2-normalised features of N images, rank r holding a contiguous part, searched by all ranks together.
 
     Args:
-        bank_nF: this rank's features, normalised here; rows of zeros stay zeros.
+        bank_nF: this rank's features, normalised here; rows of zeros stay zeros, and rows that are not finite are
+            behind all others.
         group: the ranks that hold the bank.
         block_rows: bank rows compared at once; beyond the normalised copy of the own part, the memory is bounded by a
             few (queries, block_rows) and (block_rows, F) matrices.
@@ -30,6 +32,10 @@ class ShardedBank:
         self.total = sum(counts)
         self._first_id = sum(counts[: group.rank])
         self._bank_nF = _normalise(bank_nF, block_rows)
+        self._not_finite_n = ~finite_rows(self._bank_nF)
+        self._all_finite = not bool(self._not_finite_n.any())
+        if not self._all_finite:
+            self._bank_nF[self._not_finite_n] = 0
         self._group = group
         self._block_rows = block_rows
 
@@ -61,6 +67,8 @@ class ShardedBank:
             block_bF = self._bank_nF[start : start + self._block_rows]
             # Float64 products rounded to float32 do not depend on the block's shape: equal images have equal scores.
             scores_qb = (queries_qF @ block_bF.double().T).float()
+            if not self._all_finite:
+                scores_qb[:, self._not_finite_n[start : start + self._block_rows]] = -torch.inf
             packed_qb = pack_scores(scores_qb, self._first_id + start)
             packed_qb = packed_qb.topk(min(k, packed_qb.shape[1])).values
             best_qk = torch.cat([best_qk, packed_qb], dim=1).topk(k).values
@@ -154,7 +162,7 @@ def _normalise(features_nF: Tensor, block_rows: int = 16384) -> Tensor:
     """Rows of length 1, float32, by blocks; rows of zeros stay zeros."""
     unit_nF = torch.empty(features_nF.shape, dtype=torch.float32, device=features_nF.device)
     for start in range(0, features_nF.shape[0], block_rows):
-        block_bF = features_nF[start : start + block_rows]
+        block_bF = scaled_rows(features_nF[start : start + block_rows])
         norms_b = torch.linalg.vector_norm(block_bF, dim=1, keepdim=True, dtype=torch.float64)
-        torch.div(block_bF.float(), norms_b.clamp_min(1e-12).float(), out=unit_nF[start : start + block_rows])
+        torch.div(block_bF, norms_b.clamp_min(1e-12).float(), out=unit_nF[start : start + block_rows])
     return unit_nF

@@ -87,5 +87,5 @@ def _draw_bars(axes: object, names: Sequence[str], values: Sequence[float], shif
 
 def _unit(vectors: Tensor) -> Tensor:
     """Length 1 along the last dimension, float64; zeros stay zeros."""
-    vectors = vectors.double()
-    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
+    norms = torch.linalg.vector_norm(vectors.double(), dim=-1, keepdim=True)
+    return vectors.double() / norms.where(norms > 0, 1)

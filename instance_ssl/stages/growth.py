@@ -64,6 +64,6 @@ def add_rows(
 
 def _mean_norm(shard: ClassifierShard, first: int) -> float:
     """Of the rows before `first` that are not left out, the same on all ranks."""
-    norms = torch.linalg.vector_norm(shard.weight[: max(0, first - shard.start)].float(), dim=1).double()
+    norms = torch.linalg.vector_norm(shard.weight[: max(0, first - shard.start)], dim=1, dtype=torch.float64)
     total, count = shard.group.all_reduce_sum_(torch.stack([norms.sum(), (norms > 0).sum()]))
     return (total / count).item()

@@ -214,7 +214,10 @@ def _refresh_hard_classes(stage: Stage, shard: ClassifierShard, session: Trainin
             progress.set(done, blocks)
             session.check_together()
 
-        shard.refresh_hard_classes(num_hard_classes, on_block=on_block)
+        def on_not_finite(count: int) -> None:
+            stage.log.say(f"warning: {count} classes have rows that are not finite: excluded from the hardest classes")
+
+        shard.refresh_hard_classes(num_hard_classes, on_block, on_not_finite)
 
 
 def _left_out_path(stage: Stage) -> Path:

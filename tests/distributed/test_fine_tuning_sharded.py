@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
+from instance_ssl.evaluation import fine_tuning
 from instance_ssl.evaluation.fine_tuning import TrainingOptions, fine_tune
 from instance_ssl.evaluation.progress import DivergedError, Progress
 
@@ -145,3 +146,15 @@ def _diverge(group: Group) -> str:
 
 def test_divergence_is_one_line_on_all_ranks() -> None:
     assert all("lower its learning rates" in message for message in run_ranks(_diverge, 2))
+
+
+def averaged(group: Group) -> Tensor:
+    norm = nn.BatchNorm1d(2)
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(float(group.rank))
+    fine_tuning._average_statistics(norm, group)  # type: ignore[arg-type]
+    return norm.running_mean
+
+
+def test_statistics_are_averaged_over_the_ranks() -> None:
+    assert all(torch.equal(mean, torch.full((2,), 0.5)) for mean in run_ranks(averaged, 2))

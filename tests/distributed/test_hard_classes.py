@@ -8,9 +8,9 @@ from ranks import run_ranks
 from torch import Tensor
 
 from instance_ssl.classifier.cosine_softmax import normalise_rows
-from instance_ssl.classifier.hard_classes import find_hard_classes
+from instance_ssl.classifier.hard_classes import _Search, find_hard_classes
 from instance_ssl.classifier.reference import dense_hard_classes
-from instance_ssl.classifier.screening import Screen
+from instance_ssl.classifier.screening import Screen, passing_pairs, passing_pairs_transposed
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 
@@ -154,3 +154,112 @@ def test_progress_counts_every_class_block_once(world_size: int) -> None:
     total = len(seen)
     assert seen == [(done, total) for done in range(1, total + 1)]
     assert total == {1: 9, 4: 11}[world_size]  # 131 rows, and 33 + 33 + 33 + 32, in blocks of 16
+
+
+def odd_tables(group: Group, weight_ND: Tensor, k: int) -> tuple[Tensor, list[int]]:
+    partition = Partition(len(weight_ND), group.size)
+    start, stop = partition.bounds(group.rank)
+    counted: list[int] = []
+    table = find_hard_classes(
+        weight_ND[start:stop], k, partition, group, block_bytes=60_000, on_not_finite=counted.append
+    )
+    return table, counted
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_any_finite_row_has_its_direction_and_others_are_excluded_and_counted(world_size: int) -> None:
+    rows = torch.randn(61, 16, generator=torch.Generator().manual_seed(5))
+    long_and_short = rows.clone()
+    for first, factor in ((0, 2.0**100), (10, 2.0**125), (20, 2.0**-100), (30, 2.0**-120)):
+        long_and_short[first : first + 3] *= factor
+    long_and_short[1] = torch.finfo(torch.float32).max
+    rows[1] = 1
+    long_and_short[21] = 1e-44  # without a full mantissa
+    rows[21] = 1
+    tables = run_ranks(odd_tables, world_size, long_and_short, 20)
+    assert torch.equal(torch.cat([table for table, _ in tables]), dense_hard_classes(rows.double(), 20))
+    assert all(counted == [] for _, counted in tables)
+
+    for place, value in ((5, torch.nan), (40, torch.inf), (60, -torch.inf)):
+        long_and_short[place, 3] = rows[place, 3] = value
+    tables = run_ranks(odd_tables, world_size, long_and_short, 20)
+    table = torch.cat([table for table, _ in tables])
+    assert torch.equal(table, dense_hard_classes(rows.double(), 20))
+    assert (table[[5, 40, 60]] == -1).all()
+    assert not torch.isin(table, torch.tensor([5, 40, 60], dtype=torch.int32)).any()
+    assert all(counted == [3] for _, counted in tables)
+
+
+def test_without_two_finite_rows_nobody_has_hardest_classes() -> None:
+    for num_finite in (0, 1):
+        weight_ND = torch.full((7, 4), torch.nan)
+        weight_ND[:num_finite] = 1
+        ((table, counted),) = run_ranks(odd_tables, 1, weight_ND, 3)
+        assert (table == -1).all()
+        assert counted == [7 - num_finite]
+
+
+def crowded(num_rows: int, width: int) -> Tensor:
+    """Groups of 12 rows nearer to each other than bfloat16 tells apart, and the groups far from each other."""
+    generator = torch.Generator().manual_seed(6)
+    centres = torch.randn(num_rows // 12, width, generator=generator).repeat_interleave(12, dim=0)
+    return centres + 0.02 * torch.randn(len(centres), width, generator=generator)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_margins_are_as_wide_as_the_rounding(world_size: int) -> None:
+    """Few pairs pass, so that the screening decides, and it cannot tell which of them are the nearest."""
+    weight_ND = crowded(960, 16)[torch.randperm(960, generator=torch.Generator().manual_seed(7))]
+    table = torch.cat(run_ranks(sharded_table, world_size, weight_ND, 5, 8 << 20, torch.bfloat16))
+    assert torch.equal(table, exact_table(weight_ND, 5))
+
+
+def test_a_class_all_others_are_opposite_to_is_not_its_own_hardest() -> None:
+    """Its bound is no positive score, so all of its pairs pass, with itself among them, where few others' do."""
+    weight_ND = crowded(960, 16).abs()
+    weight_ND[100] = -1
+    (table,) = run_ranks(sharded_table, 1, weight_ND, 5, 8 << 20, torch.bfloat16)
+    assert torch.equal(table, exact_table(weight_ND, 5))
+
+
+def margins_of(group: Group, weight_ND: Tensor) -> Tensor:
+    partition = Partition(len(weight_ND), group.size)
+    own = weight_ND[slice(*partition.bounds(group.rank))]
+    return _Search(own, 5, partition, group, 60_000, torch.bfloat16).margins_n
+
+
+def test_a_margin_counts_the_rounding_of_other_ranks_rows() -> None:
+    """The first rank's unit rows are bfloat16 numbers, which round to themselves; the second's are not."""
+    generator = torch.Generator().manual_seed(8)
+    exact = torch.randint(0, 2, (30, 16), generator=generator).float() * 2 - 1
+    weight_ND = torch.cat([exact, torch.randn(30, 16, generator=generator)])
+    screen = Screen(torch.bfloat16)
+    errors_N = screen.rounding_errors(normalise_rows(weight_ND)[0])
+    assert errors_N[:30].max() == 0
+    margins_N = torch.cat(run_ranks(margins_of, 2, weight_ND))
+    torch.testing.assert_close(margins_N, screen.margins(errors_N, errors_N.max(), 16))
+
+
+def test_pairs_pass_alike_by_rows_and_by_columns() -> None:
+    bits = torch.randint(0, 1000, (64, 160), dtype=torch.int32, generator=torch.Generator().manual_seed(9))
+    cutoffs = bits.sort(dim=1).values[:, -2].contiguous()  # reached exactly, by one score of each row
+    pairs, transposed = passing_pairs(bits, cutoffs), passing_pairs_transposed(bits.T.contiguous(), cutoffs)
+    assert pairs is not None
+    assert transposed is not None
+    expected = {(row, column) for row, column in torch.nonzero(bits >= cutoffs[:, None]).tolist()}
+    assert set(zip(*(part.tolist() for part in pairs), strict=True)) == expected
+    assert set(zip(*(part.tolist() for part in transposed), strict=True)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bounds_and_cutoffs_keep_their_word_at_every_number(dtype: torch.dtype) -> None:
+    """A score that was screened at t is at least the bound of t; the cutoff of an exact e is its margin below e."""
+    screen, margins, roundoff = Screen(dtype), torch.tensor([1e-3]), 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
+    exact = torch.linspace(0.01, 1, 501, dtype=torch.float64)
+    stored = exact.float().to(dtype)  # a product that was computed exactly
+    for score, kept in zip(exact.tolist(), stored[:, None], strict=True):
+        bits = kept.view(screen.bits_dtype)
+        assert screen.exact_bounds(bits, torch.zeros(1)).item() <= score * (1 + 1e-7)
+        assert screen.exact_bounds(bits, margins).item() <= score * (1 + 1e-7) - 1e-3 + 1e-7
+        cutoff = screen.cutoff_bits(torch.tensor([score]), margins, 1).view(dtype).item()
+        assert cutoff <= (score - 1e-3) * (1 + roundoff)

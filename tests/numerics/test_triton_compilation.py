@@ -42,11 +42,17 @@ def test_forward_compiles(matmul: torch.dtype, dim: int) -> None:
     tile = forward_tile(dim, matmul)
     compiled = compile_kernel(
         "dense_sums_kernel",
-        {"x_ptr": f"*{NAMES[matmul]}", "unit_ptr": f"*{NAMES[matmul]}", "z_ptr": "*fp32", "dense_ptr": "*fp32"},
-        {"D": dim, "ROWS": tile.rows, "CLASSES": tile.classes, "PRECISION": "tf32x3"},
+        {
+            "x_ptr": f"*{NAMES[matmul]}", "unit_ptr": f"*{NAMES[matmul]}", "z_ptr": "*fp32", "dense_ptr": "*fp32",
+            "apart_ptr": "*i64",
+        },
+        {
+            "D": dim, "ROWS": tile.rows, "CLASSES": tile.classes, "PRECISION": "tf32x3",
+            "APART": matmul == torch.float32,
+        },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-    )
+    )  # fmt: skip
     assert compiled.metadata.shared <= SHARED_MEMORY
     assert ("wgmma" in compiled.asm["ptx"]) == (tile.rows >= 64)
 
@@ -63,15 +69,15 @@ def test_update_compiles(matmul: torch.dtype, rows: torch.dtype, momentum: torch
     tile = update_tile(dim, matmul)
     types = {
         "weight_ptr": NAMES[rows], "momentum_ptr": NAMES[momentum], "x_ptr": NAMES[matmul],
-        "minus_log2_z_ptr": "fp32", "minus_log2_y_ptr": "fp32", "rows_ptr": "i64", "classes_ptr": "i64",
-        "values_ptr": "fp32", "tile_entries_ptr": "i32",
+        "minus_log2_z_ptr": "fp32", "apart_ptr": "i64", "rows_ptr": "i64", "classes_ptr": "i64",
+        "terms_ptr": "fp32", "tile_entries_ptr": "i32",
     }  # fmt: skip
     compiled = compile_kernel(
         "update_kernel",
         {name: f"*{kind}" for name, kind in types.items()},
         {
             "DIM": dim, "PADDED_DIM": 128, "ROWS": tile.rows, "CLASSES": tile.classes, "ENTRIES": 32,
-            "MIXTURE": True, "PRECISION": "tf32x3",
+            "PRECISION": "tf32x3", "APART": matmul == torch.float32,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -89,11 +95,11 @@ def test_small_kernels_compile(rows: torch.dtype) -> None:
     )
     types = {
         "x_ptr": "bf16", "weight_ptr": NAMES[rows], "row_entries_ptr": "i32", "classes_ptr": "i64",
-        "values_ptr": "fp32", "y_ptr": "fp32", "sparse_ptr": "fp32", "dense_ptr": "fp32",
+        "values_ptr": "fp32", "y_ptr": "fp32", "exp_ptr": "fp32", "sparse_ptr": "fp32", "correction_ptr": "fp32",
     }  # fmt: skip
     sparse_sums = compile_kernel(
         "sparse_sums_kernel",
         {name: f"*{kind}" for name, kind in types.items()},
-        {"DIM": 100, "PADDED_DIM": 128, "ENTRIES": 32, "MIXTURE": False},
+        {"DIM": 100, "PADDED_DIM": 128, "ENTRIES": 32, "MIXTURE": False, "PRECISION": "tf32x3"},
     )
     assert max(unit_rows.metadata.shared, sparse_sums.metadata.shared) <= SHARED_MEMORY

@@ -3,9 +3,11 @@
 `PYTHONPATH=.:tests python tests/numerics/test_triton_kernels.py` runs the same checks compiled, on a GPU.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -201,6 +203,53 @@ def check_confident_rows(device: str) -> None:
     assert error(buffer, true_buffer) < 0.03
 
 
+def weight_gradient(
+    passes: ModuleType, x: Tensor, sums: SoftmaxSums, labels: SmoothedLabels, w: Tensor, options: SoftmaxOptions
+) -> Tensor:
+    """∂J/∂w after these sums of the first pass."""
+    buffer, labels = torch.zeros_like(w), replace(labels, exp=sums.entry_exp_P)
+    passes.update_rows(x, sums.z_B, sums.y_B, labels, w.clone(), buffer, options, RowUpdate(0.0, 0.0, 0.0, 1))
+    return buffer
+
+
+def check_saturated_rows(device: str) -> None:
+    """Rows that know their class: |truth - ours| ≤ 2 |truth - PyTorch's| + tiny for ∂W, the small difference p - q.
+
+    On the kernels' own sums, and on the true ones, which lack the exp(s) of the entries.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight_nD = torch.randn(31, 16, generator=generator)
+    labels_B = torch.randint(0, 31, (16,), generator=generator)
+    hard_BK = (labels_B[:, None] + torch.arange(1, 4)) % 31
+    noise_BD = torch.randn(16, 16, generator=generator)
+    tight_BD = [normalise_rows(weight_nD[labels_B] + scale * noise_BD)[0].to(device) for scale in (0.1, 0.03)]
+    weight_nD = weight_nD.to(device)
+    settings: list[tuple[LossForm, float]] = [("mixture", 0.15), ("mixture", 0.07), ("mixture", 0.03)]
+    for (form, tau), matmul in itertools.product([*settings, ("cross_entropy", 0.03)], (torch.float32, torch.bfloat16)):
+        options = SoftmaxOptions(tau, form, matmul)
+        exact = replace(options, matmul_dtype=torch.float64)
+        for unit_x_BD, hard, alpha in zip(tight_BD, (None, hard_BK), (0.0, 0.2), strict=True):
+            labels = own_labels(labels_B, hard, alpha, 0, 31, torch.float32)
+            labels = SmoothedLabels(*(t.to(device) for t in (labels.rows, labels.classes, labels.values)))
+            exact_labels = replace(labels, values=labels.values.double())
+            x, w = unit_x_BD.double(), weight_nD.double()
+            sums = blocked.softmax_sums(x, w, exact_labels, exact)
+            truth = weight_gradient(blocked, x, sums, exact_labels, w, exact)
+            true_sums = replace(sums, z_B=sums.z_B.float(), y_B=sums.y_B.float(), entry_exp_P=None)
+            for given in (None, true_sums):
+                ours, theirs = (
+                    weight_gradient(passes, unit_x_BD, given or own, labels, weight_nD, options)
+                    for passes in (triton_kernels, blocked)
+                    for own in [passes.softmax_sums(unit_x_BD, weight_nD, labels, options)]
+                )
+                our_error, their_error = (torch.linalg.vector_norm(t.double() - truth) for t in (ours, theirs))
+                name = f"{form}, {matmul}, τ {tau}, α {alpha}, {'own' if given is None else 'true'} sums"
+                # The kernels' exp(s) of entries are those of embeddings in bfloat16, which 1/τ magnifies.
+                share = 2e-7 if matmul == torch.float32 else 2**-9 / tau
+                allowed = 2 * their_error + share * torch.linalg.vector_norm(truth)
+                assert our_error <= allowed, f"{name}: {our_error:.3g} > {allowed:.3g}"
+
+
 def check_stochastic_rounding(device: str) -> None:
     """Rows land on the two bfloat16 neighbours of the float32 result, on average on the result itself."""
     case = Case(4, 61, 16, 0, weight=torch.bfloat16, tile=Tile(16, 64, 4, 1), device=device)
@@ -277,6 +326,7 @@ CHECKS: list[tuple[Callable[..., None], Any]] = [
     (check_update, Case(37, 61, 16, 5, weight=torch.bfloat16)),
     (check_sums, Case(37, 61, 16, 5, weight=torch.bfloat16, matmul=torch.bfloat16)),
     (check_confident_rows, "cpu"),
+    (check_saturated_rows, "cpu"),
     (check_stochastic_rounding, "cpu"),
     (check_zero_rows, "cpu"),
     (check_shard_without_labels, "cpu"),

@@ -19,6 +19,13 @@ def test_the_first_steps_are_none_however_they_climb() -> None:
     assert level.level == pytest.approx(5.6, abs=0.1)
 
 
+def test_the_eleventh_loss_is_the_first_that_can_be_a_spike() -> None:
+    level = LossLevel(1.0, None)
+    assert not any(level.add(loss) for loss in (*[5.0] * 9, 50.0))
+    level = LossLevel(1.0, None)
+    assert [level.add(loss) for loss in (*[5.0] * 10, 50.0)][-1]
+
+
 def test_a_resumed_run_judges_from_its_first_step() -> None:
     assert LossLevel(1.0, 5.0).add(6.1)
     assert not LossLevel(None, 5.0).add(60.0)

@@ -20,6 +20,7 @@ def test_the_cosine_starts_at_the_peak_and_ends_at_zero() -> None:
     assert rate(10) == pytest.approx(0.48)
     assert rate(60) == pytest.approx(0.24)
     assert rate(110) == pytest.approx(0.0, abs=1e-12)
+    assert rate(130) == rate(110)
     assert all(rate(step) > rate(step + 1) for step in range(10, 110))
 
 
