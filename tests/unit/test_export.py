@@ -155,7 +155,7 @@ def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent/x\.pth cannot be written: No such file"):
+    with pytest.raises(UserError, match=r"absent/x\.pth could not be written: No such file"):
         export.write_pth({"a": torch.zeros(1)}, tmp_path / "absent/x.pth")
 
     def fill_the_disk(path: Path) -> None:
