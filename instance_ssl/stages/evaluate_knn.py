@@ -48,7 +48,7 @@ def run(stage: Stage) -> dict[str, Any]:
             figures["embeddings"] = {**votes, "layer": "projection output", "epoch": epoch}
         results[source] = figures
         neighbour_ids[source] = nearest_neighbours(
-            train_nF, _rows_of_all(stage, test_mF, query_ids), stage.world, _PICTURE_NEIGHBOURS
+            train_nF, _rows_of_all(stage, test_mF, query_ids), stage.world, min(_PICTURE_NEIGHBOURS, len(images.train))
         ).tolist()
         samples[source] = _sample(stage, test_mF)
         _tell(stage, source, results[source])
