@@ -22,7 +22,7 @@ BUCKET = 2_000_000
 # Backbone, image size, views of a micro-batch, ranks, ZeRO stage, micro-batches, autocast.
 CASES = [
     ("small_cnn", 16, 64, 1, 0, 2, torch.bfloat16),
-    ("resnet18", 32, 16, 2, 1, 1, torch.bfloat16),
+    ("resnet18", 16, 8, 2, 1, 1, torch.bfloat16),
     ("resnet18", 32, 12, 2, 2, 2, None),
     ("resnet50", 32, 8, 1, 0, 1, None),
 ]

@@ -153,7 +153,7 @@ def test_two_ranks_write_the_rows_of_a_folder_like_one_from_another_runs_checkpo
 ) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     checkpoint = run / "initialize_classifier/checkpoints/step_000000000"
-    shutil.copytree(checkpoint, tmp_path / "other/pretrain/checkpoints/step_000000003")  # its newest
+    shutil.copytree(checkpoint, tmp_path / "other/pretrain/checkpoints/step_000000000")
     sections: dict[str, Any] = {"export": {"images": str(folder), "formats": ["pth", "parquet"]}}
     arrays = []
     for size, given in ((1, checkpoint), (2, tmp_path / "other")):
