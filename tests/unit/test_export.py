@@ -163,6 +163,6 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: 
             temporary.write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"half\.pth cannot be written: No space left"):
+    with pytest.raises(UserError, match=r"half\.pth could not be written: no space left"):
         fill_the_disk(tmp_path / "half.pth")
     assert list(tmp_path.iterdir()) == []
