@@ -71,7 +71,7 @@ def test_a_run_that_is_stopped_and_goes_on_ends_like_an_undisturbed_one(place: P
 
 
 def test_a_straggler_is_named(place: Path, clean: dict[str, str]) -> None:
-    slow = run(place, fault="step:1:*:sleep=0.05")
+    slow = run(place, fault="step:1:*:sleep=0.3")
     assert slow.wait() == [0, 0], slow.text()
     assert "warning: rank 1 on" in slow.text()
     assert metrics(place)[-1]["speed/straggler_rank"] == 1
