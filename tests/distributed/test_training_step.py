@@ -133,6 +133,7 @@ def poison_one_rank(group: Group) -> bool:
         batches[1][0].fill_(torch.nan)
     report = train_step(engine, shard, iter(batches), 2, NOT_SAMPLED)
     assert not report.applied
+    assert (engine.steps_taken, shard.steps_taken) == (1, 1)
     after = [*engine.full_state()[0].values(), shard.weight, shard.momentum_buffer]
     return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
