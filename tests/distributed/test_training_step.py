@@ -142,6 +142,22 @@ def test_nothing_moves_when_one_rank_meets_a_nan() -> None:
     assert run_ranks(poison_one_rank, 2) == [True, True]
 
 
+def spoil_with_batch_norm(group: Group) -> bool:
+    """A NaN in the second of two micro-batches: the first one's statistics do not stay either."""
+    encoder = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+    engine = Engine(encoder, schedule, settings_for(1, 0, 2), group, momentum=MOMENTUM, weight_decay=DECAY)
+    before = engine.own_buffers()
+    x_bD = engine(torch.ones(BATCH // 2, 4))
+    engine.backward(x_bD, torch.zeros_like(x_bD))
+    engine.end_micro_batch()
+    engine.abandon_step(engine(torch.full((BATCH // 2, 4), torch.nan)))
+    return all(torch.equal(before[name], after) for name, after in engine.own_buffers().items())
+
+
+def test_batch_norm_forgets_all_micro_batches_of_a_step_that_is_dropped() -> None:
+    assert run_ranks(spoil_with_batch_norm, 1) == [True]
+
+
 def overflow_one_gradient(group: Group, zero_stage: int) -> bool:
     """A finite loss, but a gradient that is not finite on one rank: nothing moves, and the next step is a usual one."""
     engine, shard = make_training(group, zero_stage, 1)
