@@ -151,6 +151,10 @@ def spoil_with_batch_norm(group: Group) -> bool:
     engine.backward(x_bD, torch.zeros_like(x_bD))
     engine.end_micro_batch()
     engine.abandon_step(engine(torch.full((BATCH // 2, 4), torch.nan)))
+    for gradient in (0.0, torch.nan):  # a finite loss, and a gradient that is not
+        x_bD = engine(torch.ones(BATCH // 2, 4))
+        engine.backward(x_bD, torch.full_like(x_bD, gradient))
+        assert not engine.end_micro_batch()
     return all(torch.equal(before[name], after) for name, after in engine.own_buffers().items())
 
 
