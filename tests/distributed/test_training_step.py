@@ -162,6 +162,21 @@ def test_batch_norm_forgets_all_micro_batches_of_a_step_that_is_dropped() -> Non
     assert run_ranks(spoil_with_batch_norm, 1) == [True]
 
 
+def saved_statistics(group: Group) -> list[Tensor]:
+    norm = nn.BatchNorm1d(4)
+    settings = settings_for(group.size, 0, 1)
+    engine = Engine(nn.Sequential(norm), schedule, settings, group, momentum=MOMENTUM, weight_decay=DECAY)
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(float(group.rank))
+    return [engine.full_state()[0]["0.running_mean"], norm.running_mean.clone()]
+
+
+def test_saved_statistics_are_the_ranks_mean_and_each_rank_keeps_its_own() -> None:
+    for rank, (saved, own) in enumerate(run_ranks(saved_statistics, 2)):
+        assert (saved == 0.5).all()
+        assert (own == rank).all()
+
+
 def overflow_one_gradient(group: Group, zero_stage: int) -> bool:
     """A finite loss, but a gradient that is not finite on one rank: nothing moves, and the next step is a usual one."""
     engine, shard = make_training(group, zero_stage, 1)
