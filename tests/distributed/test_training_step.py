@@ -133,12 +133,48 @@ def poison_one_rank(group: Group) -> bool:
         batches[1][0].fill_(torch.nan)
     report = train_step(engine, shard, iter(batches), 2, NOT_SAMPLED)
     assert not report.applied
+    assert (engine.steps_taken, shard.steps_taken) == (1, 1)
     after = [*engine.full_state()[0].values(), shard.weight, shard.momentum_buffer]
     return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_nothing_moves_when_one_rank_meets_a_nan() -> None:
     assert run_ranks(poison_one_rank, 2) == [True, True]
+
+
+def spoil_with_batch_norm(group: Group) -> bool:
+    """A NaN in the second of two micro-batches: the first one's statistics do not stay either."""
+    encoder = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+    engine = Engine(encoder, schedule, settings_for(1, 0, 2), group, momentum=MOMENTUM, weight_decay=DECAY)
+    before = engine.own_buffers()
+    x_bD = engine(torch.ones(BATCH // 2, 4))
+    engine.backward(x_bD, torch.zeros_like(x_bD))
+    engine.end_micro_batch()
+    engine.abandon_step(engine(torch.full((BATCH // 2, 4), torch.nan)))
+    for gradient in (0.0, torch.nan):  # a finite loss, and a gradient that is not
+        x_bD = engine(torch.ones(BATCH // 2, 4))
+        engine.backward(x_bD, torch.full_like(x_bD, gradient))
+        assert not engine.end_micro_batch()
+    return all(torch.equal(before[name], after) for name, after in engine.own_buffers().items())
+
+
+def test_batch_norm_forgets_all_micro_batches_of_a_step_that_is_dropped() -> None:
+    assert run_ranks(spoil_with_batch_norm, 1) == [True]
+
+
+def saved_statistics(group: Group) -> list[Tensor]:
+    norm = nn.BatchNorm1d(4)
+    settings = settings_for(group.size, 0, 1)
+    engine = Engine(nn.Sequential(norm), schedule, settings, group, momentum=MOMENTUM, weight_decay=DECAY)
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(float(group.rank))
+    return [engine.full_state()[0]["0.running_mean"], norm.running_mean.clone()]
+
+
+def test_saved_statistics_are_the_ranks_mean_and_each_rank_keeps_its_own() -> None:
+    for rank, (saved, own) in enumerate(run_ranks(saved_statistics, 2)):
+        assert (saved == 0.5).all()
+        assert (own == rank).all()
 
 
 def overflow_one_gradient(group: Group, zero_stage: int) -> bool:

@@ -296,6 +296,23 @@ def check_zero_rows(device: str) -> None:
     assert not buffer[[3, int(labels.classes[0])]].any()
 
 
+def check_long_rows(device: str) -> None:
+    """Rows whose squares overflow have the sums of any other, and gradients divided by their norms."""
+    case = Case(5, 37, 16, 5, device=device)
+    unit_x_BD, weight_nD, labels, _ = case.problem()
+    is_long_n = torch.arange(37, device=device) % 3 == 0
+    long_nD = torch.where(is_long_n[:, None], weight_nD * 2.0**100, weight_nD)
+    ours, usual = (
+        triton_kernels.softmax_sums(unit_x_BD, w, labels, case.options, tile=case.tile) for w in (long_nD, weight_nD)
+    )
+    for name in SUMS:
+        torch.testing.assert_close(getattr(ours, name), getattr(usual, name), rtol=1e-5, atol=1e-5)
+    gradient = weight_gradient(triton_kernels, unit_x_BD, ours, labels, long_nD, case.options)
+    expected = weight_gradient(triton_kernels, unit_x_BD, usual, labels, weight_nD, case.options)
+    expected[is_long_n] *= 2.0**-100
+    torch.testing.assert_close(gradient * 2.0**60, expected * 2.0**60, rtol=1e-4, atol=1e-9)
+
+
 def check_shard_without_labels(device: str) -> None:
     """A shard may own no class of any label: its Y and C are zero, its rows still move away."""
     case = Case(37, 61, 16, 0, device=device)
@@ -329,6 +346,7 @@ CHECKS: list[tuple[Callable[..., None], Any]] = [
     (check_saturated_rows, "cpu"),
     (check_stochastic_rounding, "cpu"),
     (check_zero_rows, "cpu"),
+    (check_long_rows, "cpu"),
     (check_shard_without_labels, "cpu"),
     (check_available, "cpu"),
 ]
