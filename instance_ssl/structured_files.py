@@ -91,7 +91,11 @@ def parse_yaml(text: str | bytes) -> Any:
         MalformedError: as `parse_json` does, and for a key that a mapping holds twice.
     """
     try:
-        values = yaml.load(text, _Loader)
+        loader = _Loader(text)
+        try:
+            values = loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
