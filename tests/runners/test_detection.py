@@ -25,6 +25,7 @@ from instance_ssl.guard import Stopped
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages.context import Stage
 from instance_ssl.stages.evaluate_detection import _bound, _build, _refuse, _train
+from instance_ssl.stages.workload import Workload
 
 
 def settings(root: Path, **more: str) -> list[str]:
@@ -139,7 +140,8 @@ def _train_with_stops(group: Group, directory: str, tree: str, stops: list[int],
         stage = cast(Stage, StubStage(group, Path(directory), config, stop_after))
         training, _, digest = _build(stage, "random")
         with contextlib.redirect_stdout(said), contextlib.suppress(Stopped):
-            _train(stage, "random", training, data, _bound(stage, "random", digest, data))
+            workload = Workload(stage.log.say, "detection", [4])
+            _train(stage, "random", training, data, _bound(stage, "random", digest, data), workload)
     return said.getvalue(), training.model.state_dict()
 
 
