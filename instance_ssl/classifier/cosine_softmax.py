@@ -156,7 +156,7 @@ def inverse_norms(rows_mD: Tensor, out: Tensor | None = None) -> Tensor:
     others do not, so as to stay the same bits; on a GPU the host would have to wait for the answer, and all rows do.
     """
     norms_m1 = torch.linalg.vector_norm(rows_mD, dim=1, keepdim=True, out=out)
-    if rows_mD.device.type == "cpu" and (len(rows_mD) == 0 or float(norms_m1.amax()) < torch.inf):
+    if rows_mD.device.type == "cpu" and float(norms_m1.sum()) < torch.inf:
         return _reciprocal(norms_m1, out)
     wide_m1 = torch.linalg.vector_norm(rows_mD, dim=1, keepdim=True, dtype=torch.float64)
     if rows_mD.device.type == "cpu":

@@ -37,8 +37,16 @@ def compile_kernel(name: str, types: dict[str, str], constants: dict[str, Any], 
         raise
 
 
-@pytest.mark.parametrize(("matmul", "dim"), [(torch.bfloat16, 128), (torch.bfloat16, 512), (torch.float32, 128)])
-def test_forward_compiles(matmul: torch.dtype, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("matmul", "dim", "apart"),
+    [
+        (torch.bfloat16, 128, False),
+        (torch.bfloat16, 128, True),
+        (torch.bfloat16, 512, True),
+        (torch.float32, 128, True),
+    ],
+)
+def test_forward_compiles(matmul: torch.dtype, dim: int, apart: bool) -> None:
     tile = forward_tile(dim, matmul)
     compiled = compile_kernel(
         "dense_sums_kernel",
@@ -48,7 +56,7 @@ def test_forward_compiles(matmul: torch.dtype, dim: int) -> None:
         },
         {
             "D": dim, "ROWS": tile.rows, "CLASSES": tile.classes, "PRECISION": "tf32x3",
-            "APART": matmul == torch.float32,
+            "APART": apart,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -58,14 +66,14 @@ def test_forward_compiles(matmul: torch.dtype, dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("matmul", "rows", "momentum", "dim"),
+    ("matmul", "rows", "momentum", "dim", "apart"),
     [
-        (torch.bfloat16, torch.float32, torch.float32, 128),
-        (torch.bfloat16, torch.bfloat16, torch.bfloat16, 128),
-        (torch.float32, torch.float32, torch.float32, 100),
+        (torch.bfloat16, torch.float32, torch.float32, 128, False),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16, 128, True),
+        (torch.float32, torch.float32, torch.float32, 100, True),
     ],
 )
-def test_update_compiles(matmul: torch.dtype, rows: torch.dtype, momentum: torch.dtype, dim: int) -> None:
+def test_update_compiles(matmul: torch.dtype, rows: torch.dtype, momentum: torch.dtype, dim: int, apart: bool) -> None:
     tile = update_tile(dim, matmul)
     types = {
         "weight_ptr": NAMES[rows], "momentum_ptr": NAMES[momentum], "x_ptr": NAMES[matmul],
@@ -77,7 +85,7 @@ def test_update_compiles(matmul: torch.dtype, rows: torch.dtype, momentum: torch
         {name: f"*{kind}" for name, kind in types.items()},
         {
             "DIM": dim, "PADDED_DIM": 128, "ROWS": tile.rows, "CLASSES": tile.classes, "ENTRIES": 32,
-            "PRECISION": "tf32x3", "APART": matmul == torch.float32,
+            "PRECISION": "tf32x3", "APART": apart,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
