@@ -34,8 +34,8 @@ from instance_ssl.checkpoint_files import (
 )
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError
-from instance_ssl.structured_files import MalformedError, read_json, what_failed
+from instance_ssl.errors import UserError, reason
+from instance_ssl.structured_files import MalformedError, read_json
 
 _ENCODER, _SAMPLING = "encoder.pt", "sampling.pt"
 _ROWS = ("weight", "momentum", "hard_classes", "steps_seen")
@@ -192,7 +192,7 @@ def _read_position(directory: Path) -> TrainingPosition | str:
         first = error.errors()[0]
         return f"{POSITION}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
     except (OSError, MalformedError) as error:
-        return f"{POSITION}: {what_failed(error)}"
+        return f"{POSITION}: {reason(error)}"
 
 
 def load_encoder(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

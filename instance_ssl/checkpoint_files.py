@@ -24,8 +24,8 @@ import torch
 from instance_ssl import faults
 from instance_ssl.disk_space import find_no_space, why_not_written
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError
-from instance_ssl.structured_files import MalformedError, read_json, what_failed
+from instance_ssl.errors import UserError, in_one_line, reason
+from instance_ssl.structured_files import MalformedError, read_json
 
 MANIFEST = "MANIFEST.json"
 _REMOVED = ".removed-"
@@ -249,8 +249,8 @@ def read_tensors(path: Path, *, mapped: bool = True) -> dict[str, Any]:
             with path.open("rb") as file:  # of a path, torch goes by the suffix
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise almost anything
-        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _one_line(error)
-        raise UserError(f"{path} cannot be loaded: {reason}; nothing in it was run, give an intact one") from None
+        why = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else in_one_line(error)
+        raise UserError(f"{path} cannot be loaded: {why}; nothing in it was run, give an intact one") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} cannot be loaded: it holds a {type(content).__name__}, not named tensors")
     return content
@@ -344,7 +344,7 @@ def _read_manifest(directory: Path) -> dict[str, FileRecord] | str:
             return f"{MANIFEST} has changed since it was written"
         records = {name: FileRecord(**record) for name, record in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST}: {_one_line(error)}"
+        return f"{MANIFEST}: {in_one_line(error)}"
     if any(Path(name).name != name for name in records):
         return f"{MANIFEST} names files outside its directory"
     return records
@@ -368,7 +368,7 @@ def find_other_step(directory: Path) -> str | None:
     try:
         step = read_json(directory / POSITION).get("step")
     except (OSError, MalformedError) as error:
-        return f"{POSITION}: {what_failed(error)}"
+        return f"{POSITION}: {reason(error)}"
     return None if step == step_of(directory) else f"its name says step {step_of(directory)}, {POSITION} says {step}"
 
 
@@ -397,7 +397,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

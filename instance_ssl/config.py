@@ -24,10 +24,10 @@ from instance_ssl.config_errors import (
 )
 from instance_ssl.config_fine_tuning import FineTuneConfig, SemiSupervisedConfig
 from instance_ssl.config_types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from instance_ssl.errors import UserError, tried
+from instance_ssl.errors import UserError, reason, tried
 from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
-from instance_ssl.structured_files import MalformedError, parse_yaml, what_failed
+from instance_ssl.structured_files import MalformedError, parse_yaml
 
 SourceName = Literal["pixels", "random", "trained", "weights"]
 ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
@@ -364,9 +364,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = parse_yaml(path.read_bytes())
     except (OSError, MalformedError) as error:
-        raise UserError(
-            f"--config {tried(path) if isinstance(error, OSError) else path}: {what_failed(error)}"
-        ) from None
+        raise UserError(f"--config {tried(path) if isinstance(error, OSError) else path}: {reason(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

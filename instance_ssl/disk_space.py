@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from instance_ssl.errors import UserError, escape
+from instance_ssl.errors import UserError, escape, reason
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -20,9 +20,7 @@ def why_not_written(error: Exception, directory: Path, needed: int) -> str:
     """Why a file of about `needed` bytes could not be written, in one line. Some libraries raise no OSError."""
     if error.errno in _FULL if isinstance(error, OSError) else is_full(directory):
         return _no_space(directory, needed)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return reason(error)
 
 
 @contextmanager
@@ -39,8 +37,8 @@ def saving(path: Path, needed: int = 0) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError) and not is_full(path.parent):
             raise
-        reason = why_not_written(error, path.parent, needed)
-        raise UserError(f"{escape(str(path))} could not be written: {reason}") from None
+        why = why_not_written(error, path.parent, needed)
+        raise UserError(f"{escape(str(path))} could not be written: {why}") from None
 
 
 def is_full(directory: Path) -> bool:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from instance_ssl.config import ExperimentConfig
 from instance_ssl.config_errors import DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY, describe_validation_error, nearest
-from instance_ssl.errors import UserError, tried
-from instance_ssl.structured_files import MalformedError, read_json, what_failed
+from instance_ssl.errors import UserError, reason, tried
+from instance_ssl.structured_files import MalformedError, read_json
 
 _DERIVED = {
     "train_batch_size": "optimization.global_batch_size",
@@ -213,14 +213,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(path, by_hand=True)
     except OSError as error:
-        raise UserError(f"--deepspeed_config {tried(path)}: {what_failed(error)}") from None
+        raise UserError(f"--deepspeed_config {tried(path)}: {reason(error)}") from None
     except MalformedError as error:
         if path.suffix in (".yaml", ".yml"):
             raise UserError(
                 f"--deepspeed_config {path}: this is YAML, as experiments are: give it as --config, and a DeepSpeed "
                 "JSON such as ds_configs/cpu_float32.json as --deepspeed_config"
             ) from None
-        raise UserError(f"--deepspeed_config {path}: {what_failed(error)}") from None
+        raise UserError(f"--deepspeed_config {path}: {reason(error)}") from None
 
 
 def _check_keys(values: dict[str, Any], path: Path) -> None:

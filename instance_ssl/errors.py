@@ -52,6 +52,16 @@ def _as_escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, in one line; of one of the file system, without the file's name."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else in_one_line(error)
+
+
+def in_one_line(error: BaseException) -> str:
+    """The whole text of an error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def tried(path: Path) -> str:
     """A path for a message: a relative one with the absolute path that was tried."""
     if path.is_absolute():

@@ -20,11 +20,6 @@ class MalformedError(ValueError):
         super().__init__(printable(" ".join(problem[:_MAX_LINE].split())))
 
 
-def what_failed(error: OSError | MalformedError) -> str:
-    """Why a file could not be read, without its name."""
-    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
-
-
 def read_json(path: Path, *, by_hand: bool = False) -> dict[str, Any]:
     """The object in a JSON file.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from instance_ssl.checkpoint_files import read_tensors
-from instance_ssl.errors import UserError, escape, tried
+from instance_ssl.errors import UserError, escape, in_one_line, tried
 from instance_ssl.models.backbones import ResNet, SmallCnn
 
 _SHOWN = 3
@@ -148,7 +148,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"weights file {path}: not a safetensors file: {' '.join(str(error).split())}") from None
+        raise UserError(f"weights file {path}: not a safetensors file: {in_one_line(error)}") from None
 
 
 def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from instance_ssl.data.decoding import open_image
-from instance_ssl.data.folders import escape, reason
-from instance_ssl.errors import UserError
+from instance_ssl.data.folders import escape
+from instance_ssl.errors import UserError, reason
 
 _HEADERS_PER_TASK = 256
 _NAMED = 5

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import UnidentifiedImageError
-
-from instance_ssl.errors import UserError, escape, tried
+from instance_ssl.errors import UserError, escape, reason, tried
 
 # What lies in the root of a kind, by which a level too deep or too high is told.
 _MARKERS = {"tree": "train", "sun397": "SUN397", "dtd": "dtd/dtd", "inaturalist2018": "train2018.json"}
@@ -190,12 +188,3 @@ def differs_here(path: Path, size: int) -> str | None:
     except OSError as error:
         return f"{escape(str(path))}: {reason(error)}"
     return None if found == size else f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
-
-
-def reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a JPEG, PNG or WebP image"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__

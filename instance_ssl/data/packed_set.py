@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from instance_ssl.data.folders import escape, reason
-from instance_ssl.errors import UserError
+from instance_ssl.data.folders import escape
+from instance_ssl.errors import UserError, reason
 from instance_ssl.structured_files import read_json
 
 RECORD, BEGUN = "index.json", "packing.json"

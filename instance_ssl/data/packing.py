@@ -20,13 +20,13 @@ from typing import Any, BinaryIO, cast
 from PIL import Image
 
 from instance_ssl.data.broken import OnBroken
-from instance_ssl.data.folders import escape, reason
+from instance_ssl.data.folders import escape
 from instance_ssl.data.name_lists import list_line, write_lines
 from instance_ssl.data.packed_set import BEGUN, RECORD, PackedSet
 from instance_ssl.data.sources import EncodedImages
 from instance_ssl.data.tar_index import index_shard
 from instance_ssl.disk_space import why_not_written
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, reason
 from instance_ssl.structured_files import read_json
 
 _SAMPLED = 32

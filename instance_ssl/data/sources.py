@@ -27,10 +27,10 @@ from instance_ssl.data.decoding import (
     image_pixels,
     open_image,
 )
-from instance_ssl.data.folders import differs_here, escape, reason
+from instance_ssl.data.folders import differs_here, escape
 from instance_ssl.data.name_lists import list_line, read_lines, write_names
 from instance_ssl.data.name_table import NameTable, pack_names
-from instance_ssl.errors import RankError
+from instance_ssl.errors import RankError, reason
 
 logger = logging.getLogger(__name__)
 

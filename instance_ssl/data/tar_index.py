@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from instance_ssl.data.decoding import open_image
-from instance_ssl.data.folders import SUFFIXES, escape, reason
+from instance_ssl.data.folders import SUFFIXES, escape
 from instance_ssl.data.name_table import NameTable, pack_names, packed
 from instance_ssl.data.tar_samples import Remark, Samples
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, reason
 
 _VERSION = 2  # 1 had labels joined by neighbourhood, and every image of a sample
 _MAX_IMAGE_BYTES = 1 << 30

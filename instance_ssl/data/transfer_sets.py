@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.data.folders import escape, reason
+from instance_ssl.data.folders import escape
 from instance_ssl.data.name_lists import read_names
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, reason
 from instance_ssl.structured_files import MalformedError, parse_json
 
 # What each list of iNaturalist's holds, and the keys of its entries.

@@ -21,7 +21,7 @@ from instance_ssl.data.decoding import AS_SHOWN, Rendering, open_image, upright_
 from instance_ssl.data.folders import escape
 from instance_ssl.data.name_lists import read_names
 from instance_ssl.data.sources import FileImages
-from instance_ssl.errors import UserError, tried
+from instance_ssl.errors import UserError, reason, tried
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -120,7 +120,7 @@ def _read_list(root: Path, entry: str) -> list[str]:
                 raise UserError(f"{path}, line {number}: expected one image name, found {word!r}")
             names.append(f"{year}/JPEGImages/{word}.jpg")
     except (OSError, ValueError) as error:
-        raise UserError(f"{_KEY}: list {path} cannot be read: {_one_line(error)}") from None
+        raise UserError(f"{_KEY}: list {path} cannot be read: {reason(error)}") from None
     if not names:
         raise UserError(f"{path} names no image")
     return names
@@ -135,7 +135,7 @@ def _read_annotation(root: Path, name: str, known: dict[str, int], rendering: Re
         _check_size(tree, size, stored, name)
         rows = [_read_object(element, known, size) for element in tree.findall("object")]
     except Exception as error:  # PIL's parsers raise OSError, SyntaxError, ValueError, struct.error and more
-        raise UserError(f"annotation {path}: {_one_line(error)}") from None
+        raise UserError(f"annotation {path}: {reason(error)}") from None
     boxes, classes, difficult = zip(*rows, strict=True) if rows else ((), (), ())
     return Annotation(
         *size,
@@ -221,8 +221,3 @@ def _refuse_empty_classes(annotations: list[Annotation], class_names: Sequence[s
                 f"{_KEY}: class {name} is empty, no object of {', '.join(lists)} is one; give other lists, or "
                 f"{_KEY}.classes without it"
             )
-
-
-def _one_line(error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(reason.split()) or type(error).__name__

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from instance_ssl.data.folders import reason
 from instance_ssl.data.name_lists import read_names, write_names
-from instance_ssl.errors import UserError, escape, tried
+from instance_ssl.errors import UserError, escape, reason, tried
 
 
 def read_label_list(path: Path, names: Sequence[str]) -> Tensor:

@@ -31,11 +31,11 @@ from instance_ssl.data.rearrangement import places_of, rearranged
 from instance_ssl.data.sources import ImageSource, read_instances, write_instances
 from instance_ssl.disk_space import why_not_written
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, reason
 from instance_ssl.run_directory import write_json
 from instance_ssl.stages.left_out_record import LOST, read_left_out
 from instance_ssl.stages.recorded import sound_result
-from instance_ssl.structured_files import MalformedError, read_json, what_failed
+from instance_ssl.structured_files import MalformedError, read_json
 
 _NAMED = 3
 
@@ -128,7 +128,7 @@ def _read(run_directory: Path) -> dict[str, Any] | None:
             raise MalformedError("it must hold num_instances and digest")
         return {"num_instances": num_instances, "digest": digest}
     except (OSError, MalformedError) as error:
-        raise UserError(f"{path} is damaged ({what_failed(error)}): restore it or give another --run-dir") from None
+        raise UserError(f"{path} is damaged ({reason(error)}): restore it or give another --run-dir") from None
 
 
 def _known_names(run_directory: Path, count: int) -> NameTable:

@@ -20,7 +20,7 @@ from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.order import GlobalBatchSampler
 from instance_ssl.engine import Engine
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, reason
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.pretraining import train_epoch
 from instance_ssl.run_directory import require_space, write_json
@@ -32,7 +32,7 @@ from instance_ssl.stages.growth import add_rows
 from instance_ssl.stages.left_out import LeftOut
 from instance_ssl.stages.precision import say_if_changed
 from instance_ssl.stages.session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
-from instance_ssl.structured_files import MalformedError, read_json, what_failed
+from instance_ssl.structured_files import MalformedError, read_json
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def _left_out_steps(stage: Stage) -> frozenset[int]:
             return steps
         except (OSError, MalformedError) as error:
             raise UserError(
-                f"{path} is damaged ({what_failed(error)}): restore it, or remove it to have the steps done that a "
+                f"{path} is damaged ({reason(error)}): restore it, or remove it to have the steps done that a "
                 "spike of the loss had left out"
             ) from None
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from instance_ssl.data.columns import Columns
-from instance_ssl.data.folders import reason
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError
+from instance_ssl.errors import UserError, reason
 
 _T = TypeVar("_T")
 
