@@ -24,7 +24,7 @@ from instance_ssl.config_errors import (
 )
 from instance_ssl.config_fine_tuning import FineTuneConfig, SemiSupervisedConfig
 from instance_ssl.config_types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from instance_ssl.errors import UserError, reason, tried
+from instance_ssl.errors import UserError, reason, shorten, tried
 from instance_ssl.models.backbones import BackboneName, StemName
 from instance_ssl.models.encoder import ProjectionName
 from instance_ssl.structured_files import MalformedError, parse_yaml
@@ -383,14 +383,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text)
     except MalformedError as error:
-        raise UserError(f"--set {path}={_shorten(text)}: the value is {error}") from None
+        raise UserError(f"--set {path}={shorten(text)}: the value is {error}") from None
     for name in names[:-1]:
         inner = values.setdefault(name, {})
         if not isinstance(inner, dict):
             inner = values[name] = {}
         values = inner
     values[names[-1]] = value
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

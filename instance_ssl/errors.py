@@ -57,6 +57,11 @@ def reason(error: BaseException) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else in_one_line(error)
 
 
+def shorten(text: str) -> str:
+    """The text, cut where it is too long for a message."""
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def in_one_line(error: BaseException) -> str:
     """The whole text of an error in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-import torch
 
 from instance_ssl import engine
 from instance_ssl.checkpoint_files import MANIFEST, committed_directories, newest_sound_directory
 from instance_ssl.config import DataConfig, EvaluationConfig, ExperimentConfig
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
-from instance_ssl.ds_config import DeepSpeedSettings, micro_batch_advice
-from instance_ssl.errors import UserError, tried
+from instance_ssl.ds_config import micro_batch_advice
+from instance_ssl.errors import UserError, shorten, tried
 from instance_ssl.guard import launchers_of
 from instance_ssl.images import open_split
 from instance_ssl.run_log import RunLog
 from instance_ssl.stages.recorded import BOUND_STAGES
-from instance_ssl.stages.sharing import on_rank_0, share_images
+from instance_ssl.stages.sharing import on_rank_0, rank_0_alone, share_images
 from instance_ssl.weights import split_choice
 
 _SAID = 10
@@ -60,15 +59,11 @@ def check_ranks_agree(fields: dict[str, str], world: Group) -> None:
     for rank, theirs in enumerate(by_rank):
         for name, value in theirs.items():
             if value != by_rank[0][name]:
-                there, here = _shorten(value), _shorten(by_rank[0][name])
+                there, here = shorten(value), shorten(by_rank[0][name])
                 raise UserError(
                     f"rank {rank} has another {name} than rank 0 ({there}, not {here}): start all "
                     "ranks from the same files with the same flags"
                 )
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def open_images(
@@ -152,17 +147,15 @@ def check_made_before(config: ExperimentConfig, run_directory: Path, stages: Seq
         UserError: naming the stage to run first.
     """
 
-    def missing() -> str | None:
+    def check() -> None:
         for place, stage in enumerate(stages):
             for maker in _checkpoints_read(config, stage):
                 made = run_directory / maker / "checkpoints", run_directory / stage / "checkpoints"
                 done = (run_directory / stage / "result.json").exists() and stage not in BOUND_STAGES
                 if not (done or maker in stages[:place] or any(committed_directories(each) for each in made)):
-                    return absent_checkpoint(run_directory, maker)
-        return None
+                    raise UserError(absent_checkpoint(run_directory, maker))
 
-    if (problem := world.broadcast_object(missing() if world.rank == 0 else None)) is not None:
-        raise UserError(problem)
+    rank_0_alone(check, world)
 
 
 def absent_checkpoint(run_directory: Path, maker: str) -> str:
@@ -187,27 +180,19 @@ def _checkpoints_read(config: ExperimentConfig, stage: str) -> list[str]:
     return [of[source] for source in sources if source in of]
 
 
-def say_precision(ds: DeepSpeedSettings, world: Group, log: RunLog) -> None:
-    """Says what float16 on a CPU costs: a step of a ResNet-18 took 9.0 s against 0.9 s (2-core AMD EPYC, 2026-11)."""
-    if ds.autocast_dtype == torch.float16 and world.device.type == "cpu":
-        log.say(
-            "warning: torch_autocast.dtype float16 on a CPU: a CPU without float16 units takes up to ten times as long "
-            "as in float32 and is less exact; give --deepspeed_config ds_configs/cpu_float32.json"
-        )
-
-
 def check_run_to_export(config: ExperimentConfig, run_directory: Path, world: Group) -> None:
     """Refuses the default run directory where it has no encoder to export: --run-dir was forgotten. Collective."""
-    stage = {"trained": "pretrain", "random": "initialize_classifier"}.get(config.export.source)
-    if stage is None or (stage == "pretrain" and config.evaluation.checkpoint is not None):
-        return
-    absent = world.rank == 0 and not committed_directories(run_directory / stage / "checkpoints")
-    if world.broadcast_object(absent):
-        raise UserError(
-            f"--run-dir is not given, and {run_directory}, its default for this --config, has no checkpoint of "
-            f"{stage}: give the --run-dir of the training, or set evaluation.checkpoint, or export.source=weights with "
-            "evaluation.weights"
-        )
+
+    def check() -> None:
+        for maker in _checkpoints_read(config, "export"):
+            if not committed_directories(run_directory / maker / "checkpoints"):
+                raise UserError(
+                    f"--run-dir is not given, and {run_directory}, its default for this --config, has no checkpoint of "
+                    f"{maker}: give the --run-dir of the training, or set evaluation.checkpoint, or "
+                    "export.source=weights with evaluation.weights"
+                )
+
+    rank_0_alone(check, world)
 
 
 def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torchvision
@@ -28,10 +28,10 @@ from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import UserError
 from instance_ssl.guard import Guard, Stopped
 from instance_ssl.launch_checks import check_world
-from instance_ssl.limits import check_limits, describe_shortage
+from instance_ssl.limits import check_limits
 from instance_ssl.run_directory import locked, write_json, write_status, write_text
 from instance_ssl.run_log import RunLog
-from instance_ssl.stages import checks, instances, precision, recorded
+from instance_ssl.stages import checks, instances, precision, recorded, sharing
 from instance_ssl.stages.arguments import parse_arguments
 from instance_ssl.stages.process import Process, exit_code
 
@@ -95,15 +95,7 @@ class Stage:
         Raises:
             UserError: on all ranks, with the first one's reason.
         """
-        result, problem = None, None
-        try:
-            result = load()
-        except UserError as error:
-            problem = describe_shortage(error) or str(error)
-        problem = next((text for text in self.world.all_gather_objects(problem) if text is not None), None)
-        if problem is not None:
-            raise UserError(problem)
-        return cast(_T, result)
+        return sharing.together(load, self.world)
 
     def on_rank_0(self, work: Callable[[], _T]) -> _T:
         """What rank 0 alone does: its (picklable) result on all ranks, or its failure. Collective.
@@ -111,7 +103,7 @@ class Stage:
         Raises:
             UserError: on all ranks.
         """
-        return cast(_T, self.world.broadcast_object(self.together(lambda: work() if self.world.rank == 0 else None)))
+        return sharing.rank_0_alone(work, self.world)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The JSON's precision, for forward passes outside the engine."""
@@ -209,7 +201,7 @@ def _open(
         world,
     )
     checks.check_sources(config.evaluation, world)
-    recorded.check_unchanged(config, run_directory, world)
+    sharing.rank_0_alone(lambda: recorded.check_unchanged(config, run_directory), world)
     if arguments.run_dir is None and [spec.name for spec in chosen] == ["export"]:
         checks.check_run_to_export(config, run_directory, world)
     checks.check_made_before(config, run_directory, [spec.name for spec in chosen], world)
@@ -221,7 +213,6 @@ def _open(
         checks.check_micro_batch(config, ds.micro_batch_size)
     evaluation_sources = checks.open_evaluation(config, source, world, process.log) if needs_labels else None
     instances.record(source, run_directory, world)
-    checks.say_precision(ds, world, process.log)
     checks.say_left_out((source, *(evaluation_sources or ())), process.log)
     batch = (
         f"global batch {config.optimization.global_batch_size} = {ds.micro_batch_size} images x "
@@ -278,8 +269,8 @@ def _enter(stage: Stage, run: str | None, held: contextlib.ExitStack) -> None:
     Raises:
         UserError: when another run has it, or it cannot be written to.
     """
-    problem = None
-    if stage.world.rank == 0:
+
+    def enter() -> None:
         try:
             stage.directory.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(stage.directory))
@@ -291,13 +282,10 @@ def _enter(stage: Stage, run: str | None, held: contextlib.ExitStack) -> None:
             write_json(stage.directory / "ds_config.json", {**stage.ds.engine, "instance_classifier": section})
             write_json(stage.directory / "environment.json", _environment(stage.world))
             write_status(stage.directory, "running", run=run)
-        except UserError as error:
-            problem = str(error)
         except OSError as error:
-            problem = f"{stage.directory}: {why_not_written(error, stage.directory, 0)}"
-    problem = stage.world.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
+            raise UserError(f"{stage.directory}: {why_not_written(error, stage.directory, 0)}") from error
+
+    stage.on_rank_0(enter)
 
 
 def _environment(world: Group) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from instance_ssl.errors import UserError, reason
 from instance_ssl.run_directory import write_json
 from instance_ssl.stages.left_out_record import LOST, read_left_out
 from instance_ssl.stages.recorded import sound_result
+from instance_ssl.stages.sharing import rank_0_alone
 from instance_ssl.structured_files import MalformedError, read_json
 
 _NAMED = 3
@@ -77,17 +78,14 @@ def record(source: ImageSource, run_directory: Path, world: Group) -> None:
     Raises:
         UserError: when that is impossible.
     """
-    problem = None
-    if world.rank == 0:
+
+    def write() -> None:
         try:
             _write(source, run_directory)
-        except UserError as error:
-            problem = str(error)
         except OSError as error:
-            problem = f"--run-dir {run_directory}: {why_not_written(error, run_directory, 0)}"
-    problem = world.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
+            raise UserError(f"--run-dir {run_directory}: {why_not_written(error, run_directory, 0)}") from error
+
+    rank_0_alone(write, world)
 
 
 def _write(source: ImageSource, run_directory: Path) -> None:

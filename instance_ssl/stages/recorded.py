@@ -7,7 +7,6 @@ from typing import Any
 
 from instance_ssl.checkpoint_files import newest_sound_directory, step_of
 from instance_ssl.config import ExperimentConfig, flatten, load_config, read_yaml
-from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run_directory import read_json
 from instance_ssl.run_log import RunLog
@@ -39,25 +38,8 @@ def _bound(config: ExperimentConfig) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if not key.startswith(free)}
 
 
-def check_unchanged(config: ExperimentConfig, run_directory: Path, world: Group) -> None:
-    """A run directory belongs to one experiment; what was learned under another is not mixed in. Collective.
-
-    Raises:
-        UserError: on all ranks, as rank 0 finds it.
-    """
-    problem = None
-    if world.rank == 0:
-        try:
-            compare_with_record(config, run_directory)
-        except UserError as error:
-            problem = str(error)
-    problem = world.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
-
-
-def compare_with_record(config: ExperimentConfig, run_directory: Path) -> None:
-    """`check_unchanged` of one process.
+def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
+    """A run directory belongs to one experiment; what was learned under another is not mixed in.
 
     Raises:
         UserError: naming the first key that differs, and what may.

@@ -1,4 +1,4 @@
-"""Hands the images that one rank has opened to all others, with their table of names held once a machine."""
+"""What one rank does for all, or all do together; and the images that one has opened, in one table a machine."""
 
 import os
 import socket
@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,11 +15,39 @@ from instance_ssl.data.columns import Columns
 from instance_ssl.data.sources import ImageSource
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, reason
+from instance_ssl.limits import describe_shortage
 
 _T = TypeVar("_T")
 
 _CHUNK_BYTES = 64 << 20
 _SECONDS_BETWEEN_SIGNS = 30.0
+
+
+def together(work: Callable[[], _T], world: Group) -> _T:
+    """Does on every rank what may fail on one alone (reading its own file, say), and fails on all if it does.
+    Collective.
+
+    Raises:
+        UserError: on all ranks, with the first one's reason.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = describe_shortage(error) or str(error)
+    problem = next((text for text in world.all_gather_objects(problem) if text is not None), None)
+    if problem is not None:
+        raise UserError(problem)
+    return cast(_T, result)
+
+
+def rank_0_alone(work: Callable[[], _T], world: Group) -> _T:
+    """What rank 0 alone does: its (picklable) result on all ranks, or its failure. Collective.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    return cast(_T, world.broadcast_object(together(lambda: work() if world.rank == 0 else None, world)))
 
 
 def on_rank_0(work: Callable[[], _T], world: Group, on_wait: Callable[[float], None]) -> _T | None:

@@ -272,19 +272,19 @@ def test_a_run_from_before_the_keys_says_what_to_set_and_goes_on_with_it(tmp_pat
         values = config_of(kind=kind).model_dump(mode="json")
         del values["data"]["exif"], values["data"]["alpha"]
         record.write_text(yaml.safe_dump(values))
-        recorded.compare_with_record(config_of(kind=kind, exif="stored", alpha="drop"), tmp_path)
+        recorded.check_unchanged(config_of(kind=kind, exif="stored", alpha="drop"), tmp_path)
         if kind == "digits":
-            recorded.compare_with_record(config_of(kind=kind), tmp_path)
+            recorded.check_unchanged(config_of(kind=kind), tmp_path)
         else:
             with pytest.raises(UserError, match=r"--set data\.exif=stored data\.alpha=drop") as raised:
-                recorded.compare_with_record(config_of(), tmp_path)
+                recorded.check_unchanged(config_of(), tmp_path)
             assert "\n" not in str(raised.value)
             with pytest.raises(UserError, match=r"--set data\.alpha=drop,"):
-                recorded.compare_with_record(config_of(exif="stored"), tmp_path)
+                recorded.check_unchanged(config_of(exif="stored"), tmp_path)
     record.write_text(yaml.safe_dump(config_of(exif="stored").model_dump(mode="json")))
-    recorded.compare_with_record(config_of(exif="stored"), tmp_path)
+    recorded.check_unchanged(config_of(exif="stored"), tmp_path)
     with pytest.raises(UserError, match=r"--set data\.exif=stored,"):
-        recorded.compare_with_record(config_of(), tmp_path)
+        recorded.check_unchanged(config_of(), tmp_path)
 
 
 def test_the_digest_of_a_configuration_from_before_the_keys_is_the_same() -> None:

@@ -9,7 +9,8 @@ import torch
 
 from instance_ssl.config import ExperimentConfig
 from instance_ssl.errors import UserError
-from instance_ssl.stages.checks import check_made_before, check_sources, say_precision
+from instance_ssl.stages.checks import check_made_before, check_sources
+from instance_ssl.stages.precision import settle
 
 ALONE: Any = SimpleNamespace(
     rank=0, broadcast_object=lambda value: value, all_gather_objects=lambda value: [value], device=torch.device("cpu")
@@ -88,9 +89,11 @@ def test_a_checkpoint_that_is_none_is_refused_with_the_path_tried(
 )
 def test_float16_on_a_cpu_is_said(dtype: str | None, device: str, count: int) -> None:
     said: list[str] = []
-    ds: Any = SimpleNamespace(autocast_dtype=None if dtype is None else getattr(torch, dtype))
+    ds: Any = SimpleNamespace(
+        autocast_dtype=None if dtype is None else getattr(torch, dtype), matmul_dtype=torch.float32
+    )
     world: Any = SimpleNamespace(device=torch.device(device))
     log: Any = SimpleNamespace(say=said.append)
-    say_precision(ds, world, log)
+    settle(ds, world, log)
     assert len(said) == count
     assert all("cpu_float32.json" in line for line in said)
