@@ -67,16 +67,18 @@ def write_status(directory: Path, state: State, reason: str | None = None, run: 
     path, room = directory / "status.json", directory / _ROOM
     with contextlib.suppress(OSError):
         # Written over the blocks that are kept for it, and renamed: that takes no room, however full the disk is.
-        with room.open("r+b" if room.exists() else "wb") as file:
-            file.truncate(file.write((json.dumps(status, indent=2) + "\n").encode()))
-            file.flush()
-            os.fsync(file.fileno())
+        _write_over(room, (json.dumps(status, indent=2) + "\n").encode())
         os.replace(room, path)
         if state == "running":
-            with room.open("wb") as file:
-                file.write(bytes(_ROOM_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
+            _write_over(room, bytes(_ROOM_BYTES))
+
+
+def _write_over(path: Path, content: bytes) -> None:
+    """Writes a file in the blocks that it has, and through to the disk."""
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.truncate(file.write(content))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def end_status(directory: Path, state: State, reason: str, run: str | None) -> None:

@@ -31,10 +31,9 @@ def run(stage: Stage) -> dict[str, Any]:
     """Top-1 and top-5 of every source; the encoder is bit-equal afterwards, and that is checked."""
     images = open_labelled(stage)
     linear, sources = stage.config.evaluation.linear, stage.config.evaluation.sources
-    protocol, steps_per_epoch = linear.protocol, math.ceil(len(images.train) / linear.global_batch_size)
     workload = None
-    if protocol == "sgd":
-        trainings = [linear.epochs * steps_per_epoch] * len(sources)
+    if linear.protocol == "sgd":
+        trainings = [linear.epochs * _steps_per_epoch(stage, images)] * len(sources)
         workload = Workload(stage.log.say, f"linear evaluation ({', '.join(sources)})", trainings)
     results = {}
     for source in sources:
@@ -49,9 +48,9 @@ def run(stage: Stage) -> dict[str, Any]:
         results[source] = {
             **figures, "layer": representation.layer, "epoch": representation.epoch, "origin": representation.origin
         }  # fmt: skip
-        stage.log.say(f"linear ({protocol}), {TITLES[source]}: {figures['top1']:.2f} %")
+        stage.log.say(f"linear ({linear.protocol}), {TITLES[source]}: {figures['top1']:.2f} %")
         stage.log.metrics(representation.epoch or 0, {f"linear/{source}_top1": figures["top1"]})
-    return {"protocol": protocol, "figures": results}
+    return {"protocol": linear.protocol, "figures": results}
 
 
 def _probe_cached(stage: Stage, representation: Representation, images: LabelledImages) -> dict[str, float]:
@@ -69,11 +68,15 @@ def _probe_cached(stage: Stage, representation: Representation, images: Labelled
     )
 
 
+def _steps_per_epoch(stage: Stage, images: LabelledImages) -> int:
+    return math.ceil(len(images.train) / stage.config.evaluation.linear.global_batch_size)
+
+
 def _train(
     stage: Stage, representation: Representation, images: LabelledImages, workload: Workload
 ) -> dict[str, float]:
     linear, data, seed = stage.config.evaluation.linear, evaluation_data(stage), stage.config.seed
-    steps_per_epoch = math.ceil(len(images.train) / linear.global_batch_size)
+    steps_per_epoch = _steps_per_epoch(stage, images)
     loader = PartLoader(
         images.train,
         probe_view(data.image_size),
