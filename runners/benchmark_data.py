@@ -11,12 +11,12 @@ from pathlib import Path
 
 from instance_ssl.benchmarks.data import Settings, compare, compare_decoders, in_all_formats
 from instance_ssl.benchmarks.measure import describe_machine, format_table, markdown_table
-from instance_ssl.console import ArgumentParser, tell
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.sources import EncodedImages
+from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.distributed.comm import Group
-from instance_ssl.leaving import leave
-from instance_ssl.stages.context import run_measurement
+from instance_ssl.run.console import ArgumentParser, tell
+from instance_ssl.run.shutdown import leave
+from instance_ssl.run.stage import run_measurement
 
 
 def _arguments() -> argparse.Namespace:

@@ -7,9 +7,9 @@ python runners/benchmark_peers.py --stages simclr --config F --deepspeed_config 
 from functools import partial
 
 from instance_ssl.benchmarks.peers import PEERS
-from instance_ssl.leaving import leave
+from instance_ssl.run.shutdown import leave
+from instance_ssl.run.stage import StageSpec, run_stages
 from instance_ssl.stages import benchmark_peers, initialize_classifier
-from instance_ssl.stages.context import StageSpec, run_stages
 
 OWN = [
     StageSpec("initialize_classifier", initialize_classifier.run),

@@ -10,13 +10,13 @@ import argparse
 import os
 from pathlib import Path
 
-from instance_ssl.config import load_config
-from instance_ssl.console import ArgumentParser, exit_code_of
-from instance_ssl.data.packing import Packing, pack_images
-from instance_ssl.data.sources import EncodedImages
+from instance_ssl.config.experiment import load_config
+from instance_ssl.data.image_sources import EncodedImages
+from instance_ssl.data.pack import Packing, pack_images
 from instance_ssl.errors import UserError
-from instance_ssl.images import broken_policy, open_split
-from instance_ssl.run_log import RunLog
+from instance_ssl.run.console import ArgumentParser, exit_code_of
+from instance_ssl.run.images import broken_policy, open_split
+from instance_ssl.run.log import RunLog
 
 
 def _arguments() -> argparse.Namespace:

@@ -3,7 +3,9 @@
 deepspeed runners/pipeline.py --config F --deepspeed_config F --run-dir D --set key=value … [--stages NAME …]
 """
 
-from instance_ssl.leaving import leave
+from instance_ssl.evaluation import summary
+from instance_ssl.run.shutdown import leave
+from instance_ssl.run.stage import StageSpec, run_stages
 from instance_ssl.stages import (
     evaluate_checkpoints,
     evaluate_knn,
@@ -12,9 +14,7 @@ from instance_ssl.stages import (
     evaluate_similarity,
     initialize_classifier,
     pretrain,
-    summary,
 )
-from instance_ssl.stages.context import StageSpec, run_stages
 
 STAGES = [
     StageSpec("initialize_classifier", initialize_classifier.run),

@@ -6,9 +6,9 @@ python runners/supervise.py [--restarts R] deepspeed --hostfile hosts runners/pr
 import argparse
 import os
 
-from instance_ssl.console import ArgumentParser, exit_code_of
-from instance_ssl.launch_checks import check_launch, take_apart
-from instance_ssl.supervision import Supervisor
+from instance_ssl.run.console import ArgumentParser, exit_code_of
+from instance_ssl.run.launch import check_launch, take_apart
+from instance_ssl.run.supervisor import Supervisor
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -14,7 +14,7 @@ from instance_ssl.distributed import comm
 
 # A fork server that has imported torch once makes a rank start in milliseconds, and forks before any thread exists.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "instance_ssl.engine", "instance_ssl.classifier.shard"])
+_context.set_forkserver_preload(["torch", "instance_ssl.training.engine", "instance_ssl.classifier.shard"])
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_seconds: float = 120) -> list[Any]:

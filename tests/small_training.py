@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.data.order import GlobalBatchSampler
+from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
+from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.data.views import ViewBatch
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
-from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
-from instance_ssl.engine import Engine
 from instance_ssl.models.encoder import Encoder, build_encoder
-from instance_ssl.pretraining import train_step
+from instance_ssl.training.engine import Engine
+from instance_ssl.training.step import train_step
 
 N, D, K, V, SIZE, GLOBAL_BATCH, STEPS = 96, 16, 5, 2, 16, 32, 4
 TEMPERATURE = 0.15

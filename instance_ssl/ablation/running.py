@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from instance_ssl.ablation.settings import RUNNERS, Ablation, Run
-from instance_ssl.console import tell
+from instance_ssl.run.console import tell
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
 _SECONDS_BETWEEN_LOOKS = 0.2

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, ValidationError, field_validator
 
-from instance_ssl.config import load_config, read_yaml
-from instance_ssl.config_errors import describe_validation_error
-from instance_ssl.config_types import NonNegativeInt, PositiveInt, Section
+from instance_ssl.config.experiment import load_config, read_yaml
+from instance_ssl.config.messages import describe_validation_error
+from instance_ssl.config.types import NonNegativeInt, PositiveInt, Section
 from instance_ssl.errors import UserError, tried
 
 RUNNERS = Path(__file__).resolve().parents[2] / "runners"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from instance_ssl.ablation.settings import Ablation, Plan, Row
-from instance_ssl.run_directory import read_json
+from instance_ssl.run.directory import read_json
 
 
 @dataclass(frozen=True)

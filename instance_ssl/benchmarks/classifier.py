@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
-from instance_ssl.classifier.matmul import auto_matmul_dtype
-from instance_ssl.classifier.passes import choose_block_bytes, choose_kernels
+from instance_ssl.classifier.kernel_selection import choose_block_bytes, choose_kernels
+from instance_ssl.classifier.matmul_rates import auto_matmul_dtype
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition

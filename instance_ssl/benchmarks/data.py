@@ -22,14 +22,14 @@ from torchvision.datasets import ImageFolder
 
 from instance_ssl.benchmarks.measure import Timing
 from instance_ssl.data.augmentations import RandomView, simclr_view
-from instance_ssl.data.broken import OnBroken
-from instance_ssl.data.colours import NORMALISE_MEAN, NORMALISE_STD, apply_colours
+from instance_ssl.data.colour import NORMALISE_MEAN, NORMALISE_STD, apply_colours
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.decoding import convert_to_rgb, decode_pixels, image_pixels
+from instance_ssl.data.decode import convert_to_rgb, decode_pixels, image_pixels
+from instance_ssl.data.image_sources import EncodedImages, FileImages, ImageSource
 from instance_ssl.data.loaders import BatchLoader
-from instance_ssl.data.order import Key, epoch_order
-from instance_ssl.data.packing import Packing, pack_images
-from instance_ssl.data.sources import EncodedImages, FileImages, ImageSource
+from instance_ssl.data.pack import Packing, pack_images
+from instance_ssl.data.sampler import Key, epoch_order
+from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import normalise_rows
 from instance_ssl.classifier.hard_classes import find_hard_classes
+from instance_ssl.classifier.softmax import normalise_rows
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError

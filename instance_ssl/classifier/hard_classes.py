@@ -3,10 +3,10 @@
 Query rows stay with their owner, class blocks travel: each rank in turn broadcasts its rows block by block, the next
 block under way while this one is worked on. N x N is never stored. A tile of queries x classes costs
 
-1. one product of unit rows in low precision, whose error is bounded (`screening`); tiles of own rows by own rows
-   serve their rows and their columns;
+1. one product of unit rows in low precision, whose error is bounded (`hard_class_screening`); tiles of own rows by own
+   rows serve their rows and their columns;
 2. a look at the maxima of groups of scores, which tells where any reaches what its query's K-th best already reaches;
-3. for those few, the exact cosine, which alone decides (`hard_table`).
+3. for those few, the exact cosine, which alone decides (`hard_class_table`).
 
 A first look at all own rows gives every query a bound to begin with: K groups of classes whose maxima reach a score
 hold K classes that do. It costs a product more, and saves the exact cosines of several hundred candidates a row. Tiles
@@ -23,9 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import directions, finite_rows
-from instance_ssl.classifier.hard_table import HardTable, block_keys, pair_keys
-from instance_ssl.classifier.screening import (
+from instance_ssl.classifier.hard_class_screening import (
     GROUP,
     Screen,
     group_maxima,
@@ -33,6 +31,8 @@ from instance_ssl.classifier.screening import (
     passing_pairs,
     passing_pairs_transposed,
 )
+from instance_ssl.classifier.hard_class_table import HardTable, block_keys, pair_keys
+from instance_ssl.classifier.softmax import directions, finite_rows
 from instance_ssl.distributed.comm import Group, Transfer
 from instance_ssl.distributed.partition import Partition, Parts
 

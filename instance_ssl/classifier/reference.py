@@ -1,9 +1,9 @@
-"""The same maths as `cosine_softmax` and `hard_classes`, dense, slow and obvious: the truth that tests compare with."""
+"""The same maths as `softmax` and `hard_classes`, dense, slow and obvious: the truth that tests compare with."""
 
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import LossForm
+from instance_ssl.classifier.softmax import LossForm
 
 
 def dense_labels(labels_B: Tensor, hard_BK: Tensor | None, smoothing_factor: float, num_instances: int) -> Tensor:

@@ -22,8 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import RowUpdate
 from instance_ssl.classifier.rounding import round_stochastically_
+from instance_ssl.classifier.softmax import RowUpdate
 
 SamplingMode = Literal["random", "recent"]
 

@@ -18,8 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier import blocked, triton_kernels
-from instance_ssl.classifier.cosine_softmax import (
+from instance_ssl.classifier import torch_passes, triton_passes
+from instance_ssl.classifier.accumulated_step import PendingRows, SampledRows
+from instance_ssl.classifier.excluded_classes import LeftOutClasses
+from instance_ssl.classifier.hard_classes import find_hard_classes, search_bytes
+from instance_ssl.classifier.kept_terms import KeptTerms
+from instance_ssl.classifier.sampling import ClassSampler, RowClock
+from instance_ssl.classifier.softmax import (
     RowUpdate,
     SmoothedLabels,
     SoftmaxOptions,
@@ -29,11 +34,6 @@ from instance_ssl.classifier.cosine_softmax import (
     row_losses,
     unit_feature_gradient,
 )
-from instance_ssl.classifier.hard_classes import find_hard_classes, search_bytes
-from instance_ssl.classifier.kept_terms import KeptTerms
-from instance_ssl.classifier.left_out import LeftOutClasses
-from instance_ssl.classifier.sampling import ClassSampler, RowClock
-from instance_ssl.classifier.step_rows import PendingRows, SampledRows
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 
@@ -194,7 +194,7 @@ class ClassifierShard:
         if sampled is not None:
             weight, momentum = sampled.weight, sampled.momentum
         # Copies of W must agree on a gradient, which only the passes in PyTorch ever hold.
-        passes = self._passes if self.replicas is None else blocked
+        passes = self._passes if self.replicas is None else torch_passes
         sum_over_ = None if self.replicas is None else self.replicas.all_reduce_sum_
         kept = pending[0].kept if len(pending) == 1 else None  # of more, each has only its own rows' terms
         passes.update_rows(
@@ -335,7 +335,7 @@ class ClassifierShard:
         self.settle()
         labels_B = self.group.all_gather_rows(instance_id_b)
         unit_x_BD = self.group.all_gather_rows(normalise_rows(x_bD.to(self._compute_dtype))[0])
-        own_best_B, own_class_B = blocked.best_classes(
+        own_best_B, own_class_B = torch_passes.best_classes(
             unit_x_BD, self.weight, self.options, left_out=self.left_out.own_places()
         )
         best_B = self.group.all_reduce_max_(own_best_B.clone())
@@ -363,7 +363,7 @@ class ClassifierShard:
     @property
     def _passes(self) -> ModuleType:
         """The module that has both passes."""
-        return blocked if self.options.kernels == "torch" else triton_kernels
+        return torch_passes if self.options.kernels == "torch" else triton_passes
 
     @property
     def _rounding_seed(self) -> int:

@@ -1,317 +1,331 @@
-"""`softmax_sums` and `update_rows` of `blocked` as fused Triton kernels: same contract, same maths, for GPUs.
+"""The programs that `triton_passes` starts on a GPU; the maths and its notation are `softmax`'s.
 
-Nothing of B x n exists, not even a block of it: tiles of exp(s) stay in registers. Of the normalised rows there is
-only a chunk that fits into the L2 cache; of ∂J/∂w only the tile a program is working on. The one workspace besides is
-the sums of the forward pass, (splits, B, D) float32: two splits when B = 8192, and more for smaller batches, up to one
-tile of rows for every multiprocessor.
+Both passes are flash attention (Dao et al. 2022, "FlashAttention", Algorithm 1) without its running maximum, which
+bounded logits make needless: a tile of exp(s) lives in registers only. Forward: queries x̂, keys = values = ŵ. Update:
+queries ŵ, keys = values = x̂; the gradient of a tile of classes ends in the registers of the program that owns the
+tile, so it goes into momentum and rows right there.
 
-Rows and momentum may be bfloat16 as well as float32. Momentum is rounded to nearest. Rows are rounded stochastically:
-a step of less than half a unit in the last place would otherwise be lost every time.
+Conventions. Tiles are written M (rows of X), C (classes), E (label entries), D (padded embedding). Operands of matrix
+products come zero-padded to whole tiles and to a power of two of at least 16 columns, so the inner loops need no
+masks: whatever exp(s) is for a padding row, it multiplies zeros. exp(s) is exp2(dot · log2(e)/τ), scaled in float32
+after the product, where rounding has already happened. Offsets into W are 64-bit: n · D passes 2³¹ at 17 million.
+
+Precision. Z sums exp(s) in float32, before it is rounded for the second product, and over many classes the roundings
+in A = Σ exp(s) ŵ average out. They do not where one class has most of the mass, which is always a labelled one: there
+p - q is the small difference of two large numbers. So p - q comes from outside, formed of the very exp(s) that Y has
+(`label_terms.gradient_terms`), and the programs for the entries put it in the place of what the dense part has added
+for them, exactly as it was rounded there. That is not enough where p - q is smaller than the rounding of a float32 sum
+that p ≈ 1 has gone through: APART keeps each row's strongest entry out of the dense part altogether, of Z and A as of
+∂W. Products of bfloat16 at a τ that leaves p away from 1 lose more elsewhere, and are spared the comparison.
+
+This module needs triton; only `triton_passes` imports it, when a kernel is about to run.
 """
 
-import importlib.util
-import math
-from dataclasses import dataclass, replace
+import triton
+import triton.language as tl
 
-import torch
-from torch import Tensor
+from instance_ssl.classifier.softmax import NORM_EPSILON
 
-from instance_ssl.classifier.cosine_softmax import (
-    RowUpdate,
-    SmoothedLabels,
-    SoftmaxOptions,
-    SoftmaxSums,
-    normalise_rows,
-)
-from instance_ssl.classifier.entries import entry_exp, gradient_terms
+_NORM_EPSILON = tl.constexpr(NORM_EPSILON)
+_SHRINK = tl.constexpr(2.0**-80)
 
-# A chunk of unit rows: a larger one would not stay in the L2 cache (50 MB on an H100, shared with all the rest).
-_CHUNK_BYTES = 16 * 2**20
-
-# The chunk's normalisation and the label entries: small against the dense part, so not worth tuning.
-_UNIT_ROWS_AT_ONCE = 32
-_ENTRIES_AT_ONCE = 32
-
-# Entries whose rows of W are gathered at once where the forward pass has not kept their exp(s).
-_TERMS_AT_ONCE = 2**16
-
-# float32 products as three TF32 products each, about float32's precision; plain float32 would miss the matrix units.
-_PRECISION = "tf32x3"
-
-# Cost of starting and ending a program of `dense_sums_kernel`, in tiles of classes: it reads and writes its sums.
-_PROGRAM_OVERHEAD_TILES = 2
+# Philox4x32 with 7 rounds passes BigCrush (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+_PHILOX_ROUNDS = tl.constexpr(7)
 
 
-# Below it p - q can be smaller than what bfloat16 products lose of p ≈ 1.
-_SATURATING_TEMPERATURE = 0.1
+@triton.jit
+def _normalise(rows_CD: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Unit rows and inverse norms (C, 1), both 0 for a row without direction, as `softmax.normalise_rows`.
 
-
-@dataclass(frozen=True)
-class Tile:
-    """Block shape of a kernel.
-
-    Attributes:
-        rows: rows of X at once, a power of two of at least 16.
-        classes: classes at once, likewise.
-        num_warps: warps of a program.
-        num_stages: tiles in flight between memory and the matrix units.
+    Rows whose squares could overflow are scaled by 2⁻⁸⁰ first; the others by 1, which changes nothing.
     """
-
-    rows: int
-    classes: int
-    num_warps: int
-    num_stages: int
-
-
-# Shapes for `softmax_sums` by type of the products and largest padded D; `update_rows` takes them with rows and classes
-# exchanged. Chosen for sm_90 because the compiler then spills no register in a dense loop (float32 at D = 256: a few)
-# and two or three stages fit into shared memory. Not measured on a GPU yet.
-_TILES = (
-    (torch.bfloat16, 128, Tile(rows=128, classes=128, num_warps=8, num_stages=3)),
-    (torch.bfloat16, 256, Tile(rows=64, classes=64, num_warps=8, num_stages=2)),
-    (torch.bfloat16, 512, Tile(rows=32, classes=32, num_warps=8, num_stages=2)),
-    (torch.bfloat16, 1024, Tile(rows=16, classes=32, num_warps=8, num_stages=2)),
-    (torch.float32, 128, Tile(rows=32, classes=32, num_warps=8, num_stages=1)),
-    (torch.float32, 256, Tile(rows=16, classes=32, num_warps=8, num_stages=1)),
-)
+    scale_C1 = tl.where(tl.max(tl.abs(rows_CD), axis=1) > 1e15, _SHRINK, 1.0)[:, None]
+    rows_CD = rows_CD * scale_C1
+    norms_C1 = tl.sqrt(tl.sum(rows_CD * rows_CD, axis=1))[:, None]
+    inverse_C1 = tl.where(norms_C1 > _NORM_EPSILON, 1.0 / tl.maximum(norms_C1, _NORM_EPSILON), 0.0)
+    return rows_CD * inverse_C1, inverse_C1 * scale_C1
 
 
-def forward_tile(embedding_dim: int, matmul_dtype: torch.dtype) -> Tile:
-    """Default shape for `softmax_sums`."""
-    for dtype, largest_dim, tile in _TILES:
-        if dtype == matmul_dtype and embedding_dim <= largest_dim:
-            return tile
-    raise ValueError(f"no Triton kernels for products in {matmul_dtype} at D = {embedding_dim}")
+@triton.jit
+def _round_stochastically(value: tl.tensor, seed: tl.tensor, index: tl.tensor) -> tl.tensor:
+    """float32 → bfloat16, up or down with probabilities that make the expectation exact.
 
-
-def update_tile(embedding_dim: int, matmul_dtype: torch.dtype) -> Tile:
-    """Default shape for `update_rows`, where a program keeps classes and streams rows."""
-    forward = forward_tile(embedding_dim, matmul_dtype)
-    return replace(forward, rows=forward.classes, classes=forward.rows)
-
-
-def available(device: torch.device, embedding_dim: int = 128, matmul_dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the kernels run on `device`: an NVIDIA GPU from sm_80, with Triton and what it compiles with, or any
-    device under its interpreter.
+    bfloat16 is the upper half of a float32: uniform bits added to the lower half carry with just that probability.
     """
-    if importlib.util.find_spec("triton") is None:  # CPU-only builds of PyTorch come without it
-        return False
-    if not any(dtype == matmul_dtype and embedding_dim <= dim for dtype, dim, _ in _TILES):
-        return False
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        return True
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        _ = triton.runtime.driver.active.utils  # compiled at its first use
-    except Exception:  # no C compiler, or no headers of Python: Triton's own, RuntimeError, CalledProcessError
-        return False
-    return True
+    random = tl.randint(seed, index, n_rounds=_PHILOX_ROUNDS).to(tl.uint32) & 0xFFFF
+    bits = (value.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
-def softmax_sums(
-    unit_x_BD: Tensor,
-    weight_nD: Tensor,
-    labels: SmoothedLabels,
-    options: SoftmaxOptions,
-    *,
-    tile: Tile | None = None,
-) -> SoftmaxSums:
-    """First pass over the shard; see `blocked.softmax_sums`.
-
-    Args:
-        unit_x_BD: (B, D) float32, normalised embeddings of the global batch.
-        weight_nD: (n, D) float32 or bfloat16, own rows of W, not normalised.
-        labels: the entries of y in this shard.
-        tile: block shape, for benchmarks.
-    """
-    from instance_ssl.classifier import triton_programs as programs
-
-    num_rows, dim = unit_x_BD.shape
-    tile = tile or forward_tile(dim, options.matmul_dtype)
-    _check_rows(weight_nD)
-    x_PD = _padded(unit_x_BD, tile.rows, options.matmul_dtype)
-    row_entries, order_P = _entries_by_row(labels, num_rows)
-    exp_P = unit_x_BD.new_empty(len(order_P), dtype=torch.float32)
-    y_B = unit_x_BD.new_empty(num_rows)
-    sparse_BD, dense_BD = unit_x_BD.new_empty(2, num_rows, x_PD.shape[1])
-    with torch.cuda.device_of(weight_nD):  # Triton launches on the current device
-        programs.sparse_sums_kernel[(num_rows,)](
-            x_PD, weight_nD, row_entries, labels.classes[order_P], labels.values[order_P],
-            y_B, exp_P, sparse_BD, dense_BD, _log2_scale(options),
-            DIM=dim, PADDED_DIM=x_PD.shape[1], ENTRIES=_ENTRIES_AT_ONCE, MIXTURE=options.form == "mixture",
-            PRECISION=_PRECISION,
-        )  # fmt: skip
-        labels = replace(labels, exp=torch.empty_like(exp_P).index_copy_(0, order_P, exp_P))
-        apart_P, apart_exp_P = _strongest_entries(labels, x_PD.shape[0])
-        z_SP, dense_SPD = _dense_sums(x_PD, weight_nD, apart_P, options, tile)
-    z_B = z_SP.sum(dim=0)[:num_rows]
-    dense_BD = (dense_BD + dense_SPD.sum(dim=0)[:num_rows])[:, :dim]
-    if _keeps_apart(options):
-        unit_BD, _ = normalise_rows(weight_nD[apart_P[:num_rows].clamp(min=0)].float())
-        z_B = z_B + apart_exp_P[:num_rows]
-        # What `sparse_sums_kernel` has put right of the products' rounding is that of this entry, too.
-        rounded_BD = apart_exp_P[:num_rows, None].to(x_PD.dtype).float() * unit_BD.to(x_PD.dtype).float()
-        dense_BD = dense_BD + rounded_BD
-    return SoftmaxSums(z_B, y_B, dense_BD.contiguous(), sparse_BD[:, :dim].contiguous(), labels.exp)
-
-
-def _dense_sums(
-    x_PD: Tensor, weight_nD: Tensor, apart_P: Tensor, options: SoftmaxOptions, tile: Tile
-) -> tuple[Tensor, Tensor]:
-    """Z (S, P) and A (S, P, D) of padded rows in S parts that are still to be added up.
-
-    Where `_keeps_apart`, one class of each row is left out, `apart_P` (P,).
-    """
-    from instance_ssl.classifier import triton_programs as programs
-
-    padded_rows, padded_dim = x_PD.shape
-    num_classes, dim = weight_nD.shape
-    chunk_rows = _chunk_rows(options, padded_dim, tile.classes)
-    unit_w_mD = x_PD.new_empty(min(chunk_rows, _round_up(num_classes, tile.classes)), padded_dim)
-    row_tiles = padded_rows // tile.rows
-    splits = _splits(row_tiles, unit_w_mD.shape[0] // tile.classes, _program_slots(weight_nD.device, tile))
-    z_SP = x_PD.new_zeros(splits, padded_rows, dtype=torch.float32)
-    dense_SPD = z_SP.new_zeros(splits, padded_rows, padded_dim)
-    for start in range(0, num_classes, chunk_rows):
-        chunk_mD = weight_nD[start : start + chunk_rows]
-        padded_classes = _round_up(chunk_mD.shape[0], tile.classes)
-        programs.unit_rows_kernel[(_tiles(padded_classes, _UNIT_ROWS_AT_ONCE),)](
-            chunk_mD, unit_w_mD, chunk_mD.shape[0], padded_classes,
-            DIM=dim, PADDED_DIM=padded_dim, CLASSES=_UNIT_ROWS_AT_ONCE,
-        )  # fmt: skip
-        programs.dense_sums_kernel[(row_tiles, splits)](
-            x_PD, unit_w_mD, z_SP, dense_SPD, apart_P - start, padded_rows, chunk_mD.shape[0],
-            _tiles(padded_classes // tile.classes, splits) * tile.classes, _log2_scale(options),
-            D=padded_dim, ROWS=tile.rows, CLASSES=tile.classes, PRECISION=_PRECISION,
-            APART=_keeps_apart(options), num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    return z_SP, dense_SPD
-
-
-def update_rows(
-    unit_x_BD: Tensor,
-    z_B: Tensor,
-    y_B: Tensor,
-    labels: SmoothedLabels,
-    weight_nD: Tensor,
-    momentum_nD: Tensor,
-    options: SoftmaxOptions,
-    update: RowUpdate,
-    *,
-    total_rows: int | None = None,
-    tile: Tile | None = None,
+@triton.jit
+def unit_rows_kernel(
+    weight_ptr: tl.tensor,  # (num_classes, DIM)
+    unit_ptr: tl.tensor,  # (whole tiles, PADDED_DIM), the type of the matrix products
+    num_classes: int,
+    padded_classes: int,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    CLASSES: tl.constexpr,
 ) -> None:
-    """Second pass over the shard, in place; see `blocked.update_rows`.
+    """Unit rows of a chunk of W; zeros beyond its end. One program per CLASSES rows."""
+    classes_C = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
+    dims_D = tl.arange(0, PADDED_DIM)
+    inside_CD = (classes_C[:, None] < num_classes) & (dims_D[None, :] < DIM)
+    rows_CD = tl.load(weight_ptr + classes_C[:, None] * DIM + dims_D[None, :], mask=inside_CD, other=0.0)
+    unit_CD, _ = _normalise(rows_CD.to(tl.float32))
+    unit_ptrs_CD = unit_ptr + classes_C[:, None] * PADDED_DIM + dims_D[None, :]
+    tl.store(unit_ptrs_CD, unit_CD.to(unit_ptr.dtype.element_ty), mask=classes_C[:, None] < padded_classes)
 
-    Args:
-        unit_x_BD: (B, D) float32, normalised embeddings of the whole optimizer step.
-        z_B: Z of all shards.
-        y_B: Y of all shards.
-        labels: the entries of y in this shard.
-        weight_nD: (n, D) float32 or bfloat16 own rows, updated.
-        momentum_nD: (n, D) float32 or bfloat16, updated.
-        total_rows: rows that J is the mean over; None: B.
-        tile: block shape, for benchmarks.
+
+@triton.jit
+def dense_sums_kernel(
+    x_ptr: tl.tensor,  # (whole tiles, D)
+    unit_ptr: tl.tensor,  # (whole tiles, D)
+    z_ptr: tl.tensor,  # (splits, padded_rows) float32, added to
+    dense_ptr: tl.tensor,  # (splits, padded_rows, D) float32, added to
+    apart_ptr: tl.tensor,  # (padded_rows,) int64: the class of this chunk that is not added, for APART alone
+    padded_rows: int,
+    num_classes: int,
+    classes_per_split: int,
+    scale: float,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    APART: tl.constexpr,
+) -> None:
+    """Z and A of a tile of rows over one split of a chunk of classes. Grid: (tiles of rows, splits).
+
+    A split has its own slot of the sums, so that no two programs write to one place and the result is the same every
+    time. Only the last split can end in a partial tile; its padding is masked outside of the loop.
     """
-    from instance_ssl.classifier import triton_programs as programs
+    rows_M = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    dims_D = tl.arange(0, D)
+    classes_C = tl.arange(0, CLASSES)
+    first = tl.program_id(1) * classes_per_split
+    last = tl.minimum(first + classes_per_split, num_classes)
+    whole = first + tl.maximum(last - first, 0) // CLASSES * CLASSES
 
-    num_classes, dim = weight_nD.shape
-    tile = tile or update_tile(dim, options.matmul_dtype)
-    _check_rows(weight_nD)
-    _check_rows(momentum_nD)
-    x_PD = _padded(unit_x_BD, tile.rows, options.matmul_dtype)
-    minus_log2_z_P = _padded_minus_log2(z_B, x_PD.shape[0])
-    labels = replace(labels, exp=entry_exp(labels, weight_nD, unit_x_BD, options, _TERMS_AT_ONCE))
-    term_P = gradient_terms(z_B, y_B, labels, options) / z_B[labels.rows]
-    apart_P, _ = _strongest_entries(labels, x_PD.shape[0])
-    num_tiles = _tiles(num_classes, tile.classes)
-    edges = torch.arange(num_tiles + 1, device=weight_nD.device) * tile.classes
-    tile_entries = torch.searchsorted(labels.classes, edges, out_int32=True)
-    with torch.cuda.device_of(weight_nD):
-        programs.update_kernel[(num_tiles,)](
-            weight_nD, momentum_nD, x_PD, minus_log2_z_P, apart_P,
-            labels.rows, labels.classes, term_P, tile_entries, num_classes, x_PD.shape[0],
-            _log2_scale(options), 1 / (options.temperature * (total_rows or unit_x_BD.shape[0])),
-            update.learning_rate, update.momentum, update.weight_decay, update.seed % 2**31,
-            DIM=dim, PADDED_DIM=x_PD.shape[1], ROWS=tile.rows, CLASSES=tile.classes, ENTRIES=_ENTRIES_AT_ONCE,
-            PRECISION=_PRECISION, APART=_keeps_apart(options), num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+    x_MD = tl.load(x_ptr + rows_M[:, None] * D + dims_D[None, :])
+    apart_M1 = tl.load(apart_ptr + rows_M)[:, None] if APART else rows_M[:, None]
+    unit_ptrs_CD = unit_ptr + classes_C[:, None] * D + dims_D[None, :]
+    z_M = tl.zeros([ROWS], tl.float32)
+    dense_MD = tl.zeros([ROWS, D], tl.float32)
+    for start in range(first, whole, CLASSES):
+        unit_CD = tl.load(unit_ptrs_CD + start * D)
+        exp_MC = tl.exp2(tl.dot(x_MD, tl.trans(unit_CD), input_precision=PRECISION) * scale)
+        if APART:
+            exp_MC = tl.where((start + classes_C)[None, :] == apart_M1, 0.0, exp_MC)
+        z_M += tl.sum(exp_MC, axis=1)
+        dense_MD = tl.dot(exp_MC.to(unit_CD.dtype), unit_CD, dense_MD, input_precision=PRECISION)
+    if whole < last:
+        unit_CD = tl.load(unit_ptrs_CD + whole * D)
+        exp_MC = tl.exp2(tl.dot(x_MD, tl.trans(unit_CD), input_precision=PRECISION) * scale)
+        exp_MC = tl.where((whole + classes_C)[None, :] < last, exp_MC, 0.0)
+        if APART:
+            exp_MC = tl.where((whole + classes_C)[None, :] == apart_M1, 0.0, exp_MC)
+        z_M += tl.sum(exp_MC, axis=1)
+        dense_MD = tl.dot(exp_MC.to(unit_CD.dtype), unit_CD, dense_MD, input_precision=PRECISION)
 
-
-def _check_rows(rows_nD: Tensor) -> None:
-    """The kernels know two formats and no strides."""
-    if rows_nD.dtype not in (torch.float32, torch.bfloat16) or not rows_nD.is_contiguous():
-        raise ValueError(f"rows and momentum must be contiguous float32 or bfloat16, not {rows_nD.dtype}")
-
-
-def _padded(unit_x_BD: Tensor, row_multiple: int, dtype: torch.dtype) -> Tensor:
-    """X in the type of the products, zero-padded to whole tiles and a power of two of at least 16 columns."""
-    num_rows, dim = unit_x_BD.shape
-    x_PD = unit_x_BD.new_zeros(_round_up(num_rows, row_multiple), max(16, 1 << (dim - 1).bit_length()), dtype=dtype)
-    x_PD[:num_rows, :dim] = unit_x_BD
-    return x_PD
+    slot_rows_M = tl.program_id(1).to(tl.int64) * padded_rows + rows_M
+    slot_MD = dense_ptr + slot_rows_M[:, None] * D + dims_D[None, :]
+    tl.store(z_ptr + slot_rows_M, tl.load(z_ptr + slot_rows_M) + z_M)
+    tl.store(slot_MD, tl.load(slot_MD) + dense_MD)
 
 
-def _log2_scale(options: SoftmaxOptions) -> float:
-    """log2(e)/τ: exp(cos/τ) = exp2(cos · scale)."""
-    return math.log2(math.e) / options.temperature
+@triton.jit
+def sparse_sums_kernel(
+    x_ptr: tl.tensor,  # (≥ rows, PADDED_DIM)
+    weight_ptr: tl.tensor,  # (n, DIM)
+    row_entries_ptr: tl.tensor,  # (rows + 1,) where each row's entries begin
+    classes_ptr: tl.tensor,  # entries sorted by row
+    values_ptr: tl.tensor,
+    y_ptr: tl.tensor,  # (rows,) float32
+    exp_ptr: tl.tensor,  # exp(s) of the entries, float32
+    sparse_ptr: tl.tensor,  # (rows, PADDED_DIM) float32
+    correction_ptr: tl.tensor,  # (rows, PADDED_DIM) float32, to be added to A
+    scale: float,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Y, C and exp(s) of one row's entries, and what rounding takes from A for them. One program a row.
+
+    Sums differ in their last bits by the order in which they are taken, and log Z - log Y of a row that knows its class
+    is all last bits. So the cosines come from the same matrix product as those of the dense part, though it takes no
+    fewer than 16 rows: here they are 16 times the same. Reading the rows of W remains the whole cost.
+    """
+    row = tl.program_id(0)
+    dims_D = tl.arange(0, PADDED_DIM)
+    copies_R = tl.arange(0, 16)
+    x_RD = tl.load(x_ptr + row * PADDED_DIM + (copies_R * 0)[:, None] + dims_D[None, :])
+    y_E = tl.zeros([ENTRIES], tl.float32)
+    sparse_D = tl.zeros([PADDED_DIM], tl.float32)
+    correction_D = tl.zeros([PADDED_DIM], tl.float32)
+    last = tl.load(row_entries_ptr + row + 1)
+    for first in range(tl.load(row_entries_ptr + row), last, ENTRIES):
+        entries_E = first + tl.arange(0, ENTRIES)
+        inside_E = entries_E < last
+        classes_E = tl.load(classes_ptr + entries_E, mask=inside_E, other=0).to(tl.int64)
+        values_E = tl.load(values_ptr + entries_E, mask=inside_E, other=0.0).to(tl.float32)
+        inside_ED = inside_E[:, None] & (dims_D[None, :] < DIM)  # beyond: y = 0 and ŵ = 0, so nothing is added
+        rows_ED = tl.load(weight_ptr + classes_E[:, None] * DIM + dims_D[None, :], mask=inside_ED, other=0.0)
+        unit_ED, _ = _normalise(rows_ED.to(tl.float32))
+        rounded_unit_ED = unit_ED.to(x_RD.dtype)
+        cosine_RE = tl.dot(x_RD, tl.trans(rounded_unit_ED), input_precision=PRECISION)
+        log2_E = tl.max(cosine_RE, axis=0) * scale
+        exp_E = tl.exp2(log2_E)
+        tl.store(exp_ptr + entries_E, exp_E, mask=inside_E)
+        rounded_exp_E = exp_E.to(x_RD.dtype).to(tl.float32)
+        rounded_ED = rounded_exp_E[:, None] * rounded_unit_ED.to(tl.float32)
+        correction_D += tl.sum(exp_E[:, None] * unit_ED - rounded_ED, axis=0)
+        weights_E = values_E * exp_E if MIXTURE else values_E
+        y_E += weights_E if MIXTURE else values_E * log2_E * 0.6931471805599453
+        sparse_D += tl.sum(weights_E[:, None] * unit_ED, axis=0)
+    tl.store(correction_ptr + row * PADDED_DIM + dims_D, correction_D)
+    tl.store(sparse_ptr + row * PADDED_DIM + dims_D, sparse_D)
+    tl.store(y_ptr + row, tl.sum(y_E, axis=0))
 
 
-def _padded_minus_log2(sums_B: Tensor, padded_rows: int) -> Tensor:
-    """-log2 of Z, with zeros for padding."""
-    log2_P = sums_B.new_zeros(padded_rows, dtype=torch.float32)
-    log2_P[: sums_B.shape[0]] = -sums_B.log2()
-    return log2_P
+@triton.jit
+def _dense_gradient(
+    unit_CD: tl.tensor,
+    first_class: tl.tensor,
+    x_ptr: tl.tensor,
+    minus_log2_z_ptr: tl.tensor,
+    apart_ptr: tl.tensor,
+    padded_rows: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    APART: tl.constexpr,
+) -> tl.tensor:
+    """Σ_i p_ij x̂_i of a tile of classes (C, D): -log2 Z in the exponent makes exp2 give p itself.
+
+    The multiply-add is spelt out because Triton means to stop fusing by default.
+    """
+    rows_M = tl.arange(0, ROWS)
+    x_ptrs_MD = x_ptr + rows_M[:, None] * D + tl.arange(0, D)[None, :]
+    classes_C1 = (first_class + tl.arange(0, unit_CD.shape[0]))[:, None]
+    gradient_CD = tl.zeros([unit_CD.shape[0], D], tl.float32)
+    for start in range(0, padded_rows, ROWS):
+        x_MD = tl.load(x_ptrs_MD + start * D)
+        minus_log2_z_M = tl.load(minus_log2_z_ptr + start + rows_M)
+        cosine_CM = tl.dot(unit_CD, tl.trans(x_MD), input_precision=PRECISION)
+        p_CM = tl.exp2(tl.fma(cosine_CM, scale, minus_log2_z_M[None, :]))
+        if APART:
+            p_CM = tl.where(classes_C1 == tl.load(apart_ptr + start + rows_M)[None, :], 0.0, p_CM)
+        gradient_CD = tl.dot(p_CM.to(x_MD.dtype), x_MD, gradient_CD, input_precision=PRECISION)
+    return gradient_CD
 
 
-def _keeps_apart(options: SoftmaxOptions) -> bool:
-    """Whether each row's strongest entry stays out of the dense sums (see `triton_programs`)."""
-    return options.matmul_dtype == torch.float32 or options.temperature < _SATURATING_TEMPERATURE
+@triton.jit
+def _add_sparse_gradient(
+    gradient_CD: tl.tensor,
+    unit_CD: tl.tensor,
+    first_class: tl.tensor,
+    x_ptr: tl.tensor,
+    minus_log2_z_ptr: tl.tensor,
+    apart_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    classes_ptr: tl.tensor,
+    terms_ptr: tl.tensor,
+    first_entry: tl.tensor,
+    last_entry: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    APART: tl.constexpr,
+) -> tl.tensor:
+    """Puts (p_ij - q_ij) x̂_i in the place of each entry's p_ij x̂_i, as the dense part has rounded it.
+
+    The entries' rows of X are gathered, multiplied with all classes of the tile, and a mask keeps each entry's own
+    class: a matrix product with few nonzeros is cheaper than sums over scattered rows of a register tile.
+    """
+    for first in range(first_entry, last_entry, ENTRIES):
+        entries_E = first + tl.arange(0, ENTRIES)
+        inside_E = entries_E < last_entry
+        rows_E = tl.load(rows_ptr + entries_E, mask=inside_E, other=0)
+        classes_E = tl.load(classes_ptr + entries_E, mask=inside_E, other=-1)
+        terms_E = tl.load(terms_ptr + entries_E, mask=inside_E, other=0.0)
+        x_ED = tl.load(x_ptr + rows_E[:, None] * D + tl.arange(0, D)[None, :])
+        cosine_CE = tl.dot(unit_CD, tl.trans(x_ED), input_precision=PRECISION)
+        p_CE = tl.exp2(tl.fma(cosine_CE, scale, tl.load(minus_log2_z_ptr + rows_E)[None, :]))
+        own_CE = (first_class + tl.arange(0, unit_CD.shape[0]))[:, None] == classes_E[None, :]
+        added_CE = p_CE.to(x_ED.dtype).to(tl.float32)
+        if APART:
+            added_CE = tl.where((classes_E == tl.load(apart_ptr + rows_E))[None, :], 0.0, added_CE)
+        change_CE = tl.where(own_CE, terms_E[None, :] - added_CE, 0.0)
+        high_CE = change_CE.to(x_ED.dtype)
+        gradient_CD = tl.dot(high_CE, x_ED, gradient_CD, input_precision=PRECISION)
+        if x_ED.dtype == tl.bfloat16:  # two halves: one bfloat16 would round it by more than p - q
+            low_CE = (change_CE - high_CE.to(tl.float32)).to(x_ED.dtype)
+            gradient_CD = tl.dot(low_CE, x_ED, gradient_CD, input_precision=PRECISION)
+    return gradient_CD
 
 
-def _strongest_entries(labels: SmoothedLabels, padded_rows: int) -> tuple[Tensor, Tensor]:
-    """Class (P,) and exp(s) (P,) of each row's entry of largest exp(s); -1 and 0 for a row without any."""
-    assert labels.exp is not None
-    exp_P = labels.exp.new_zeros(padded_rows).scatter_reduce_(0, labels.rows, labels.exp, "amax")
-    classes = torch.where(labels.exp == exp_P[labels.rows], labels.classes, -1)
-    return labels.rows.new_full((padded_rows,), -1).scatter_reduce_(0, labels.rows, classes, "amax"), exp_P
+@triton.jit
+def update_kernel(
+    weight_ptr: tl.tensor,  # (n, DIM) float32 or bfloat16, updated
+    momentum_ptr: tl.tensor,  # (n, DIM) float32 or bfloat16, updated
+    x_ptr: tl.tensor,  # (padded_rows, PADDED_DIM), the type of the matrix products
+    minus_log2_z_ptr: tl.tensor,  # (padded_rows,) float32
+    apart_ptr: tl.tensor,  # (padded_rows,) int64: the class whose p the dense part leaves to the entries, for APART
+    rows_ptr: tl.tensor,  # entries sorted by class
+    classes_ptr: tl.tensor,
+    terms_ptr: tl.tensor,  # p - q of each, float32
+    tile_entries_ptr: tl.tensor,  # (tiles + 1,) where each tile's entries begin
+    num_classes: int,
+    padded_rows: int,
+    scale: float,
+    gradient_scale: float,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    seed: int,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    APART: tl.constexpr,
+) -> None:
+    """∂J/∂w of a tile of classes, its momentum and its SGD step. One program per CLASSES rows of W."""
+    tile = tl.program_id(0)
+    classes_C = tile * CLASSES + tl.arange(0, CLASSES)
+    dims_D = tl.arange(0, PADDED_DIM)
+    inside_CD = (classes_C[:, None] < num_classes) & (dims_D[None, :] < DIM)
+    index_CD = classes_C.to(tl.int64)[:, None] * DIM + dims_D[None, :]
 
+    rows_CD = tl.load(weight_ptr + index_CD, mask=inside_CD, other=0.0, eviction_policy="evict_last")
+    unit_CD, _ = _normalise(rows_CD.to(tl.float32))
+    unit_CD = unit_CD.to(x_ptr.dtype.element_ty)
+    gradient_CD = _dense_gradient(
+        unit_CD, tile * CLASSES, x_ptr, minus_log2_z_ptr, apart_ptr, padded_rows, scale,
+        D=PADDED_DIM, ROWS=ROWS, PRECISION=PRECISION, APART=APART,
+    )  # fmt: skip
+    gradient_CD = _add_sparse_gradient(
+        gradient_CD, unit_CD, tile * CLASSES, x_ptr, minus_log2_z_ptr, apart_ptr,
+        rows_ptr, classes_ptr, terms_ptr, tl.load(tile_entries_ptr + tile), tl.load(tile_entries_ptr + tile + 1),
+        scale, D=PADDED_DIM, ENTRIES=ENTRIES, PRECISION=PRECISION, APART=APART,
+    )  # fmt: skip
 
-def _entries_by_row(labels: SmoothedLabels, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Where each row's entries begin (B + 1,), and the entries in that order (P,)."""
-    rows, order_P = torch.sort(labels.rows, stable=True)
-    row_entries = torch.searchsorted(rows, torch.arange(num_rows + 1, device=rows.device), out_int32=True)
-    return row_entries, order_P
-
-
-def _chunk_rows(options: SoftmaxOptions, padded_dim: int, tile_classes: int) -> int:
-    """Classes that are normalised at once: whole tiles of them in `block_bytes`, at least one tile."""
-    rows = min(options.block_bytes or _CHUNK_BYTES, _CHUNK_BYTES) // (padded_dim * options.matmul_dtype.itemsize)
-    return max(1, rows // tile_classes) * tile_classes
-
-
-def _program_slots(device: torch.device, tile: Tile) -> int:
-    """Programs that run at once: eight warps of these register-hungry kernels fill a multiprocessor."""
-    if device.type != "cuda":
-        return 4  # the interpreter, where tests want more than one split
-    return torch.cuda.get_device_properties(device).multi_processor_count * max(1, 8 // tile.num_warps)
-
-
-def _splits(row_tiles: int, class_tiles: int, slots: int) -> int:
-    """Splits of a chunk's classes that end it soonest: waves of programs x tiles of classes that each must do."""
-
-    def duration(splits: int) -> int:
-        return _tiles(row_tiles * splits, slots) * (_tiles(class_tiles, splits) + _PROGRAM_OVERHEAD_TILES)
-
-    return min(range(1, min(class_tiles, slots) + 1), key=duration)
-
-
-def _tiles(count: int, size: int) -> int:
-    return -(-count // size)
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return _tiles(count, multiple) * multiple
+    # Read again rather than kept: held through the loop, the float32 rows would take a quarter of all registers.
+    # (The other eviction hint also keeps the compiler from merging the two loads.)
+    rows_CD = tl.load(weight_ptr + index_CD, mask=inside_CD, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    unit_CD, inverse_C1 = _normalise(rows_CD)
+    gradient_CD *= gradient_scale
+    along_C1 = tl.sum(gradient_CD * unit_CD, axis=1)[:, None]
+    gradient_CD = (gradient_CD - along_C1 * unit_CD) * inverse_C1 + weight_decay * rows_CD
+    buffer_CD = tl.load(momentum_ptr + index_CD, mask=inside_CD, other=0.0).to(tl.float32)
+    buffer_CD = momentum * buffer_CD + gradient_CD
+    tl.store(momentum_ptr + index_CD, buffer_CD.to(momentum_ptr.dtype.element_ty), mask=inside_CD)
+    rows_CD -= learning_rate * buffer_CD
+    if weight_ptr.dtype.element_ty == tl.bfloat16:
+        rows_CD = _round_stochastically(rows_CD, seed, index_CD)
+    tl.store(weight_ptr + index_CD, rows_CD, mask=inside_CD)

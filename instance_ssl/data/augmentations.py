@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from instance_ssl.data.colours import (
+from instance_ssl.data.colour import (
     NORMALISE_MEAN,
     NORMALISE_STD,
     NUM_UNIFORM,
@@ -22,8 +22,8 @@ from instance_ssl.data.colours import (
     ColourRanges,
     apply_colours,
 )
-from instance_ssl.data.crops import Crop, crop_resized, draw_crop
-from instance_ssl.data.decoding import image_pixels
+from instance_ssl.data.crop import Crop, crop_resized, draw_crop
+from instance_ssl.data.decode import image_pixels
 
 Transform = Callable[[Image.Image], Tensor]
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from instance_ssl.data.broken import REFUSE, OnBroken
-from instance_ssl.data.decoding import AS_SHOWN, Rendering
+from instance_ssl.data.decode import AS_SHOWN, Rendering
 from instance_ssl.data.folders import (
     SUFFIXES,
     Ignored,
@@ -21,12 +20,13 @@ from instance_ssl.data.folders import (
     required_root,
     scan_images,
 )
-from instance_ssl.data.name_lists import read_names
+from instance_ssl.data.image_sources import ArrayImages, FileImages, ImageSource
 from instance_ssl.data.name_table import packed, repetitions
-from instance_ssl.data.sources import ArrayImages, FileImages, ImageSource
+from instance_ssl.data.named_sets import LabelledFiles, find_dtd, find_inaturalist2018, find_sun397
 from instance_ssl.data.tar_images import list_tar, open_listing
-from instance_ssl.data.transfer_sets import LabelledFiles, find_dtd, find_inaturalist2018, find_sun397
+from instance_ssl.data.unreadable_images import REFUSE, OnBroken
 from instance_ssl.errors import UserError, tried
+from instance_ssl.files.name_lists import read_names
 
 _DIGITS_TEST_SIZE = 360
 

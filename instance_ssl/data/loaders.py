@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from instance_ssl.data.augmentations import Transform
 from instance_ssl.data.folders import escape
-from instance_ssl.data.order import BatchKeys, Key
-from instance_ssl.data.sources import ImageSource
+from instance_ssl.data.image_sources import ImageSource
+from instance_ssl.data.sampler import BatchKeys, Key
 from instance_ssl.data.views import ViewBatch, ViewDataset, ViewItem
 from instance_ssl.errors import LoaderFault, RankError, UserError
 

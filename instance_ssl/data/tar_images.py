@@ -12,16 +12,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.columns import Columns
-from instance_ssl.data.decoding import AS_SHOWN, Rendering
+from instance_ssl.data.decode import AS_SHOWN, Rendering
 from instance_ssl.data.folders import differs_here, escape, existing_root
-from instance_ssl.data.name_lists import list_line
+from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.data.name_table import NameTable, pack_names, repetitions
-from instance_ssl.data.packed_set import PackedSet, read_packed_set
-from instance_ssl.data.sources import EncodedImages
+from instance_ssl.data.packed_record import PackedSet, read_packed_set
 from instance_ssl.data.tar_index import ShardIndex, index_shard
+from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import UserError, tried
+from instance_ssl.files.name_lists import list_line
 
 _OPEN_SHARDS = 64
 # Where the shards of a split are looked for below the root, the first place that has any.

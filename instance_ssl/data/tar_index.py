@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from instance_ssl.data.decoding import open_image
+from instance_ssl.data.decode import open_image
 from instance_ssl.data.folders import SUFFIXES, escape
 from instance_ssl.data.name_table import NameTable, pack_names, packed
 from instance_ssl.data.tar_samples import Remark, Samples

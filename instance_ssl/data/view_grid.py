@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from instance_ssl.data.colours import NORMALISE_MEAN, NORMALISE_STD
+from instance_ssl.data.colour import NORMALISE_MEAN, NORMALISE_STD
 
 _SMALLEST_TILE, _GAP, _TEXT = 96, 4, 14
 

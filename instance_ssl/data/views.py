@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from instance_ssl.data.augmentations import DrawnView, RandomView, Transform
-from instance_ssl.data.colours import apply_colours, views_at_once
-from instance_ssl.data.crops import crop_resized, reduction_for
-from instance_ssl.data.order import Key, mixed_seed
-from instance_ssl.data.shared import joined
-from instance_ssl.data.sources import ImageSource
+from instance_ssl.data.colour import apply_colours, views_at_once
+from instance_ssl.data.crop import crop_resized, reduction_for
+from instance_ssl.data.image_sources import ImageSource
+from instance_ssl.data.sampler import Key, mixed_seed
+from instance_ssl.data.worker_tensors import joined
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from instance_ssl.awake import AwakeClock
+from instance_ssl.distributed.clock import AwakeClock
 from instance_ssl.errors import AbsentPeersError, RankError, UserError
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]

@@ -17,9 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.gradients import sum_gradients
+from instance_ssl.evaluation.epoch_log import Progress, mean_loss, train_epochs
 from instance_ssl.evaluation.features import evaluation_mode
 from instance_ssl.evaluation.linear import places
-from instance_ssl.evaluation.progress import Progress, mean_loss, train_epochs
 
 Parts = Callable[[int], Iterable[Iterable[tuple[Tensor, Tensor]]]]
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]

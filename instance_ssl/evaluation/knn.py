@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import finite_rows, scaled_rows
+from instance_ssl.classifier.softmax import finite_rows, scaled_rows
+from instance_ssl.classifier.tie_breaking import LOWEST_KEY, pack_scores, unpack_scores
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.linear import count_correct
-from instance_ssl.ordering import LOWEST_KEY, pack_scores, unpack_scores
 
 
 class ShardedBank:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from instance_ssl.data.name_lists import read_names, write_names
 from instance_ssl.errors import UserError, escape, reason, tried
+from instance_ssl.files.name_lists import read_names, write_names
 
 
 def read_label_list(path: Path, names: Sequence[str]) -> Tensor:

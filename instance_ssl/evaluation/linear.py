@@ -14,8 +14,8 @@ from torch import Tensor
 
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.evaluation.epoch_log import Progress, mean_loss, train_epochs
 from instance_ssl.evaluation.features import evaluation_mode, extract_features
-from instance_ssl.evaluation.progress import Progress, mean_loss, train_epochs
 
 _BLOCK_ROWS = 65536
 _HISTORY = 10

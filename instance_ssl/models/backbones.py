@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from instance_ssl.models.recomputation import run_stages
+from instance_ssl.models.activation_checkpointing import run_stages
 
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "small_cnn"]
 StemName = Literal["auto", "imagenet", "small"]

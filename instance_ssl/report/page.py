@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.config import ExperimentConfig, flatten
+from instance_ssl.config.experiment import ExperimentConfig, flatten
 from instance_ssl.report.pictures import embedding_maps, hard_class_gallery, picture
 from instance_ssl.report.runs import Run
 from instance_ssl.report.svg import Dot, Series, bar_chart, line_chart, scatter_chart

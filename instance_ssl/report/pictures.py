@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from instance_ssl.checkpoint_files import read_tensors
-from instance_ssl.config import DataConfig
+from instance_ssl.checkpoint.directory import read_tensors
+from instance_ssl.config.experiment import DataConfig
+from instance_ssl.data.image_sources import FileImages, ImageSource, label_column, read_instances
+from instance_ssl.data.list_changes import places_of
 from instance_ssl.data.name_table import pack_names, packed
-from instance_ssl.data.rearrangement import places_of
-from instance_ssl.data.sources import FileImages, ImageSource, label_column, read_instances
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.embedding_map import plane
-from instance_ssl.images import open_split, rendering_of
 from instance_ssl.report.runs import Run
 from instance_ssl.report.svg import Dot, label_colour, map_chart
 from instance_ssl.report.tables import word
+from instance_ssl.run.images import open_split, rendering_of
 
 _GALLERY_CLASSES, _GALLERY_HARDEST, _THUMBNAIL = 10, 10, 64
 

@@ -6,12 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.checkpoint_files import committed_directories, find_other_step
-from instance_ssl.config import ExperimentConfig, flatten
+from instance_ssl.checkpoint.directory import committed_directories, find_other_step
+from instance_ssl.config.experiment import ExperimentConfig, flatten
 from instance_ssl.errors import UserError
-from instance_ssl.run_directory import read_json
-from instance_ssl.schedules import EpochClock
-from instance_ssl.structured_files import parse_yaml, read_json_lines
+from instance_ssl.files.structured import parse_yaml, read_json_lines
+from instance_ssl.run.directory import read_json
+from instance_ssl.training.schedules import EpochClock
 
 # In a result but about where it was computed, not what came out.
 SURROUNDINGS = ("date", "commit", "versions", "world_size", "device", "seconds", "data", "newest_checkpoint", "stage")

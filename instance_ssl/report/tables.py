@@ -58,7 +58,7 @@ class Rows:
     def add(self, label: str, values: Mapping[str, Any]) -> None:
         """Plain values are a row, mappings in it further rows, lists of mappings tables, a `recipe` no row.
 
-        Of an `origin` (see `stages/representation.py`) the row has the checkpoint's or file's name.
+        Of an `origin` (see `evaluation/frozen_encoder.py`) the row has the checkpoint's or file's name.
         """
         plain = {key: value for key, value in values.items() if _is_plain(value)}
         if isinstance(origin := values.get("origin"), Mapping) and origin:

@@ -16,21 +16,13 @@ from torch import Tensor
 
 from instance_ssl.benchmarks.measure import peak_bytes
 from instance_ssl.benchmarks.peers import Peer, PeerName, build_peer
-from instance_ssl.checkpoint import intact_checkpoints
+from instance_ssl.checkpoint.state import intact_checkpoints
 from instance_ssl.data.loaders import view_loader
-from instance_ssl.data.order import GlobalBatchSampler
+from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.data.views import ViewBatch
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import evaluation_mode
-from instance_ssl.evaluation.linear import probe_cached_features
-from instance_ssl.models.backbones import ResNet, SmallCnn, build_backbone
-from instance_ssl.pretraining import flatten_views
-from instance_ssl.run_directory import read_json
-from instance_ssl.schedules import warmup_cosine
-from instance_ssl.stages import pretrain
-from instance_ssl.stages.build import training_views
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.representation import (
+from instance_ssl.evaluation.frozen_encoder import (
     LabelledImages,
     Representation,
     cached_features,
@@ -39,7 +31,15 @@ from instance_ssl.stages.representation import (
     represent_checkpoint,
     vote,
 )
-from instance_ssl.structured_files import read_json_lines
+from instance_ssl.evaluation.linear import probe_cached_features
+from instance_ssl.files.structured import read_json_lines
+from instance_ssl.models.backbones import ResNet, SmallCnn, build_backbone
+from instance_ssl.run.build import training_views
+from instance_ssl.run.directory import read_json
+from instance_ssl.run.stage import Stage
+from instance_ssl.stages import pretrain
+from instance_ssl.training.schedules import warmup_cosine
+from instance_ssl.training.step import flatten_views
 
 _INITIALISATION, _TRAINING = "initialize_classifier", "pretrain"
 

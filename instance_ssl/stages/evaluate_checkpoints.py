@@ -6,16 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl.checkpoint import Checkpoint, intact_checkpoints, load_rows
+from instance_ssl.checkpoint.state import Checkpoint, intact_checkpoints, load_rows
 from instance_ssl.data.loaders import image_loader
 from instance_ssl.errors import UserError
-from instance_ssl.evaluation.correlation import correlations, draw_correlation, instance_accuracy
-from instance_ssl.run_directory import read_json, write_json
-from instance_ssl.stages.build import classifier_shard, own_parts, training_view
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.left_out import LeftOut
-from instance_ssl.stages.recorded import config_digest
-from instance_ssl.stages.representation import (
+from instance_ssl.evaluation.accuracy_correlation import correlations, draw_correlation, instance_accuracy
+from instance_ssl.evaluation.frozen_encoder import (
     LabelledImages,
     Representation,
     cached_features,
@@ -23,7 +18,12 @@ from instance_ssl.stages.representation import (
     represent_checkpoint,
     vote,
 )
-from instance_ssl.stages.session import require_same_run
+from instance_ssl.run.build import classifier_shard, own_parts, training_view
+from instance_ssl.run.directory import read_json, write_json
+from instance_ssl.run.excluded_images import LeftOut
+from instance_ssl.run.identity import config_digest
+from instance_ssl.run.stage import Stage
+from instance_ssl.run.training_session import require_same_run
 
 _POINT = {"epoch", "step", "instance_accuracy", "knn_top1", "logged_instance_accuracy"}
 

@@ -7,29 +7,29 @@ from typing import Any
 
 import torch
 
-from instance_ssl.checkpoint_files import content_bytes, read_tensors, replace_file
-from instance_ssl.config_detection import DetectionConfig
-from instance_ssl.data.detection_batches import DetectionBatch, Resizing, single_images, training_batches
-from instance_ssl.data.voc import VocImages, open_voc
-from instance_ssl.disk_space import saving
+from instance_ssl.checkpoint.directory import content_bytes, read_tensors, replace_file
+from instance_ssl.config.detection import DetectionConfig
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
-from instance_ssl.evaluation.detection import (
+from instance_ssl.evaluation.detection.batches import DetectionBatch, Resizing, single_images, training_batches
+from instance_ssl.evaluation.detection.detector import Detector
+from instance_ssl.evaluation.detection.metrics import Detections, require_coco
+from instance_ssl.evaluation.detection.training import (
     DetectorSchedule,
     DetectorTraining,
     detect,
     detection_figures,
     gather_detections,
 )
-from instance_ssl.evaluation.detection_metrics import Detections, require_coco
+from instance_ssl.evaluation.detection.voc import VocImages, open_voc
 from instance_ssl.evaluation.features import state_digest
-from instance_ssl.guard import Stopped
-from instance_ssl.images import rendering_of
+from instance_ssl.evaluation.frozen_encoder import TITLES, evaluation_data, load_backbone
+from instance_ssl.evaluation.workload import Workload
+from instance_ssl.files.disk_space import saving
 from instance_ssl.models.backbones import ResNet
-from instance_ssl.models.detector import Detector
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.representation import TITLES, evaluation_data, load_backbone
-from instance_ssl.stages.workload import Workload
+from instance_ssl.run.images import rendering_of
+from instance_ssl.run.stage import Stage
+from instance_ssl.run.watchdog import Stopped
 
 _RECIPE = {
     "detector": "Faster R-CNN C4, batch norm after res5 (Res5ROIHeadsExtraNorm), all layers tuned, float32",

@@ -4,14 +4,21 @@ from typing import Any
 
 import torch
 
+from instance_ssl.evaluation.epoch_log import DivergedError
 from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
+from instance_ssl.evaluation.frozen_encoder import TITLES, LabelledImages, load_backbone, open_labelled
 from instance_ssl.evaluation.label_lists import draw_balanced
-from instance_ssl.evaluation.progress import DivergedError
+from instance_ssl.evaluation.labelled_training import (
+    LAYERS,
+    Subset,
+    Training,
+    describe_images,
+    train_once,
+    tunable_sources,
+)
+from instance_ssl.evaluation.workload import Workload
 from instance_ssl.models.encoder import Encoder
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, describe_images, train_once, tunable_sources
-from instance_ssl.stages.representation import TITLES, LabelledImages, load_backbone, open_labelled
-from instance_ssl.stages.workload import Workload
+from instance_ssl.run.stage import Stage
 
 # Times that one training may see an image before the preset for small sets is named.
 _OFTEN = 500

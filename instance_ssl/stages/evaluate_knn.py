@@ -6,11 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl.checkpoint_files import replace_file
+from instance_ssl.checkpoint.directory import replace_file
 from instance_ssl.evaluation.embedding_map import principal_components
-from instance_ssl.evaluation.neighbours import NeighbourRow, draw_neighbours, nearest_neighbours
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.representation import (
+from instance_ssl.evaluation.frozen_encoder import (
     TITLES,
     LabelledImages,
     cached_features,
@@ -19,6 +17,8 @@ from instance_ssl.stages.representation import (
     represent,
     vote,
 )
+from instance_ssl.evaluation.neighbour_picture import NeighbourRow, draw_neighbours, nearest_neighbours
+from instance_ssl.run.stage import Stage
 
 _PICTURE_QUERIES = 12
 _PICTURE_NEIGHBOURS = 6

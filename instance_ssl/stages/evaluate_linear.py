@@ -6,13 +6,11 @@ from typing import Any
 
 from instance_ssl.data.augmentations import centre_view, probe_view
 from instance_ssl.data.loaders import Batch, PartLoader
-from instance_ssl.data.order import epoch_order
+from instance_ssl.data.sampler import epoch_order
+from instance_ssl.evaluation.cached_training import train_or_find
+from instance_ssl.evaluation.epoch_log import Progress
 from instance_ssl.evaluation.features import state_digest
-from instance_ssl.evaluation.linear import probe_cached_features, train_linear_classifier
-from instance_ssl.evaluation.progress import Progress
-from instance_ssl.stages.build import own_parts
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.representation import (
+from instance_ssl.evaluation.frozen_encoder import (
     TITLES,
     LabelledImages,
     Representation,
@@ -23,8 +21,10 @@ from instance_ssl.stages.representation import (
     own_batches,
     represent,
 )
-from instance_ssl.stages.trainings import train_or_find
-from instance_ssl.stages.workload import Workload
+from instance_ssl.evaluation.linear import probe_cached_features, train_linear_classifier
+from instance_ssl.evaluation.workload import Workload
+from instance_ssl.run.build import own_parts
+from instance_ssl.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:

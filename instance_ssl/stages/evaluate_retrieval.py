@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from instance_ssl.data.augmentations import centre_view
-from instance_ssl.evaluation.retrieval import retrieval_recall
-from instance_ssl.stages.build import seeded_encoder
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.prior import prior_rows
-from instance_ssl.stages.representation import (
+from instance_ssl.evaluation.frozen_encoder import (
     TITLES,
     LabelledImages,
     Representation,
@@ -21,6 +17,10 @@ from instance_ssl.stages.representation import (
     represent,
     search_progress,
 )
+from instance_ssl.evaluation.prior_embeddings import prior_rows
+from instance_ssl.evaluation.retrieval import retrieval_recall
+from instance_ssl.run.build import seeded_encoder
+from instance_ssl.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
+from instance_ssl.evaluation.frozen_encoder import TITLES, LabelledImages, load_backbone, open_labelled
 from instance_ssl.evaluation.label_lists import draw_balanced, read_label_list, write_label_list
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.fine_tuning import LAYERS, Subset, Training, describe_images, train_once, tunable_sources
-from instance_ssl.stages.representation import TITLES, LabelledImages, load_backbone, open_labelled
-from instance_ssl.stages.workload import Workload
+from instance_ssl.evaluation.labelled_training import (
+    LAYERS,
+    Subset,
+    Training,
+    describe_images,
+    train_once,
+    tunable_sources,
+)
+from instance_ssl.evaluation.workload import Workload
+from instance_ssl.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:

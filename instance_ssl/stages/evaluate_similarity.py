@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
-from instance_ssl.classifier.initialization import InitializationMode, initialize_gaussian
+from instance_ssl.classifier.prior import InitializationMode, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.data.augmentations import centre_view
+from instance_ssl.evaluation.prior_embeddings import num_batches, prior_rows
 from instance_ssl.evaluation.similarity import draw_similarities, instance_similarities
 from instance_ssl.models.encoder import Encoder
-from instance_ssl.stages.build import seeded_encoder, training_view
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.prior import num_batches, prior_rows
+from instance_ssl.run.build import seeded_encoder, training_view
+from instance_ssl.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:

@@ -9,17 +9,7 @@ import torch
 from torch import Tensor
 
 from instance_ssl import faults
-from instance_ssl.config import DataConfig
-from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD, centre_view
-from instance_ssl.data.loaders import image_loader
-from instance_ssl.data.order import consecutive_batches
-from instance_ssl.data.sources import ImageSource, write_instances
-from instance_ssl.disk_space import find_no_space, saving, why_not_written
-from instance_ssl.distributed.partition import Partition
-from instance_ssl.errors import UserError
-from instance_ssl.evaluation.feature_files import append_features, join_parts, keep_whole_rows, write_parquet
-from instance_ssl.evaluation.features import state_digest
-from instance_ssl.export import (
+from instance_ssl.checkpoint.export import (
     ONNX_OPSET,
     loading_code,
     require_packages,
@@ -30,14 +20,24 @@ from instance_ssl.export import (
     write_pth,
     write_safetensors,
 )
+from instance_ssl.config.experiment import DataConfig
+from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD, centre_view
+from instance_ssl.data.image_sources import ImageSource, write_instances
+from instance_ssl.data.loaders import image_loader
+from instance_ssl.data.sampler import consecutive_batches
+from instance_ssl.distributed.partition import Partition
+from instance_ssl.errors import UserError
+from instance_ssl.evaluation.feature_files import append_features, join_parts, keep_whole_rows, write_parquet
+from instance_ssl.evaluation.features import state_digest
+from instance_ssl.evaluation.frozen_encoder import Representation, represent
+from instance_ssl.files.disk_space import find_no_space, saving, why_not_written
 from instance_ssl.models.backbones import choose_stem
 from instance_ssl.models.encoder import Encoder
-from instance_ssl.run_directory import read_json, write_json
-from instance_ssl.stages import checks
-from instance_ssl.stages.build import describe_encoder
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.representation import Representation, represent
-from instance_ssl.stages.sharing import on_rank_0
+from instance_ssl.run import checks
+from instance_ssl.run.agreement import on_rank_0
+from instance_ssl.run.build import describe_encoder
+from instance_ssl.run.directory import read_json, write_json
+from instance_ssl.run.stage import Stage
 
 _BACKBONE_FILES = ("backbone.pth", "backbone.safetensors", "features.onnx", "detectron2.pkl")
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from instance_ssl import faults
-from instance_ssl.checkpoint import (
+from instance_ssl.checkpoint.directory import DirectoryWriter, clear_leftovers, content_bytes
+from instance_ssl.checkpoint.state import (
     TrainingPosition,
     checkpoint_bytes,
     load_encoder,
@@ -17,16 +18,14 @@ from instance_ssl.checkpoint import (
     newest_checkpoint,
     start_checkpoint,
 )
-from instance_ssl.checkpoint_files import DirectoryWriter, clear_leftovers, content_bytes
-from instance_ssl.classifier.initialization import initialize_from_features, initialize_gaussian
+from instance_ssl.classifier.prior import initialize_from_features, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.augmentations import centre_view
-from instance_ssl.data.order import LazyBatches, epoch_order
-from instance_ssl.disk_space import find_no_space
+from instance_ssl.data.sampler import LazyBatches, epoch_order
 from instance_ssl.errors import UserError
-from instance_ssl.guard import Stopped
+from instance_ssl.files.disk_space import find_no_space
 from instance_ssl.models.encoder import Encoder
-from instance_ssl.stages.build import (
+from instance_ssl.run.build import (
     classifier_shard,
     describe_encoder,
     describe_stem_cost,
@@ -35,9 +34,10 @@ from instance_ssl.stages.build import (
     training_shards,
     training_view,
 )
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.left_out import LeftOut, TooManyBroken, readable_batches
-from instance_ssl.stages.session import require_same_run, run_digests, say_what_was_passed_over
+from instance_ssl.run.excluded_images import LeftOut, TooManyBroken, readable_batches
+from instance_ssl.run.stage import Stage
+from instance_ssl.run.training_session import require_same_run, run_digests, say_what_was_passed_over
+from instance_ssl.run.watchdog import Stopped
 
 # Above all seeds of experiments: a random view of this pass is none that the training will see.
 _VIEW_SEEDS = 2**31

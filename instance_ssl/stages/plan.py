@@ -7,20 +7,20 @@ from pathlib import Path
 
 import torch
 
-from instance_ssl import engine
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
-from instance_ssl.classifier.memory import ClassifierSize
-from instance_ssl.classifier.passes import choose_block_bytes
-from instance_ssl.config import DataConfig, ExperimentConfig, load_config
-from instance_ssl.console import ArgumentParser, exit_code_of, tell
+from instance_ssl.classifier.footprint import ClassifierSize
+from instance_ssl.classifier.kernel_selection import choose_block_bytes
+from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
+from instance_ssl.config.experiment import DataConfig, ExperimentConfig, load_config
 from instance_ssl.data.datasets import open_source
-from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import UserError
-from instance_ssl.planning import LAYOUTS, EncoderCost, Layout, Plan, engine_size, measure_encoder
-from instance_ssl.planning_paper import PAPER_GIB, Training, draw_figure_3, table_1
-from instance_ssl.stages.arguments import add_config_arguments
-from instance_ssl.stages.build import describe_encoder, describe_stem_cost, seeded_encoder
-from instance_ssl.stages.checks import check_size
+from instance_ssl.run.arguments import add_config_arguments
+from instance_ssl.run.build import describe_encoder, describe_stem_cost, seeded_encoder
+from instance_ssl.run.checks import check_size
+from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
+from instance_ssl.training import engine
+from instance_ssl.training.memory_plan import LAYOUTS, EncoderCost, Layout, Plan, engine_size, measure_encoder
+from instance_ssl.training.paper_tables import PAPER_GIB, Training, draw_figure_3, table_1
 
 _CIFAR_IMAGES = 50_000
 _PLANNED = torch.device("cuda")

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from instance_ssl import faults
-from instance_ssl.checkpoint import (
+from instance_ssl.checkpoint.directory import clear_leftovers
+from instance_ssl.checkpoint.state import (
     Checkpoint,
     checkpoint_bytes,
     load_encoder,
@@ -15,24 +16,23 @@ from instance_ssl.checkpoint import (
     load_rows,
     newest_checkpoint,
 )
-from instance_ssl.checkpoint_files import clear_leftovers
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.loaders import view_loader
-from instance_ssl.data.order import GlobalBatchSampler
-from instance_ssl.engine import Engine
+from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.errors import UserError, reason
+from instance_ssl.files.structured import MalformedError, read_json
 from instance_ssl.models.encoder import Encoder
-from instance_ssl.pretraining import train_epoch
-from instance_ssl.run_directory import require_space, write_json
-from instance_ssl.schedules import EpochClock, warmup_cosine
-from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_shards, training_views
-from instance_ssl.stages.checks import absent_checkpoint
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.growth import add_rows
-from instance_ssl.stages.left_out import LeftOut
-from instance_ssl.stages.precision import say_if_changed
-from instance_ssl.stages.session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
-from instance_ssl.structured_files import MalformedError, read_json
+from instance_ssl.run.build import classifier_shard, seeded_encoder, training_shards, training_views
+from instance_ssl.run.checks import absent_checkpoint
+from instance_ssl.run.directory import require_space, write_json
+from instance_ssl.run.excluded_images import LeftOut
+from instance_ssl.run.growth import add_rows
+from instance_ssl.run.precision import say_if_changed
+from instance_ssl.run.stage import Stage
+from instance_ssl.run.training_session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
+from instance_ssl.training.engine import Engine
+from instance_ssl.training.schedules import EpochClock, warmup_cosine
+from instance_ssl.training.step import train_epoch
 
 
 def run(stage: Stage) -> dict[str, Any]:

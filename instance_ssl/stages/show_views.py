@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from instance_ssl.config import load_config
-from instance_ssl.console import ArgumentParser, exit_code_of, tell
+from instance_ssl.config.experiment import load_config
 from instance_ssl.data.folders import escape
 from instance_ssl.data.view_grid import view_grid
 from instance_ssl.errors import UserError
-from instance_ssl.images import open_split
-from instance_ssl.pretraining import flatten_views
-from instance_ssl.stages.arguments import add_config_arguments
-from instance_ssl.stages.build import training_views
+from instance_ssl.run.arguments import add_config_arguments
+from instance_ssl.run.build import training_views
+from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
+from instance_ssl.run.images import open_split
+from instance_ssl.training.step import flatten_views
 
 
 def main(words: Sequence[str] | None = None) -> int:

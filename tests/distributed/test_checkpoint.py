@@ -8,11 +8,11 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from instance_ssl.checkpoint import TrainingPosition, load_encoder, load_rows, newest_checkpoint, start_checkpoint
-from instance_ssl.checkpoint_files import DirectoryWriter
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
+from instance_ssl.checkpoint.directory import DirectoryWriter
+from instance_ssl.checkpoint.state import TrainingPosition, load_encoder, load_rows, newest_checkpoint, start_checkpoint
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError

@@ -10,11 +10,11 @@ import torch
 from memory import measure_allocations
 from ranks import run_ranks
 
-from instance_ssl.classifier import matmul
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
-from instance_ssl.classifier.memory import ClassifierSize, classifier_memory, classifier_traffic
+from instance_ssl.classifier import matmul_rates
+from instance_ssl.classifier.footprint import ClassifierSize, classifier_memory, classifier_traffic
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 
@@ -80,7 +80,7 @@ def train(world: Group, size: ClassifierSize) -> dict[str, Any]:
         x_bD = torch.randn(size.rows_per_rank, size.embedding_dim, generator=generator)
         shard.forward(x_bD, own + micro_step, total_rows=size.rows_per_rank * world.size * size.accumulation_steps)
 
-    matmul.float32_precision()  # its self-test, once a process, is not the classifier's
+    matmul_rates.float32_precision()  # its self-test, once a process, is not the classifier's
     _, built = measure_allocations(build)
     shard = shards[0]
     refresh, table = measure_allocations(lambda: shard.refresh_hard_classes(size.num_hard_classes))

@@ -9,21 +9,21 @@ from ranks import run_ranks
 from torch import Tensor
 from voc_tree import CLASSES, make_tree
 
-from instance_ssl.data.detection_batches import DetectionBatch, Resizing, single_images, training_batches
-from instance_ssl.data.voc import VocImages, open_voc
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
-from instance_ssl.evaluation.detection import (
+from instance_ssl.evaluation.detection.batches import DetectionBatch, Resizing, single_images, training_batches
+from instance_ssl.evaluation.detection.detector import Detector
+from instance_ssl.evaluation.detection.metrics import Detections
+from instance_ssl.evaluation.detection.training import (
     DetectorSchedule,
     DetectorTraining,
     detect,
     detection_figures,
     gather_detections,
 )
-from instance_ssl.evaluation.detection_metrics import Detections
+from instance_ssl.evaluation.detection.voc import VocImages, open_voc
 from instance_ssl.models.backbones import ResNet
-from instance_ssl.models.detector import Detector
 
 RESIZING = Resizing((64,), 120, flip=True)
 SCHEDULE = DetectorSchedule(iterations=40, steps=(30,), warmup_iterations=4, learning_rate=0.01)

@@ -11,12 +11,12 @@ from memory import live_bytes, measure_allocations
 from ranks import run_ranks
 from torch import nn
 
-from instance_ssl import planning
+from instance_ssl.config.deepspeed import DeepSpeedSettings, InstanceClassifierSection
 from instance_ssl.distributed.comm import Group
-from instance_ssl.ds_config import DeepSpeedSettings, InstanceClassifierSection
-from instance_ssl.engine import Engine
 from instance_ssl.models.backbones import BackboneName
 from instance_ssl.models.encoder import build_encoder
+from instance_ssl.training import memory_plan
+from instance_ssl.training.engine import Engine
 
 BUCKET = 2_000_000
 # Backbone, image size, views of a micro-batch, ranks, ZeRO stage, micro-batches, autocast.
@@ -111,15 +111,15 @@ def train(group: Group, case: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
 def test_memory_within_ten_percent(case: tuple[Any, ...]) -> None:
     backbone, image_size, views, ranks, zero_stage, accumulation, dtype = case
     measured, given = run_ranks(train, ranks, case)[0]
-    cost = planning.measure_encoder(
+    cost = memory_plan.measure_encoder(
         lambda: encoder_of(backbone, image_size), image_size=image_size, num_views=views, autocast_dtype=dtype
     )
     settings = settings_of(zero_stage, accumulation, dtype)
-    size = planning.engine_size(
+    size = memory_plan.engine_size(
         settings.engine, world_size=ranks, accumulation_steps=accumulation, autocast_dtype=dtype
     )
-    assert planning.encoder_memory(cost, size).peak == pytest.approx(measured, rel=0.1)
-    sent = planning.encoder_traffic(cost, size)
-    expected = {name: planning.ring_bytes(name, value, ranks) for name, value in given.items()}
+    assert memory_plan.encoder_memory(cost, size).peak == pytest.approx(measured, rel=0.1)
+    sent = memory_plan.encoder_traffic(cost, size)
+    expected = {name: memory_plan.ring_bytes(name, value, ranks) for name, value in given.items()}
     for name, value in expected.items():
         assert sent[name] == pytest.approx(value, rel=1e-3), name

@@ -11,16 +11,17 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 
-from instance_ssl.config import ExperimentConfig
+from instance_ssl.config.deepspeed import load_ds_config
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.distributed.comm import Group
-from instance_ssl.ds_config import load_ds_config
 from instance_ssl.errors import UserError
-from instance_ssl.guard import Guard
-from instance_ssl.run_directory import write_json
-from instance_ssl.run_log import RunLog
-from instance_ssl.stages import checks, export, initialize_classifier
-from instance_ssl.stages.context import Stage
-from instance_ssl.stages.representation import load_backbone, represent
+from instance_ssl.evaluation.frozen_encoder import load_backbone, represent
+from instance_ssl.run import checks
+from instance_ssl.run.directory import write_json
+from instance_ssl.run.log import RunLog
+from instance_ssl.run.stage import Stage
+from instance_ssl.run.watchdog import Guard
+from instance_ssl.stages import export, initialize_classifier
 
 DS = Path(__file__).parents[2] / "ds_configs/cpu_float32.json"
 NUM_IMAGES = 7

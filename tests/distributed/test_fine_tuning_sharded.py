@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.evaluation import fine_tuning
+from instance_ssl.evaluation.epoch_log import DivergedError, Progress
 from instance_ssl.evaluation.fine_tuning import TrainingOptions, fine_tune
-from instance_ssl.evaluation.progress import DivergedError, Progress
 
 CLASSES, WIDTH, BATCH, IMAGES, TESTED = 6, 8, 16, 2 * 16 + 1, 23
 STEPS_PER_EPOCH, STEPS = 3, 31

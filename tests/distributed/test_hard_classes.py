@@ -7,10 +7,10 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import normalise_rows
+from instance_ssl.classifier.hard_class_screening import Screen, passing_pairs, passing_pairs_transposed
 from instance_ssl.classifier.hard_classes import _Search, find_hard_classes
 from instance_ssl.classifier.reference import dense_hard_classes
-from instance_ssl.classifier.screening import Screen, passing_pairs, passing_pairs_transposed
+from instance_ssl.classifier.softmax import normalise_rows
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 

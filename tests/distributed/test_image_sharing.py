@@ -13,14 +13,14 @@ import numpy as np
 from image_files import encoded
 from ranks import run_ranks
 
-from instance_ssl.config import DataConfig
+from instance_ssl.config.experiment import DataConfig
 from instance_ssl.data.columns import Columns, Place
-from instance_ssl.data.sources import ArrayImages, ImageSource
+from instance_ssl.data.image_sources import ArrayImages, ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
-from instance_ssl.run_log import RunLog
-from instance_ssl.stages import checks, instances, sharing
+from instance_ssl.run import agreement, checks, manifest
+from instance_ssl.run.log import RunLog
 
 NAMES = [f"images/{i}/ü\n\udcff.jpg" for i in range(5000)]
 
@@ -42,9 +42,9 @@ def share_over_two_machines(group: Group) -> list[Any]:
 
     Columns.attach = attach_here  # type: ignore[method-assign]
     socket.gethostname = lambda: "there" if there else "here"
-    sharing._CHUNK_BYTES = 10_000
+    agreement._CHUNK_BYTES = 10_000
     answers: list[Any] = []
-    images = sharing.share_images(_images() if group.rank == 0 else None, group)
+    images = agreement.share_images(_images() if group.rank == 0 else None, group)
     assert images.columns._file is not None
     answers += [
         images.names == NAMES,
@@ -54,7 +54,7 @@ def share_over_two_machines(group: Group) -> list[Any]:
     Columns.receive = full  # type: ignore[method-assign]
     for opened in (_images(), UserError("no such folder")):
         try:
-            sharing.share_images(opened if group.rank == 0 else None, group)
+            agreement.share_images(opened if group.rank == 0 else None, group)
         except UserError as error:
             answers.append(str(error))
     return answers
@@ -80,7 +80,7 @@ def test_each_machine_has_one_table_and_a_full_disk_ends_all_ranks() -> None:
 def open_with_broken_files(group: Group, root: Path, run: Path) -> tuple[list[str], str]:
     data = DataConfig(kind="folder", root=root, on_broken="skip", max_broken_share=0.5)
     images = checks.open_images(data, "train", group, RunLog(is_main=False))
-    instances.record(images, run, group)
+    manifest.record(images, run, group)
     try:
         checks.open_images(data.model_copy(update={"max_broken_share": 0.1}), "train", group, RunLog(is_main=False))
     except UserError as error:
@@ -102,7 +102,7 @@ def test_what_is_left_out_is_left_out_on_all_ranks_and_written_down(tmp_path: Pa
 
 def open_slowly(group: Group, root: Path) -> tuple[int, list[str]]:
     comm.set_timeouts(3)
-    sharing._SECONDS_BETWEEN_SIGNS = 1.0
+    agreement._SECONDS_BETWEEN_SIGNS = 1.0
     said: list[str] = []
     log = RunLog(is_main=False)
     log.say = said.append  # type: ignore[method-assign]

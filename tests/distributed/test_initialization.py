@@ -5,9 +5,9 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
-from instance_ssl.classifier.initialization import InitializationMode, initialize_from_features, initialize_gaussian
+from instance_ssl.classifier.prior import InitializationMode, initialize_from_features, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition

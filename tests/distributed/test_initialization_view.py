@@ -8,17 +8,18 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from instance_ssl.checkpoint import load_rows, newest_checkpoint
-from instance_ssl.config import ExperimentConfig
+from instance_ssl.checkpoint.state import load_rows, newest_checkpoint
+from instance_ssl.config.deepspeed import load_ds_config
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed.comm import Group
-from instance_ssl.ds_config import load_ds_config
-from instance_ssl.guard import Guard
-from instance_ssl.run_log import RunLog
-from instance_ssl.stages import checks, initialize_classifier
-from instance_ssl.stages.build import classifier_shard, seeded_encoder, training_view
-from instance_ssl.stages.context import Stage
+from instance_ssl.run import checks
+from instance_ssl.run.build import classifier_shard, seeded_encoder, training_view
+from instance_ssl.run.log import RunLog
+from instance_ssl.run.stage import Stage
+from instance_ssl.run.watchdog import Guard
+from instance_ssl.stages import initialize_classifier
 
 View = Literal["evaluation", "training"]
 DS = Path(__file__).parents[2] / "ds_configs/cpu_float32.json"

@@ -13,7 +13,7 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.knn import ShardedBank, knn_accuracy
-from instance_ssl.evaluation.neighbours import nearest_neighbours
+from instance_ssl.evaluation.neighbour_picture import nearest_neighbours
 
 NEIGHBOURS, TEMPERATURES, CLASSES = (1, 3, 23), (0.01, 0.5), 7
 Accuracies = dict[tuple[int, float], dict[str, float]]

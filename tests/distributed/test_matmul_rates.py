@@ -8,13 +8,13 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from instance_ssl.checkpoint import Checkpoint, TrainingPosition
-from instance_ssl.classifier import matmul
-from instance_ssl.classifier.matmul import Rates, agreed_rates
+from instance_ssl.checkpoint.state import Checkpoint, TrainingPosition
+from instance_ssl.classifier import matmul_rates
+from instance_ssl.classifier.matmul_rates import Rates, agreed_rates
+from instance_ssl.config.deepspeed import DeepSpeedSettings, InstanceClassifierSection
 from instance_ssl.distributed.comm import Group
-from instance_ssl.ds_config import DeepSpeedSettings, InstanceClassifierSection
-from instance_ssl.run_log import RunLog
-from instance_ssl.stages import precision
+from instance_ssl.run import precision
+from instance_ssl.run.log import RunLog
 
 
 @pytest.mark.parametrize("gflops", [0.5, 50, 5000])
@@ -25,8 +25,8 @@ def test_a_rate_is_found_in_seconds_at_any_speed(monkeypatch: pytest.MonkeyPatch
         seconds.append(2 * len(work.args[0]) ** 3 / gflops / 1e9)
         return seconds[-1]
 
-    monkeypatch.setattr(matmul, "_seconds", multiply)
-    assert matmul.matmul_rate(torch.float32, torch.device("cpu")) == pytest.approx(gflops)
+    monkeypatch.setattr(matmul_rates, "_seconds", multiply)
+    assert matmul_rates.matmul_rate(torch.float32, torch.device("cpu")) == pytest.approx(gflops)
     assert sum(seconds) < 5
 
 
@@ -68,7 +68,7 @@ def settled(
 ) -> tuple[torch.dtype, list[str]]:
     """The precision that the ranks settle on, and what they say."""
     measure = measured_as(rates, group.rank)
-    for module, name in [(matmul, "quick_matmul_rate"), (precision, "quick_matmul_rate")]:
+    for module, name in [(matmul_rates, "quick_matmul_rate"), (precision, "quick_matmul_rate")]:
         setattr(module, name, measure)
     precision.quick_convolution_rate = measure
     log = Heard()
@@ -110,8 +110,8 @@ def test_the_precision_that_a_json_leads_to(
 def test_measuring_leaves_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
     for dtype in (torch.float32, torch.bfloat16):
-        assert matmul.quick_matmul_rate(dtype, torch.device("cpu")) > 0
-        assert matmul.quick_convolution_rate(dtype, torch.device("cpu")) > 0
+        assert matmul_rates.quick_matmul_rate(dtype, torch.device("cpu")) > 0
+        assert matmul_rates.quick_convolution_rate(dtype, torch.device("cpu")) > 0
     assert torch.equal(state, torch.get_rng_state())
 
 

@@ -5,9 +5,9 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.reference import dense_hard_classes, dense_labels, dense_loss
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 

@@ -9,12 +9,12 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
-from instance_ssl.evaluation.correlation import instance_accuracy
+from instance_ssl.evaluation.accuracy_correlation import instance_accuracy
 from instance_ssl.evaluation.retrieval import retrieval_recall
 from instance_ssl.evaluation.similarity import instance_similarities
 

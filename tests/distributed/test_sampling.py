@@ -5,10 +5,10 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.reference import dense_labels, dense_loss
 from instance_ssl.classifier.sampling import ClassSampler, SamplingMode
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.distributed.comm import Group
 
 N, D, M, BATCH, STEPS, TAU = 61, 8, 20, 12, 7, 0.15

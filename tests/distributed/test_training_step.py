@@ -9,17 +9,17 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
 from instance_ssl.classifier.reference import dense_hard_classes, dense_labels, dense_loss
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.data.order import GlobalBatchSampler
+from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.deepspeed import DeepSpeedSettings, InstanceClassifierSection
+from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.data.views import ViewBatch
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
-from instance_ssl.ds_config import DeepSpeedSettings, InstanceClassifierSection
-from instance_ssl.engine import Engine
-from instance_ssl.pretraining import train_step
-from instance_ssl.schedules import warmup_cosine
+from instance_ssl.training.engine import Engine
+from instance_ssl.training.schedules import warmup_cosine
+from instance_ssl.training.step import train_step
 
 N, D, K, V, BATCH, STEPS = 53, 8, 5, 2, 16, 3
 TAU, ALPHA, MOMENTUM, DECAY = 0.15, 0.2, 0.9, 1e-2

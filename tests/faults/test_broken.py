@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from rig import STEPS_PER_EPOCH, checkpoints, digests, run, running, status, wait_for
 
-import instance_ssl.pretraining as pretraining
-from instance_ssl.config import load_config
+import instance_ssl.training.step as pretraining
+from instance_ssl.config.experiment import load_config
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.sources import FileImages
+from instance_ssl.data.image_sources import FileImages
 from instance_ssl.data.views import ViewBatch, ViewDataset
-from instance_ssl.stages.build import training_view
+from instance_ssl.run.build import training_view
 
 SKIP = {"data.on_broken": "skip", "data.max_broken_share": 0.1}
 TRUNCATED, VANISHED = 7, (3, 40)

@@ -14,7 +14,7 @@ import torch
 from ranks import run_ranks
 from rig import checkpoints, digests, quick_first, run
 
-from instance_ssl.checkpoint import ENCODER_FILES, checkpoint_at, newest_checkpoint
+from instance_ssl.checkpoint.state import ENCODER_FILES, checkpoint_at, newest_checkpoint
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 

@@ -10,9 +10,9 @@ from ranks import run_ranks
 from rig import TOTAL_STEPS, checkpoints, metrics, quick_first, run
 from torch import Tensor, nn
 
+from instance_ssl.config.deepspeed import load_ds_config
 from instance_ssl.distributed.comm import Group
-from instance_ssl.ds_config import load_ds_config
-from instance_ssl.engine import Engine
+from instance_ssl.training.engine import Engine
 
 
 def make_a_gradient_infinite() -> None:

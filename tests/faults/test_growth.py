@@ -12,7 +12,7 @@ from PIL import Image
 from rig import NUM_IMAGES, checkpoints, digests, metrics, run
 
 import instance_ssl.stages.pretrain as pretrain
-from instance_ssl.checkpoint_files import read_tensors
+from instance_ssl.checkpoint.directory import read_tensors
 from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.datasets import open_source
 from instance_ssl.models.encoder import build_encoder

@@ -9,7 +9,7 @@ import pytest
 from ranks import run_ranks
 from rig import checkpoints, digests, run, running, status, wait_for
 
-from instance_ssl.checkpoint import newest_checkpoint
+from instance_ssl.checkpoint.state import newest_checkpoint
 from instance_ssl.distributed.comm import Group
 
 KILLS = {

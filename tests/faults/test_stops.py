@@ -14,7 +14,7 @@ from conftest import fresh_copy
 from PIL import Image
 from rig import EPOCHS, STEPS_PER_EPOCH, checkpoints, digests, quick_first, run, running, status, wait_for
 
-import instance_ssl.pretraining as pretraining
+import instance_ssl.training.step as pretraining
 from instance_ssl.data.views import ViewBatch
 
 

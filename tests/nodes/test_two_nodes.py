@@ -27,12 +27,12 @@ from two_nodes import (
     write_hostfile,
 )
 
-from instance_ssl.config import DataConfig
+from instance_ssl.config.experiment import DataConfig
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
-from instance_ssl.guard import ProcessId
-from instance_ssl.run_log import RunLog
-from instance_ssl.stages.checks import open_images
+from instance_ssl.run.checks import open_images
+from instance_ssl.run.log import RunLog
+from instance_ssl.run.watchdog import ProcessId
 
 # 512 images in 4 steps an epoch, 12 steps in all, with a checkpoint after every fourth.
 TINY = ["--set", "optimization.epochs=3", "optimization.warmup_epochs=1", "checkpoint.every_epochs=1"]
@@ -58,8 +58,8 @@ def nodes() -> Iterator[Nodes]:
 
 TRAIN = """
 from instance_ssl.stages import initialize_classifier, pretrain
-from instance_ssl.leaving import leave
-from instance_ssl.stages.context import StageSpec, run_stages
+from instance_ssl.run.shutdown import leave
+from instance_ssl.run.stage import StageSpec, run_stages
 stages = [StageSpec("initialize_classifier", initialize_classifier.run), StageSpec("pretrain", pretrain.run)]
 leave(run_stages(stages))
 """

@@ -9,10 +9,10 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from instance_ssl.classifier.cosine_softmax import LossForm, SoftmaxOptions
-from instance_ssl.classifier.matmul import float32_precision
+from instance_ssl.classifier.matmul_rates import float32_precision
 from instance_ssl.classifier.reference import dense_hard_classes, dense_labels, dense_loss
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.softmax import LossForm, SoftmaxOptions
 from instance_ssl.distributed.comm import Group
 
 

@@ -10,16 +10,16 @@ import torch
 from interpreter import interpreting_process
 from torch import Tensor
 
-from instance_ssl.classifier import kernel_check, triton_kernels
-from instance_ssl.classifier.cosine_softmax import SmoothedLabels, SoftmaxOptions, SoftmaxSums
+from instance_ssl.classifier import kernel_self_test, triton_passes
+from instance_ssl.classifier.softmax import SmoothedLabels, SoftmaxOptions, SoftmaxSums
 from instance_ssl.errors import UserError
-from instance_ssl.stages import build
-from instance_ssl.stages.context import Stage
+from instance_ssl.run import build
+from instance_ssl.run.stage import Stage
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 CPU = torch.device("cpu")
-RIGHT_SUMS, RIGHT_UPDATE = triton_kernels.softmax_sums, triton_kernels.update_rows
+RIGHT_SUMS, RIGHT_UPDATE = triton_passes.softmax_sums, triton_passes.update_rows
 SINGLE = (torch.float32, torch.float32, torch.float32)
 HALF = (torch.bfloat16, torch.bfloat16, torch.bfloat16)
 MIXED = (torch.bfloat16, torch.float32, torch.bfloat16)
@@ -27,7 +27,7 @@ MIXED = (torch.bfloat16, torch.float32, torch.bfloat16)
 
 def verdict(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], form: Any = "mixture") -> str | None:
     matmul_dtype, *formats = dtypes
-    return kernel_check.disagreement(CPU, 64, SoftmaxOptions(0.15, form, matmul_dtype), *formats)
+    return kernel_self_test.disagreement(CPU, 64, SoftmaxOptions(0.15, form, matmul_dtype), *formats)
 
 
 def first_640(labels: SmoothedLabels) -> SmoothedLabels:
@@ -48,7 +48,7 @@ def lossy_update(
 def verdict_of_lossy(name: str, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> str | None:
     """With one pass that has lost its last, partial tile of classes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_kernels, name, lossy_sums if name == "softmax_sums" else lossy_update)
+        patch.setattr(triton_passes, name, lossy_sums if name == "softmax_sums" else lossy_update)
         return verdict(dtypes)
 
 
@@ -76,13 +76,13 @@ def fail(*_: Any) -> None:
 
 
 def test_what_the_compiler_says_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "softmax_sums", fail)
+    monkeypatch.setattr(triton_passes, "softmax_sums", fail)
     assert verdict(SINGLE) == "RuntimeError: no such instruction"
 
 
 def test_a_device_that_is_broken_by_it_ends_the_run_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "softmax_sums", fail)
-    monkeypatch.setattr(kernel_check, "_works", lambda _: False)
+    monkeypatch.setattr(triton_passes, "softmax_sums", fail)
+    monkeypatch.setattr(kernel_self_test, "_works", lambda _: False)
     with pytest.raises(UserError, match=r"no such instruction.*instance_classifier\.kernels torch"):
         verdict(SINGLE)
 

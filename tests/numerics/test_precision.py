@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instance_ssl.classifier import blocked
-from instance_ssl.classifier.cosine_softmax import (
+from instance_ssl.classifier import torch_passes
+from instance_ssl.classifier.matmul_rates import fast_float32_products, float32_precision
+from instance_ssl.classifier.rounding import round_stochastically_
+from instance_ssl.classifier.softmax import (
     RowUpdate,
     SoftmaxOptions,
     normalise_rows,
@@ -18,8 +20,6 @@ from instance_ssl.classifier.cosine_softmax import (
     row_losses,
     unit_feature_gradient,
 )
-from instance_ssl.classifier.matmul import fast_float32_products, float32_precision
-from instance_ssl.classifier.rounding import round_stochastically_
 
 B, D, ALPHA = 64, 32, 0.2
 
@@ -73,10 +73,10 @@ def streamed(problem: Problem, tau: float, dtype: torch.dtype) -> Results:
     momentum = torch.zeros_like(problem.weight)
     unit_x, inverse = normalise_rows(problem.x)
     labels = own_labels(problem.labels, problem.hard, ALPHA, 0, num_classes, torch.float32)
-    sums = blocked.softmax_sums(unit_x, problem.weight, labels, options)
+    sums = torch_passes.softmax_sums(unit_x, problem.weight, labels, options)
     gradient = unit_feature_gradient(sums, sums.z_B, sums.y_B, options, B)
     update = RowUpdate(learning_rate=0.0, momentum=0.0, weight_decay=0.0)
-    blocked.update_rows(unit_x, sums.z_B, sums.y_B, labels, problem.weight.clone(), momentum, options, update)
+    torch_passes.update_rows(unit_x, sums.z_B, sums.y_B, labels, problem.weight.clone(), momentum, options, update)
     losses = row_losses(sums.z_B, sums.y_B, "mixture")
     return Results(losses, project_gradient(gradient, unit_x, inverse), momentum)
 
@@ -139,8 +139,10 @@ def test_the_fused_update_is_torch_sgd_in_float32() -> None:
     unit_x, _ = normalise_rows(problem.x)
     labels = own_labels(problem.labels, problem.hard, ALPHA, 0, 507, torch.float32)
     for _ in range(10):
-        sums = blocked.softmax_sums(unit_x, weight, labels, options)
-        blocked.update_rows(unit_x, sums.z_B, sums.y_B, labels, weight, momentum, options, RowUpdate(0.3, 0.9, 1e-2))
+        sums = torch_passes.softmax_sums(unit_x, weight, labels, options)
+        torch_passes.update_rows(
+            unit_x, sums.z_B, sums.y_B, labels, weight, momentum, options, RowUpdate(0.3, 0.9, 1e-2)
+        )
         twin.grad = dense(problem._replace(weight=twin.detach()), 0.15, torch.float32).weight_gradient
         optimizer.step()
     torch.testing.assert_close(weight, twin.detach(), rtol=2e-6, atol=2e-6)
@@ -158,9 +160,9 @@ def low_precision_drift(row_dtype: torch.dtype, momentum_dtype: torch.dtype, ste
         weight = problem.weight.to(rows, copy=True)
         momentum = torch.zeros_like(weight, dtype=momenta)
         for step in range(steps):
-            sums = blocked.softmax_sums(unit_x, weight, labels, options)
+            sums = torch_passes.softmax_sums(unit_x, weight, labels, options)
             update = RowUpdate(0.02, 0.9, 1e-4, seed=step)
-            blocked.update_rows(unit_x, sums.z_B, sums.y_B, labels, weight, momentum, options, update)
+            torch_passes.update_rows(unit_x, sums.z_B, sums.y_B, labels, weight, momentum, options, update)
         ends.append(weight.float())
     return ((ends[1] - ends[0]).norm() / (ends[0] - problem.weight).norm()).item()
 
@@ -176,13 +178,13 @@ def test_bfloat16_rows_learn_from_steps_below_their_resolution() -> None:
     options = SoftmaxOptions(0.15, "mixture", torch.float32, 2**18)
     unit_x, _ = normalise_rows(problem.x)
     labels = own_labels(problem.labels, problem.hard, ALPHA, 0, 507, torch.float32)
-    sums = blocked.softmax_sums(unit_x, weight, labels, options)
+    sums = torch_passes.softmax_sums(unit_x, weight, labels, options)
     moved = torch.zeros(507, D)
     momentum = torch.zeros(507, D)
     for seed in range(400):
         one, momentum = weight.clone(), torch.zeros(507, D)
         update = RowUpdate(0.02, 0.0, 0.0, seed)
-        blocked.update_rows(unit_x, sums.z_B, sums.y_B, labels, one, momentum, options, update)
+        torch_passes.update_rows(unit_x, sums.z_B, sums.y_B, labels, one, momentum, options, update)
         moved += one.float() - weight.float()
     wanted = -0.02 * momentum
     assert (weight.float() + wanted).bfloat16().sub(weight).abs().sum() < 0.05 * wanted.abs().sum()

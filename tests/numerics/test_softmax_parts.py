@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier import blocked
-from instance_ssl.classifier.cosine_softmax import (
+from instance_ssl.classifier import torch_passes
+from instance_ssl.classifier.excluded_classes import LeftOutClasses
+from instance_ssl.classifier.reference import dense_hard_classes, dense_labels
+from instance_ssl.classifier.sampling import RowClock
+from instance_ssl.classifier.softmax import (
     RowUpdate,
     SmoothedLabels,
     SoftmaxOptions,
@@ -16,9 +19,6 @@ from instance_ssl.classifier.cosine_softmax import (
     normalise_rows,
     own_labels,
 )
-from instance_ssl.classifier.left_out import LeftOutClasses
-from instance_ssl.classifier.reference import dense_hard_classes, dense_labels
-from instance_ssl.classifier.sampling import RowClock
 from instance_ssl.distributed.partition import Partition
 
 OPTIONS = SoftmaxOptions(0.15, "mixture", torch.float32, block_bytes=1)  # one class a block
@@ -59,12 +59,12 @@ def test_the_gradient_is_the_mean_over_the_rows_it_is_told() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(7, 4, generator=generator), torch.randn(3, 4, generator=generator)
     unit_x, labels = normalise_rows(x)[0], own_labels(torch.tensor([1, 5, 2]), None, 0.0, 0, 7, torch.float32)
-    sums = blocked.softmax_sums(unit_x, weight, labels, OPTIONS)
+    sums = torch_passes.softmax_sums(unit_x, weight, labels, OPTIONS)
     gradients = []
     for total_rows in (None, 3, 6):
         buffer, arguments = torch.zeros_like(weight), (labels, weight.clone())
         update = RowUpdate(0.0, 0.0, 0.0)
-        blocked.update_rows(unit_x, sums.z_B, sums.y_B, *arguments, buffer, OPTIONS, update, total_rows=total_rows)
+        torch_passes.update_rows(unit_x, sums.z_B, sums.y_B, *arguments, buffer, OPTIONS, update, total_rows=total_rows)
         gradients.append(buffer)
     torch.testing.assert_close(gradients[0], gradients[1])
     torch.testing.assert_close(gradients[0], 2 * gradients[2])
@@ -74,10 +74,10 @@ def test_the_best_class_is_the_lowest_of_equals_and_none_that_is_left_out() -> N
     weight = torch.tensor([[0.0, 0.0], [-1.0, 0.1], [-1.0, 0.1], [-1.0, 1.0]])
     x = torch.tensor([[1.0, 0.0], [-1.0, 0.1]])
     unit_x, _ = normalise_rows(x)
-    best, classes = blocked.best_classes(unit_x, weight, OPTIONS, left_out=torch.tensor([0]))
+    best, classes = torch_passes.best_classes(unit_x, weight, OPTIONS, left_out=torch.tensor([0]))
     assert classes.tolist() == [3, 1]
     torch.testing.assert_close(best, torch.tensor([-(0.5**0.5), 1.0]))
-    assert blocked.best_classes(unit_x, weight, OPTIONS)[1].tolist() == [0, 1]
+    assert torch_passes.best_classes(unit_x, weight, OPTIONS)[1].tolist() == [0, 1]
 
 
 def test_a_left_out_class_is_struck_out_and_its_own_row_with_it() -> None:
@@ -129,10 +129,10 @@ def test_norms_do_not_overflow_and_ordinary_rows_keep_their_bits() -> None:
 def losses_and_gradients(weight: Tensor, x: Tensor) -> list[Tensor]:
     unit_x, _ = normalise_rows(x)
     labels = own_labels(torch.arange(len(x)), dense_hard_classes(weight, 2)[: len(x)], 0.2, 0, len(weight), x.dtype)
-    sums = blocked.softmax_sums(unit_x, weight, labels, SoftmaxOptions(0.15, "mixture", x.dtype, 2**12))
+    sums = torch_passes.softmax_sums(unit_x, weight, labels, SoftmaxOptions(0.15, "mixture", x.dtype, 2**12))
     buffer = torch.zeros_like(weight)
     arguments: tuple[Any, ...] = (labels, weight.clone(), buffer, OPTIONS, RowUpdate(0.0, 0.0, 0.0))
-    blocked.update_rows(unit_x, sums.z_B, sums.y_B, *arguments)
+    torch_passes.update_rows(unit_x, sums.z_B, sums.y_B, *arguments)
     return [sums.z_B, sums.y_B, sums.dense_BD, sums.sparse_BD, buffer]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from instance_ssl.classifier.triton_kernels import forward_tile, update_tile
+from instance_ssl.classifier.triton_passes import forward_tile, update_tile
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -18,9 +18,9 @@ def compile_kernel(name: str, types: dict[str, str], constants: dict[str, Any], 
     """Compiles a kernel as a launch with aligned pointers would; `types` are those of its pointers."""
     from triton.backends.compiler import GPUTarget
 
-    from instance_ssl.classifier import triton_programs
+    from instance_ssl.classifier import triton_kernels
 
-    kernel = getattr(triton_programs, name)
+    kernel = getattr(triton_kernels, name)
     if not isinstance(kernel, triton.JITFunction):
         pytest.skip("Triton's interpreter is on")
     signature = {

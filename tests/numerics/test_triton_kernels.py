@@ -15,8 +15,9 @@ import torch
 from interpreter import interpreting_process
 from torch import Tensor
 
-from instance_ssl.classifier import blocked, cosine_softmax, triton_kernels
-from instance_ssl.classifier.cosine_softmax import (
+from instance_ssl.classifier import softmax, torch_passes, triton_passes
+from instance_ssl.classifier.reference import dense_labels, dense_loss
+from instance_ssl.classifier.softmax import (
     LossForm,
     RowUpdate,
     SmoothedLabels,
@@ -27,8 +28,7 @@ from instance_ssl.classifier.cosine_softmax import (
     project_gradient,
     unit_feature_gradient,
 )
-from instance_ssl.classifier.reference import dense_labels, dense_loss
-from instance_ssl.classifier.triton_kernels import Tile
+from instance_ssl.classifier.triton_passes import Tile
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -99,7 +99,7 @@ def blocked_update(
     case: Case, x: Tensor, z: Tensor, y: Tensor, labels: SmoothedLabels, w: Tensor, m: Tensor, update: RowUpdate
 ) -> None:
     """The blocked PyTorch path's second pass."""
-    blocked.update_rows(x, z, y, labels, w, m, case.options, update)
+    torch_passes.update_rows(x, z, y, labels, w, m, case.options, update)
 
 
 def in_float64(case: Case, labels: SmoothedLabels) -> tuple[Case, SmoothedLabels]:
@@ -115,10 +115,10 @@ def assert_no_worse(name: str, ours: Tensor, theirs: Tensor, truth: Tensor, tole
 
 def check_sums(case: Case) -> None:
     unit_x_BD, weight_nD, labels, y_Bn = case.problem()
-    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
-    theirs = blocked.softmax_sums(unit_x_BD, weight_nD.float(), labels, case.options)
+    ours = triton_passes.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
+    theirs = torch_passes.softmax_sums(unit_x_BD, weight_nD.float(), labels, case.options)
     exact, exact_labels = in_float64(case, labels)
-    truth = blocked.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
+    truth = torch_passes.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
     # The blocked path takes the terms of y's entries in float32, the kernels those of bfloat16 embeddings, in Z and Y
     # alike: each sum then carries the embeddings' rounding, 2^-8, times 1/τ; what they give together does not.
     tolerance = 1e-6 if case.matmul == torch.float32 else 2**-8 / case.temperature
@@ -130,11 +130,11 @@ def check_sums(case: Case) -> None:
 
     tolerance = 1 if case.classes == 1 else 2e-6 if case.matmul == torch.float32 else 2**-8
     assert_no_worse("dx", gradient(ours), gradient(theirs), gradient(truth), tolerance)
-    again = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
+    again = triton_passes.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
     assert all(torch.equal(getattr(ours, name), getattr(again, name)) for name in SUMS), "not deterministic"
     twin_x_BD = unit_x_BD.double().cpu().requires_grad_()
     loss = dense_loss(twin_x_BD, weight_nD.double().cpu(), y_Bn, case.temperature, case.form)
-    our_loss = cosine_softmax.row_losses(ours.z_B, ours.y_B, case.form).mean().item()
+    our_loss = softmax.row_losses(ours.z_B, ours.y_B, case.form).mean().item()
     assert abs(our_loss - loss.item()) <= (1e-2 if case.matmul == torch.bfloat16 else 2e-6 * abs(loss.item()) + 1e-5)
 
 
@@ -143,7 +143,7 @@ def check_update(case: Case) -> None:
     unit_x_BD, weight_nD, labels, y_Bn = case.problem()
     momentum_nD = (1e-2 * torch.randn(weight_nD.shape, generator=torch.Generator().manual_seed(0))).to(case.momentum)
     exact, exact_labels = in_float64(case, labels)
-    sums = blocked.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
+    sums = torch_passes.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
     exact_rows, exact_momentum = weight_nD.double(), momentum_nD.double().to(case.device)
     twin_nD = weight_nD.double().cpu().requires_grad_()
     dense_loss(unit_x_BD.double().cpu(), twin_nD, y_Bn, case.temperature, case.form).backward()
@@ -153,7 +153,7 @@ def check_update(case: Case) -> None:
 
     z_B, y_B = sums.z_B.float(), sums.y_B.float()
     rows, buffer = weight_nD.clone(), momentum_nD.to(case.device)
-    triton_kernels.update_rows(unit_x_BD, z_B, y_B, labels, rows, buffer, case.options, UPDATE, tile=case.tile)
+    triton_passes.update_rows(unit_x_BD, z_B, y_B, labels, rows, buffer, case.options, UPDATE, tile=case.tile)
     their_rows, their_buffer = weight_nD.float(), momentum_nD.to(case.device).float()
     blocked_update(case, unit_x_BD, z_B, y_B, labels, their_rows, their_buffer, UPDATE)
     assert_no_worse("momentum", buffer, their_buffer, exact_momentum, 1e-6 if buffer.dtype == torch.float32 else 2**-8)
@@ -170,9 +170,9 @@ def check_confident_rows(device: str) -> None:
     unit_x_BD = torch.empty(case.rows, case.dim, device=device)
     unit_x_BD[labels.rows] = normalise_rows((weight_nD + noise_nD)[labels.classes])[0]
     exact, exact_labels = in_float64(case, labels)
-    truth = blocked.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
+    truth = torch_passes.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
     assert (truth.y_B / truth.z_B).mean() > 0.98
-    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
+    ours = triton_passes.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
 
     def gradient(sums: SoftmaxSums) -> Tensor:
         gradient_BD = unit_feature_gradient(sums, sums.z_B, sums.y_B, case.options, case.rows).double()
@@ -186,7 +186,7 @@ def check_confident_rows(device: str) -> None:
     assert error(gradient(ours), gradient(truth)) < 0.03
     buffer, true_buffer = torch.zeros_like(weight_nD), torch.zeros_like(weight_nD, dtype=torch.float64)
     still = RowUpdate(0.0, 0.0, 0.0, 1)
-    triton_kernels.update_rows(
+    triton_passes.update_rows(
         unit_x_BD,
         truth.z_B.float(),
         truth.y_B.float(),
@@ -233,13 +233,13 @@ def check_saturated_rows(device: str) -> None:
             labels = SmoothedLabels(*(t.to(device) for t in (labels.rows, labels.classes, labels.values)))
             exact_labels = replace(labels, values=labels.values.double())
             x, w = unit_x_BD.double(), weight_nD.double()
-            sums = blocked.softmax_sums(x, w, exact_labels, exact)
-            truth = weight_gradient(blocked, x, sums, exact_labels, w, exact)
+            sums = torch_passes.softmax_sums(x, w, exact_labels, exact)
+            truth = weight_gradient(torch_passes, x, sums, exact_labels, w, exact)
             true_sums = replace(sums, z_B=sums.z_B.float(), y_B=sums.y_B.float(), entry_exp_P=None)
             for given in (None, true_sums):
                 ours, theirs = (
                     weight_gradient(passes, unit_x_BD, given or own, labels, weight_nD, options)
-                    for passes in (triton_kernels, blocked)
+                    for passes in (triton_passes, torch_passes)
                     for own in [passes.softmax_sums(unit_x_BD, weight_nD, labels, options)]
                 )
                 our_error, their_error = (torch.linalg.vector_norm(t.double() - truth) for t in (ours, theirs))
@@ -254,13 +254,13 @@ def check_stochastic_rounding(device: str) -> None:
     """Rows land on the two bfloat16 neighbours of the float32 result, on average on the result itself."""
     case = Case(4, 61, 16, 0, weight=torch.bfloat16, tile=Tile(16, 64, 4, 1), device=device)
     unit_x_BD, weight_nD, labels, _ = case.problem()
-    sums = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
+    sums = triton_passes.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
 
     def step(rows: Tensor, seed: int, learning_rate: float) -> Tensor:
         buffer = torch.full_like(rows, 0.01, dtype=torch.float32)
         update = RowUpdate(learning_rate, 0.9, 0.0, seed)
         args = (unit_x_BD, sums.z_B, sums.y_B, labels, rows, buffer, case.options, update)
-        triton_kernels.update_rows(*args, tile=case.tile)
+        triton_passes.update_rows(*args, tile=case.tile)
         return rows.float()
 
     assert torch.equal(step(weight_nD.clone(), 1, 0.0), weight_nD.float()), "a bfloat16 number must stay itself"
@@ -281,15 +281,13 @@ def check_zero_rows(device: str) -> None:
     unit_x_BD, weight_nD, labels, _ = case.problem()
     unit_x_BD[2], weight_nD[3] = 0, 0
     weight_nD[labels.classes[0]] = 0
-    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
+    ours = triton_passes.softmax_sums(unit_x_BD, weight_nD, labels, case.options, tile=case.tile)
     exact, exact_labels = in_float64(case, labels)
-    truth = blocked.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
+    truth = torch_passes.softmax_sums(unit_x_BD.double(), weight_nD.double(), exact_labels, exact.options)
     for name in SUMS:
         torch.testing.assert_close(getattr(ours, name).double(), getattr(truth, name), rtol=1e-5, atol=1e-5)
     rows, buffer = weight_nD.clone(), torch.zeros_like(weight_nD)
-    triton_kernels.update_rows(
-        unit_x_BD, ours.z_B, ours.y_B, labels, rows, buffer, case.options, UPDATE, tile=case.tile
-    )
+    triton_passes.update_rows(unit_x_BD, ours.z_B, ours.y_B, labels, rows, buffer, case.options, UPDATE, tile=case.tile)
     assert rows.isfinite().all()
     assert buffer.isfinite().all()
     assert not rows[[3, int(labels.classes[0])]].any()
@@ -303,12 +301,12 @@ def check_long_rows(device: str) -> None:
     is_long_n = torch.arange(37, device=device) % 3 == 0
     long_nD = torch.where(is_long_n[:, None], weight_nD * 2.0**100, weight_nD)
     ours, usual = (
-        triton_kernels.softmax_sums(unit_x_BD, w, labels, case.options, tile=case.tile) for w in (long_nD, weight_nD)
+        triton_passes.softmax_sums(unit_x_BD, w, labels, case.options, tile=case.tile) for w in (long_nD, weight_nD)
     )
     for name in SUMS:
         torch.testing.assert_close(getattr(ours, name), getattr(usual, name), rtol=1e-5, atol=1e-5)
-    gradient = weight_gradient(triton_kernels, unit_x_BD, ours, labels, long_nD, case.options)
-    expected = weight_gradient(triton_kernels, unit_x_BD, usual, labels, weight_nD, case.options)
+    gradient = weight_gradient(triton_passes, unit_x_BD, ours, labels, long_nD, case.options)
+    expected = weight_gradient(triton_passes, unit_x_BD, usual, labels, weight_nD, case.options)
     expected[is_long_n] *= 2.0**-100
     torch.testing.assert_close(gradient * 2.0**60, expected * 2.0**60, rtol=1e-4, atol=1e-9)
 
@@ -318,22 +316,22 @@ def check_shard_without_labels(device: str) -> None:
     case = Case(37, 61, 16, 0, device=device)
     unit_x_BD, weight_nD, labels, _ = case.problem()
     none = SmoothedLabels(labels.rows[:0], labels.classes[:0], labels.values[:0])
-    ours = triton_kernels.softmax_sums(unit_x_BD, weight_nD, none, case.options, tile=case.tile)
+    ours = triton_passes.softmax_sums(unit_x_BD, weight_nD, none, case.options, tile=case.tile)
     exact, no_labels = in_float64(case, none)
-    truth = blocked.softmax_sums(unit_x_BD.double(), weight_nD.double(), no_labels, exact.options)
+    truth = torch_passes.softmax_sums(unit_x_BD.double(), weight_nD.double(), no_labels, exact.options)
     for name in SUMS:
         torch.testing.assert_close(getattr(ours, name).double(), getattr(truth, name), rtol=1e-5, atol=1e-5)
     y_B = torch.ones_like(ours.y_B)
     rows, buffer, their_rows, their_buffer = (torch.clone(weight_nD) for _ in range(4))
-    triton_kernels.update_rows(unit_x_BD, ours.z_B, y_B, none, rows, buffer, case.options, UPDATE, tile=case.tile)
+    triton_passes.update_rows(unit_x_BD, ours.z_B, y_B, none, rows, buffer, case.options, UPDATE, tile=case.tile)
     blocked_update(case, unit_x_BD, ours.z_B, y_B, none, their_rows, their_buffer, UPDATE)
     torch.testing.assert_close((rows, buffer), (their_rows, their_buffer), rtol=1e-5, atol=1e-5)
 
 
 def check_available(device: str) -> None:
-    assert triton_kernels.available(torch.device(device), 128, torch.bfloat16)
-    assert not triton_kernels.available(torch.device(device), 128, torch.float64)
-    assert not triton_kernels.available(torch.device(device), 4096, torch.bfloat16)
+    assert triton_passes.available(torch.device(device), 128, torch.bfloat16)
+    assert not triton_passes.available(torch.device(device), 128, torch.float64)
+    assert not triton_passes.available(torch.device(device), 4096, torch.bfloat16)
 
 
 CHECKS: list[tuple[Callable[..., None], Any]] = [

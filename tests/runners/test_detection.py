@@ -17,15 +17,15 @@ from processes import run_bare, run_launched
 from ranks import run_ranks
 from voc_tree import add_image, make_tree, object_xml, write_list
 
-from instance_ssl.config import ExperimentConfig
-from instance_ssl.data.voc import open_voc
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
-from instance_ssl.guard import Stopped
-from instance_ssl.run_log import RunLog
-from instance_ssl.stages.context import Stage
+from instance_ssl.evaluation.detection.voc import open_voc
+from instance_ssl.evaluation.workload import Workload
+from instance_ssl.run.log import RunLog
+from instance_ssl.run.stage import Stage
+from instance_ssl.run.watchdog import Stopped
 from instance_ssl.stages.evaluate_detection import _bound, _build, _refuse, _train
-from instance_ssl.stages.workload import Workload
 
 
 def settings(root: Path, **more: str) -> list[str]:

@@ -9,9 +9,9 @@ from processes import ROOT, cpu_environment
 
 SLOW_PIPELINE = """
 import sys, time
-from instance_ssl.data.sources import ArrayImages
+from instance_ssl.data.image_sources import ArrayImages
 from instance_ssl.stages import initialize_classifier, pretrain
-from instance_ssl.stages.context import StageSpec, run_stages
+from instance_ssl.run.stage import StageSpec, run_stages
 
 load = ArrayImages.load
 

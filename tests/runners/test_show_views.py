@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from instance_ssl.config import load_config
-from instance_ssl.console import printable
+from instance_ssl.config.experiment import load_config
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.loaders import view_loader
-from instance_ssl.data.order import BatchKeys
+from instance_ssl.data.sampler import BatchKeys
 from instance_ssl.data.view_grid import pixels_of, view_grid
-from instance_ssl.pretraining import flatten_views
-from instance_ssl.stages.build import training_views
+from instance_ssl.run.build import training_views
+from instance_ssl.run.console import printable
 from instance_ssl.stages.show_views import main
+from instance_ssl.training.step import flatten_views
 
 CONFIG = Path(__file__).parents[2] / "runners/configs/pipeline_cifar10_resnet18.yaml"
 SIZE, NAMES = 96, ("a\nb.png", "b語.png", "c.png", "d.png")

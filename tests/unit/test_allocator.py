@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from instance_ssl import allocator
+from instance_ssl.training import allocator
 
 ROOT = Path(__file__).parents[2]
 # 96 MiB in six blocks, again and again, as a training step's activations; then four times as much, once.

@@ -10,9 +10,9 @@ import pytest
 from image_files import broken_files, encoded
 from PIL import Image
 
-from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.sources import EncodedImages
+from instance_ssl.data.image_sources import EncodedImages
+from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import RankError, UserError
 
 SKIP = OnBroken(skip=True, max_share=0.9)
@@ -86,7 +86,7 @@ def test_a_file_that_may_not_be_read_is_found(tmp_path: Path, monkeypatch: pytes
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(encoded(number))
     # Root may read any file, so the refusal is the test's.
-    monkeypatch.setattr("instance_ssl.data.broken.open_image", _forbidding(tmp_path / "1.jpg"))
+    monkeypatch.setattr("instance_ssl.data.unreadable_images.open_image", _forbidding(tmp_path / "1.jpg"))
     source = opened(tmp_path)
     assert source.names == ["0.jpg", "2.jpg"]
     assert source.left_out == ["1.jpg: Permission denied"]
@@ -95,7 +95,7 @@ def test_a_file_that_may_not_be_read_is_found(tmp_path: Path, monkeypatch: pytes
 
 
 def _forbidding(path: Path) -> Any:
-    from instance_ssl.data.decoding import open_image
+    from instance_ssl.data.decode import open_image
 
     def open_or_not(file: Path) -> Image.Image:
         if file == path:

@@ -8,9 +8,9 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from instance_ssl.config import DataConfig, ExperimentConfig
+from instance_ssl.config.experiment import DataConfig, ExperimentConfig
 from instance_ssl.data.augmentations import centre_view, simclr_view
-from instance_ssl.data.colours import (
+from instance_ssl.data.colour import (
     NORMALISE_MEAN,
     NORMALISE_STD,
     NUM_UNIFORM,
@@ -19,10 +19,10 @@ from instance_ssl.data.colours import (
     ColourRanges,
     apply_colours,
 )
-from instance_ssl.data.sources import ArrayImages
+from instance_ssl.data.image_sources import ArrayImages
 from instance_ssl.data.views import ViewDataset
-from instance_ssl.pretraining import flatten_views
-from instance_ssl.stages.build import training_views
+from instance_ssl.run.build import training_views
+from instance_ssl.training.step import flatten_views
 
 OPERATIONS = [
     functional.adjust_brightness,

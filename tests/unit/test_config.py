@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from instance_ssl.config import ExperimentConfig, flatten, load_config
+from instance_ssl.config.experiment import ExperimentConfig, flatten, load_config
 from instance_ssl.errors import UserError, tried
 
 CONFIGS = sorted((Path(__file__).parents[2] / "runners/configs").glob("*.yaml"))

@@ -3,7 +3,7 @@
 import pytest
 from scipy import stats
 
-from instance_ssl.evaluation.correlation import correlations
+from instance_ssl.evaluation.accuracy_correlation import correlations
 
 
 @pytest.mark.parametrize(

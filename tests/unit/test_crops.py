@@ -10,9 +10,9 @@ from PIL import Image
 from test_colours import kolmogorov
 from torchvision.transforms import v2
 
-from instance_ssl.data import decoding
-from instance_ssl.data.crops import Crop, crop_resized, draw_crop, reduction_for
-from instance_ssl.data.decoding import convert_to_rgb, decode_pixels, image_pixels, open_image
+from instance_ssl.data import decode
+from instance_ssl.data.crop import Crop, crop_resized, draw_crop, reduction_for
+from instance_ssl.data.decode import convert_to_rgb, decode_pixels, image_pixels, open_image
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -123,7 +123,7 @@ def test_both_decoders_give_pil_s_pixels(kind: str) -> None:
 def test_without_torchvision_s_decoder_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(picture(61, 43))
     expected = decode_pixels(data, lambda w, h: 1)
-    monkeypatch.setattr(decoding, "decode_jpeg", None)
+    monkeypatch.setattr(decode, "decode_jpeg", None)
     assert torch.equal(decode_pixels(data, lambda w, h: 1), expected)
 
 

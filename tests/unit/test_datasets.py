@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR10
 
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.folders import Ignored
-from instance_ssl.data.sources import ArrayImages, ImageSource, write_instances
+from instance_ssl.data.image_sources import ArrayImages, ImageSource, write_instances
 from instance_ssl.errors import RankError, UserError
 
 

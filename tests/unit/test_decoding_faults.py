@@ -13,11 +13,11 @@ import pytest
 from image_files import chunk, encoded, png_that_claims
 from PIL import Image
 
-from instance_ssl.data import decoding, sources
-from instance_ssl.data.broken import OnBroken, check_files
-from instance_ssl.data.decoding import convert_to_rgb, decode_pixels, open_image
-from instance_ssl.data.packing import Packing, pack_images
-from instance_ssl.data.sources import FileImages
+from instance_ssl.data import decode, image_sources
+from instance_ssl.data.decode import convert_to_rgb, decode_pixels, open_image
+from instance_ssl.data.image_sources import FileImages
+from instance_ssl.data.pack import Packing, pack_images
+from instance_ssl.data.unreadable_images import OnBroken, check_files
 from instance_ssl.errors import UserError
 
 MIB = 1 << 20
@@ -69,8 +69,8 @@ def test_every_way_has_the_same_verdict_on_a_damaged_jpeg() -> None:
 def test_what_lacks_its_end_mark_has_the_pixels_of_the_whole_file_and_is_told_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert decoding.decode_jpeg is not None
-    monkeypatch.setattr(sources, "_SAID", bytearray(1))
+    assert decode.decode_jpeg is not None
+    monkeypatch.setattr(image_sources, "_SAID", bytearray(1))
     for name in ("a.jpg", "b\n.jpg"):
         (tmp_path / name).write_bytes(noise(4)[:-2])
     images = FileImages(tmp_path, ["a.jpg", "b\n.jpg"], None, None)

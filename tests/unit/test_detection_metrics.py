@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from instance_ssl.errors import UserError
-from instance_ssl.evaluation.detection_metrics import (
+from instance_ssl.evaluation.detection.metrics import (
     IOU_THRESHOLDS,
     Detections,
     Objects,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from instance_ssl import engine
-from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
+from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
 from instance_ssl.errors import UserError
+from instance_ssl.training import engine
 
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))

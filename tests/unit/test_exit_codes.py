@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from instance_ssl.errors import UserError
-from instance_ssl.guard import EXIT_LOST_PEER, ProcessId
-from instance_ssl.run_directory import State, write_status
-from instance_ssl.stages.process import EXIT_STOPPED, Process, exit_code
+from instance_ssl.run.directory import State, write_status
+from instance_ssl.run.process import EXIT_STOPPED, Process, exit_code
+from instance_ssl.run.watchdog import EXIT_LOST_PEER, ProcessId
 
 
 def lose_a_peer() -> None:

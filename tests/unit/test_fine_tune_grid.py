@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from instance_ssl.config import ExperimentConfig
-from instance_ssl.data.sources import ArrayImages
+from instance_ssl.config.experiment import ExperimentConfig
+from instance_ssl.data.image_sources import ArrayImages
 from instance_ssl.errors import UserError
+from instance_ssl.evaluation.frozen_encoder import LabelledImages
 from instance_ssl.stages import evaluate_fine_tune
-from instance_ssl.stages.representation import LabelledImages
 
 STAGE: Any = SimpleNamespace(config=ExperimentConfig())
 

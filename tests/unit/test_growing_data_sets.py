@@ -10,9 +10,9 @@ from image_files import encoded
 from PIL import Image
 
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.rearrangement import digest_of_first, places_of, rearranged
-from instance_ssl.data.sources import EncodedImages, FileImages
-from instance_ssl.schedules import EpochClock
+from instance_ssl.data.image_sources import EncodedImages, FileImages
+from instance_ssl.data.list_changes import digest_of_first, places_of, rearranged
+from instance_ssl.training.schedules import EpochClock
 
 
 def folder_of(folder: Path, names: list[str]) -> FileImages:
@@ -34,7 +34,7 @@ def test_every_known_name_is_found_and_no_other() -> None:
 
 
 def test_names_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    import instance_ssl.data.rearrangement as rearrangement
+    import instance_ssl.data.list_changes as rearrangement
 
     monkeypatch.setattr(rearrangement, "_hashes", lambda names: np.zeros(len(names), np.int64))
     assert places_of(["b", "x", "a"], ["a", "c", "b"]).tolist() == [2, -1, 0]

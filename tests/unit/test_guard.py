@@ -11,8 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from instance_ssl.awake import AwakeClock
-from instance_ssl.guard import Guard, ProcessId, Stopped, descendants_of, is_launcher, launchers_of, own_process_id
+from instance_ssl.distributed.clock import AwakeClock
+from instance_ssl.run.watchdog import (
+    Guard,
+    ProcessId,
+    Stopped,
+    descendants_of,
+    is_launcher,
+    launchers_of,
+    own_process_id,
+)
 
 
 @pytest.fixture

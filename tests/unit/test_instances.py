@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from instance_ssl.config import DataConfig
+from instance_ssl.config.experiment import DataConfig
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.sources import ImageSource
+from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.errors import UserError
-from instance_ssl.stages import instances
+from instance_ssl.run import manifest
 
 NAMES = ["a\nb.png", "back\\nslash.png", "c\udcff.png"]
 
@@ -22,7 +22,7 @@ def begun(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     for number, name in enumerate(NAMES):
         Image.new("L", (2 + 9 * number, 3)).save(tmp_path / "images" / name)
-    instances._write(opened(tmp_path), tmp_path / "run")
+    manifest._write(opened(tmp_path), tmp_path / "run")
     (tmp_path / "run/initialize_classifier/checkpoints/step_000000000").mkdir(parents=True)
     (tmp_path / "run/initialize_classifier/checkpoints/step_000000000/MANIFEST.json").write_text("{}")
     return tmp_path
@@ -33,7 +33,7 @@ def opened(place: Path) -> ImageSource:
 
 
 def arranged(place: Path, **data: bool) -> ImageSource:
-    return instances.as_known(place / "run", DataConfig(**data))(opened(place))
+    return manifest.as_known(place / "run", DataConfig(**data))(opened(place))
 
 
 def test_any_names_are_known_again(begun: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_run_from_before_there_were_sizes_refuses_any_change(begun: Path) -> N
 def test_growth_is_written_down_once(begun: Path) -> None:
     Image.new("L", (40, 3)).save(begun / "images/0.png")
     for _ in range(2):
-        instances._write(arranged(begun), begun / "run")
+        manifest._write(arranged(begun), begun / "run")
     changes = [json.loads(line) for line in (begun / "run/data_changes.jsonl").read_text().splitlines()]
     assert [(change["before"]["num_instances"], change["now"]["num_instances"]) for change in changes] == [(3, 4)]
     assert (begun / "run/instances.txt").read_bytes().count(b"\n") == 4

@@ -6,7 +6,7 @@ import pytest
 
 from instance_ssl.distributed.comm import has_code_for
 from instance_ssl.errors import UserError
-from instance_ssl.launch_checks import check_launch, check_world, read_hostfile, take_apart
+from instance_ssl.run.launch import check_launch, check_world, read_hostfile, take_apart
 
 SCRIPT = ["runners/pretrain.py", "--run-dir", "runs/a"]
 

@@ -6,7 +6,7 @@ import sys
 ENDING = """
 import atexit, sys, threading, time
 import torch
-from instance_ssl.leaving import leave
+from instance_ssl.run.shutdown import leave
 
 def add_for_ever():
     rows = torch.zeros(1000)

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instance_ssl.data.sources import ArrayImages
+from instance_ssl.data.image_sources import ArrayImages
 from instance_ssl.errors import UserError, unescape
-from instance_ssl.stages.left_out_record import Found, append_left_out, read_left_out, record_path
+from instance_ssl.run.exclusion_list import Found, append_left_out, read_left_out, record_path
 
 NAMES = ["a.png", "line\nbreak\ttab\u2028.png", "back\\slash\udcff\x85.png", " d.png "]
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.evaluation.epoch_log import Progress
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.linear import count_correct, probe_cached_features, train_linear_classifier
-from instance_ssl.evaluation.progress import Progress
 
 
 @pytest.fixture(scope="module")

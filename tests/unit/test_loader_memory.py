@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from instance_ssl.data.augmentations import simclr_view
+from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.loaders import PartLoader, image_loader, view_loader
-from instance_ssl.data.order import GlobalBatchSampler, consecutive_batches, epoch_order
-from instance_ssl.data.sources import ImageSource
+from instance_ssl.data.sampler import GlobalBatchSampler, consecutive_batches, epoch_order
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError  # noqa: F401  # for SMALL_SHM
-from instance_ssl.stages.build import own_parts
+from instance_ssl.run.build import own_parts
 
 ROOT = Path(__file__).parents[2]
 

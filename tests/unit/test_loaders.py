@@ -14,9 +14,9 @@ from PIL import Image
 
 from instance_ssl.data.augmentations import centre_view, simclr_view
 from instance_ssl.data.datasets import open_source
+from instance_ssl.data.image_sources import ArrayImages, ImageSource
 from instance_ssl.data.loaders import PartLoader, image_loader, view_loader
-from instance_ssl.data.order import GlobalBatchSampler, Key, Shards, epoch_order
-from instance_ssl.data.sources import ArrayImages, ImageSource
+from instance_ssl.data.sampler import GlobalBatchSampler, Key, Shards, epoch_order
 from instance_ssl.data.views import ViewBatch, ViewDataset, sample_seed
 from instance_ssl.errors import LoaderFault, RankError, UserError
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from instance_ssl.config import ExperimentConfig
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.errors import UserError
-from instance_ssl.stages.checks import check_made_before, check_sources
-from instance_ssl.stages.precision import settle
+from instance_ssl.run.checks import check_made_before, check_sources
+from instance_ssl.run.precision import settle
 
 ALONE: Any = SimpleNamespace(
     rank=0, broadcast_object=lambda value: value, all_gather_objects=lambda value: [value], device=torch.device("cpu")

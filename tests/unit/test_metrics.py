@@ -2,7 +2,7 @@
 
 import pytest
 
-from instance_ssl.metrics import InputWatch, LossLevel
+from instance_ssl.training.meters import InputWatch, LossLevel
 
 
 def test_a_loss_far_above_the_mean_is_a_spike() -> None:

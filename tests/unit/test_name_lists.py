@@ -9,11 +9,11 @@ from image_files import encoded
 from voc_tree import CLASSES, add_image, object_xml
 
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.name_lists import list_line, read_lines, read_names, write_names
-from instance_ssl.data.sources import read_instances, write_instances
-from instance_ssl.data.voc import open_voc
+from instance_ssl.data.image_sources import read_instances, write_instances
 from instance_ssl.errors import UserError, unescape
+from instance_ssl.evaluation.detection.voc import open_voc
 from instance_ssl.evaluation.label_lists import read_label_list, write_label_list
+from instance_ssl.files.name_lists import list_line, read_lines, read_names, write_names
 
 HOSTILE = [
     "plain.png", "new\nline.png", "cr\rin it", "cr at the end\r", "line\u2028separator.png", "next\x85line", "feed\x0c",

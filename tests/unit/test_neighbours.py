@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from instance_ssl.evaluation.neighbours import (
+from instance_ssl.evaluation.neighbour_picture import (
     NO_LABEL,
     OTHER_CLASS,
     SAME_CLASS,

@@ -12,12 +12,12 @@ import pytest
 from image_files import encoded, write_tar
 from PIL import Image
 
-from instance_ssl.data import packing as packing_module
-from instance_ssl.data.broken import OnBroken
+from instance_ssl.data import pack as packing_module
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.packed_set import PackedSet
-from instance_ssl.data.packing import Packing, pack_images
-from instance_ssl.data.sources import EncodedImages
+from instance_ssl.data.image_sources import EncodedImages
+from instance_ssl.data.pack import Packing, pack_images
+from instance_ssl.data.packed_record import PackedSet
+from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import UserError
 
 ROOT = Path(__file__).parents[2]

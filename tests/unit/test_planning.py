@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from instance_ssl.classifier import memory
-from instance_ssl.classifier.cosine_softmax import SoftmaxOptions
-from instance_ssl.classifier.memory import ClassifierSize, classifier_flops, classifier_memory
-from instance_ssl.config import ExperimentConfig
+from instance_ssl.classifier import footprint
+from instance_ssl.classifier.footprint import ClassifierSize, classifier_flops, classifier_memory
+from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.models.encoder import build_encoder
-from instance_ssl.planning import LAYOUTS, EncoderCost, EngineSize, measure_encoder, plan_layout
-from instance_ssl.planning_paper import Training, table_1
-from instance_ssl.stages.build import describe_stem_cost
+from instance_ssl.run.build import describe_stem_cost
+from instance_ssl.training.memory_plan import LAYOUTS, EncoderCost, EngineSize, measure_encoder, plan_layout
+from instance_ssl.training.paper_tables import Training, table_1
 
 COST = EncoderCost(1_000_000, 900_000, 1000, 3_000_000, 3_500_000, 4_000_000, 10**9)
 ENGINE = EngineSize(8, 1, None, torch.float32, 0, 5_000_000, 1)
@@ -107,7 +107,7 @@ def test_a_workspace_is_counted_where_onednn_makes_the_products(monkeypatch: pyt
     size = replace(SIZE, options=options, device=torch.device("cpu"), num_hard_classes=0)
     plans = []
     for available in (True, False):
-        monkeypatch.setattr(memory, "onednn_multiplies_bfloat16", lambda available=available: available)
+        monkeypatch.setattr(footprint, "onednn_multiplies_bfloat16", lambda available=available: available)
         plans.append(classifier_memory(size))
     with_onednn, without = plans
     features = size.gathered_rows * size.embedding_dim * 4

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from instance_ssl.config import load_config
-from instance_ssl.console import ArgumentParser, complain, exit_code_of, show_traceback
-from instance_ssl.data.name_lists import write_lines
-from instance_ssl.data.sources import read_instances
+from instance_ssl.config.experiment import load_config
+from instance_ssl.data.image_sources import read_instances
 from instance_ssl.errors import UserError, escape, unescape
+from instance_ssl.files.name_lists import write_lines
 from instance_ssl.report.command import main as report
-from instance_ssl.run_log import RunLog
+from instance_ssl.run.console import ArgumentParser, complain, exit_code_of, show_traceback
+from instance_ssl.run.log import RunLog
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = {

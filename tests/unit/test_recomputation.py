@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from instance_ssl.models import recomputation
+from instance_ssl.models import activation_checkpointing
 from instance_ssl.models.backbones import BackboneName
 from instance_ssl.models.encoder import Encoder, build_encoder
 
@@ -85,7 +85,7 @@ def test_recomputing_keeps_a_fraction_of_the_activations(backbone: BackboneName,
 
 
 def test_nothing_is_checkpointed_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recomputation, "checkpoint", None)
+    monkeypatch.setattr(activation_checkpointing, "checkpoint", None)
     encoder = encoder_for("small_cnn", 16, recompute=True)
     [images] = batches(16, 1)
     with torch.inference_mode():

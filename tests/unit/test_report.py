@@ -12,15 +12,15 @@ import torch
 import yaml
 from PIL import Image
 
-from instance_ssl.checkpoint_files import write_file
-from instance_ssl.config import load_config
-from instance_ssl.data.sources import write_instances
+from instance_ssl.checkpoint.directory import write_file
+from instance_ssl.config.experiment import load_config
+from instance_ssl.data.image_sources import write_instances
 from instance_ssl.evaluation.embedding_map import principal_components
-from instance_ssl.images import open_split
 from instance_ssl.report.command import main
 from instance_ssl.report.page import build_page
 from instance_ssl.report.runs import open_runs
 from instance_ssl.report.svg import Series, line_chart
+from instance_ssl.run.images import open_split
 
 ROOT = Path(__file__).parents[2]
 N, K = 60, 6

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from instance_ssl.config import DataConfig
-from instance_ssl.data.voc import open_voc
+from instance_ssl.config.experiment import DataConfig
 from instance_ssl.errors import UserError
-from instance_ssl.images import open_split
+from instance_ssl.evaluation.detection.voc import open_voc
+from instance_ssl.run.images import open_split
 
 LAYOUTS = {
     "tree": ["train/cat/1.png", "val/cat/2.png"],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from instance_ssl.run_log import RunLog
+from instance_ssl.run.log import RunLog
 
 
 def write(directory: Path, steps: range, value: float, resumed_at: int | None = None) -> None:

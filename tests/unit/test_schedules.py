@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from instance_ssl.data.views import ViewBatch
-from instance_ssl.pretraining import flatten_views
-from instance_ssl.schedules import warmup_cosine
+from instance_ssl.training.schedules import warmup_cosine
+from instance_ssl.training.step import flatten_views
 
 
 def test_warm_up_is_linear_and_ends_at_the_peak() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from instance_ssl.config import ExperimentConfig, load_config
-from instance_ssl.ds_config import DeepSpeedSettings, load_ds_config
+from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
+from instance_ssl.config.experiment import ExperimentConfig, load_config
 from instance_ssl.errors import UserError
-from instance_ssl.stages.checks import check_size
+from instance_ssl.run.checks import check_size
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,21 +9,21 @@ import pytest
 
 from instance_ssl.ablation.settings import read_ablation
 from instance_ssl.ablation.table import _records
-from instance_ssl.checkpoint_files import MANIFEST, POSITION, _read_manifest
-from instance_ssl.config import load_config
-from instance_ssl.data.packed_set import RECORD, read_packed_set
-from instance_ssl.data.packing import _is_done, _record_of
-from instance_ssl.data.transfer_sets import find_inaturalist2018
-from instance_ssl.ds_config import load_ds_config
+from instance_ssl.checkpoint.directory import MANIFEST, POSITION, _read_manifest
+from instance_ssl.config.deepspeed import load_ds_config
+from instance_ssl.config.experiment import load_config
+from instance_ssl.data.named_sets import find_inaturalist2018
+from instance_ssl.data.pack import _is_done, _record_of
+from instance_ssl.data.packed_record import RECORD, read_packed_set
 from instance_ssl.errors import UserError
-from instance_ssl.launch_checks import read_hostfile
+from instance_ssl.evaluation.cached_training import _read_figures
+from instance_ssl.files.structured import MalformedError, parse_json, parse_yaml
 from instance_ssl.report.command import main as report
-from instance_ssl.run_directory import read_json, read_state
-from instance_ssl.run_log import RunLog
-from instance_ssl.stages.instances import _read
-from instance_ssl.stages.trainings import _read_figures
-from instance_ssl.structured_files import MalformedError, parse_json, parse_yaml
-from instance_ssl.supervision import _statuses
+from instance_ssl.run.directory import read_json, read_state
+from instance_ssl.run.launch import read_hostfile
+from instance_ssl.run.log import RunLog
+from instance_ssl.run.manifest import _read
+from instance_ssl.run.supervisor import _statuses
 
 DEEP = 5000
 BROKEN_JSON: dict[str, bytes] = {
@@ -106,7 +106,7 @@ def ds_config(path: Path) -> None:
 
 
 def position(path: Path) -> None:
-    from instance_ssl.checkpoint import _read_position
+    from instance_ssl.checkpoint.state import _read_position
 
     path.rename(path.with_name(POSITION))
     if isinstance(said := _read_position(path.parent), str):

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from instance_ssl.data.augmentations import centre_view, simclr_view
+from instance_ssl.data.image_sources import ArrayImages
 from instance_ssl.data.loaders import image_loader, view_loader
-from instance_ssl.data.order import GlobalBatchSampler
-from instance_ssl.data.sources import ArrayImages
+from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.data.views import ViewBatch, ViewDataset
 from instance_ssl.errors import RankError
 

@@ -13,10 +13,10 @@ import pytest
 from image_files import broken_files, encoded, write_tar
 
 from instance_ssl.data import tar_index
-from instance_ssl.data.broken import OnBroken
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.sources import EncodedImages
+from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.data.tar_images import TarImages
+from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import RankError, UserError
 
 ODD_NAMES = ["new\nline.jpg", "\udcff\udcfe.jpg", "ünï/語.png", "a" * 200 + ".jpeg"]

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from instance_ssl import pretraining
 from instance_ssl.classifier.shard import ShardOutput
+from instance_ssl.training import step
 
 
 def test_a_step_s_loss_is_a_sum_over_micro_batches_and_log_z_a_mean() -> None:
     parts = [(1.0, 4.0, 1.0), (2.0, 6.0, 2.0), (0.5, 5.0, 0.0)]
     outputs = [ShardOutput(*(torch.tensor(value) for value in part), torch.empty(0)) for part in parts]
-    assert pretraining._read(outputs) == (3.5, 5.0, 3)
+    assert step._read(outputs) == (3.5, 5.0, 3)
 
 
 def test_steps_that_are_left_out_use_their_data_up_and_the_last_step_is_measured(
@@ -31,9 +31,9 @@ def test_steps_that_are_left_out_use_their_data_up_and_the_last_step_is_measured
         engine.steps_taken += 1
         return "report"
 
-    monkeypatch.setattr(pretraining, "train_step", train_step)
+    monkeypatch.setattr(step, "train_step", train_step)
     seen: list[tuple[int, object]] = []
-    pretraining.train_epoch(
+    step.train_epoch(
         engine, shard, iter(range(100, 120)), steps=range(10, 18), accumulation_steps=2,  # type: ignore[arg-type]
         positives_of=torch.tensor, measure_every_steps=3, on_step=lambda *report: seen.append(report), left_out={12},
     )  # fmt: skip
@@ -46,7 +46,7 @@ def test_steps_that_are_left_out_use_their_data_up_and_the_last_step_is_measured
     ]
     assert [step for step, _, measure in trained if measure] == [11, 14, 17]
     trained.clear()
-    pretraining.train_epoch(
+    step.train_epoch(
         engine, shard, iter(range(100, 120)), steps=range(1), accumulation_steps=2,  # type: ignore[arg-type]
         positives_of=torch.tensor, measure_every_steps=3, on_step=lambda *report: None,
     )  # fmt: skip

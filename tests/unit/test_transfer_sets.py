@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.datasets import DTD, SUN397
 
 from instance_ssl.data.datasets import open_source
-from instance_ssl.data.sources import ImageSource
+from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.errors import UserError
 
 

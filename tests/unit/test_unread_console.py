@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-LINES = "from instance_ssl.run_log import RunLog; log = RunLog(is_main=True); log.say('a'); log.say('b')"
+LINES = "from instance_ssl.run.log import RunLog; log = RunLog(is_main=True); log.say('a'); log.say('b')"
 HANG = """
 import sys, time
 from pathlib import Path
-from instance_ssl.guard import Guard
+from instance_ssl.run.watchdog import Guard
 guard = Guard(0)
 guard.start()
 with guard.hangs_after(0.2, Path(sys.argv[1])):
@@ -34,7 +34,7 @@ def test_a_hang_ends_when_the_console_is_full_and_stuck(tmp_path: Path) -> None:
             os.write(writing, b"x" * 4096)
     except BlockingIOError:
         os.set_blocking(writing, True)
-    program = "import instance_ssl.guard as g; g._SECONDS_FOR_WORDS = 1.0\n" + HANG
+    program = "import instance_ssl.run.watchdog as g; g._SECONDS_FOR_WORDS = 1.0\n" + HANG
     finished = subprocess.run([sys.executable, "-c", program, str(tmp_path)], stderr=writing, timeout=30)
     os.close(reading)
     os.close(writing)

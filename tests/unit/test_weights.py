@@ -10,9 +10,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from instance_ssl.checkpoint.weights import backbone_network, load_state, read_weights
 from instance_ssl.errors import UserError
 from instance_ssl.models.backbones import build_backbone
-from instance_ssl.weights import backbone_network, load_state, read_weights
 
 
 def network() -> nn.Module:

@@ -4,9 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-from instance_ssl.checkpoint_files import MANIFEST, POSITION, _manifest_text, write_file
-from instance_ssl.config import EvaluationConfig
-from instance_ssl.stages.checks import what_is_evaluated
+from instance_ssl.checkpoint.directory import MANIFEST, POSITION, _manifest_text, write_file
+from instance_ssl.config.experiment import EvaluationConfig
+from instance_ssl.run.checks import what_is_evaluated
 
 
 def commit(directory: Path) -> None:

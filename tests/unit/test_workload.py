@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from instance_ssl.stages.workload import Workload, duration
+from instance_ssl.evaluation.workload import Workload, duration
 
 
 class Clock:

@@ -1,0 +1,1 @@
+"""Training state as hashed, atomic directories; foreign weights; export."""

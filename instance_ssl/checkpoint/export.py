@@ -1,0 +1,146 @@
+"""A backbone as files that others read: torchvision's and timm's keys, detectron2's keys, ONNX."""
+
+import copy
+import importlib.util
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from instance_ssl.checkpoint.weights import backbone_network
+from instance_ssl.errors import UserError
+from instance_ssl.files.disk_space import saving
+from instance_ssl.models.backbones import ResNet, SmallCnn
+
+ONNX_OPSET = 18
+_SMALL_STEM = "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); model.maxpool = torch.nn.Identity(); "
+# What a format needs beside the project's own requirements.
+_PACKAGES = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript"), "parquet": ("pyarrow",)}
+
+
+def require_packages(formats: Sequence[str]) -> None:
+    """Refuses formats whose packages are not installed, before anything is written.
+
+    Raises:
+        UserError: naming the format and the package.
+    """
+    for form in formats:
+        for package in _PACKAGES.get(form, ()):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f'export.formats: {form} needs {package}: pip install -e ".[export]", or leave {form} out'
+                )
+
+
+def torchvision_state(backbone: ResNet | SmallCnn) -> dict[str, Tensor]:
+    """The backbone's tensors by torchvision's keys, on the CPU, without `fc`: it has no classifier.
+
+    timm's resnets have the same keys. A small_cnn's are its own.
+    """
+    state = backbone_network(backbone).state_dict()
+    return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+
+
+def loading_code(backbone: str, *, small_stem: bool) -> dict[str, str]:
+    """Python that makes a network of images to features from backbone.pth, with torchvision and with timm."""
+    no_classifier = "model.fc = torch.nn.Identity(); "
+    stem = _SMALL_STEM if small_stem else ""
+    load = "model.load_state_dict(torch.load('backbone.pth', weights_only=True))"
+    with_timm = f"model = timm.create_model('{backbone}', num_classes=0"
+    return {
+        "torchvision": f"model = torchvision.models.{backbone}(); {no_classifier}{stem}{load}",
+        "timm": f"{with_timm}); {stem}{load}" if small_stem else f"{with_timm}, checkpoint_path='backbone.pth')",
+    }
+
+
+def write_pth(state: dict[str, Tensor], path: Path) -> None:
+    """The state for `torch.load(path, weights_only=True)`."""
+    buffer = io.BytesIO()  # torch.save itself reports a full disk in many ways
+    torch.save(state, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def write_safetensors(state: dict[str, Tensor], path: Path) -> None:
+    """The state for `safetensors.torch.load_file`."""
+    from safetensors.torch import save
+
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save(state, metadata={"format": "pt"}))
+
+
+def detectron2_name(name: str) -> str:
+    """detectron2's key of a torchvision ResNet's, as MoCo's detection/convert-pretrain-to-detectron2.py has it.
+
+    conv1 → stem.conv1, layer1.0.bn2 → res2.0.conv2.norm, layer1.0.downsample.1 → res2.0.shortcut.norm.
+    """
+    parts = name.split(".")
+    if parts[0].startswith("layer"):
+        place, parts = [f"res{int(parts[0].removeprefix('layer')) + 1}", parts[1]], parts[2:]
+    else:
+        place = ["stem"]
+    if parts[0] == "downsample":
+        layer = ["shortcut"] if parts[1] == "0" else ["shortcut", "norm"]
+        return ".".join([*place, *layer, *parts[2:]])
+    if parts[0].startswith("bn"):
+        return ".".join([*place, f"conv{parts[0].removeprefix('bn')}", "norm", *parts[1:]])
+    return ".".join([*place, *parts])
+
+
+def write_detectron2(state: dict[str, Tensor], path: Path) -> None:
+    """The state as NumPy arrays in detectron2's own file format, for MODEL.WEIGHTS.
+
+    detectron2 reads a .pkl with `model` and `__author__` as one of its own (detectron2/checkpoint/
+    detection_checkpoint.py) and finds the place of each key by its end. The network is RGB and has its strides in the
+    3x3 convolutions: MoCo's configs (INPUT.FORMAT RGB, STRIDE_IN_1X1 False, its PIXEL_MEAN and PIXEL_STD) fit.
+    NumPy 1.26 or newer reads it.
+    """
+    arrays = {detectron2_name(name): value.numpy() for name, value in state.items()}
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        pickle.dump({"model": arrays, "__author__": "instance_ssl", "matching_heuristics": True}, file, protocol=4)
+
+
+def write_onnx(backbone: ResNet | SmallCnn, image_size: int, path: Path) -> None:
+    """The features as an ONNX graph of opset 18: images (batch, 3, S, S), normalised → features (batch, F), float32.
+
+    The batch is of any size; S is `image_size`. Batch norm is in evaluation mode.
+    """
+    network = copy.deepcopy(backbone).cpu().eval()
+    # Two images: torch.export takes a batch of one for a constant.
+    images = torch.zeros(2, 3, image_size, image_size)
+    with whole_file(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about itself
+        torch.onnx.export(
+            network,
+            (images,),
+            temporary,
+            input_names=["images"],
+            output_names=["features"],
+            opset_version=ONNX_OPSET,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its place when all went well.
+
+    Raises:
+        UserError: when the disk does not take it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with saving(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,268 @@
+"""The state of a training as files free of the world size, and back.
+
+    checkpoints/step_000000440/
+        encoder.pt            encoder state and momentum by name, float32, whole (whatever the ZeRO stage); batch-norm
+                              statistics are the ranks' mean
+        rows_000000000_000000719.pt …   rows [start, stop) of W, their momentum, hard classes and clock, by global row
+        rank_00000.pt …       what is a rank's own: its batch-norm statistics and random generators
+        sampling.pt           what sampled instance classification remembers, where a run samples
+        training.json         step, epoch, world size, digests of config and images, figures of the last epoch
+        MANIFEST.json         size and SHA-256 of every file
+
+Rows are found by number, so any number of ranks reads what any other wrote; at the same number of ranks a run goes on
+to the bit. `torch.distributed.checkpoint` would do the first too, but its index is a pickle and it has no hashes; rows
+that are written in order of number need none of it.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from instance_ssl.checkpoint.directory import (
+    POSITION,
+    Content,
+    DirectoryWriter,
+    committed_directories,
+    foreign_files,
+    read_tensors,
+    verify,
+)
+from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.distributed.comm import Group
+from instance_ssl.errors import UserError, reason
+from instance_ssl.files.structured import MalformedError, read_json
+
+_ENCODER, _SAMPLING = "encoder.pt", "sampling.pt"
+_ROWS = ("weight", "momentum", "hard_classes", "steps_seen")
+# What a reader of the encoder alone has to verify.
+ENCODER_FILES = (_ENCODER, POSITION)
+
+
+@dataclass(frozen=True)
+class TrainingPosition:
+    """Where training stands.
+
+    Attributes:
+        step: global batches of data done, skipped ones included.
+        epoch: whole epochs done.
+        num_instances: N.
+        embedding_dim: D.
+        world_size: ranks that wrote.
+        figures: means of the last whole epoch.
+        digests: of the configuration and of the images, which a run that goes on must share.
+        loss_scale: state of float16's loss scale.
+        skipped_in_a_row: steps that have not moved anything, counted back from this one.
+        loss_level: what the next loss is compared with, for spikes.
+        matmul_dtype: precision of the classifier's products; None before the first step.
+        stretches: those of the `EpochClock`, where a data set has grown on the way; empty: all epochs are alike.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    step: Annotated[int, Field(ge=0)]
+    epoch: Annotated[int, Field(ge=0)]
+    num_instances: Annotated[int, Field(ge=1)]
+    embedding_dim: Annotated[int, Field(ge=1)]
+    world_size: Annotated[int, Field(ge=1)] = 1
+    figures: dict[str, float | None] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    loss_scale: dict[str, Any] | None = None
+    skipped_in_a_row: int = 0
+    loss_level: float | None = None
+    stretches: list[tuple[int, int, int]] = field(default_factory=list)
+    matmul_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        passed_over: what was wrong with newer ones.
+        foreign: names of files in it that are not this project's.
+    """
+
+    directory: Path
+    position: TrainingPosition
+    passed_over: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+
+
+def start_checkpoint(
+    writer: DirectoryWriter,
+    position: TrainingPosition,
+    encoder_state: dict[str, Tensor],
+    encoder_momentum: dict[str, Tensor],
+    own_buffers: dict[str, Tensor],
+    shard: ClassifierShard,
+    world: Group,
+) -> None:
+    """Begins to write the state as it is now, copied, so that training may go on. `writer.commit` ends it.
+
+    A state with rows that are not finite is not committed, for it must not displace a good one. A finite loss keeps
+    them finite: ‖∂J/∂w‖ ≤ 2/(τ ‖w‖), and rows as short as 1e-12 have no gradient. What is left is broken memory.
+    """
+    files: dict[str, Content] = {}
+    if shard.replicas is None or shard.replicas.rank == 0:
+        files[f"rows_{shard.start:09d}_{shard.stop:09d}.pt"] = shard.own_state()
+    files[f"rank_{world.rank:05d}.pt"] = {"buffers": own_buffers, "random": _random_state(world.device)}
+    if world.rank == 0:
+        files[_ENCODER] = {"state": encoder_state, "momentum": encoder_momentum}
+        files[POSITION] = json.dumps(asdict(position), indent=2) + "\n"
+        if shard.sampler is not None:
+            files[_SAMPLING] = shard.sampling_state()
+    writer.start(position.step, files, lambda: _find_infinite_rows(files))
+
+
+def _find_infinite_rows(files: dict[str, Content]) -> str | None:
+    for name, content in files.items():
+        if name.startswith("rows_") and not isinstance(content, str):
+            # The Euclidean norm: at a fifteenth of the cost of the largest absolute value.
+            tensors = [content[key] for key in ("weight", "momentum")]
+            overflowed = [t for t in tensors if not torch.linalg.vector_norm(t.flatten()).isfinite()]
+            if not all(bool(tensor.isfinite().all()) for tensor in overflowed):
+                return f"{name}: rows of W are not finite"
+    return None
+
+
+def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies; None where there is none at all. Collective.
+
+    Args:
+        names: the only files whose content matters, `ENCODER_FILES` say; None: all.
+
+    Raises:
+        UserError: when there are checkpoints but not one is whole: training never starts over in silence.
+    """
+    directories = group.broadcast_object(committed_directories(parent) if group.rank == 0 else None)
+    damage: list[str] = []
+    for directory in directories:
+        problem = verify(directory, group, names)
+        position = _read_position(directory) if problem is None else problem
+        if isinstance(position, TrainingPosition):
+            return Checkpoint(directory, position, tuple(damage), tuple(foreign_files(directory)))
+        damage.append(f"{directory}: {position}")
+    if damage:
+        raise UserError(f"no checkpoint in {parent} is whole ({damage[0]}); restore one or remove the directory")
+    return None
+
+
+def checkpoint_at(path: Path, group: Group, names: tuple[str, ...] | None = None) -> Checkpoint:
+    """The checkpoint in a directory step_…, or the newest that verifies of the training in a run directory. Collective.
+
+    Args:
+        names: as for `newest_checkpoint`.
+
+    Raises:
+        UserError: when there is none, or what is there is damaged.
+    """
+    below = path / "pretrain/checkpoints"
+    if group.broadcast_object(below.is_dir()):
+        newest = newest_checkpoint(below, group, names)
+        if newest is not None:
+            return newest
+    problem = verify(path, group, names) if group.broadcast_object(path.is_dir()) else "there is no such directory"
+    position = _read_position(path) if problem is None else problem
+    if isinstance(position, str):
+        raise UserError(f"{path} is no checkpoint ({position}): give a directory step_… or a run directory")
+    return Checkpoint(path, position, foreign=tuple(foreign_files(path)))
+
+
+def intact_checkpoints(parent: Path, group: Group) -> list[Checkpoint]:
+    """All checkpoints that verify, oldest first; what was damaged beside each is not told. Collective."""
+    directories = group.broadcast_object(committed_directories(parent) if group.rank == 0 else None)
+    found = []
+    for directory in reversed(directories):
+        if verify(directory, group) is None and isinstance(position := _read_position(directory), TrainingPosition):
+            found.append(Checkpoint(directory, position))
+    return found
+
+
+def _read_position(directory: Path) -> TrainingPosition | str:
+    """What training.json says, or what is wrong with it (another version of this project wrote it, say)."""
+    try:
+        text = json.dumps(read_json(directory / POSITION))  # as JSON, whose lists may stand for tuples
+        return TypeAdapter(TrainingPosition).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{POSITION}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, MalformedError) as error:
+        return f"{POSITION}: {reason(error)}"
+
+
+def load_encoder(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Encoder state and momentum by name, on the CPU."""
+    content = _read(checkpoint.directory / _ENCODER, "state", "momentum")
+    return content["state"], content["momentum"]
+
+
+def _read(path: Path, *names: str) -> dict[str, Any]:
+    content = read_tensors(path)
+    if absent := [name for name in names if name not in content]:
+        raise UserError(f"{path} cannot be loaded: it holds no {absent[0]}; give an intact one")
+    return content
+
+
+def load_own_buffers(checkpoint: Checkpoint, world: Group) -> dict[str, Tensor] | None:
+    """This rank's buffers, and its random generators restored; None when another number of ranks wrote."""
+    if checkpoint.position.world_size != world.size:
+        return None
+    path = checkpoint.directory / f"rank_{world.rank:05d}.pt"
+    if not path.exists():
+        return None
+    content = _read(path, "buffers", "random")
+    torch.set_rng_state(content["random"]["cpu"])
+    if world.device.type == "cuda" and "cuda" in content["random"]:
+        torch.cuda.set_rng_state(content["random"]["cuda"], world.device)
+    return content["buffers"]
+
+
+def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
+    """Fills the shard's rows, momentum, hard classes and counters from whichever files hold them.
+
+    A checkpoint of fewer images has the first rows; the others stay as they are, and hard classes are not taken over.
+
+    Raises:
+        UserError: when the checkpoint is of more images or another embedding dimension, or lacks rows.
+    """
+    position = checkpoint.position
+    found = (position.num_instances, position.embedding_dim)
+    expected = (shard.partition.total, shard.weight.shape[1])
+    if found[0] > expected[0] or found[1] != expected[1]:
+        raise UserError(f"{checkpoint.directory} holds {found[0]} x {found[1]} weights, this run needs {expected}")
+    shard.steps_taken = position.step
+    if shard.sampler is not None and (checkpoint.directory / _SAMPLING).exists():
+        shard.restore_sampling(_read(checkpoint.directory / _SAMPLING))
+    filled = 0
+    for path in sorted(checkpoint.directory.glob("rows_*.pt")):
+        first, last = (int(part) for part in path.stem.split("_")[1:])
+        if max(first, shard.start) < min(last, shard.stop):
+            filled += shard.restore_rows(first, last, _read(path, *_ROWS))
+    needed = max(0, min(position.num_instances, shard.stop) - shard.start)
+    if filled != needed:
+        raise UserError(f"{checkpoint.directory} lacks rows of the classifier: {filled} of {needed} found")
+    if found[0] < expected[0]:
+        shard.hard_classes = None
+        shard.settle()  # the rows to come have missed nothing
+
+
+def checkpoint_bytes(shard: ClassifierShard, num_hard_classes: int, encoder_bytes: int) -> int:
+    """What one checkpoint of all ranks takes on disk, within a few per cent.
+
+    Args:
+        encoder_bytes: of the encoder's parameters and buffers; their momentum is as large.
+    """
+    row = shard.weight.shape[1] * (shard.weight.element_size() + shard.momentum_buffer.element_size())
+    return shard.partition.total * (row + 4 * num_hard_classes) + 2 * encoder_bytes
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states

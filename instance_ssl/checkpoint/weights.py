@@ -1,0 +1,295 @@
+"""A backbone's weights by torchvision's names, from a file that somebody else may have made."""
+
+import argparse
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from instance_ssl.checkpoint.directory import read_tensors
+from instance_ssl.errors import UserError, escape, in_one_line, tried
+from instance_ssl.models.backbones import ResNet, SmallCnn
+
+_SHOWN = 3
+_DEEPEST = 8
+# Parts of names that wrappers put anywhere: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Names that a ResNet has, and a small_cnn; and the children of a ResNet that have tensors, for a Sequential of them.
+_RESNET = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
+_SMALL_CNN = ("blocks.0.weight", "blocks.1.running_mean", "blocks.4.weight", "blocks.8.weight")
+_BACKBONE_PART = re.compile(r"(conv|bn|layer)[0-9]+")
+_CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+# Of a word in a name, the word that the trained network has where this one is its moving average; "" is none.
+_TRAINED = {
+    "k": ("q",),
+    "key": ("query",),
+    "teacher": ("student", ""),
+    "target": ("online", ""),
+    "momentum": ("base", ""),
+    "ema": ("", "model"),
+}
+
+
+class Weights(NamedTuple):
+    """Tensors of a file by their names in the network, and what was left aside.
+
+    Attributes:
+        state: without heads and the prefix, on the CPU.
+        ignored: names in the file of what is no backbone's, such as fc.weight; without the prefix where they have it.
+        sha256: of the file, in hexadecimal.
+        prefix: what the names in the file begin with, "" or ending in a dot.
+        aside: what `ignored` is of, shortest names that tell it from the backbone.
+    """
+
+    state: dict[str, Tensor]
+    ignored: list[str]
+    sha256: str
+    prefix: str = ""
+    aside: tuple[str, ...] = ()
+
+
+def split_choice(path: Path) -> tuple[Path, str | None]:
+    """The file, and which of its networks is asked for by `file.pth#prefix`; None: none is."""
+    file, mark, choice = str(path).rpartition("#")
+    return (Path(file), choice.strip(".")) if mark and not path.exists() else (path, None)
+
+
+def read_weights(path: Path) -> Weights:
+    """Reads a backbone from a file of safetensors or of `torch.save`, by its content: named tensors, however nested.
+
+    Nothing in the file is run. The backbone is found by its names below any prefix, or as a Sequential of a ResNet's
+    children; heads and all else are left aside. Where a network and its moving average are there (encoder_q and
+    encoder_k, student and teacher, model and model_ema), it is the network; `file.pth#teacher` asks for another one.
+
+    Raises:
+        UserError: the file is absent, damaged, holds code, no named tensors or several backbones, or a number in it is
+            not finite.
+    """
+    path, choice = split_choice(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"weights file {tried(path)}: {error.strerror}") from None
+    # A safetensors file begins with its header's length in eight bytes and an object; a zip or a pickle does not.
+    header_bytes = int.from_bytes(start[:8], "little")
+    is_safetensors = start[8:] == b"{" and header_bytes < path.stat().st_size
+    if is_safetensors or (path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))):
+        content: dict[str, Any] = dict(_read_safetensors(path))
+    else:
+        # Of what others keep beside the tensors, the command line is the one class that is harmless and common.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = read_tensors(path, mapped=False)
+    found = _without_wrappers(_tensors(content))
+    if not found:
+        what = f"'{escape(str(next(iter(content))))}' is no tensor" if content else "there are none"
+        raise UserError(f"weights file {path}: expected tensors by torchvision's names, but {what}")
+    prefix, names = _choose(found, choice, path)
+    state = {name: found[full] for name, full in names.items()}
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"weights file {path}: {escape(name)} is not finite; give an intact one")
+    rest = found.keys() - names.values()
+    others = [name for name in found if name in rest]
+    aside = tuple(dict.fromkeys(_apart(name, prefix) for name in others))
+    ignored = [name.removeprefix(prefix).removeprefix("state_dict.") for name in others]
+    return Weights(state, ignored, sha256, prefix, aside)
+
+
+def backbone_network(backbone: ResNet | SmallCnn) -> nn.Module:
+    """The module whose keys are torchvision's (a small_cnn's are its own)."""
+    return backbone.network if isinstance(backbone, ResNet) else backbone
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Fills `module` with exactly these tensors; counts of batches (`num_batches_tracked`) may be absent.
+
+    Args:
+        origin: what the tensors come from, for the error.
+
+    Raises:
+        UserError: one line: which keys are missing, which are there without a use, and which shapes differ.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]
+    extra = [name for name in state if name not in own]
+    shapes = [
+        f"{name} is {_shape(state[name])} instead of {_shape(value)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    complaints = [
+        _first_of("missing", missing),
+        _first_of("extra", extra),
+        _first_of("of another shape", shapes),
+    ]
+    if missing or extra or shapes:
+        told = "; ".join(complaint for complaint in complaints if complaint)
+        raise UserError(
+            f"{origin} does not fit this encoder: {told}; give weights of the same network, or set model.backbone, "
+            "model.stem (or data.image_size, which chooses it) and the other keys of model to what they are of"
+        )
+    module.load_state_dict({**own, **state})
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f'{path} needs safetensors: pip install -e ".[export]"') from None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"weights file {path}: not a safetensors file: {in_one_line(error)}") from None
+
+
+def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """All tensors by their dotted names. A file can hold a dictionary twice, or within itself: each is entered once."""
+    found: dict[str, Tensor] = {}
+    entered: set[int] = set()
+
+    def enter(values: Mapping[Any, Any], prefix: str, depth: int) -> None:
+        entered.add(id(values))
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                found[f"{prefix}{key}"] = value
+            elif isinstance(value, dict) and id(value) not in entered and depth < _DEEPEST:
+                enter(value, f"{prefix}{key}.", depth + 1)
+
+    enter(content, "", 1)
+    return found
+
+
+def _without_wrappers(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    bare = {".".join(part for part in name.split(".") if part not in _WRAPPERS): found[name] for name in found}
+    return bare if len(bare) == len(found) else found
+
+
+def _choose(found: dict[str, Tensor], choice: str | None, path: Path) -> tuple[str, dict[str, str]]:
+    """The prefix of the backbone to take, and its names in the file by those in the network.
+
+    Where there is none, all that is in the file but `fc`, for `load_state` to say what is missing.
+
+    Raises:
+        UserError: for several, naming them, or none of the choice.
+    """
+    backbones = _backbones(found)
+    chosen = backbones
+    if choice is not None:
+        chosen = {
+            prefix: names
+            for prefix, names in backbones.items()
+            if prefix.rstrip(".") == choice or (choice and f".{choice}." in f".{prefix}")
+        }
+    trained = {prefix: names for prefix, names in chosen.items() if not _is_average(prefix, chosen)}
+    distinct: dict[str, dict[str, str]] = {}
+    for prefix, names in trained.items():
+        if not any(_same_tensors(found, names, others) for others in distinct.values()):
+            distinct[prefix] = names
+    if len(distinct) == 1:
+        return next(iter(distinct.items()))
+    shown = ", ".join(escape(prefix.rstrip(".")) or "(no prefix)" for prefix in backbones)
+    if len(distinct) > 1:
+        example = escape(next(prefix for prefix in distinct if prefix).rstrip("."))
+        raise UserError(f"weights file {path} holds several backbones: {shown}; choose one: {path}#{example}")
+    if choice is not None:
+        raise UserError(f"weights file {path} holds no backbone under '{escape(choice)}', only: {shown or 'none'}")
+    prefix = _common_prefix(found)
+    names = {name.removeprefix(prefix): name for name in found}
+    return prefix, {name: full for name, full in names.items() if not name.startswith("fc.")}
+
+
+def _backbones(found: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """Of every backbone in the file: its prefix → names in the network → names in the file."""
+    backbones = {}
+    for prefix in dict.fromkeys(prefix for name in found for prefix in _prefixes_before(name)):
+        below = {name.removeprefix(prefix): name for name in found if name.startswith(prefix)}
+        if all(name in below for name in _SMALL_CNN):
+            backbones[prefix] = {name: full for name, full in below.items() if name.startswith("blocks.")}
+        elif all(name in below for name in _RESNET):
+            backbones[prefix] = {n: full for n, full in below.items() if _BACKBONE_PART.fullmatch(n.partition(".")[0])}
+        elif children := _named_children(below):
+            backbones[prefix] = children
+    return backbones
+
+
+def _prefixes_before(name: str) -> list[str]:
+    """Where a backbone may begin that has a tensor of this name."""
+    ends = [known for known in (_RESNET[2], _SMALL_CNN[0]) if f".{name}".endswith(f".{known}")]
+    if numbered := re.fullmatch(r"((?:.*\.)?)[0-9]+\.0\.conv1\.weight", name, re.DOTALL):
+        return [numbered[1]]
+    return [name.removesuffix(end) for end in ends]
+
+
+def _named_children(below: Mapping[str, str]) -> dict[str, str] | None:
+    """The names of `Sequential(*resnet.children())` as the ResNet's own; None where it is none."""
+    places = sorted({int(name.partition(".")[0]) for name in below if re.match(r"[0-9]{1,4}\.", name)})
+    if len(places) < len(_CHILDREN):
+        return None
+    renamed = dict(zip(map(str, places), _CHILDREN, strict=False))
+    named = {}
+    for name, full in below.items():
+        place, _, rest = name.partition(".")
+        if place in renamed:
+            named[f"{renamed[place]}.{rest}"] = full
+    return named if all(name in named for name in _RESNET) else None
+
+
+def _is_average(prefix: str, prefixes: Iterable[str]) -> bool:
+    """Whether a network's name says that it is the moving average of another one there."""
+    there = [_parts(other) for other in prefixes]
+    parts = _parts(prefix)
+    for place, part in enumerate(parts):
+        words = part.split("_")
+        for index, word in enumerate(words):
+            for trained in _TRAINED.get(word, ()):
+                twin = "_".join(filter(None, [*words[:index], trained, *words[index + 1 :]]))
+                if [*parts[:place], *filter(None, [twin]), *parts[place + 1 :]] in there:
+                    return True
+    return False
+
+
+def _parts(prefix: str) -> list[str]:
+    """The parts of a prefix, without DistributedDataParallel's, which one of two networks alone may have."""
+    return [part for part in prefix.split(".") if part not in ("", "module")]
+
+
+def _same_tensors(found: Mapping[str, Tensor], names: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    return names.keys() == others.keys() and all(torch.equal(found[names[n]], found[others[n]]) for n in names)
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """What all names begin with, in whole parts."""
+    parts = [name.split(".")[:-1] for name in names]
+    return "".join(f"{part}." for part in parts[0][: _num_common(parts)])
+
+
+def _apart(name: str, prefix: str) -> str:
+    """The beginning of a name, in whole parts, that tells it from those below the prefix."""
+    parts = name.split(".")
+    return ".".join(parts[: _num_common([parts, prefix.split(".")[:-1]]) + 1])
+
+
+def _num_common(names: Iterable[Sequence[str]]) -> int:
+    """How many parts all names begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False)))
+
+
+def _first_of(what: str, items: list[str]) -> str:
+    """`3 missing (a, b, …)`; nothing for none."""
+    if not items:
+        return ""
+    more = ", …" if len(items) > _SHOWN else ""
+    return f"{len(items)} {what} ({', '.join(items[:_SHOWN])}{more})"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(str(side) for side in tensor.shape) or "a scalar"

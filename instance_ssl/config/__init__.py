@@ -1,0 +1,1 @@
+"""The experiment and the DeepSpeed JSON as checked models."""

@@ -1,0 +1,301 @@
+"""The DeepSpeed JSON: who owns which key, what is derived, and our own section in it.
+
+DeepSpeed ignores unknown top-level keys and overrides some known ones in silence, clips gradients to norm 1 when no
+one says otherwise, and averages gradients where this project sums them. So the file is held to a closed list, and
+the keys that follow from the experiment are injected here.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from instance_ssl.config.experiment import ExperimentConfig
+from instance_ssl.config.messages import DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY, describe_validation_error, nearest
+from instance_ssl.errors import UserError, reason, tried
+from instance_ssl.files.structured import MalformedError, read_json
+
+_DERIVED = {
+    "train_batch_size": "optimization.global_batch_size",
+    "gradient_accumulation_steps": "global batch / (micro-batch x world size)",
+    "gradient_clipping": "optimization.max_grad_norm",
+    "gradient_allreduce_op": "the loss, whose encoder gradients are summed over ranks",
+    "zero_allow_untested_optimizer": "the optimizer, SGD",
+}
+_REFUSED = {
+    "optimizer": "SGD is set by the experiment's optimization section; DeepSpeed would ignore this key in silence",
+    "scheduler": "the schedule is set by the experiment's optimization section",
+    "bf16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype bfloat16",
+    "fp16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype float16",
+    "steps_per_print": "the progress bar is ours",
+}
+# DeepSpeed's keys of this section say how its own checkpointing function, for transformers, keeps activations; nothing
+# here calls it, so each of them would be ignored.
+_REFUSED_ACTIVATION_CHECKPOINTING = {
+    "partition_activations": "it divides activations over model-parallel ranks, and every rank has the whole encoder",
+    "contiguous_memory_optimization": "it needs partition_activations",
+    "number_checkpoints": "the checkpoints are the inputs of the backbone's stages",
+    "cpu_checkpointing": "the peak is the inside of the first stage, when no other stage's input is left to move",
+    "synchronize_checkpoint_boundary": "it times DeepSpeed's own checkpointing function, which is not used",
+    "profile": "it times DeepSpeed's own checkpointing function, which is not used",
+}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class InstanceClassifierSection(BaseModel):
+    """Where and how the classifier is computed.
+
+    Attributes:
+        block_mib: memory of everything that one block of classes needs; `auto` is ten second-level caches of a
+            core on a CPU, 256 MiB on a GPU.
+        keep_mib: memory for terms of the softmax that live from the first pass over W to the second, which then need
+            not be computed again; with one micro-batch a step and the kernels `torch`.
+        matmul_dtype: precision of the logits' matrix products; `auto` follows torch_autocast when that is bfloat16,
+            unless float32 is measured to be faster on this CPU.
+            float16 is not offered: exp(cos/τ) spans more than its range.
+        row_dtype: of the rows of W; bfloat16 rows are rounded stochastically at each update.
+        momentum_dtype: of their momentum.
+        kernels: `triton` on GPUs, `torch` for the same passes in PyTorch, `auto` whichever the device has.
+        group_size: consecutive ranks that hold W once between them; the world's other groups hold copies, and the
+            rows' gradient is summed over the copies. 1 is the replicated classifier of Table 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    block_mib: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "auto"
+    keep_mib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    matmul_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    row_dtype: Literal["float32", "bfloat16"] = "float32"
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    group_size: Literal["world"] | Annotated[int, Field(ge=1)] = "world"
+
+
+@dataclass(frozen=True)
+class DeepSpeedSettings:
+    """A resolved DeepSpeed JSON.
+
+    Attributes:
+        engine: what `deepspeed.initialize` gets.
+        classifier: our own section.
+        micro_batch_size: images of one forward pass on one rank.
+        accumulation_steps: micro-batches of one optimizer step on one rank.
+        autocast_dtype: of the encoder's forward pass; None is plain float32.
+        recompute_stages: whether `activation_checkpointing` is there: activations inside the backbone's stages are
+            computed again in the backward pass.
+        auto_dtype: what `matmul_dtype: auto` has been settled as on these ranks; None: as autocast.
+    """
+
+    engine: dict[str, Any]
+    classifier: InstanceClassifierSection
+    micro_batch_size: int
+    accumulation_steps: int
+    autocast_dtype: torch.dtype | None
+    recompute_stages: bool = False
+    auto_dtype: torch.dtype | None = None
+
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """Precision of the classifier's matrix products."""
+        if self.classifier.matmul_dtype == "auto":
+            as_autocast = torch.bfloat16 if self.autocast_dtype == torch.bfloat16 else torch.float32
+            return self.auto_dtype or as_autocast
+        return _DTYPES[self.classifier.matmul_dtype]
+
+    @property
+    def block_bytes(self) -> int | None:
+        """Memory of one block of classes; None leaves it to the device."""
+        return None if self.classifier.block_mib == "auto" else int(self.classifier.block_mib * 2**20)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of terms that are kept between the classifier's two passes."""
+        return int(self.classifier.keep_mib * 2**20)
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of the rows of W."""
+        return _DTYPES[self.classifier.row_dtype]
+
+    @property
+    def momentum_dtype(self) -> torch.dtype:
+        """Of the rows' momentum."""
+        return _DTYPES[self.classifier.momentum_dtype]
+
+    def describe(self) -> str:
+        """All of it, as JSON."""
+        return json.dumps({**self.engine, OWN_DEEPSPEED_KEY: self.classifier.model_dump()}, sort_keys=True)
+
+    def group_size(self, world_size: int) -> int:
+        """Ranks that hold W once between them."""
+        return world_size if self.classifier.group_size == "world" else self.classifier.group_size
+
+
+def load_ds_config(
+    path: Path, *, global_batch_size: int | None, max_grad_norm: float, world_size: int
+) -> DeepSpeedSettings:
+    """Reads, checks and completes a DeepSpeed JSON.
+
+    Args:
+        global_batch_size: images a step; None: nothing is trained, and neither a batch nor W is divided over ranks.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown, owned or refused key, or a batch that does not divide.
+    """
+    values = _read_json(path)
+    _check_keys(values, path)
+    try:
+        classifier = InstanceClassifierSection.model_validate(values.pop(OWN_DEEPSPEED_KEY, {}))
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: {describe_validation_error(error, InstanceClassifierSection, OWN_DEEPSPEED_KEY)}"
+        ) from None
+    micro_batch_size = values.get("train_micro_batch_size_per_gpu")
+    if not isinstance(values.get("wall_clock_breakdown", False), bool):
+        raise UserError(f"{path}: wall_clock_breakdown must be true or false")
+    if values.get("communication_data_type", "fp32") not in ("fp32", "fp16", "bf16"):
+        raise UserError(f"{path}: communication_data_type must be fp32, fp16 or bf16")
+    if type(micro_batch_size) is not int or micro_batch_size < 1:
+        raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of images a rank")
+    images_at_once = micro_batch_size * world_size
+    trains = global_batch_size is not None
+    global_batch_size = images_at_once if global_batch_size is None else global_batch_size
+    accumulation_steps, remainder = divmod(global_batch_size, images_at_once)
+    if remainder or accumulation_steps == 0:
+        raise UserError(_indivisible(global_batch_size, micro_batch_size, world_size, path))
+    if trains and classifier.group_size != "world" and world_size % classifier.group_size:
+        raise UserError(
+            f"{path}: instance_classifier.group_size {classifier.group_size} does not divide the {world_size} ranks"
+        )
+    _check_keep(classifier, accumulation_steps, path)
+    zero_stage = _zero_stage(values.get("zero_optimization", {}), path)
+    engine = {
+        "steps_per_print": 2**31,  # the progress bar is ours
+        "timers": {"throughput": {"enabled": False}},  # which waits for the device twice a micro-batch
+        **values,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+        "gradient_allreduce_op": "sum",
+    }
+    if zero_stage > 0:
+        engine["zero_allow_untested_optimizer"] = True
+    autocast_dtype = _autocast_dtype(values.get("torch_autocast", {}), path)
+    if zero_stage > 0 and autocast_dtype is not None:
+        _check_autocast_under_zero(values, autocast_dtype, path)
+    recompute_stages = "activation_checkpointing" in values
+    if recompute_stages:
+        _check_activation_checkpointing(values["activation_checkpointing"], path)
+    return DeepSpeedSettings(engine, classifier, micro_batch_size, accumulation_steps, autocast_dtype, recompute_stages)
+
+
+def _indivisible(global_batch_size: int, micro_batch_size: int, world_size: int, path: Path) -> str:
+    """That the batch does not divide, and two ways out: a smaller micro-batch, or the nearest batch that does."""
+    at_once = micro_batch_size * world_size
+    batch = max(world_size, global_batch_size - global_batch_size % world_size)
+    smaller = max(d for d in range(1, micro_batch_size + 1) if batch // world_size % d == 0)
+    kept = "keep it with" if batch == global_batch_size else f"--set optimization.global_batch_size={batch} and"
+    return (
+        f"optimization.global_batch_size {global_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
+        f"{micro_batch_size} x {world_size} ranks ({path}): {kept} {micro_batch_advice(smaller, path)}; or set "
+        f"optimization.global_batch_size to a multiple, if there are so many images: the nearest is "
+        f"{max(1, round(global_batch_size / at_once)) * at_once}"
+    )
+
+
+def micro_batch_advice(micro_batch_size: int, path: Path) -> str:
+    """How to change the micro-batch, which no flag does."""
+    return f'"train_micro_batch_size_per_gpu": {micro_batch_size} in a copy of {path}, given as --deepspeed_config'
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, by_hand=True)
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {tried(path)}: {reason(error)}") from None
+    except MalformedError as error:
+        if path.suffix in (".yaml", ".yml"):
+            raise UserError(
+                f"--deepspeed_config {path}: this is YAML, as experiments are: give it as --config, and a DeepSpeed "
+                "JSON such as ds_configs/cpu_float32.json as --deepspeed_config"
+            ) from None
+        raise UserError(f"--deepspeed_config {path}: {reason(error)}") from None
+
+
+def _check_keys(values: dict[str, Any], path: Path) -> None:
+    for key in values:
+        if key in _DERIVED:
+            raise UserError(f"{path}: remove '{key}': it is derived from {_DERIVED[key]}")
+        if key in _REFUSED:
+            raise UserError(f"{path}: remove '{key}': {_REFUSED[key]}")
+        if key in ExperimentConfig.model_fields:
+            raise UserError(f"{path}: '{key}' is a key of the experiment: set it in the YAML of --config, or by --set")
+        if key not in (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY):
+            raise UserError(f"{path}: unknown key '{key}'{nearest(key, (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY))}")
+
+
+def _check_keep(classifier: InstanceClassifierSection, accumulation_steps: int, path: Path) -> None:
+    if classifier.keep_mib > 0 and classifier.kernels != "torch":
+        raise UserError(
+            f"{path}: instance_classifier.keep_mib needs instance_classifier.kernels torch: Triton's keep logits in "
+            "registers and write none"
+        )
+    if classifier.keep_mib > 0 and accumulation_steps > 1:
+        raise UserError(
+            f"{path}: instance_classifier.keep_mib needs one micro-batch a step, and there are {accumulation_steps}: "
+            "raise train_micro_batch_size_per_gpu or remove it"
+        )
+
+
+def _zero_stage(section: Any, path: Path) -> int:
+    stage = section.get("stage", 0) if isinstance(section, dict) else None
+    if stage not in (0, 1, 2) or isinstance(stage, bool):
+        raise UserError(
+            f"{path}: zero_optimization.stage must be 0, 1 or 2 (stage 3 cannot sum gradients, "
+            "and an encoder of this size has nothing to gain from it)"
+        )
+    for key in section:
+        if key.startswith("offload_"):
+            raise UserError(
+                f"{path}: remove 'zero_optimization.{key}': DeepSpeed offloads only its own optimizers, not SGD"
+            )
+    return int(stage)
+
+
+def _autocast_dtype(section: Any, path: Path) -> torch.dtype | None:
+    known = ("enabled", "dtype", "lower_precision_safe_modules")
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: torch_autocast must be an object with {', '.join(known)}")
+    for key in section:
+        if key not in known:
+            raise UserError(f"{path}: unknown key 'torch_autocast.{key}'{nearest(key, known)}")
+    if not section.get("enabled", False):
+        return None
+    if section.get("dtype") not in ("bfloat16", "float16"):
+        raise UserError(f"{path}: torch_autocast.dtype must be bfloat16 or float16")
+    return _DTYPES[section["dtype"]]
+
+
+def _check_autocast_under_zero(values: dict[str, Any], autocast_dtype: torch.dtype, path: Path) -> None:
+    """What DeepSpeed does differently under ZeRO 1 and 2 when it also runs autocast."""
+    if autocast_dtype == torch.float16:
+        raise UserError(
+            f"{path}: torch_autocast.dtype float16 needs zero_optimization.stage 0: under ZeRO, DeepSpeed skips a step "
+            "that overflows without lowering the loss scale, and so every later one"
+        )
+    if "communication_data_type" in values:
+        raise UserError(
+            f"{path}: remove 'communication_data_type': under ZeRO with torch_autocast, DeepSpeed ignores it and "
+            "reduces gradients of convolutions and linear layers in torch_autocast.dtype, of other layers in float32; "
+            "torch_autocast.lower_precision_safe_modules [] has all reduced in float32"
+        )
+
+
+def _check_activation_checkpointing(section: Any, path: Path) -> None:
+    """The section switches it on by being there; it has nothing to say beyond that."""
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: activation_checkpointing must be {{}}, which switches it on, or left out")
+    for key in section:
+        reason = _REFUSED_ACTIVATION_CHECKPOINTING.get(key, "the section takes no keys; {} switches it on")
+        raise UserError(f"{path}: remove 'activation_checkpointing.{key}': {reason}")

@@ -1,0 +1,392 @@
+"""The experiment: everything that changes the mathematics, as frozen models with the paper's main setting as default.
+
+A YAML file lists only what differs. What changes where and how it is computed, and what memory it takes, is the
+DeepSpeed JSON's (`config/deepspeed.py`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from instance_ssl.classifier.prior import InitializationMode
+from instance_ssl.classifier.sampling import SamplingMode
+from instance_ssl.classifier.softmax import MIN_TEMPERATURE, LossForm
+from instance_ssl.config.data import DataConfig
+from instance_ssl.config.detection import DetectionConfig
+from instance_ssl.config.fine_tuning import FineTuneConfig, SemiSupervisedConfig
+from instance_ssl.config.messages import (
+    DEEPSPEED_KEYS,
+    OWN_DEEPSPEED_KEY,
+    describe_validation_error,
+    fields_at,
+    unknown_key,
+)
+from instance_ssl.config.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from instance_ssl.errors import UserError, reason, shorten, tried
+from instance_ssl.files.structured import MalformedError, parse_yaml
+from instance_ssl.models.backbones import BackboneName, StemName
+from instance_ssl.models.encoder import ProjectionName
+
+SourceName = Literal["pixels", "random", "trained", "weights"]
+ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
+
+
+class AugmentationConfig(Section):
+    """The training views: SimCLR's, or `digit` for small handwriting. None: by image size (SimCLR B.9)."""
+
+    view: Literal["simclr", "digit"] = "simclr"
+    num_views: PositiveInt = 2
+    min_crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
+    jitter_strength: Annotated[float, Field(ge=0, le=2.5)] | None = None
+    blur: bool | None = None
+
+
+class ModelConfig(Section):
+    """The encoder. `stem: auto` is the 3x3 stem up to 64 pixels; `projection: mlp_bn` has SimCLR's batch
+    norms, `linear` is Table 2 without the head.
+    """
+
+    backbone: BackboneName = "resnet50"
+    stem: StemName = "auto"
+    projection: ProjectionName = "mlp"
+    projection_hidden_dim: PositiveInt | None = None
+    embedding_dim: PositiveInt = 128
+
+
+class ClassifierConfig(Section):
+    """Eq. 1 to 3 and the prior. K = `num_hard_classes`, α = `smoothing_factor`, τ = `temperature`.
+
+    Attributes:
+        initialization_batch_size: images over all ranks that give one set of batch-norm statistics in the prior's pass.
+        initialization_view: what that pass sees of an image: the deterministic `evaluation` view or a random `training`
+            one. The paper does not say.
+        weight_decay: of W; None: `optimization.weight_decay`, as in PIC.
+        learning_rate_multiplier: W's learning rate by the encoder's, 1 in the paper's one SGD.
+        sampling: classes of a step's softmax: all N (`full`), or Table 3's: the positives of the global batch and
+            `random` others, or the most `recent` ones (PIC). Table 3 is without smoothing, and so is sampling here.
+        num_sampled_classes: positives included, 2^10 … 2^16 in Table 3; more positives than that are all kept.
+    """
+
+    temperature: PositiveFloat = 0.15
+    smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    num_hard_classes: NonNegativeInt = 100
+    loss_form: LossForm = "mixture"
+    initialization: InitializationMode = "running"
+    initialization_batch_size: PositiveInt = 256
+    initialization_view: Literal["evaluation", "training"] = "evaluation"
+    weight_decay: NonNegativeFloat | None = None
+    learning_rate_multiplier: PositiveFloat = 1.0
+    sampling: Literal["full"] | SamplingMode = "full"
+    num_sampled_classes: PositiveInt = 65_536
+
+    @field_validator("temperature")
+    @classmethod
+    def _float32_holds_the_softmax(cls, value: float) -> float:
+        if value < MIN_TEMPERATURE:
+            raise ValueError(
+                f"must be at least {MIN_TEMPERATURE}: no maximum is subtracted before exp(cos/temperature), "
+                "and float32 holds it only down to there"
+            )
+        return value
+
+
+class OptimizationConfig(Section):
+    """SGD of the encoder and of W, on one schedule. Weight decay applies to all parameters, W included (PIC), unless
+    `classifier.weight_decay` says otherwise.
+
+    Attributes:
+        learning_rate: at the end of the warm-up; None is the paper's 0.48 · global_batch_size / 4096.
+        global_batch_size: images (not views) a step, over all ranks and micro-batches.
+        max_grad_norm: clips the encoder's gradient norm; 0 does not. W's gradient is never clipped.
+    """
+
+    epochs: PositiveInt = 200
+    warmup_epochs: NonNegativeInt = 10
+    global_batch_size: PositiveInt = 4096
+    learning_rate: PositiveFloat | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 1e-4
+    max_grad_norm: NonNegativeFloat = 0.0
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The rate at the end of the warm-up."""
+        return 0.48 * self.global_batch_size / 4096 if self.learning_rate is None else self.learning_rate
+
+
+class KnnConfig(Section):
+    """Weighted k-nearest-neighbour vote, every k with every temperature in one pass; the first pair is the headline.
+
+    k = 200 and T = 0.1 are what the field compares with (MoCo's and lightly's CIFAR-10 benchmarks).
+    """
+
+    neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (200, 100, 20, 10)
+    temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.1, 0.07, 0.2)
+
+
+class RetrievalConfig(Section):
+    """Retrieval among the train images, each left out of its own ranking: recall@k for every k, same-class top-1."""
+
+    recall_at: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
+
+
+class SimilarityConfig(Section):
+    """Figure 4: intra- and inter-instance cosines of every initialisation.
+
+    Attributes:
+        modes: initialisations, in the picture's order.
+        num_images: a seeded sample of so many; all images, where there are no more.
+        num_views: random views of each.
+    """
+
+    modes: Annotated[tuple[InitializationMode, ...], Field(min_length=1)] = ("gaussian", "frozen", "batch", "running")
+    num_images: Annotated[int, Field(ge=2)] = 10_000
+    num_views: Annotated[int, Field(ge=2)] = 2
+
+
+class LinearConfig(Section):
+    """Linear evaluation. `sgd` is the paper's protocol; `cached` fits logistic regression to features of one view."""
+
+    protocol: Literal["sgd", "cached"] = "sgd"
+    epochs: PositiveInt = 100
+    global_batch_size: PositiveInt = 2048
+    learning_rate: PositiveFloat = 40.0
+    l2_penalties: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class EvaluationConfig(Section):
+    """What is evaluated, and on which labelled images: `data` lists what differs from the experiment's own `data`.
+
+    Attributes:
+        sources: raw `pixels`, the `random` network, the one `trained`, the backbone of a file of `weights`.
+        checkpoint: what `trained` is: a directory step_… or a run directory (its newest), of any run of the same
+            encoder; None: this run's newest.
+        weights: for `weights`: a file with a backbone by torchvision's keys, of safetensors or torch.save; of several
+            in one, file.pth#prefix takes the one below that prefix.
+    """
+
+    sources: Annotated[tuple[SourceName, ...], Field(min_length=1)] = ("trained",)
+    checkpoint: LocalPath | None = None
+    weights: LocalPath | None = None
+    batch_size: PositiveInt = 256
+    data: DataConfig | None = None
+    knn: KnnConfig = KnnConfig()
+    linear: LinearConfig = LinearConfig()
+    semi_supervised: SemiSupervisedConfig = SemiSupervisedConfig()
+    fine_tune: FineTuneConfig = FineTuneConfig()
+    detection: DetectionConfig = DetectionConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    similarity: SimilarityConfig = SimilarityConfig()
+
+    @model_validator(mode="after")
+    def _weights_have_a_file(self) -> "EvaluationConfig":
+        if "weights" in self.sources and self.weights is None:
+            raise ValueError("source 'weights' needs a file: set evaluation.weights")
+        return self
+
+
+class ExportConfig(Section):
+    """What runners/export.py writes.
+
+    Attributes:
+        source: whose backbone: as in `evaluation.sources`.
+        formats: of the backbone (pth, safetensors, detectron2, onnx) and of the rows (npy is always written; parquet).
+        images: a folder whose images' features and embeddings are written; None: none.
+    """
+
+    source: Literal["random", "trained", "weights"] = "trained"
+    formats: tuple[ExportFormat, ...] = ("pth", "safetensors", "detectron2", "onnx", "parquet")
+    images: LocalPath | None = None
+
+    @field_validator("formats", mode="before")
+    @classmethod
+    def _formats_are_of_the_backbone(cls, values: Any) -> Any:
+        known = get_args(ExportFormat)
+        if isinstance(values, str):
+            raise ValueError(f"expected a list: [{values}]")
+        unknown = [value for value in values if value not in known] if isinstance(values, list | tuple) else []
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is none of {', '.join(known)}: the first four are of the backbone, the last of the "
+                "features of the folder that export.images names, which are written as .npy in any case"
+            )
+        return values
+
+
+class LogConfig(Section):
+    """How often figures are written."""
+
+    every_steps: PositiveInt = 50
+
+
+class CheckpointConfig(Section):
+    """When the state is written: at the end of the training and when it is told to stop in any case.
+
+    Attributes:
+        every_epochs: at the end of every so many epochs.
+        every_steps: every so many steps as well, for epochs of hours.
+        keep: newest ones that stay.
+        keep_every_epochs: those at the end of every so many epochs stay for good, to be evaluated later.
+        tolerated_failures: saves that may fail one after another (the disk is full, say) before the run stops.
+    """
+
+    every_epochs: PositiveInt = 1
+    every_steps: PositiveInt | None = None
+    keep: PositiveInt = 2
+    keep_every_epochs: PositiveInt | None = None
+    tolerated_failures: NonNegativeInt = 2
+
+
+class SafetyConfig(Section):
+    """What a run does when something goes wrong.
+
+    Attributes:
+        join_seconds: how long ranks wait in all for those that have not come; more than nodes differ in booting.
+        hang_seconds: a rank on which nothing moves for so long, while it is not stopped, writes its stacks and exits.
+        max_skipped_steps: steps in a row that may be skipped because a number in them is not finite.
+        spike_nats: a loss higher than its running mean by more than this is a spike; None: no step is.
+        rollback: goes back to the newest checkpoint at a spike, and leaves that batch out from then on.
+    """
+
+    join_seconds: PositiveFloat = 600.0
+    hang_seconds: PositiveFloat = 1800.0
+    max_skipped_steps: PositiveInt = 10
+    spike_nats: PositiveFloat | None = 1.0
+    rollback: bool = False
+
+
+class ExperimentConfig(Section):
+    """One experiment: all stages read the same file."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: DataConfig = DataConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    model: ModelConfig = ModelConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    safety: SafetyConfig = SafetyConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluation_data_lists_what_differs(cls, values: Any) -> Any:
+        data, evaluation = (values.get(key) if isinstance(values, dict) else None for key in ("data", "evaluation"))
+        if not (isinstance(data, dict) and isinstance(evaluation, dict) and isinstance(evaluation.get("data"), dict)):
+            return values
+        return {**values, "evaluation": {**evaluation, "data": {**data, **evaluation["data"]}}}
+
+    @model_validator(mode="after")
+    def _the_device_knows_the_view(self) -> "ExperimentConfig":
+        if self.data.augment_on == "device" and self.augmentation.view != "simclr":
+            raise ValueError(
+                f"data.augment_on device does not know augmentation.view {self.augmentation.view}: set it to cpu"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "ExperimentConfig":
+        epochs, warmup_epochs = self.optimization.epochs, self.optimization.warmup_epochs
+        if warmup_epochs >= epochs:
+            raise ValueError(
+                f"optimization.warmup_epochs {warmup_epochs} must be below optimization.epochs {epochs}: the cosine "
+                "would never begin; 0 is no warm-up"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hard_classes_need_smoothing(self) -> "ExperimentConfig":
+        if self.classifier.smoothing_factor > 0 and self.classifier.num_hard_classes == 0:
+            raise ValueError(
+                "classifier.num_hard_classes is 0 but classifier.smoothing_factor is not: "
+                "set smoothing_factor to 0 for Eq. 1, or give K"
+            )
+        if self.classifier.smoothing_factor > 0 and self.classifier.sampling != "full":
+            raise ValueError(
+                f"classifier.sampling {self.classifier.sampling} leaves out hardest classes that smoothing needs: "
+                "set classifier.smoothing_factor to 0, as Table 3 does"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads a YAML file and applies `--set a.b=value` overrides, whose values are YAML too.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown key or path, or a value out of range.
+    """
+    values = read_yaml(path)
+    _refuse_deepspeed_json(values, path)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return ExperimentConfig.model_validate(values)
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        given = [f"--set {each}" for each in overrides if f"{key}.".startswith(each.partition("=")[0].strip() + ".")]
+        where = given[-1] if given else f"{path} with --set" if overrides else str(path)
+        raise UserError(f"{where}: {describe_validation_error(error, ExperimentConfig)}") from None
+
+
+def _refuse_deepspeed_json(values: dict[str, Any], path: Path) -> None:
+    """JSON is YAML too, so that the two files can be swapped unnoticed until here."""
+    found = [key for key in values if key in (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY)]
+    if found and not any(key in ExperimentConfig.model_fields for key in values):
+        raise UserError(
+            f"--config {path}: this is a DeepSpeed JSON ({found[0]}): give it as --deepspeed_config, and an experiment "
+            "such as runners/configs/pipeline_digits.yaml as --config"
+        )
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """Dotted keys and JSON values of a config."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {
+            k: v for name, item in value.items() for k, v in walk(f"{prefix}.{name}" if prefix else name, item).items()
+        }
+
+    return walk("", config.model_dump(mode="json"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of the file that `--config` names; an empty file has no keys.
+
+    Raises:
+        UserError: when it is missing, no YAML, or anything but a mapping.
+    """
+    try:
+        values = parse_yaml(path.read_bytes())
+    except (OSError, MalformedError) as error:
+        raise UserError(f"--config {tried(path) if isinstance(error, OSError) else path}: {reason(error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected keys and values, found a {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: expected key=value, e.g. --set optimization.epochs=1000")
+    names = path.strip().split(".")
+    for depth, name in enumerate(names):
+        if name not in fields_at(ExperimentConfig, names[:depth]):
+            raise UserError(f"--set {path}: {unknown_key(names[: depth + 1], ExperimentConfig)}")
+    try:
+        value = parse_yaml(text)
+    except MalformedError as error:
+        raise UserError(f"--set {path}={shorten(text)}: the value is {error}") from None
+    for name in names[:-1]:
+        inner = values.setdefault(name, {})
+        if not isinstance(inner, dict):
+            inner = values[name] = {}
+        values = inner
+    values[names[-1]] = value

@@ -1,0 +1,97 @@
+"""The configuration of the protocols that train a whole network on labels: few labels, and other data sets."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from instance_ssl.config.types import LocalPath, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+
+Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+Decays = Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
+
+
+class SemiSupervisedConfig(Section):
+    """Fine-tuning on a share of the training labels.
+
+    The learning rates are the paper's ("Semi-supervised learning"); it gives no epochs, schedule, batch or weight
+    decay, which are SwAV's (eval_semisup.py): 20 epochs, rates times 0.2 at 12 and 16, batch 256, none.
+
+    Attributes:
+        fractions: of the training images that have labels; each class gives equally many.
+        list_files: for each fraction, a list of their file names in SimCLR's form; None draws them.
+        classifier_learning_rates: for each fraction.
+        milestones: shares of the epochs after which the rates are multiplied by `decay_factor`.
+        random_learning_rate, random_epochs: of both parts of the `random` source, which is the supervised baseline
+            (0.1 for batch 256 as torchvision trains ResNets; None: as many epochs as the others).
+    """
+
+    fractions: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.01, 0.1)
+    list_files: tuple[LocalPath, ...] | None = None
+    epochs: PositiveInt = 20
+    global_batch_size: PositiveInt = 256
+    backbone_learning_rate: PositiveFloat = 0.001
+    classifier_learning_rates: Rates = (15.0, 10.0)
+    milestones: tuple[Share, ...] = (0.6, 0.8)
+    decay_factor: Share = 0.2
+    weight_decay: NonNegativeFloat = 0.0
+    random_learning_rate: PositiveFloat = 0.1
+    random_epochs: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each_for_each_fraction(self) -> "SemiSupervisedConfig":
+        wanted = len(self.fractions)
+        if len(self.classifier_learning_rates) != wanted:
+            raise ValueError(
+                f"classifier_learning_rates has {len(self.classifier_learning_rates)} values, fractions {wanted}: "
+                "give one for each"
+            )
+        if self.list_files is not None and len(self.list_files) != wanted:
+            raise ValueError(f"list_files has {len(self.list_files)} files, fractions {wanted}: give one for each")
+        return self
+
+
+def _log_spaced(first: float, last: float, count: int) -> tuple[float, ...]:
+    return tuple(float(f"{first * (last / first) ** (place / (count - 1)):.4g}") for place in range(count))
+
+
+# Three rates without decay are compared, and the best is trained again on all images.
+_SMALL: dict[str, Any] = {
+    "steps": 500,
+    "random_steps": 1000,
+    "global_batch_size": 64,
+    "learning_rates": (1e-3, 1e-2, 1e-1),
+    "random_learning_rates": (1e-2, 1e-1, 1.0),
+    "weight_decays": (0.0,),
+}
+
+
+class FineTuneConfig(Section):
+    """Fine-tuning on another data set by SimCLR's protocol (arXiv:2002.05709, B.8.1).
+
+    Every learning rate with every weight decay is trained on a part of the training images and compared on the rest;
+    the best is trained on all of them and tested. One pair alone is not compared. SimCLR names no schedule: a cosine.
+
+    Attributes:
+        preset: what the other keys are where they are not given: SimCLR's, which the paper follows, or for sets of some
+            thousand images and fewer 4 short trainings (500 steps, as BiT's rule for small sets, arXiv:1912.11370).
+        steps: of one training; `random_steps` for the `random` source, which has its own learning rates too.
+        weight_decays: divided by the learning rate before use.
+        held_out_fraction: what the choice is made on, drawn by class, where the data set has no such part of its own.
+        metric: what is compared, and the headline; SimCLR's is the mean per class for Aircraft, Pets, Caltech-101 and
+            Flowers, and top-1 elsewhere.
+    """
+
+    preset: Literal["paper", "small"] = "paper"
+    steps: PositiveInt = 20_000
+    random_steps: PositiveInt = 40_000
+    global_batch_size: PositiveInt = 256
+    learning_rates: Rates = _log_spaced(1e-4, 1e-1, 7)
+    random_learning_rates: Rates = _log_spaced(1e-3, 1.0, 7)
+    weight_decays: Decays = (0.0, *_log_spaced(1e-6, 1e-3, 7))
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    metric: Literal["top1", "mean_per_class"] = "top1"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_in(cls, values: Any) -> Any:
+        return {**_SMALL, **values} if isinstance(values, dict) and values.get("preset") == "small" else values

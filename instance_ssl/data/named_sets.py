@@ -1,0 +1,170 @@
+"""Data sets with official lists, as their authors and torchvision lay them out: SUN397, DTD and iNaturalist 2018.
+
+None is downloaded. Images are taken in the plain string order of their names.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instance_ssl.data.folders import escape
+from instance_ssl.errors import UserError, reason
+from instance_ssl.files.name_lists import read_names
+from instance_ssl.files.structured import MalformedError, parse_json
+
+# What each list of iNaturalist's holds, and the keys of its entries.
+_INATURALIST_KEYS: dict[str, dict[str, type]] = {
+    "images": {"id": int, "file_name": str},
+    "annotations": {"image_id": int, "category_id": int},
+    "categories": {"id": int, "name": str},
+}
+
+
+@dataclass(frozen=True)
+class LabelledFiles:
+    """What a split consists of.
+
+    Attributes:
+        names: paths relative to the root, in order.
+        labels: class index of each.
+        class_names: of each index.
+        held_out: whether each is in the official held-out part; None where there is no such part.
+    """
+
+    names: list[str]
+    labels: list[int]
+    class_names: list[str]
+    held_out: list[bool] | None = None
+
+
+def find_sun397(root: Path, split: str) -> LabelledFiles:
+    """Partition 1 of SUN397: 50 images a class to train on, 50 to test.
+
+    torchvision's layout, root/SUN397/a/abbey/*.jpg and root/SUN397/ClassName.txt, with Training_01.txt and
+    Testing_01.txt (of Partitions.zip) beside it, in it, or in a folder Partitions in either.
+
+    Raises:
+        UserError: when a list is missing or names a class that ClassName.txt does not.
+    """
+    folder = root / "SUN397"
+
+    def is_there(name: str) -> bool:
+        return (folder / name.lstrip("/")).exists()
+
+    class_names = [line.lstrip("/") for line in _lines(folder / "ClassName.txt", "SUN397", is_there)]
+    places = [place / inner for place in (root, folder) for inner in ("", "Partitions")]
+    name = {"train": "Training_01.txt", "test": "Testing_01.txt"}[split]
+    path = next((place / name for place in places if (place / name).is_file()), root / name)
+    entries = [line.lstrip("/") for line in _lines(path, "SUN397 (its Partitions.zip)", is_there)]
+    return _labelled(path, sorted(entries), class_names, "SUN397/")
+
+
+def find_dtd(root: Path, split: str) -> LabelledFiles:
+    """Partition 1 of DTD, the Describable Textures: train and val together, val being the held-out part, and test.
+
+    torchvision's layout: root/dtd/dtd/images/<class>/*.jpg and root/dtd/dtd/labels/train1.txt, val1.txt, test1.txt.
+
+    Raises:
+        UserError: when a list is missing.
+    """
+    base = Path("dtd/dtd")
+
+    def is_there(name: str) -> bool:
+        return (root / base / "images" / name).exists()
+
+    parts = {
+        part: _lines(root / base / "labels" / f"{part}1.txt", "DTD", is_there) for part in ("train", "val", "test")
+    }
+    class_names = sorted({_folder(entry) for entries in parts.values() for entry in entries})
+    shown, prefix = root / base / "labels", f"{base}/images/"
+    if split == "test":
+        return _labelled(shown / "test1.txt", sorted(parts["test"]), class_names, prefix)
+    held_out = set(parts["val"])
+    entries = sorted([*parts["train"], *held_out])
+    found = _labelled(shown / "train1.txt", entries, class_names, prefix)
+    return LabelledFiles(found.names, found.labels, class_names, [entry in held_out for entry in entries])
+
+
+def find_inaturalist2018(root: Path, split: str) -> LabelledFiles:
+    """iNaturalist 2018 by its lists, root/train2018.json and root/val2018.json; val is the test split.
+
+    The images lie where the lists say, root/train_val2018/Aves/2820/*.jpg, or as torchvision's INaturalist unpacks
+    them, root/2018/Aves/2820/*.jpg. Classes are the categories of train2018.json, by id.
+
+    Raises:
+        UserError: when a list is missing, is none, or has a category that train2018.json lacks.
+    """
+    train = _read_inaturalist(root / "train2018.json")
+    names_by_category = {category["id"]: str(category["name"]) for category in train["categories"]}
+    ids = sorted(names_by_category)
+    class_names = [names_by_category[category] for category in ids]
+    path = root / {"train": "train2018.json", "test": "val2018.json"}[split]
+    content = train if split == "train" else _read_inaturalist(path)
+    class_of = {category: index for index, category in enumerate(ids)}
+    category_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
+    unpacked_by_torchvision = not (root / "train_val2018").is_dir() and (root / "2018").is_dir()
+    rows = []
+    for image in content["images"]:
+        name, category = image["file_name"], category_of.get(image["id"])
+        if "\0" in name or not _is_text(name):
+            raise UserError(f"data.root: {escape(str(path))} names {escape(name)}, which no file can be called")
+        if category not in class_of:
+            raise UserError(f"data.root: {escape(str(path))} gives {escape(name)} no category of train2018.json")
+        if unpacked_by_torchvision:
+            name = "2018/" + name.removeprefix("train_val2018/")
+        rows.append((name, class_of[category]))
+    rows.sort()
+    return LabelledFiles([name for name, _ in rows], [label for _, label in rows], class_names)
+
+
+def _lines(path: Path, what: str, is_there: Callable[[str], bool]) -> list[str]:
+    try:
+        return [name for _, name in read_names(path, is_there)]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"data.root: {escape(str(path))} cannot be read: {reason(error)}; unpack {what} as torchvision does"
+        ) from error
+
+
+def _labelled(path: Path, entries: Iterable[str], class_names: list[str], prefix: str) -> LabelledFiles:
+    """The files that a list names, each in the folder of its class."""
+    class_index = {name: index for index, name in enumerate(class_names)}
+    names, labels = [], []
+    for entry in entries:
+        if (class_name := _folder(entry)) not in class_index:
+            raise UserError(f"data.root: {escape(str(path))} names {escape(entry)}, which lies in no class's folder")
+        names.append(prefix + entry)
+        labels.append(class_index[class_name])
+    if not names:
+        raise UserError(f"data.root: {escape(str(path))} names no image")
+    return LabelledFiles(names, labels, class_names)
+
+
+def _folder(entry: str) -> str:
+    return entry.rpartition("/")[0]
+
+
+def _read_inaturalist(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(path.read_bytes(), is_large=True)
+        if isinstance(content, dict) and all(_are_entries(content.get(k), v) for k, v in _INATURALIST_KEYS.items()):
+            return content
+    except (OSError, MalformedError) as error:
+        raise UserError(f"data.root: {escape(str(path))} cannot be read: {reason(error)}") from error
+    keys = "; ".join(f"{name} with {' and '.join(inner)}" for name, inner in _INATURALIST_KEYS.items())
+    raise UserError(f"data.root: {escape(str(path))} is no list of iNaturalist's: it must hold {keys}")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _are_entries(rows: Any, keys: dict[str, type]) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and all(type(row.get(key)) is kind for key, kind in keys.items()) for row in rows
+    )

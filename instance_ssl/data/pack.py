@@ -1,0 +1,300 @@
+"""Packs images into tar shards of resized JPEGs, which are opened faster and read in long pieces: kind `tar`.
+
+The k-th shard holds the same images whenever it is made, so what a stopped packing has finished is not done again.
+"""
+
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from PIL import Image
+
+from instance_ssl.data.folders import escape
+from instance_ssl.data.image_sources import EncodedImages
+from instance_ssl.data.packed_record import BEGUN, RECORD, PackedSet
+from instance_ssl.data.tar_index import index_shard
+from instance_ssl.data.unreadable_images import OnBroken
+from instance_ssl.errors import UserError, reason
+from instance_ssl.files.disk_space import why_not_written
+from instance_ssl.files.name_lists import list_line, write_lines
+from instance_ssl.files.structured import read_json
+
+_SAMPLED = 32
+_POLL_SECONDS = 0.2
+_BLOCK = tarfile.BLOCKSIZE
+_JPEG = b"\xff\xd8\xff"
+_LONGEST_JPEG = 65_500  # libjpeg's bound, below the format's own 65,535
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How images are packed.
+
+    Attributes:
+        size: length of the short side in pixels; smaller images are not enlarged. 0 copies the files as they are.
+        quality: of the JPEGs, 1 … 95.
+        shard_mib: about how large a shard is.
+        workers: processes.
+    """
+
+    size: int
+    quality: int = 90
+    shard_mib: float = 256.0
+    workers: int = 1
+
+
+def pack_images(
+    source: EncodedImages,
+    folder: Path,
+    packing: Packing,
+    on_broken: OnBroken,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PackedSet:
+    """Packs a source into `folder`, or goes on with that. Opened as kind `tar`, it has the same ids, names and labels.
+
+    A shard has its final name once it is whole, and the folder a record once all are.
+
+    Args:
+        on_broken: what becomes of images that cannot be decoded; they have no id in the packed set.
+        on_progress: called with the images done and all of them, now and then.
+
+    Raises:
+        UserError: the folder cannot be written to or holds another packing, or `on_broken` does not let an image pass.
+    """
+    try:
+        shards = _begin(source, folder, packing)
+        left_out = _write_shards(source, folder, packing, on_broken, shards, on_progress)
+        return _finish(source, folder, packing, list(shards), left_out)
+    except OSError as error:
+        raise UserError(
+            f"--output {escape(str(folder))}: {why_not_written(error, folder, 0)}; the same command goes on"
+        ) from error
+    except BrokenProcessPool as error:
+        raise UserError("a packing process was killed, by lack of memory perhaps; the same command goes on") from error
+
+
+def _begin(source: EncodedImages, folder: Path, packing: Packing) -> dict[str, range]:
+    """The shards and the images of each; says in the folder what is packed there."""
+    odd = next((name for name in source.names if name.lower().endswith(".cls")), None)
+    if odd is not None:
+        raise UserError(f"{escape(odd)} has the name of a class index in a tar: rename it")
+    wanted = {"source": source.digest, "size": packing.size, "quality": packing.quality, "mib": packing.shard_mib}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / BEGUN
+    if not path.exists():
+        if any(folder.iterdir()):
+            raise UserError(f"--output {escape(str(folder))} is not empty: give another folder")
+        sampled = range(0, len(source), math.ceil(len(source) / _SAMPLED))
+        sizes = [_member_bytes(content) for index in sampled if (content := _try(source, index, packing)[0])]
+        mean = sum(sizes) / len(sizes) if sizes else _BLOCK
+        _write_json(path, {**wanted, "images_per_shard": max(1, round(packing.shard_mib * 2**20 / mean))})
+    try:
+        begun = read_json(path)
+        step = begun.pop("images_per_shard")
+        if type(step) is not int or step < 1:
+            raise ValueError("images_per_shard")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--output: {escape(str(path))} is damaged: give another folder") from error
+    if begun != wanted:
+        raise UserError(
+            f"--output {escape(str(folder))} holds a packing of other images or with other --size, --quality, "
+            "--shard-mib, data.exif or data.alpha: give another folder"
+        )
+    starts = range(0, len(source), step)
+    width = max(6, len(str(len(starts))))
+    return {
+        f"shard-{place:0{width}d}.tar": range(start, min(start + step, len(source)))
+        for place, start in enumerate(starts)
+    }
+
+
+def _write_shards(
+    source: EncodedImages,
+    folder: Path,
+    packing: Packing,
+    on_broken: OnBroken,
+    shards: dict[str, range],
+    on_progress: Callable[[int, int], None],
+) -> list[tuple[str, str]]:
+    """Writes the shards that are not there yet; the images left out of all, by name, and why."""
+    context = multiprocessing.get_context("fork")
+    counter = context.Value("q", sum(len(ids) for name, ids in shards.items() if _is_done(folder / name)))
+    missing = {name: ids for name, ids in shards.items() if not _is_done(folder / name)}
+    with ProcessPoolExecutor(
+        packing.workers, mp_context=context, initializer=_enter_worker, initargs=(source, packing, on_broken, counter)
+    ) as pool:
+        tasks: set[Future[None]] = {pool.submit(_write_shard, folder / name, ids) for name, ids in missing.items()}
+        pending = tasks
+        while pending:
+            done, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
+            on_progress(counter.value, len(source))
+            try:
+                for task in done:
+                    task.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    left_out = [tuple(row) for name in shards for row in read_json(_record_of(folder / name))["left_out"]]
+    on_broken.judge(left_out, len(source))
+    return left_out
+
+
+_worker: dict[str, Any] = {}
+
+
+def _enter_worker(source: EncodedImages, packing: Packing, on_broken: OnBroken, counter: Any) -> None:
+    _worker.update(source=source, packing=packing, on_broken=on_broken, counter=counter)
+
+
+def _write_shard(path: Path, ids: range) -> None:
+    """Writes a shard under another name, and renames it when it is whole; its record comes last."""
+    source, counter = _worker["source"], _worker["counter"]
+    labels = source.labels
+    left_out: list[tuple[str, str]] = []
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        hashing = _HashingFile(file)
+        with tarfile.TarFile(
+            fileobj=cast(BinaryIO, hashing),
+            mode="w",
+            format=tarfile.GNU_FORMAT,
+            encoding="utf-8",
+            errors="surrogateescape",
+        ) as tar:
+            for index in ids:
+                content, problem = _try(source, index, _worker["packing"])
+                name = source.names[index]
+                if content is None:
+                    left_out.append((list_line(name), problem))
+                    _worker["on_broken"].judge(left_out, len(source))
+                else:
+                    _add(tar, name, content)
+                    if labels is not None:
+                        _add(tar, _label_name(name), b"%d\n" % int(labels[index]))
+                with counter.get_lock():
+                    counter.value += 1
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    index_shard(path, every_member=True)
+    _write_json(_record_of(path), {"sha256": hashing.digest.hexdigest(), "left_out": left_out, **_stamp(path)})
+
+
+def _finish(
+    source: EncodedImages, folder: Path, packing: Packing, shards: Sequence[str], left_out: Sequence[tuple[str, str]]
+) -> PackedSet:
+    digests = {name: str(read_json(_record_of(folder / name))["sha256"]) for name in shards}
+    packed_set = PackedSet(
+        shards=digests,
+        digest=hashlib.sha256("".join(digests.values()).encode()).hexdigest(),
+        num_images=len(source) - len(left_out),
+        class_names=source.class_names,
+        source=source.digest,
+        size=packing.size,
+        quality=packing.quality,
+        left_out=len(left_out),
+    )
+    if left_out:
+        write_lines((f"{name}: {why}" for name, why in left_out), folder / "left_out.txt")
+    _write_json(folder / RECORD, packed_set.to_json())
+    return packed_set
+
+
+def _try(source: EncodedImages, index: int, packing: Packing) -> tuple[bytes | None, str]:
+    """An image's file as it is packed, or None and why there is none: whatever fails here is the image's fault.
+
+    A copy keeps its EXIF orientation, which is followed when it is read; what is encoded anew is turned already and has
+    none.
+    """
+    try:
+        return _packed(source, index, packing), ""
+    except Exception as error:  # encoders and decoders raise OSError, ValueError, MemoryError and more
+        return None, reason(error)
+
+
+def _packed(source: EncodedImages, index: int, packing: Packing) -> bytes:
+    content = source.read(index)
+    image = source.load(index)
+    scale = packing.size / min(image.size)
+    if packing.size == 0 or (scale >= 1 and content.startswith(_JPEG)):
+        return content
+    if scale < 1:
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if max(image.size) > _LONGEST_JPEG:
+        raise UserError(
+            f"{image.width} x {image.height} pixels are too long for a JPEG ({_LONGEST_JPEG} at most): --size 0 copies "
+            "files as they are"
+        )
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=packing.quality)
+    return buffer.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _label_name(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.partition('.')[0]}.cls"
+
+
+def _member_bytes(content: bytes) -> int:
+    return _BLOCK + -(-len(content) // _BLOCK) * _BLOCK
+
+
+def _record_of(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".json")
+
+
+def _stamp(shard: Path) -> dict[str, int]:
+    status = shard.stat()
+    return {"bytes": status.st_size, "time": status.st_mtime_ns}
+
+
+def _is_done(shard: Path) -> bool:
+    try:
+        record = read_json(_record_of(shard))
+        same = {name: record.get(name) for name in ("bytes", "time")} == _stamp(shard)
+    except (OSError, ValueError):
+        return False
+    return same and isinstance(record.get("sha256"), str) and _are_pairs(record.get("left_out"))
+
+
+def _are_pairs(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, list) and list(map(type, row)) == [str, str] for row in rows)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+class _HashingFile:
+    """What is written goes through SHA-256 as well."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        """As a file's."""
+        self.digest.update(content)
+        return self._file.write(content)
+
+    def tell(self) -> int:
+        """As a file's."""
+        return self._file.tell()

@@ -1,0 +1,113 @@
+"""A training of an evaluation: done once, and gone on with where it stopped.
+
+Each has a name that is the digest of all that decides its outcome. Below D/<stage>/trainings, its figures lie in
+<name>.json once it has ended, and its state in <name>.pt until then; what the same command, or one with further
+fractions or grid points, finds there is not done again.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from instance_ssl.checkpoint.directory import content_bytes, read_tensors, replace_file
+from instance_ssl.errors import UserError
+from instance_ssl.evaluation.epoch_log import DivergedError, Progress
+from instance_ssl.files.disk_space import saving
+from instance_ssl.run.directory import read_json, write_json
+from instance_ssl.run.stage import Stage
+
+# A state is written at the end of an epoch, but no more than this share of the time is spent on it.
+_SAVING_SHARE = 0.05
+# Figures that every training gives.
+_ALWAYS_THERE = ("top1", "train_loss", "epochs")
+
+
+def train_or_find(
+    stage: Stage,
+    title: str,
+    decisive: dict[str, Any],
+    train: Callable[[dict[str, Any] | None, Callable[[Progress], None]], dict[str, Any]],
+) -> dict[str, Any]:
+    """What a training gives, or what it gave before. Collective.
+
+    Args:
+        decisive: all that decides its outcome, but for the number of ranks.
+        train: takes the state to go on from, if any, and what every epoch's progress is offered to.
+
+    Raises:
+        DivergedError: when the loss is no longer a number.
+    """
+    directory = stage.directory / "trainings"
+    name = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+    name = stage.world.broadcast_object(name)
+    figures_path, state_path = directory / f"{name}.json", directory / f"{name}.pt"
+    found = _read_figures(figures_path) if stage.world.rank == 0 else None
+    if (found := stage.world.broadcast_object(found)) is not None:
+        stage.log.say(f"{title}: done before")
+        if "diverged" in found:
+            raise DivergedError(found["diverged"])
+        return found
+    directory.mkdir(parents=True, exist_ok=True)
+    state = _read_state(stage, state_path)
+    if state is not None:
+        stage.log.say(f"{title}: going on after {state['epochs']} epochs")
+    try:
+        figures = train(state, _Saver(stage, state_path).offer)
+    except DivergedError as error:  # on all ranks, and so it would another time
+        _conclude(stage, {"diverged": str(error)}, figures_path, state_path)
+        raise
+    _conclude(stage, figures, figures_path, state_path)
+    return figures
+
+
+def _conclude(stage: Stage, figures: dict[str, Any], figures_path: Path, state_path: Path) -> None:
+    def write() -> None:
+        with saving(figures_path):
+            write_json(figures_path, figures)
+        state_path.unlink(missing_ok=True)
+
+    stage.on_rank_0(write)
+
+
+def _read_state(stage: Stage, path: Path) -> dict[str, Any] | None:
+    """The state to go on from; a damaged file counts as missing, and is said. Collective."""
+    if not stage.world.broadcast_object(path.exists()):
+        return None
+    try:
+        return stage.together(lambda: read_tensors(path))
+    except UserError as error:
+        stage.log.say(f"warning: {error}; this training begins again")
+        return None
+
+
+class _Saver:
+    """Writes states, whole or not at all, and not so often that it would show."""
+
+    def __init__(self, stage: Stage, path: Path) -> None:
+        self._stage, self._path = stage, path
+        self._not_before = 0.0
+
+    def offer(self, done: Progress) -> None:
+        """A state that may be written."""
+        began = time.monotonic()
+        if self._stage.world.rank != 0 or began < self._not_before:
+            return
+        state = done.state()
+        try:
+            with saving(self._path, content_bytes(state)):
+                replace_file(self._path, state)
+        except UserError as error:
+            self._stage.log.say(f"warning: {error}; a stop now would lose the epochs")
+        now = time.monotonic()
+        self._not_before = now + (now - began) / _SAVING_SHARE
+
+
+def _read_figures(path: Path) -> dict[str, Any] | None:
+    """Figures of a training that has ended; a damaged file counts as missing."""
+    figures = read_json(path)
+    if figures is None or isinstance(figures.get("diverged"), str):
+        return figures
+    return figures if all(isinstance(figures.get(name), int | float) for name in _ALWAYS_THERE) else None

@@ -1,0 +1,1 @@
+"""Detection on PASCAL VOC with Faster R-CNN."""

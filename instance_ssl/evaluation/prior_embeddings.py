@@ -1,0 +1,76 @@
+"""The pass of the contrastive prior over any images: what the random network says of them, by mode."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from instance_ssl.classifier.prior import InitializationMode, OwnRows, initialize_from_features
+from instance_ssl.data.augmentations import Transform
+from instance_ssl.data.image_sources import ImageSource
+from instance_ssl.data.loaders import BatchLoader
+from instance_ssl.data.sampler import BatchKeys, epoch_order
+from instance_ssl.data.views import ViewBatch, ViewDataset
+from instance_ssl.distributed.partition import Partition
+from instance_ssl.run.build import own_parts
+from instance_ssl.run.stage import Stage
+
+
+def prior_rows(
+    stage: Stage,
+    network: nn.Module,
+    width: int,
+    images: ImageSource,
+    ids_N: Tensor,
+    view: Transform,
+    mode: InitializationMode,
+    *,
+    label: str,
+    num_views: int = 1,
+    batches_done: int = 0,
+) -> Tensor:
+    """Outputs (n, V, width), float32, for this rank's contiguous part of the chosen images. Collective.
+
+    The same shuffled batches as those of the initialisation, whatever the number of ranks.
+
+    Args:
+        network: images (b, 3, S, S) → (b, width); its batch-norm statistics end as the pass left them.
+        ids_N: images of the source, ascending.
+        view: of which `num_views` are drawn an image.
+        label: of the progress bar.
+        batches_done: see `batch_norm_statistics`.
+    """
+    start, stop = Partition(len(ids_N), stage.world.size).bounds(stage.world.rank)
+    rows = OwnRows(start * num_views, stop * num_views, width, stage.world.device)
+    with stage.log.progress(label, len(ids_N), "images") as progress, stage.autocast():
+
+        def on_batch(count: int) -> None:
+            progress.advance(count // num_views)
+            stage.check_together()
+
+        batches = _own_batches(stage, images, ids_N, view, num_views)
+        initialize_from_features(
+            rows, network, batches, mode, stage.world, batches_done=batches_done, on_batch=on_batch
+        )
+    return rows.rows_nD.view(stop - start, num_views, width)
+
+
+def num_batches(stage: Stage, num_images: int) -> int:
+    """Batches of one pass."""
+    return -(-num_images // stage.config.classifier.initialization_batch_size)
+
+
+def _own_batches(
+    stage: Stage, images: ImageSource, ids_N: Tensor, view: Transform, num_views: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of every batch, views flattened: view v of the image at place p has the number p · V + v."""
+    order = ids_N[epoch_order(len(ids_N), stage.config.seed, epoch=0)]
+    parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)
+    dataset = ViewDataset(images, view, num_views, stage.config.seed)
+    loaded = iter(BatchLoader(dataset, BatchKeys(parts), stage.config.data.num_workers, persistent=False))
+    size = stage.config.data.image_size
+    nothing = ViewBatch(torch.empty(0, num_views, 3, size, size), torch.empty(0, dtype=torch.int64))
+    for part in parts:
+        batch = next(loaded) if part else nothing
+        places_b = torch.searchsorted(ids_N, batch.ids)
+        yield batch.views.flatten(0, 1), (places_b[:, None] * num_views + torch.arange(num_views)).flatten()

@@ -1,0 +1,45 @@
+"""The table at the end of a pipeline, from the results its stages wrote."""
+
+from typing import Any
+
+from instance_ssl.errors import UserError, printable
+from instance_ssl.evaluation.frozen_encoder import TITLES
+from instance_ssl.files.structured import MalformedError, read_json
+from instance_ssl.run.stage import Stage
+
+
+def show(stage: Stage) -> None:
+    """Prints the table and writes it to summary.txt in the run directory."""
+    for line in stage.on_rank_0(lambda: _write(stage)):
+        stage.log.say(line)
+
+
+def _write(stage: Stage) -> list[str]:
+    try:
+        lines = _lines(stage)
+        (stage.run_directory / "summary.txt").write_text(printable("\n".join(lines), "\n") + "\n", encoding="utf-8")
+    except (OSError, MalformedError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{stage.run_directory}: no summary, a result.json is damaged or no room is left ({error})"
+        ) from None
+    return ["", *lines]
+
+
+def _lines(stage: Stage) -> list[str]:
+    knn, linear, pretrain = (_result(stage, name) for name in ("evaluate_knn", "evaluate_linear", "pretrain"))
+    lines = [f"{'':16}{'k-NN top-1':>12}{'linear top-1':>14}"]
+    for source in stage.config.evaluation.sources:
+        row = knn["figures"][source]["top1"], linear["figures"][source]["top1"]
+        lines.append(f"{TITLES[source]:16}{row[0]:>10.2f} %{row[1]:>12.2f} %")
+    accuracy = pretrain["instance_accuracy"]
+    measured = "not measured" if accuracy is None else f"{100 * accuracy:.1f} %"
+    return [
+        *lines,
+        f"instance accuracy of the last epoch: {measured} of {len(stage.source):,} classes",
+        f"nearest neighbours: {stage.run_directory / knn['picture']}",
+        f"the run lies in {stage.run_directory}",
+    ]
+
+
+def _result(stage: Stage, name: str) -> dict[str, Any]:
+    return read_json(stage.run_directory / name / "result.json")

@@ -1,0 +1,1 @@
+"""One process of a run: parse, check, open, run, end."""

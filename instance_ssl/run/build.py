@@ -1,0 +1,176 @@
+"""From the config to the objects that stages share."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from instance_ssl.classifier.kernel_selection import choose_block_bytes, choose_kernels
+from instance_ssl.classifier.kernel_self_test import disagreement
+from instance_ssl.classifier.sampling import ClassSampler
+from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.experiment import AugmentationConfig, DataConfig, ExperimentConfig
+from instance_ssl.data.augmentations import Transform, digit_view, simclr_view
+from instance_ssl.data.image_sources import ImageSource
+from instance_ssl.data.sampler import LazyBatches, Shards
+from instance_ssl.data.views import ViewDataset
+from instance_ssl.distributed import comm
+from instance_ssl.distributed.comm import Group
+from instance_ssl.distributed.partition import Partition
+from instance_ssl.errors import UserError
+from instance_ssl.models.backbones import StemName, choose_stem
+from instance_ssl.models.encoder import Encoder, build_encoder
+from instance_ssl.run.stage import Stage
+from instance_ssl.training.memory_plan import EncoderCost, measure_encoder
+
+
+def seeded_encoder(config: ExperimentConfig, *, recompute_stages: bool = False) -> Encoder:
+    """The random encoder of the experiment's seed, the same on every rank."""
+    torch.manual_seed(config.seed)
+    return build_encoder(
+        backbone=config.model.backbone,
+        stem=config.model.stem,
+        image_size=config.data.image_size,
+        projection=config.model.projection,
+        projection_hidden_dim=config.model.projection_hidden_dim,
+        embedding_dim=config.model.embedding_dim,
+        recompute_stages=recompute_stages,
+    )
+
+
+def describe_encoder(config: ExperimentConfig) -> str:
+    """The choice of stem, said aloud: the wrong one for the image size costs several points."""
+    stem = choose_stem(config.model.backbone, config.model.stem, config.data.image_size)
+    how = "chosen by image size" if config.model.stem == "auto" else "as configured"
+    kind = {"small": "3x3 stem without max-pool", "imagenet": "ImageNet stem"}[stem]
+    head = f"{config.model.projection} projection to {config.model.embedding_dim}"
+    return f"encoder: {config.model.backbone}, {kind} ({how}, {config.data.image_size} px), {head}"
+
+
+def describe_stem_cost(config: ExperimentConfig) -> str | None:
+    """What the 3x3 stem that `auto` has chosen costs beside the other one, counted; None where it was not a choice."""
+    model, size = config.model, config.data.image_size
+    if model.backbone == "small_cnn" or model.stem != "auto" or choose_stem(model.backbone, "auto", size) != "small":
+        return None
+
+    def cost(stem: StemName) -> EncoderCost:
+        def build() -> Encoder:
+            return seeded_encoder(config.model_copy(update={"model": model.model_copy(update={"stem": stem})}))
+
+        return measure_encoder(build, image_size=size, num_views=2, autocast_dtype=None)
+
+    small, imagenet = cost("small"), cost("imagenet")
+    return (
+        f"the 3x3 stem takes {small.flops / imagenet.flops:.1f} times the FLOPs and {small.kept / imagenet.kept:.1f} "
+        f"times the activation memory of the ImageNet stem at {size} px, and sees small images better; "
+        "model.stem=imagenet takes that one, model.stem=small says that this one is meant"
+    )
+
+
+def classifier_shard(stage: Stage) -> ClassifierShard:
+    """This rank's empty rows of W, in model-parallel groups of their own."""
+    classifier, optimization = stage.config.classifier, stage.config.optimization
+    group, replicas = comm.split(stage.world, stage.ds.group_size(stage.world.size))
+    options = SoftmaxOptions(
+        temperature=classifier.temperature,
+        form=classifier.loss_form,
+        matmul_dtype=stage.ds.matmul_dtype,
+        block_bytes=choose_block_bytes(stage.ds.block_bytes, stage.world.device),
+        kernels=choose_kernels(
+            stage.ds.classifier.kernels, stage.world.device, stage.config.model.embedding_dim, stage.ds.matmul_dtype
+        ),
+        kept_bytes=stage.ds.kept_bytes,
+    )
+    if stage.world.device.type == "cuda":
+        options = _with_tried_kernels(stage, options)
+    sampler = None
+    if classifier.sampling != "full":
+        sampler = ClassSampler(
+            classifier.sampling, len(stage.source), classifier.num_sampled_classes, stage.config.seed
+        )
+    return ClassifierShard(
+        len(stage.source),
+        stage.config.model.embedding_dim,
+        group,
+        options,
+        replicas=replicas,
+        smoothing_factor=classifier.smoothing_factor,
+        momentum=optimization.momentum,
+        weight_decay=optimization.weight_decay if classifier.weight_decay is None else classifier.weight_decay,
+        learning_rate_multiplier=classifier.learning_rate_multiplier,
+        row_dtype=stage.ds.row_dtype,
+        momentum_dtype=stage.ds.momentum_dtype,
+        sampler=sampler,
+        seed=stage.config.seed,
+    )
+
+
+def _with_tried_kernels(stage: Stage, options: SoftmaxOptions) -> SoftmaxOptions:
+    """The options with Triton's kernels where they are right on every rank's GPU, or else with the PyTorch passes.
+
+    Raises:
+        UserError: where the DeepSpeed JSON insists on kernels that are not.
+    """
+    if (wanted := stage.ds.classifier.kernels) == "torch":
+        return options
+    problem: str | None = "they want a GPU from Ampere on, Triton, a C compiler and Python's headers"
+    if options.kernels == "triton":
+        shape = stage.world.device, stage.config.model.embedding_dim
+        problem = disagreement(*shape, options, stage.ds.row_dtype, stage.ds.momentum_dtype)
+    problems = stage.world.all_gather_objects(problem)
+    found = next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None), None)
+    if found is None:
+        return options
+    if wanted == "triton":
+        raise UserError(f"instance_classifier.kernels triton cannot be had ({found}): use auto or torch")
+    stage.log.say(f"classifier: PyTorch's operations and not the Triton kernels ({found})")
+    return replace(options, kernels="torch")
+
+
+def training_view(augmentation: AugmentationConfig, data: DataConfig) -> Transform:
+    """The random view of the config."""
+    if augmentation.view == "digit":
+        return digit_view(data.image_size)
+    return simclr_view(
+        data.image_size,
+        min_crop_scale=augmentation.min_crop_scale,
+        jitter_strength=augmentation.jitter_strength,
+        blur=augmentation.blur,
+    )
+
+
+def training_views(config: ExperimentConfig, source: ImageSource) -> ViewDataset:
+    """The views that are trained on, finished or left to the device."""
+    return ViewDataset(
+        source,
+        training_view(config.augmentation, config.data),
+        config.augmentation.num_views,
+        config.seed,
+        leave_colours=config.data.augment_on == "device",
+    )
+
+
+def training_shards(stage: Stage) -> Shards | None:
+    """How the training images are shuffled where they lie in shards, said aloud; None: all at once."""
+    starts, buffer = stage.source.shard_starts, stage.config.data.shuffle_buffer
+    if starts is None or buffer == 0:
+        return None
+    stage.log.say(
+        f"images are shuffled by shard ({len(starts):,} of them) and within a buffer of {buffer:,}; "
+        "data.shuffle_buffer=0 shuffles all at once"
+    )
+    return Shards(torch.from_numpy(starts), buffer)
+
+
+def own_parts(order_N: Tensor, global_batch_size: int, world: Group) -> LazyBatches:
+    """This rank's part of every global batch of `order_N`; the last batch is short, and parts may then be empty.
+
+    The global batches are the same whatever the number of ranks.
+    """
+
+    def part(number: int) -> list[int]:
+        batch = order_N[number * global_batch_size : (number + 1) * global_batch_size]
+        return batch[slice(*Partition(len(batch), world.size).bounds(world.rank))].tolist()
+
+    return LazyBatches(-(-len(order_N) // global_batch_size), part)

@@ -1,0 +1,184 @@
+"""What a run writes as it goes: console (rank 0), metrics.jsonl, TensorBoard, and a progress bar."""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from instance_ssl.files.structured import read_json_lines
+from instance_ssl.run.console import heard_or_not, one_line
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class RunLog:
+    """Console lines of rank 0, and the run directory's metrics once there is one. Other ranks stay silent.
+
+    Lines go through tqdm, so that they never break into a progress bar. Metrics that cannot be written (a full disk,
+    say) are said once and left out: they never end a run.
+
+    Args:
+        is_main: whether this is rank 0.
+        on_progress: called on every rank whenever its work moves on.
+    """
+
+    def __init__(self, *, is_main: bool, on_progress: Callable[[], None] = lambda: None) -> None:
+        self.is_main = is_main
+        self.on_progress = on_progress
+        self._directory: Path | None = None
+        self._resumed_at: int | None = None
+        self._scalars: _ScalarFile | None = None
+        self._complained = False
+
+    def say(self, line: str) -> None:
+        """One line on standard output."""
+        if self.is_main:
+            with heard_or_not(sys.stdout):
+                tqdm.write(one_line(line, sys.stdout.encoding), file=sys.stdout)
+
+    @contextmanager
+    def metrics_in(self, directory: Path) -> Iterator[None]:
+        """Metrics go to `directory`/metrics.jsonl and `directory`/tensorboard while this lasts."""
+        self._directory = directory if self.is_main else None
+        try:
+            yield
+        finally:
+            if self._scalars is not None:
+                self._unless_broken(self._scalars.close)
+            self._directory = self._resumed_at = self._scalars = None
+
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics of steps that a resumed run does again."""
+        if self._directory is None:
+            return
+        self._resumed_at = step
+        path = self._directory / "metrics.jsonl"
+        if path.exists():
+            self._unless_broken(lambda: self._cut_metrics(path, step))
+
+    def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Appends the values that are there to metrics.jsonl and TensorBoard."""
+        if self._directory is not None:
+            known = {name: value for name, value in values.items() if value is not None}
+            self._unless_broken(lambda: self._write(step, known))
+
+    def progress(self, label: str, total: int, unit: str, initial: int = 0) -> "Progress":
+        """A bar on a terminal, a plain line now and then elsewhere; nothing on ranks other than 0."""
+        return Progress(self, label, total, unit, initial)
+
+    def _write(self, step: int, known: dict[str, float]) -> None:
+        assert self._directory is not None
+        with (self._directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **known}) + "\n")
+        if self._scalars is None:
+            self._scalars = _ScalarFile(self._directory / "tensorboard", self._resumed_at)
+        self._scalars.write(step, known)
+
+    def _cut_metrics(self, path: Path, step: int) -> None:
+        lines, num_broken = read_json_lines(path)
+        sound = [line for line in lines if type(line.get("step")) is int]
+        num_broken += len(lines) - len(sound)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in sound if line["step"] <= step))
+        os.replace(temporary, path)
+        if num_broken:
+            self.say(f"warning: {path}: {num_broken} broken lines dropped")
+
+    def _unless_broken(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except (OSError, RuntimeError, ValueError) as error:
+            if not self._complained:
+                self.say(f"warning: metrics are not written ({error}); the run goes on without them")
+            self._complained = True
+
+
+class _ScalarFile:
+    """TensorBoard's file of scalars, written by whoever calls.
+
+    torch's `SummaryWriter` writes from a thread of its own, where a full disk is a traceback that nobody catches.
+
+    Args:
+        resumed_at: later steps of earlier files count no more; None for a run that begins.
+    """
+
+    def __init__(self, directory: Path, resumed_at: int | None) -> None:
+        # Only rank 0 needs them, and they are slow to import.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._event = Event
+        self._records = RecordWriter((directory / name).open("wb"))
+        self._append(file_version="brain.Event:2")
+        if resumed_at is not None:
+            self._append(step=resumed_at + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one step's values, by tag."""
+        summary = {"value": [{"tag": name, "simple_value": value} for name, value in values.items()]}
+        self._append(step=step, summary=summary)
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._records.close()
+
+    def _append(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
+
+
+class Progress:
+    """Progress with rate and time left, on rank 0."""
+
+    def __init__(self, log: RunLog, label: str, total: int, unit: str, initial: int) -> None:
+        self._log, self._label, self._total, self._unit = log, label, total, unit
+        self._done, self._initial, self._note = initial, initial, ""
+        self._started = self._last_line = time.perf_counter()
+        on_terminal = log.is_main and sys.stderr.isatty()
+        shown = one_line(label, sys.stderr.encoding)
+        self._bar = tqdm(desc=shown, total=total, unit=unit, initial=initial, disable=not on_terminal, leave=False)
+        self._lines = log.is_main and not on_terminal
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Adds `count` done units; `note` stands beside the rate."""
+        self._log.on_progress()
+        self._done += count
+        self._note = note
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(count)
+        now = time.perf_counter()
+        if self._lines and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._log.say(self._line())
+
+    def set(self, done: int, total: int) -> None:
+        """Moves to `done` of `total`, for work whose size is only known once it has begun."""
+        self._total = self._bar.total = total
+        self.advance(done - self._done)
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return (self._done - self._initial) / max(1e-9, time.perf_counter() - self._started)
+
+    def _line(self) -> str:
+        rate = self.rate
+        left = (self._total - self._done) / rate if rate > 0 else float("inf")
+        parts = [f"{self._label}: {self._done}/{self._total} {self._unit}", f"{rate:.1f} {self._unit}/s"]
+        return ", ".join([*parts, f"{left:.0f} s left", *([self._note] if self._note else [])])

@@ -1,0 +1,217 @@
+"""Keeps a launched run going: passes signals on, waits for every process, starts again what has died.
+
+`deepspeed` itself passes no signal on to the ranks of one machine, leaves them behind when it is killed, and then exits
+with 0. So the signal goes to the ranks, orphans come back to this process (Linux hands them to the nearest
+"subreaper"), and what became of the run is read in its status.json files.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import psutil
+
+from instance_ssl.distributed.clock import AwakeClock
+from instance_ssl.errors import EXIT_USER_ERROR
+from instance_ssl.run.console import complain
+from instance_ssl.run.directory import read_json
+from instance_ssl.run.launch import Launch
+from instance_ssl.run.watchdog import descendants_of, is_launcher
+
+EXIT_DONE, EXIT_STOPPED = 0, 75
+_FAILED = 1
+_PR_SET_CHILD_SUBREAPER = 36
+# A run that lasted so long was not ended by its own beginning: attempts are counted anew.
+_LONG_RUN_SECONDS = 600.0
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Supervisor:
+    """Runs one launch until it is done, cannot be done, or is told to end.
+
+    Args:
+        restarts: how often in a row it is started again after a failure.
+        pause_seconds: between a failure and the next start.
+        grace_seconds: from a signal, or from the launcher's end, until what is left is killed.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        *,
+        restarts: int,
+        pause_seconds: float,
+        grace_seconds: float,
+        say: Callable[[str], None] = complain,
+    ) -> None:
+        self._launch, self._say = launch, say
+        self._restarts, self._pause_seconds, self._grace_seconds = restarts, pause_seconds, grace_seconds
+        self._before: dict[Path, _Status] = {}
+        self._runner: subprocess.Popen[bytes] | None = None
+        self._signal: int | None = None
+        self._clock = AwakeClock()  # a supervisor that was stopped itself must not kill ranks that had no time to save
+
+    def run(self) -> int:
+        """The exit code of the last attempt: 0 only when every stage that began is complete."""
+        _adopt_orphans()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        failures = 0
+        while True:
+            began = self._clock.read()
+            code = self._attempt()
+            if code in (EXIT_DONE, EXIT_USER_ERROR) or self._signal is not None:
+                return code
+            failures = 1 if self._clock.read() - began > _LONG_RUN_SECONDS else failures + 1
+            if failures > self._restarts:
+                self._say(f"supervise: ended with {code}, and {self._restarts} restarts did not help: giving up")
+                return code
+            self._say(f"supervise: ended with {code}; restart {failures} of {self._restarts}")
+            self._wait(lambda: self._signal is not None, self._pause_seconds)
+            if self._signal is not None:
+                return EXIT_STOPPED
+
+    def _attempt(self) -> int:
+        self._before = {status.path: status for status in _statuses(self._launch.run_directory)}
+        # A session of its own: a Ctrl-C in the terminal reaches this process alone, which passes it on once.
+        self._runner = subprocess.Popen(self._launch.command, start_new_session=True)
+        if self._signal is not None:
+            self._pass_on()
+        told = self._clock.read() if self._signal is not None else None
+        while self._runner.poll() is None:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            now = self._clock.read()
+            if self._signal is not None and told is None:
+                told = now
+                self._pass_on()
+            if told is not None and now - told > self._grace_seconds:
+                self._say(f"supervise: still there {self._grace_seconds:.0f} s after the signal: killing what is left")
+                self._runner.kill()
+                break
+        else:
+            self._hang_up()
+            self._wait(lambda: not _descendants(), self._grace_seconds)  # ranks that the launcher left behind
+        code = self._runner.wait()  # before `_kill`, which would take its exit code along
+        _kill(_descendants())
+        return self._judge(code)
+
+    def _judge(self, code: int) -> int:
+        if code < 0:  # by a signal
+            code = EXIT_STOPPED if self._signal is not None else 128 - code
+        if code == _FAILED and self._signal is not None and self._saved_elsewhere():
+            code = EXIT_STOPPED
+        if code == EXIT_DONE:
+            unfinished = [status for status in self._own_statuses() if status.state != "complete"]
+            if unfinished:
+                self._say(f"supervise: the launcher reports success, but {unfinished[0]}")
+                code = _FAILED
+        return code
+
+    def _saved_elsewhere(self) -> bool:
+        """Whether the nodes' ranks save and leave: over ssh, a runner that is told to end exits before they have."""
+
+        def states() -> set[str]:
+            return {status.state for status in self._own_statuses()}
+
+        self._wait(lambda: "running" not in states(), self._grace_seconds)
+        return "stopped" in states() <= {"stopped", "complete"}
+
+    def _own_statuses(self) -> list["_Status"]:
+        """Of the stages that this attempt has begun; where it has begun none, of the runner's own, or else of all.
+
+        A stage that failed some other day is not this attempt's failure.
+        """
+        statuses = _statuses(self._launch.run_directory)
+        begun = [status for status in statuses if status != self._before.get(status.path)]
+        named = [status for status in statuses if status.path.parent.name == Path(self._launch.script[0]).stem]
+        return begun or named or statuses
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self._signal is None:
+            self._signal = number
+
+    def _pass_on(self) -> None:
+        """To this machine's ranks, which save and leave; over ssh to the runner, which passes it on itself."""
+        ranks = _ranks()
+        self._say(f"supervise: {signal.Signals(self._signal or 0).name}: the run saves its state and ends")
+        if not ranks and self._runner is not None:
+            self._runner.terminate()
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(signal.SIGTERM)
+
+    def _hang_up(self) -> None:
+        """Ends what a killed runner or pdsh leaves of the other: a node's ranks save when their connection ends."""
+        for process in _descendants():
+            with contextlib.suppress(psutil.Error):
+                if process.name() in ("pdsh", "pdsh.bin", "ssh"):  # Debian's pdsh is a script around the program
+                    process.terminate()
+
+    def _wait(self, until: Callable[[], bool], seconds: float) -> None:
+        end = self._clock.read() + seconds
+        while self._clock.read() < end and not until():
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+class _Status(NamedTuple):
+    path: Path
+    state: str
+    reason: str | None
+    written_ns: int
+
+    def __str__(self) -> str:
+        return f"{self.path} says {self.state}" + (f": {self.reason}" if self.reason else "")
+
+
+def _statuses(run_directory: Path | None) -> list[_Status]:
+    """What each stage's status.json says."""
+    found = []
+    for path in sorted((run_directory or Path(os.devnull)).glob("*/status.json")):
+        with contextlib.suppress(OSError):
+            status = read_json(path) or {}
+            state, reason = status.get("state"), status.get("reason")
+            if isinstance(state, str):
+                found.append(_Status(path, state, None if reason is None else str(reason), path.stat().st_mtime_ns))
+    return found
+
+
+def _descendants() -> list[psutil.Process]:
+    """Processes below this one that still run, adopted ones included; those that have ended are buried."""
+    alive = []
+    for process in descendants_of(psutil.Process()):
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+    return alive
+
+
+def _ranks() -> list[psutil.Process]:
+    """The children of launchers that are no launchers themselves."""
+    found = []
+    for process in _descendants():
+        with contextlib.suppress(psutil.Error):
+            if is_launcher(psutil.Process(process.ppid())) and not is_launcher(process):
+                found.append(process)
+    return found
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+def _adopt_orphans() -> None:
+    """Processes whose parent dies become children of this one; without Linux they go their own way."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

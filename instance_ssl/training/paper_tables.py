@@ -1,0 +1,161 @@
+"""Table 1 and Figure 3 of the paper from the planner: memory per rank, and the most classes, by layout.
+
+Memory is all that can be planned: Table 1's times are of the authors' network, data loading and kernels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from instance_ssl.classifier.footprint import ClassifierSize
+from instance_ssl.errors import UserError
+from instance_ssl.training.memory_plan import LAYOUTS, EncoderCost, EngineSize, Layout, Plan, plan_layout
+
+# Images, and Table 1's GB a GPU of DDP and DHP on 64 V100; None: out of memory.
+TABLE_1: dict[str, tuple[int, dict[Layout, float | None]]] = {
+    "ImageNet-1K": (1_281_167, {"replicated, dense": 15.6, "sharded, dense": 9.18}),
+    "ImageNet-21K": (14_197_122, {"replicated, dense": None, "sharded, dense": 21.51}),
+}
+# Figure 3 and its text: the most classes in 32 GB.
+MOST_CLASSES: dict[Layout, int] = {"replicated, dense": 4_700_000, "sharded, dense": 30_000_000}
+PAPER_RANKS, PAPER_BATCH, PAPER_GIB = 64, 4096, 32.0
+
+_FIRST_CLASSES, _LAST_CLASSES, _POINTS = 10_000, 100_000_000, 60
+_COLOURS: dict[Layout, str] = {
+    "sharded": "#1a9850",
+    "replicated": "#4575b4",
+    "sharded, dense": "#f46d43",
+    "replicated, dense": "#a50026",
+}
+_NAMES: dict[Layout, str] = {
+    "sharded": "this code, sharded",
+    "replicated": "this code, replicated",
+    "sharded, dense": "dense logits, sharded (the paper's DHP)",
+    "replicated, dense": "dense logits, replicated (DDP)",
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a plan is of, at one number of ranks."""
+
+    cost: EncoderCost
+    engine: EngineSize
+    classifier: ClassifierSize
+
+    def plan(self, layout: Layout, num_instances: int | None = None) -> Plan:
+        """Of its own number of images, or of another."""
+        count = self.classifier.num_instances if num_instances is None else num_instances
+        return plan_layout(layout, self.cost, self.engine, replace(self.classifier, num_instances=count))
+
+    def peak_gib(self, layout: Layout, num_instances: int) -> float:
+        """GiB of one rank at its largest."""
+        return self.plan(layout, num_instances).peak / 2**30
+
+    def most_classes(self, layout: Layout, memory_gib: float) -> int:
+        """The largest N that fits, 0 when not even a class a rank does."""
+        low, high = 0, self.classifier.group_size
+        while self.peak_gib(layout, high) <= memory_gib:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.peak_gib(layout, middle) <= memory_gib else (low, middle)
+        return low
+
+    @property
+    def is_the_papers(self) -> bool:
+        """64 ranks and a batch of 4096 images in two views, as in Table 1 and Figure 3."""
+        rows = self.classifier.rows_per_rank * self.engine.world_size * self.engine.accumulation_steps
+        return self.engine.world_size == PAPER_RANKS and rows == 2 * PAPER_BATCH
+
+
+def table_1(training: Training, memory_gib: float) -> list[list[str]]:
+    """Rows of text: Table 1's memory and Figure 3's limits, the planner's beside the paper's where it has one."""
+    rows = [["GiB a rank", *LAYOUTS]]
+    for name, (num_instances, published) in TABLE_1.items():
+        cells = [_gib(training.peak_gib(layout, num_instances), memory_gib) for layout in LAYOUTS]
+        rows.append([f"{name}, {num_instances / 1e6:.2f} M", *cells])
+        rows.append(["  the paper's GB", *(_published(published, layout) for layout in LAYOUTS)])
+    limits = [f"{training.most_classes(layout, memory_gib) / 1e6:.1f} M" for layout in LAYOUTS]
+    rows.append([f"most classes in {memory_gib:g} GiB", *limits])
+    paper = [f"{MOST_CLASSES[layout] / 1e6:.1f} M" if layout in MOST_CLASSES else "" for layout in LAYOUTS]
+    rows.append(["  the paper's, in 32 GB", *paper])
+    return rows
+
+
+def _gib(value: float, limit: float) -> str:
+    return f"{value:.2f}" if value <= limit else f"OOM ({value:.0f})"
+
+
+def _published(figures: Mapping[Layout, float | None], layout: Layout) -> str:
+    if layout not in figures:
+        return ""
+    value = figures[layout]
+    return "OOM" if value is None else f"{value:g}"
+
+
+def draw_figure_3(
+    path: Path, training_at: Callable[[int], Training | None], ranks: int, world_sizes: Sequence[int], gib: float
+) -> None:
+    """GiB a rank against N on `ranks` ranks, and the most classes in `gib` GiB against the number of ranks; a PNG.
+
+    Args:
+        training_at: the training on a number of ranks, None where the batch cannot be divided over them.
+        world_sizes: of the second curves.
+
+    Raises:
+        UserError: when matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('the picture needs matplotlib: pip install -e ".[plots]", or leave out --output') from None
+    training = training_at(ranks)
+    assert training is not None  # the caller has planned it already
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    memory, limit = figure.subplots(1, 2)
+    ratio = (_LAST_CLASSES / _FIRST_CLASSES) ** (1 / (_POINTS - 1))
+    counts = [round(_FIRST_CLASSES * ratio**point) for point in range(_POINTS)]
+    for layout in LAYOUTS:
+        style = {"color": _COLOURS[layout], "label": _NAMES[layout]}
+        memory.plot(counts, [training.peak_gib(layout, count) for count in counts], **style)
+        at = [(size, found.most_classes(layout, gib)) for size in world_sizes if (found := training_at(size))]
+        limit.plot([size for size, _ in at], [count for _, count in at], marker="o", markersize=4, **style)
+    memory.axhline(gib, color="#777777", linestyle="--", linewidth=1)
+    if training.is_the_papers:
+        _mark_paper(memory, limit)
+    memory.set(xscale="log", xlabel="classes N", ylabel="GiB a rank", ylim=(0, 1.25 * gib))
+    memory.set_title(f"Memory on {ranks} rank{'s' if ranks > 1 else ''}")
+    limit.set(xscale="log", yscale="log", xlabel="ranks", ylabel="classes N")
+    sizes = [size for size in world_sizes if training_at(size)]
+    limit.set_xticks(sizes, [str(size) for size in sizes])
+    limit.minorticks_off()
+    limit.set_title(f"Most classes in {gib:g} GiB a rank")
+    for axes in (memory, limit):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    limit.legend(*memory.get_legend_handles_labels(), fontsize=8, loc="upper left", framealpha=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _mark_paper(memory: object, limit: object) -> None:
+    """Table 1's figures and Figure 3's limits as crosses."""
+    for axes, points in ((memory, _paper_memory()), (limit, _paper_limits())):
+        for layout, x, y in points:
+            axes.plot(x, y, marker="x", markersize=9, markeredgewidth=2, color=_COLOURS[layout], linestyle="none")  # type: ignore[attr-defined]
+    memory.plot([], [], "kx", label="the paper's measurements")  # type: ignore[attr-defined]
+
+
+def _paper_memory() -> list[tuple[Layout, float, float]]:
+    measured = [
+        (layout, float(count), value)
+        for count, published in TABLE_1.values()
+        for layout, value in published.items()
+        if value is not None
+    ]
+    return measured + [(layout, float(count), PAPER_GIB) for layout, count in MOST_CLASSES.items()]
+
+
+def _paper_limits() -> list[tuple[Layout, float, float]]:
+    return [(layout, float(PAPER_RANKS), float(count)) for layout, count in MOST_CLASSES.items()]
