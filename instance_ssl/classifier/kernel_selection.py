@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from instance_ssl.classifier import triton_passes
-from instance_ssl.classifier.softmax import Kernels
+from instance_ssl.config.choices import Kernels
 from instance_ssl.errors import UserError
 
 

@@ -14,16 +14,15 @@ whatever the number of ranks: so is the result, to rounding.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.config.choices import InitializationMode
 from instance_ssl.distributed.comm import Group
-
-InitializationMode = Literal["running", "batch", "frozen", "gaussian"]
 
 GAUSSIAN_STD = 0.01
 _GAUSSIAN_ROWS = 4096

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.softmax import LossForm
+from instance_ssl.config.choices import LossForm
 
 
 def dense_labels(labels_B: Tensor, hard_BK: Tensor | None, smoothing_factor: float, num_instances: int) -> Tensor:

@@ -17,15 +17,12 @@ still is what dense SGD would have made of it (tested against torch.optim.SGD). 
 instead, which lets their momentum and decay depend on how often they are drawn.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from instance_ssl.classifier.rounding import round_stochastically_
 from instance_ssl.classifier.softmax import RowUpdate
-
-SamplingMode = Literal["random", "recent"]
+from instance_ssl.config.choices import SamplingMode
 
 
 class ClassSampler:

@@ -27,15 +27,12 @@ row's norm. What has no such gradient, the search for the hardest classes say, k
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-LossForm = Literal["mixture", "cross_entropy"]
-Kernels = Literal["torch", "triton"]
+from instance_ssl.config.choices import Kernels, LossForm
 
-MIN_TEMPERATURE = 0.03
 NORM_EPSILON = 1e-12
 
 

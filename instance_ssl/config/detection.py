@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from instance_ssl.config.choices import VOC_CLASSES
 from instance_ssl.config.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from instance_ssl.evaluation.detection.voc import VOC_CLASSES
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
 

@@ -10,9 +10,15 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from instance_ssl.classifier.prior import InitializationMode
-from instance_ssl.classifier.sampling import SamplingMode
-from instance_ssl.classifier.softmax import MIN_TEMPERATURE, LossForm
+from instance_ssl.config.choices import (
+    MIN_TEMPERATURE,
+    BackboneName,
+    InitializationMode,
+    LossForm,
+    ProjectionName,
+    SamplingMode,
+    StemName,
+)
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.detection import DetectionConfig
 from instance_ssl.config.fine_tuning import FineTuneConfig, SemiSupervisedConfig
@@ -26,8 +32,6 @@ from instance_ssl.config.messages import (
 from instance_ssl.config.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from instance_ssl.errors import UserError, reason, shorten, tried
 from instance_ssl.files.structured import MalformedError, parse_yaml
-from instance_ssl.models.backbones import BackboneName, StemName
-from instance_ssl.models.encoder import ProjectionName
 
 SourceName = Literal["pixels", "random", "trained", "weights"]
 ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from instance_ssl.classifier.prior import InitializationMode, OwnRows, initialize_from_features
+from instance_ssl.classifier.prior import OwnRows, initialize_from_features
+from instance_ssl.config.choices import InitializationMode
 from instance_ssl.data.augmentations import Transform
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.loaders import BatchLoader

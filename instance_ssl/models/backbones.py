@@ -4,16 +4,13 @@ A backbone maps images (b, 3, S, S) to features (b, F) and carries its width as 
 """
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from instance_ssl.config.choices import BackboneName, StemName
 from instance_ssl.models.activation_checkpointing import run_stages
-
-BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "small_cnn"]
-StemName = Literal["auto", "imagenet", "small"]
 
 # Images up to this side keep their resolution: the ImageNet stem divides it by four before the first block and costs
 # about 8 points of accuracy at 32 pixels (lightly-ai/lightly #1419).

@@ -1,12 +1,9 @@
 """The encoder: backbone, whose features are what one keeps, and projection, which exists for training only."""
 
-from typing import Literal
-
 from torch import Tensor, nn
 
-from instance_ssl.models.backbones import BackboneName, ResNet, SmallCnn, StemName, build_backbone
-
-ProjectionName = Literal["mlp", "mlp_bn", "linear"]
+from instance_ssl.config.choices import BackboneName, ProjectionName, StemName
+from instance_ssl.models.backbones import ResNet, SmallCnn, build_backbone
 
 
 def build_projection(name: ProjectionName, feature_dim: int, hidden_dim: int | None, embedding_dim: int) -> nn.Module:

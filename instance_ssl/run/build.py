@@ -10,6 +10,7 @@ from instance_ssl.classifier.kernel_self_test import disagreement
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.choices import StemName
 from instance_ssl.config.experiment import AugmentationConfig, DataConfig, ExperimentConfig
 from instance_ssl.data.augmentations import Transform, digit_view, simclr_view
 from instance_ssl.data.image_sources import ImageSource
@@ -19,7 +20,7 @@ from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
-from instance_ssl.models.backbones import StemName, choose_stem
+from instance_ssl.models.backbones import choose_stem
 from instance_ssl.models.encoder import Encoder, build_encoder
 from instance_ssl.run.stage import Stage
 from instance_ssl.training.memory_plan import EncoderCost, measure_encoder

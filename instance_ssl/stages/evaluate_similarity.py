@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.prior import InitializationMode, initialize_gaussian
+from instance_ssl.classifier.prior import initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.choices import InitializationMode
 from instance_ssl.data.augmentations import centre_view
 from instance_ssl.evaluation.prior_embeddings import num_batches, prior_rows
 from instance_ssl.evaluation.similarity import draw_similarities, instance_similarities

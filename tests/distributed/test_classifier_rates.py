@@ -6,9 +6,10 @@ from ranks import run_ranks
 from torch import Tensor
 
 from instance_ssl.classifier.reference import dense_labels, dense_loss
-from instance_ssl.classifier.sampling import ClassSampler, SamplingMode
+from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.choices import SamplingMode
 from instance_ssl.distributed.comm import Group
 
 N, D, M, BATCH, STEPS, TAU = 41, 6, 15, 8, 6, 0.15

@@ -11,9 +11,9 @@ from memory import live_bytes, measure_allocations
 from ranks import run_ranks
 from torch import nn
 
+from instance_ssl.config.choices import BackboneName
 from instance_ssl.config.deepspeed import DeepSpeedSettings, InstanceClassifierSection
 from instance_ssl.distributed.comm import Group
-from instance_ssl.models.backbones import BackboneName
 from instance_ssl.models.encoder import build_encoder
 from instance_ssl.training import memory_plan
 from instance_ssl.training.engine import Engine

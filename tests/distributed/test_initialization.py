@@ -5,9 +5,10 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from instance_ssl.classifier.prior import InitializationMode, initialize_from_features, initialize_gaussian
+from instance_ssl.classifier.prior import initialize_from_features, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.choices import InitializationMode
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition

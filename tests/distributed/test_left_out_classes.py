@@ -9,7 +9,8 @@ from instance_ssl.classifier.hard_classes import find_hard_classes
 from instance_ssl.classifier.reference import dense_hard_classes, dense_labels, dense_loss
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.classifier.softmax import LossForm, SoftmaxOptions
+from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.choices import LossForm
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from instance_ssl.classifier.matmul_rates import float32_precision
 from instance_ssl.classifier.reference import dense_hard_classes, dense_labels, dense_loss
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.classifier.softmax import LossForm, SoftmaxOptions
+from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.choices import LossForm
 from instance_ssl.distributed.comm import Group
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from instance_ssl.classifier import softmax, torch_passes, triton_passes
 from instance_ssl.classifier.reference import dense_labels, dense_loss
 from instance_ssl.classifier.softmax import (
-    LossForm,
     RowUpdate,
     SmoothedLabels,
     SoftmaxOptions,
@@ -29,6 +28,7 @@ from instance_ssl.classifier.softmax import (
     unit_feature_gradient,
 )
 from instance_ssl.classifier.triton_passes import Tile
+from instance_ssl.config.choices import LossForm
 
 pytest.importorskip("triton", reason="triton is not installed")
 

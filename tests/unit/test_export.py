@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from instance_ssl.checkpoint import export
 from instance_ssl.checkpoint.weights import backbone_network, load_state, read_weights
+from instance_ssl.config.choices import BackboneName, StemName
 from instance_ssl.errors import UserError
-from instance_ssl.models.backbones import BackboneName, ResNet, StemName, build_backbone, channels_last
+from instance_ssl.models.backbones import ResNet, build_backbone, channels_last
 
 # In the layout that the encoder gives them: the same bits come from the same order of sums.
 IMAGES = channels_last(torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)))

@@ -5,8 +5,9 @@ import torch
 import torchvision
 from torch import nn
 
-from instance_ssl.models.backbones import BackboneName, StemName, build_backbone, choose_stem
-from instance_ssl.models.encoder import Encoder, ProjectionName, build_encoder
+from instance_ssl.config.choices import BackboneName, ProjectionName, StemName
+from instance_ssl.models.backbones import build_backbone, choose_stem
+from instance_ssl.models.encoder import Encoder, build_encoder
 
 
 def encoder_for(backbone: BackboneName, image_size: int, projection: ProjectionName = "mlp") -> Encoder:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from instance_ssl.config.choices import BackboneName
 from instance_ssl.models import activation_checkpointing
-from instance_ssl.models.backbones import BackboneName
 from instance_ssl.models.encoder import Encoder, build_encoder
 
 BACKBONES: list[tuple[BackboneName, int]] = [("resnet18", 32), ("resnet50", 32), ("resnet18", 65), ("small_cnn", 16)]

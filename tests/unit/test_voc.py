@@ -8,10 +8,11 @@ import torch
 from PIL import ExifTags, Image
 from voc_tree import CLASSES, add_image, make_tree, object_xml, write_list
 
+from instance_ssl.config.choices import VOC_CLASSES
 from instance_ssl.data.decode import AS_STORED
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.detection.batches import Resizing, single_images
-from instance_ssl.evaluation.detection.voc import VOC_CLASSES, open_voc
+from instance_ssl.evaluation.detection.voc import open_voc
 
 SHARED = Path(__file__).parents[2].parent / "shared/data/voc2007_subset.tar"
 GREY = np.full((40, 60, 3), 90, np.uint8)

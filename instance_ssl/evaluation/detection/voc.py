@@ -23,11 +23,6 @@ from instance_ssl.data.image_sources import FileImages
 from instance_ssl.errors import UserError, reason, tried
 from instance_ssl.files.name_lists import read_names
 
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
-
 _KEY = "evaluation.detection"
 _TRUTHS = {"": False, "false": False, "no": False, "true": True, "yes": True}
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -1,0 +1,20 @@
+"""Names and constants that the configuration and the library share; imports nothing heavy."""
+
+from typing import Literal
+
+BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "small_cnn"]
+StemName = Literal["auto", "imagenet", "small"]
+ProjectionName = Literal["mlp", "mlp_bn", "linear"]
+
+InitializationMode = Literal["running", "batch", "frozen", "gaussian"]
+SamplingMode = Literal["random", "recent"]
+LossForm = Literal["mixture", "cross_entropy"]
+Kernels = Literal["torch", "triton"]
+MIN_TEMPERATURE = (
+    0.03  # below it exp(1/temperature) summed over 30 million classes leaves float32; see classifier/softmax.py
+)
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
