@@ -18,7 +18,7 @@ The faults are numbered F1 to F40:
     test_growth.py        F15 images that come and go between two runs
     test_surroundings.py  F5 full disks, F36 consoles, F40 ports
 
-Elsewhere: F28 in tests/unit/test_ds_config.py; F30 in tests/unit/test_launch_checks.py; F31 with the tests of nodes.
+Elsewhere: F28 in tests/unit/config/test_deepspeed.py, F30 in tests/unit/run/test_launch.py, F31 in tests/nodes.
 Not here, as the project has no such thing: F10's LATEST pointer, F33 archives, F38 export.
 """
 

@@ -39,8 +39,6 @@ ONLY_HERE = {
 }
 # Arrows against the layers, each with what takes it away.
 EXCEPTIONS = {
-    # The configuration takes these names from the rooms above; config/choices.py will hold them.
-    ("config", "classifier"), ("config", "models"), ("config", "evaluation"),
     # Faults on demand move into the tests, ablations and benchmarks beside the runners.
     ("checkpoint", "faults"), ("training", "faults"), ("run", "faults"), ("evaluation", "faults"), ("stages", "faults"),
     ("stages", "benchmarks"),

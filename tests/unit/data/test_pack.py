@@ -20,7 +20,7 @@ from instance_ssl.data.packed_record import PackedSet
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NAMES = ["a/1.jpg", "a/x.y.jpg", "a/x.z.png", "b/ü\n.webp", "b/\udcff.JPEG", "c/6.png"]
 
 

@@ -22,7 +22,7 @@ from instance_ssl.report.runs import open_runs
 from instance_ssl.report.svg import Series, line_chart
 from instance_ssl.run.images import open_split
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 N, K = 60, 6
 
 

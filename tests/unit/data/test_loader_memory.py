@@ -21,7 +21,7 @@ from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError  # noqa: F401  # for SMALL_SHM
 from instance_ssl.run.build import own_parts
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Numbers(Sequence[str]):

@@ -14,7 +14,7 @@ from instance_ssl.report.command import main as report
 from instance_ssl.run.console import ArgumentParser, complain, exit_code_of, show_traceback
 from instance_ssl.run.log import RunLog
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HOSTILE = {
     "colour": "\x1b[31mred",
     "title of the window": "\x1b]0;owned\x07",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_colours import kolmogorov
+from test_colour import kolmogorov
 from torchvision.transforms import v2
 
 from instance_ssl.data import decode

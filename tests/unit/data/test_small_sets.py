@@ -11,7 +11,7 @@ from instance_ssl.config.experiment import ExperimentConfig, load_config
 from instance_ssl.errors import UserError
 from instance_ssl.run.checks import check_size
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def check(overrides: list[str], path: Path, num_images: int, ranks: int) -> tuple[ExperimentConfig, DeepSpeedSettings]:

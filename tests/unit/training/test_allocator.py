@@ -10,7 +10,7 @@ import pytest
 
 from instance_ssl.training import allocator
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # 96 MiB in six blocks, again and again, as a training step's activations; then four times as much, once.
 PROGRAM = """
 import os, resource, sys

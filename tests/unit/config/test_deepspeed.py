@@ -13,7 +13,7 @@ from instance_ssl.errors import UserError
 from instance_ssl.training import engine
 
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
-SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 
 
 def load(path: Path, *, batch: int = 4096, world_size: int = 2, clip: float = 0.0) -> DeepSpeedSettings:
@@ -168,7 +168,7 @@ def test_a_batch_that_does_not_divide_says_which_micro_batch_does(
 
 
 def test_an_experiment_given_as_the_deepspeed_json_is_known_as_one() -> None:
-    message = error_of(Path(__file__).parents[2] / "runners/configs/pipeline_digits.yaml")
+    message = error_of(Path(__file__).parents[3] / "runners/configs/pipeline_digits.yaml")
     assert "pipeline_digits.yaml: this is YAML" in message
     assert "--config" in message
 

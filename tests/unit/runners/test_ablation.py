@@ -18,7 +18,7 @@ from instance_ssl.ablation.settings import Ablation, Row, Run, plan_runs, read_a
 from instance_ssl.ablation.table import Values, _find, differences, format_markdown, read_results, to_json
 from instance_ssl.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SETTINGS: dict[str, Any] = {
     "title": "Two",
     "config": str(ROOT / "runners/configs/pipeline_digits.yaml"),

@@ -14,7 +14,7 @@ from instance_ssl.errors import UserError
 from instance_ssl.evaluation.detection.batches import Resizing, single_images
 from instance_ssl.evaluation.detection.voc import open_voc
 
-SHARED = Path(__file__).parents[2].parent / "shared/data/voc2007_subset.tar"
+SHARED = Path(__file__).parents[3].parent / "shared/data/voc2007_subset.tar"
 GREY = np.full((40, 60, 3), 90, np.uint8)
 CAT, DOG = object_xml("cat", (1, 1, 60, 40)), object_xml("dog", (11, 5, 20, 14), difficult=False)
 

@@ -8,7 +8,7 @@ import pytest
 from instance_ssl.config.experiment import ExperimentConfig, flatten, load_config
 from instance_ssl.errors import UserError, tried
 
-CONFIGS = sorted((Path(__file__).parents[2] / "runners/configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "runners/configs").glob("*.yaml"))
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -162,7 +162,7 @@ def test_a_section_left_empty_says_what_belongs_into_it(tmp_path: Path) -> None:
 
 
 def test_a_deepspeed_json_given_as_the_experiment_is_known_as_one() -> None:
-    message = error_of(Path(__file__).parents[2] / "ds_configs/cpu_bf16.json")
+    message = error_of(Path(__file__).parents[3] / "ds_configs/cpu_bf16.json")
     assert "cpu_bf16.json: this is a DeepSpeed JSON" in message
     assert "--deepspeed_config" in message
 
