@@ -276,7 +276,7 @@ def _join(
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
             raise RankError(f"{where}, where the ranks meet, is in use: give another --master_port") from None
-        if not (lost_peer(error) or isinstance(error, (dist.DistNetworkError, dist.DistStoreError))):
+        if not lost_peer(error):
             raise
         reason = f"({str(error).splitlines()[0]}): another rank has ended, and says why if it could"
     except TimeoutError:
@@ -353,7 +353,12 @@ def set_timeouts(seconds: float = _TIMEOUT.total_seconds()) -> None:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error of a collective says that another rank has gone: that rank tells the user why."""
+    """Whether an error says that another rank has exited: of a collective, or of the store in which ranks meet.
+
+    Each later group, DeepSpeed's own included, meets in that store again.
+    """
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
+        return True
     signs = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "connectFullMesh failed")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 

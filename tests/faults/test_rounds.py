@@ -8,30 +8,33 @@ import pytest
 from conftest import fresh_copy
 from rig import checkpoints, digests, running
 
-ROUNDS = 24
+ROUNDS, COMPLETED = 24, 2
+PACE = "step:*:*:sleep=0.03"
 
 
 @pytest.mark.fault
 def test_kills_at_random_moments_change_nothing(
     initialised: Path, clean: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs are begun anew until so many rounds were cut short; every run that completes ends like the clean one."""
+    """Runs are begun anew until so many rounds were cut short and two runs have completed, each like the clean one."""
     seed = random.randrange(2**31)
     with capsys.disabled():
         print(f"\nseed {seed}")
     dice = random.Random(seed)
+    whole_seconds = undisturbed_seconds(initialised, tmp_path / "undisturbed")
     rounds = completed = number = 0
-    while rounds < ROUNDS:
+    while rounds < ROUNDS or completed < COMPLETED:
         place = tmp_path / str(number)
         place.mkdir()
         fresh_copy(initialised, place)
         done = False
-        while not done and rounds < ROUNDS:
+        while not done:
+            assert rounds < 10 * ROUNDS, f"seed {seed}: no run completes"
             settings = {"checkpoint.every_steps": dice.randint(1, 3), "data.num_workers": dice.choice([0, 1])}
             settings["safety.join_seconds"] = 15  # a rank killed before all have met is waited for so long
-            with running(place, fault="step:*:*:sleep=0.03", settings=settings) as run:
+            with running(place, fault=PACE, settings=settings) as run:
                 victims = dice.choice([[0], [1], [0, 1]])
-                run.processes[0].join(dice.uniform(0.2, 3.0))
+                run.processes[0].join(dice.uniform(0.2, 1.2 * whole_seconds))
                 done = run.processes[0].exitcode == 0
                 if not done:
                     rounds += 1
@@ -39,14 +42,22 @@ def test_kills_at_random_moments_change_nothing(
                         run.processes[victim].kill()
                 codes = run.wait(60)
             assert set(codes) <= {0, 3, -9}, f"seed {seed}: {codes}\n{run.text()}"
-        if done:
-            completed += 1
-            assert digests(place) == clean, f"seed {seed}, run {number}"
-            assert checkpoints(place)[-1].name == "step_000000015"
+        completed += 1
+        assert digests(place) == clean, f"seed {seed}, run {number}"
+        assert checkpoints(place)[-1].name == "step_000000015"
         number += 1
     with capsys.disabled():
         print(f"{rounds} rounds, {completed} runs completed")
-    assert completed >= 2
+
+
+def undisturbed_seconds(initialised: Path, place: Path) -> float:
+    """How long a run takes here and now that nothing happens to."""
+    place.mkdir()
+    fresh_copy(initialised, place)
+    began = time.monotonic()
+    with running(place, fault=PACE) as run:
+        assert run.wait(120) == [0, 0], run.text()
+    return time.monotonic() - began
 
 
 STARTS = 40

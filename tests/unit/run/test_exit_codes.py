@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from instance_ssl.errors import UserError
 from instance_ssl.run.directory import State, write_status
@@ -43,6 +44,22 @@ def test_a_signal_that_follows_a_rank_s_death_does_not_hide_it(
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == state
     assert reason in status["reason"]
+
+
+@pytest.mark.parametrize("error", [dist.DistNetworkError, dist.DistStoreError], ids=lambda error: error.__name__)
+def test_a_rank_that_dies_while_a_group_is_made_is_a_lost_peer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: type[RuntimeError]
+) -> None:
+    """Ranks meet again for each group, DeepSpeed's own too; the store is gone with rank 0."""
+
+    def make_a_group() -> None:
+        raise error("Failed to recv, got 0 bytes. Connection was likely closed.")
+
+    process = Process()
+    process.directory = tmp_path
+    write_status(tmp_path, "running")
+    assert exit_code(make_a_group, process) == EXIT_LOST_PEER
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_the_first_reason_stays(tmp_path: Path) -> None:
