@@ -39,11 +39,10 @@ ONLY_HERE = {
 }
 # Arrows against the layers, each with what takes it away.
 EXCEPTIONS = {
-    # Faults on demand move into the tests, ablations and benchmarks beside the runners.
+    # Faults on demand move into the tests.
     ("checkpoint", "faults"), ("training", "faults"), ("run", "faults"), ("evaluation", "faults"), ("stages", "faults"),
-    ("stages", "benchmarks"),
 }  # fmt: skip
-TO_BE_MOVED = ("ablation", "benchmarks", "faults")
+TO_BE_MOVED = ("faults",)
 ARGPARSE = {"run", "report", "stages"}
 
 

@@ -1,4 +1,4 @@
-"""What `runners/benchmark_classifier.py` measures: steps over N and B, memory, the largest N, and weak scaling."""
+"""What `runners/benchmarks/classifier.py` measures: steps over N and B, memory, the largest N, and weak scaling."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from instance_ssl.benchmarks.classifier import VARIANTS, Problem, Running, gradient_error
-from instance_ssl.benchmarks.measure import Timing, peak_bytes, time_interleaved
+from classifier_variants import VARIANTS, Problem, Running, gradient_error
 from instance_ssl.classifier.footprint import step_flops
 from instance_ssl.classifier.matmul_rates import matmul_rate
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from measure import Timing, peak_bytes, time_interleaved
 
 Row = dict[str, Any]
 

@@ -1,18 +1,18 @@
 """Times a step of the classifier and takes its peak memory, beside what one would write in plain PyTorch.
 
-deepspeed --num_gpus T runners/benchmark_classifier.py --num-classes 65536 262144 --batch 256 --output DIR
+deepspeed --num_gpus T runners/benchmarks/classifier.py --num-classes 65536 262144 --batch 256 --output DIR
 """
 
 import argparse
 from pathlib import Path
 
-from instance_ssl.benchmarks import classifier_sweeps as sweeps
-from instance_ssl.benchmarks.classifier import VARIANTS
-from instance_ssl.benchmarks.measure import describe_machine, format_table, write_csv
+import classifier_sweeps as sweeps
+from classifier_variants import VARIANTS
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.shutdown import leave
 from instance_ssl.run.stage import run_measurement
+from measure import describe_machine, format_table, write_csv
 
 _DEFAULT = ["replicated-dense", "sharded-dense", "streamed", "streamed-bfloat16"]
 

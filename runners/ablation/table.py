@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.ablation.settings import Ablation, Plan, Row
 from instance_ssl.run.directory import read_json
+from settings import Ablation, Plan, Row
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from instance_ssl.benchmarks.measure import Timing
 from instance_ssl.data.augmentations import RandomView, simclr_view
 from instance_ssl.data.colour import NORMALISE_MEAN, NORMALISE_STD, apply_colours
 from instance_ssl.data.datasets import open_source
@@ -32,6 +31,7 @@ from instance_ssl.data.sampler import Key, epoch_order
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError
+from measure import Timing
 
 Row = dict[str, Any]
 # Batches of two views an image: float32 (b, 2, 3, S, S), or crops of 8 bits.

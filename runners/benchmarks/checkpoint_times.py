@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from instance_ssl.benchmarks.measure import Timing
 from instance_ssl.checkpoint.directory import DirectoryWriter
 from instance_ssl.checkpoint.state import TrainingPosition, load_rows, newest_checkpoint, start_checkpoint
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.distributed.comm import Group
+from measure import Timing
 
 
 def measure_checkpoints(

@@ -1,18 +1,18 @@
 """Times the exact top-K of W Wᵀ against faiss and torch, in turns on equal threads; checks that the tables agree.
 
-OMP_NUM_THREADS=2 python runners/benchmark_hard_classes.py --num-classes 65536 131072 --output DIR
+OMP_NUM_THREADS=2 python runners/benchmarks/hard_classes.py --num-classes 65536 131072 --output DIR
 """
 
 import argparse
 from pathlib import Path
 
-from instance_ssl.benchmarks.hard_classes import compare, make_rows
-from instance_ssl.benchmarks.measure import describe_machine, format_table, write_csv
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.shutdown import leave
 from instance_ssl.run.stage import run_measurement
+from measure import describe_machine, format_table, write_csv
+from search_times import compare, make_rows
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,17 +1,17 @@
 """Times checkpoints of a large classifier beside torch.save and torch.load of the same tensors.
 
-deepspeed --num_gpus T runners/benchmark_checkpoint.py --num-classes 1000000 --directory DIR
+deepspeed --num_gpus T runners/benchmarks/checkpoint.py --num-classes 1000000 --directory DIR
 """
 
 import argparse
 from pathlib import Path
 
-from instance_ssl.benchmarks.checkpoint import measure_checkpoints
-from instance_ssl.benchmarks.measure import describe_machine, format_table
+from checkpoint_times import measure_checkpoints
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.shutdown import leave
 from instance_ssl.run.stage import run_measurement
+from measure import describe_machine, format_table
 
 
 def _arguments() -> argparse.Namespace:

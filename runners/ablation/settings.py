@@ -15,7 +15,7 @@ from instance_ssl.config.messages import describe_validation_error
 from instance_ssl.config.types import NonNegativeInt, PositiveInt, Section
 from instance_ssl.errors import UserError, tried
 
-RUNNERS = Path(__file__).resolve().parents[2] / "runners"
+RUNNERS = Path(__file__).resolve().parents[1]
 _FIGURES: Final = {
     "k-NN": "evaluate_knn:figures.*.top1",
     "linear": "evaluate_linear:figures.*.top1",

@@ -1,19 +1,19 @@
 """Runs the variants of an ablation over seeds, each in a process of its own, and writes table.md, table.json and a PNG.
 
-python runners/ablate.py --config runners/configs/ablations/F.yaml --output D [--jobs 2] [--set key=value …]
+python runners/ablation/ablate.py --config runners/configs/ablations/F.yaml --output D [--jobs 2] [--set key=value …]
 The same command again goes on: runs that are done are not done again.
 """
 
 import argparse
 from pathlib import Path
 
-from instance_ssl.ablation.picture import draw
-from instance_ssl.ablation.running import Batch
-from instance_ssl.ablation.settings import Ablation, Plan, plan_runs, read_ablation
-from instance_ssl.ablation.table import format_markdown, read_results, to_json
+from batch import Batch
 from instance_ssl.errors import UserError
 from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
 from instance_ssl.run.directory import write_json, write_text
+from picture import draw
+from settings import Ablation, Plan, plan_runs, read_ablation
+from table import format_markdown, read_results, to_json
 
 
 def _arguments() -> argparse.Namespace:

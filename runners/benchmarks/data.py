@@ -2,21 +2,21 @@
 
 The same images are packed into tar shards in a temporary folder, and timed from there, too.
 
-OMP_NUM_THREADS=1 python runners/benchmark_data.py --images FOLDER --workers 2 --output DIR
+OMP_NUM_THREADS=1 python runners/benchmarks/data.py --images FOLDER --workers 2 --output DIR
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from instance_ssl.benchmarks.data import Settings, compare, compare_decoders, in_all_formats
-from instance_ssl.benchmarks.measure import describe_machine, format_table, markdown_table
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.shutdown import leave
 from instance_ssl.run.stage import run_measurement
+from loader_rates import Settings, compare, compare_decoders, in_all_formats
+from measure import describe_machine, format_table, markdown_table
 
 
 def _arguments() -> argparse.Namespace:

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl.benchmarks.measure import peak_bytes
-from instance_ssl.benchmarks.peers import Peer, PeerName, build_peer
 from instance_ssl.checkpoint.state import intact_checkpoints
 from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.sampler import GlobalBatchSampler
@@ -40,6 +38,8 @@ from instance_ssl.run.stage import Stage
 from instance_ssl.stages import pretrain
 from instance_ssl.training.schedules import warmup_cosine
 from instance_ssl.training.step import flatten_views
+from measure import peak_bytes
+from peer_methods import Peer, PeerName, build_peer
 
 _INITIALISATION, _TRAINING = "initialize_classifier", "pretrain"
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.ablation.settings import Ablation, Row
-from instance_ssl.ablation.table import Results, Values
+from settings import Ablation, Row
+from table import Results, Values
 
 _COLOURS = ("#2a6f97", "#e9a03b", "#4a9c5d", "#b5485b", "#7b5ea7", "#5c5c5c", "#3fb5b5", "#b58a3f")
 

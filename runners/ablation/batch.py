@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from instance_ssl.ablation.settings import RUNNERS, Ablation, Run
 from instance_ssl.run.console import tell
+from settings import RUNNERS, Ablation, Run
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
 _SECONDS_BETWEEN_LOOKS = 0.2
