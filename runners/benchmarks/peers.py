@@ -1,7 +1,7 @@
-"""Trains SimCLR, MoCo v2 or InstDisc (lightly's parts) as this project trains, and measures both alike on the way.
+"""Trains SimCLR, MoCo v2 or InstDisc (lightly's parts) as this project trains, and measures all alike on the way.
 
 python runners/benchmarks/peers.py --stages simclr --config F --deepspeed_config F --run-dir D --set key=value …
-`--stages initialize_classifier pretrain own`, as without it, is this project. All with ablate.py: ablations/peers.yaml.
+Without --stages it trains this project. runners/ablation/ablate.py with configs/ablations/peers.yaml runs all of them.
 """
 
 from functools import partial
