@@ -1,7 +1,7 @@
-"""Runs the variants of an ablation over seeds, each in a process of its own, and writes table.md, table.json and a PNG.
+"""Runs the variants of an ablation over seeds, each run in its own process, and writes table.md, table.json and a PNG.
 
 python runners/ablation/ablate.py --config runners/configs/ablations/F.yaml --output D [--jobs 2] [--set key=value …]
-The same command again goes on: runs that are done are not done again.
+The same command resumes; finished runs are not repeated. README.md in this folder has the YAML's format.
 """
 
 import argparse
@@ -20,10 +20,10 @@ def _arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the ablation's YAML")
     parser.add_argument("--output", type=Path, required=True, help="directory of the table")
-    parser.add_argument("--runs", type=Path, help="of the runs, which ablations may share (default: OUTPUT/runs)")
+    parser.add_argument("--runs", type=Path, help="directory of the runs, shared or not (default: OUTPUT/runs)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=v", help="overrides of all runs")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: as the YAML says)")
-    parser.add_argument("--table-only", action="store_true", help="runs nothing: writes the table of what is done")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: as the YAML says)")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, write the table of what is done")
     return parser.parse_args()
 
 
@@ -33,7 +33,7 @@ def _report(output: Path, runs: Path, ablation: Ablation, plan: Plan) -> None:
     write_text(output / "table.md", table)
     write_json(output / "table.json", to_json(ablation, plan, results))
     if not draw(output / "table.png", ablation, results):
-        tell("no picture: it needs matplotlib (pip install -e '.[plots]')")
+        tell("no picture: install matplotlib (pip install -e '.[plots]')")
     tell(f"\n{table}\n{output / 'table.md'}")
 
 

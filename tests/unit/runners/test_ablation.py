@@ -70,7 +70,7 @@ def test_runs_go_seed_by_seed_and_lengths_are_runs_of_their_own(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"variants": [{"name": "a"}, {"name": "a"}]}, "'a' is there twice"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "'a' is listed twice"),
         ({"variants": []}, "variants"),
         ({"figures": {"k-NN": "knn.top1"}, "drawn": []}, "stage:key.key"),
         ({"figures": {"k-NN": "knn:curve.seconds=soon.top1"}, "drawn": []}, "whole number"),
@@ -214,7 +214,7 @@ raise SystemExit(Batch(None, Path({str(tmp_path)!r}), jobs=1).run(runs))
     assert batch.returncode == EXIT_STOPPED
     assert (tmp_path / "first/saved").exists()
     assert not (tmp_path / "second").exists()
-    assert "the same command goes on" in output
+    assert "the same command resumes" in output
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runners/configs/ablations").glob("*.yaml")), ids=lambda p: p.stem)
