@@ -96,9 +96,7 @@ def _describe_type(annotation: Any, metadata: Any = ()) -> str:
         return f"list of {_describe_type(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a section"
-    bounds = [
-        f" {sign} {getattr(m, key):g}" for m in metadata for k, (key, sign) in _BOUNDS.items() if isinstance(m, k)
-    ]
+    bounds = [f" {sign} {getattr(m, key)}" for m in metadata for k, (key, sign) in _BOUNDS.items() if isinstance(m, k)]
     return _NAMES[annotation] + (" and".join(bounds) if annotation in (int, float) else "")
 
 

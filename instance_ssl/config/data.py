@@ -14,7 +14,7 @@ class DataConfig(Section):
 
     Attributes:
         kind: how images and labels are stored (runners/README.md, "Your own images").
-        root: directory of the images (of the dataset's own files for CIFAR).
+        root: directory of the images, or of the data set's own files.
         list_file: for `list`: one path a line, relative to `root`.
         shards: for `tar`: the training shards, as a glob or brace list relative to `root`; null: found by their names.
         shuffle_buffer: for `tar`: images shuffled at a time, after the order of the shards; 0: all at once. Reads stay
@@ -22,9 +22,9 @@ class DataConfig(Section):
         on_broken: an image that cannot be read is an `error`, or is left out with its class (`skip`).
         max_broken_share: of all images that `skip` may leave out.
         allow_lost: a run goes on without images that are not in the list any more; their classes are left out.
-        exif: images are turned `upright` as their EXIF orientation says, or taken as they are `stored`.
-        alpha: transparent images are composed on `white`, or their alpha is dropped (`drop`), and hidden colours show.
-        image_size: side in pixels of what the encoder sees.
+        exif: whether images are turned `upright` as their EXIF orientation says, or used as `stored`.
+        alpha: whether transparent images are composed on `white`, or lose their alpha and show hidden colours (`drop`).
+        image_size: side of the encoder's input in pixels.
         limit_train: training images to keep, evenly spaced over the sorted ones; null: all.
         limit_test: the same of the test images.
         num_workers: loader processes per rank; they change the speed only.
