@@ -115,7 +115,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return exit_code_of(lambda: _plan(_parse_arguments(words)))
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, world_size: int | None = None) -> None:
+def add_arguments(parser: ArgumentParser, *, world_size: int | None = None) -> None:
     """Adds what the planner needs to know; `world_size` is the default, without which --world-size is required."""
     add_config_arguments(parser)
     ranks = {"required": True} if world_size is None else {"default": world_size}
