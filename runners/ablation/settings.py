@@ -154,7 +154,7 @@ def read_ablation(path: Path) -> Ablation:
         raise UserError(f"--config {path}: {describe_validation_error(error, Ablation)}") from None
     if not (RUNNERS / f"{ablation.runner}.py").exists():
         raise UserError(
-            f"--config {path}: runner '{ablation.runner}' is not in {RUNNERS}: give a path there without .py, as "
+            f"--config {path}: runner '{ablation.runner}' is not in {RUNNERS}: give its path there, such as "
             "pipeline or benchmarks/peers"
         )
     names = [variant.name for variant in ablation.variants]
