@@ -1,7 +1,7 @@
-"""Prints what a training would take on every rank, before anything is allocated: bytes, traffic, FLOPs, the largest N.
+"""Prints what a training would take on every rank: memory, traffic, FLOPs, the largest N. Allocates nothing.
 
 python runners/plan.py --config F --deepspeed_config F --world-size T [--num-instances N] [--gpu-memory-gib G]
-    [--output D] [--set key=value …]
+    [--set key=value …]
 """
 
 from instance_ssl.stages.plan import main

@@ -13,22 +13,23 @@ class DataConfig(Section):
     """Which images. `tree` is ImageNet's layout (root/train/class, root/val/class); `folder` and `list` need no labels.
 
     Attributes:
-        root: directory of the images (of the dataset's own files for CIFAR).
+        kind: how images and labels are stored (runners/README.md, "Your own images").
+        root: directory of the images, or of the data set's own files.
         list_file: for `list`: one path a line, relative to `root`.
-        shards: for `tar`: the training shards, as a glob or brace list relative to `root`; None: by their place in it.
-        shuffle_buffer: images of tar shards are shuffled by shard, and then so many in a row among one another, so that
-            what is read stays near in the page cache: 65,536 full-size photographs are 7 GB, 16 of the paper's batches.
-            0: all images at once, as for what lies in no shards.
+        shards: for `tar`: the training shards, as a glob or brace list relative to `root`; null: found by their names.
+        shuffle_buffer: for `tar`: images shuffled at a time, after the order of the shards; 0: all at once. Reads stay
+            local in the page cache: 65,536 full-size photographs are 7 GB, 16 of the paper's batches.
         on_broken: an image that cannot be read is an `error`, or is left out with its class (`skip`).
         max_broken_share: of all images that `skip` may leave out.
         allow_lost: a run goes on without images that are not in the list any more; their classes are left out.
-        exif: images are turned `upright` as their EXIF orientation says, or taken as they are `stored`.
-        alpha: transparent images are composed on `white`, or their alpha is dropped (`drop`), and hidden colours show.
-        image_size: side in pixels of what the encoder sees.
-        limit_train: keep this many images, evenly spaced over the sorted ones; None keeps all.
-        num_workers: loader processes a rank; changes nothing but speed.
-        augment_on: who changes the colours of the training views (jitter, grey, blur) and normalises them: the loader
-            processes, or the device, which then gets crops of 8 bits. The same views but for rounding.
+        exif: whether images are turned `upright` as their EXIF orientation says, or used as `stored`.
+        alpha: whether transparent images are composed on `white`, or lose their alpha and show hidden colours (`drop`).
+        image_size: side of the encoder's input in pixels.
+        limit_train: training images to keep, evenly spaced over the sorted ones; null: all.
+        limit_test: the same of the test images.
+        num_workers: loader processes per rank; they change the speed only.
+        augment_on: where jitter, grey, blur and normalisation are computed: in the loader processes, or on the device,
+            which then receives 8-bit crops. The views are the same but for rounding.
     """
 
     kind: DataKind = "tree"

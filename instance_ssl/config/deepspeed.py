@@ -49,18 +49,16 @@ class InstanceClassifierSection(BaseModel):
     """Where and how the classifier is computed.
 
     Attributes:
-        block_mib: memory of everything that one block of classes needs; `auto` is ten second-level caches of a
-            core on a CPU, 256 MiB on a GPU.
+        block_mib: workspace of one block of classes; `auto`: ten L2 caches of a core on a CPU, 256 MiB on a GPU.
         keep_mib: memory for terms of the softmax that live from the first pass over W to the second, which then need
             not be computed again; with one micro-batch a step and the kernels `torch`.
-        matmul_dtype: precision of the logits' matrix products; `auto` follows torch_autocast when that is bfloat16,
-            unless float32 is measured to be faster on this CPU.
-            float16 is not offered: exp(cos/τ) spans more than its range.
-        row_dtype: of the rows of W; bfloat16 rows are rounded stochastically at each update.
-        momentum_dtype: of their momentum.
-        kernels: `triton` on GPUs, `torch` for the same passes in PyTorch, `auto` whichever the device has.
-        group_size: consecutive ranks that hold W once between them; the world's other groups hold copies, and the
-            rows' gradient is summed over the copies. 1 is the replicated classifier of Table 1.
+        matmul_dtype: precision of the logits' matrix products; `auto`: bfloat16 under bfloat16 autocast, unless float32
+            measures faster on this CPU. `float16` is not offered: exp(cos/τ) spans more than its range.
+        row_dtype: precision of the rows of W; bfloat16 rows are rounded stochastically at each update.
+        momentum_dtype: precision of their momentum.
+        kernels: `triton` on GPUs, `torch` for the same passes in PyTorch; `auto`: `triton` where it works.
+        group_size: consecutive ranks that share one copy of W, `world`: all; 1 is Table 1's replicated classifier. The
+            rows' gradient is summed over the copies.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -17,15 +17,22 @@ class DetectionConfig(Section):
         root: the folder that holds VOC2007 and VOC2012.
         train: lists to train on, folder/list: root/VOC2007/ImageSets/Main/trainval.txt and the like.
         test: lists to evaluate on.
-        classes: in the order of their index.
+        classes: class names in the order of their index.
+        iterations: training iterations.
         steps: iterations after which the learning rate falls to a tenth.
-        batch_size: images a step, over all ranks.
-        train_short_sides: one is drawn for each image, in pixels, unless the long side would exceed `max_long_side`.
-        regions_per_image: that the box head learns from.
-        test_proposals: regions that it looks at in a test image.
-        statistics_iterations: batches over which batch norm's statistics are taken anew before the evaluation
-            (detectron2's PRECISE_BN); 0 keeps the running ones.
-        save_every: iterations between saves of the state that the same command goes on from.
+        warmup_iterations: iterations of linear warm-up.
+        batch_size: images per iteration, over all ranks.
+        learning_rate: learning rate at the end of the warm-up.
+        momentum: momentum of SGD.
+        weight_decay: weight decay, batch norm excluded.
+        train_short_sides: short sides in pixels, one drawn per image, within `max_long_side`.
+        test_short_side: short side of a test image in pixels.
+        max_long_side: largest long side in pixels.
+        regions_per_image: regions per image that the box head is trained on.
+        test_proposals: proposals per test image.
+        statistics_iterations: batches for batch norm's statistics before the evaluation (detectron2's PRECISE_BN); 0:
+            keeps the running ones.
+        save_every: iterations between saved states.
     """
 
     root: LocalPath | None = None

@@ -38,7 +38,15 @@ ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
 
 
 class AugmentationConfig(Section):
-    """The training views: SimCLR's, or `digit` for small handwriting. None: by image size (SimCLR B.9)."""
+    """Random views for training. The strength of jitter and blur follows the image size by default (SimCLR B.9).
+
+    Attributes:
+        view: SimCLR's augmentations, or `digit` for small handwriting.
+        num_views: views per image and step.
+        min_crop_scale: smallest area of a random crop, as a share of the image.
+        jitter_strength: strength of the colour jitter; null: 1, or 0.5 for images up to 64 px.
+        blur: whether views are blurred; null: only images above 64 px.
+    """
 
     view: Literal["simclr", "digit"] = "simclr"
     num_views: PositiveInt = 2
@@ -48,8 +56,14 @@ class AugmentationConfig(Section):
 
 
 class ModelConfig(Section):
-    """The encoder. `stem: auto` is the 3x3 stem up to 64 pixels; `projection: mlp_bn` has SimCLR's batch
-    norms, `linear` is Table 2 without the head.
+    """The encoder: a backbone and a projection to the embedding.
+
+    Attributes:
+        backbone: torchvision's ResNet, or three convolution blocks (`small_cnn`).
+        stem: first layers of a ResNet: ImageNet's 7x7, or 3x3 without max-pool (`small`); `auto`: `small` up to 64 px.
+        projection: Linear-ReLU-Linear, the same with SimCLR's batch norms (`mlp_bn`), or one layer (Table 2).
+        projection_hidden_dim: width of the hidden layer; null: the backbone's feature width.
+        embedding_dim: D, width of an embedding and of a row of W.
     """
 
     backbone: BackboneName = "resnet50"
@@ -63,14 +77,19 @@ class ClassifierConfig(Section):
     """Eq. 1 to 3 and the prior. K = `num_hard_classes`, α = `smoothing_factor`, τ = `temperature`.
 
     Attributes:
+        temperature: τ, which divides the cosines.
+        smoothing_factor: α, the share of the label given to the hardest classes; 0 is Eq. 1.
+        num_hard_classes: K, hardest classes per class.
+        loss_form: Eq. 3 with the sum inside the logarithm (`mixture`), or the usual label-smoothed cross entropy.
+        initialization: batch norm during the prior's pass (Figure 4), or `gaussian` rows without a pass.
         initialization_batch_size: images over all ranks that give one set of batch-norm statistics in the prior's pass.
-        initialization_view: what that pass sees of an image: the deterministic `evaluation` view or a random `training`
-            one. The paper does not say.
-        weight_decay: of W; None: `optimization.weight_decay`, as in PIC.
-        learning_rate_multiplier: W's learning rate by the encoder's, 1 in the paper's one SGD.
-        sampling: classes of a step's softmax: all N (`full`), or Table 3's: the positives of the global batch and
-            `random` others, or the most `recent` ones (PIC). Table 3 is without smoothing, and so is sampling here.
-        num_sampled_classes: positives included, 2^10 … 2^16 in Table 3; more positives than that are all kept.
+        initialization_view: view of each image in that pass: the deterministic `evaluation` view or a random
+            `training` view. The paper does not say.
+        weight_decay: weight decay of W; null: `optimization.weight_decay`, as in PIC.
+        learning_rate_multiplier: W's learning rate divided by the encoder's; 1 in the paper, which has one SGD.
+        sampling: classes in a step's softmax: all N (`full`), or Table 3's: the batch's positives and `random` others,
+            or the most `recent` positives (PIC). Sampling excludes smoothing, as in Table 3.
+        num_sampled_classes: sampled classes per step, positives included (2^10 to 2^16 in Table 3).
     """
 
     temperature: PositiveFloat = 0.15
@@ -97,13 +116,16 @@ class ClassifierConfig(Section):
 
 
 class OptimizationConfig(Section):
-    """SGD of the encoder and of W, on one schedule. Weight decay applies to all parameters, W included (PIC), unless
-    `classifier.weight_decay` says otherwise.
+    """SGD of the encoder and of W, on one schedule: linear warm-up, then cosine.
 
     Attributes:
-        learning_rate: at the end of the warm-up; None is the paper's 0.48 · global_batch_size / 4096.
-        global_batch_size: images (not views) a step, over all ranks and micro-batches.
-        max_grad_norm: clips the encoder's gradient norm; 0 does not. W's gradient is never clipped.
+        epochs: passes over the images.
+        warmup_epochs: epochs of linear warm-up, included in `epochs`.
+        global_batch_size: images (not views) per step, over all ranks and micro-batches.
+        learning_rate: learning rate at the end of the warm-up; null: the paper's 0.48 · global_batch_size / 4096.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of all parameters, and of W unless `classifier.weight_decay` is set (PIC).
+        max_grad_norm: clips the encoder's gradient norm; 0: no clipping. W's gradient is never clipped.
     """
 
     epochs: PositiveInt = 200
@@ -124,6 +146,10 @@ class KnnConfig(Section):
     """Weighted k-nearest-neighbour vote, every k with every temperature in one pass; the first pair is the headline.
 
     k = 200 and T = 0.1 are what the field compares with (MoCo's and lightly's CIFAR-10 benchmarks).
+
+    Attributes:
+        neighbours: values of k.
+        temperatures: temperatures of the vote's weights.
     """
 
     neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (200, 100, 20, 10)
@@ -131,7 +157,11 @@ class KnnConfig(Section):
 
 
 class RetrievalConfig(Section):
-    """Retrieval among the train images, each left out of its own ranking: recall@k for every k, same-class top-1."""
+    """Retrieval among the training images, each excluded from its own ranking: recall@k, same-class top-1.
+
+    Attributes:
+        recall_at: values of k.
+    """
 
     recall_at: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
 
@@ -141,8 +171,8 @@ class SimilarityConfig(Section):
 
     Attributes:
         modes: initialisations, in the picture's order.
-        num_images: a seeded sample of so many; all images, where there are no more.
-        num_views: random views of each.
+        num_images: size of the seeded sample of images (at most all).
+        num_views: random views per image.
     """
 
     modes: Annotated[tuple[InitializationMode, ...], Field(min_length=1)] = ("gaussian", "frozen", "batch", "running")
@@ -151,7 +181,15 @@ class SimilarityConfig(Section):
 
 
 class LinearConfig(Section):
-    """Linear evaluation. `sgd` is the paper's protocol; `cached` fits logistic regression to features of one view."""
+    """Linear evaluation of frozen features.
+
+    Attributes:
+        protocol: the paper's SGD on random views (`sgd`), or L-BFGS on features computed once (`cached`).
+        epochs: epochs of `sgd`.
+        global_batch_size: images per step of `sgd`.
+        learning_rate: initial learning rate of `sgd`, with a cosine schedule.
+        l2_penalties: penalties that `cached` compares on a tenth of the training images.
+    """
 
     protocol: Literal["sgd", "cached"] = "sgd"
     epochs: PositiveInt = 100
@@ -164,11 +202,11 @@ class EvaluationConfig(Section):
     """What is evaluated, and on which labelled images: `data` lists what differs from the experiment's own `data`.
 
     Attributes:
-        sources: raw `pixels`, the `random` network, the one `trained`, the backbone of a file of `weights`.
-        checkpoint: what `trained` is: a directory step_… or a run directory (its newest), of any run of the same
-            encoder; None: this run's newest.
-        weights: for `weights`: a file with a backbone by torchvision's keys, of safetensors or torch.save; of several
-            in one, file.pth#prefix takes the one below that prefix.
+        sources: what to evaluate: raw `pixels`, the `random` network, the `trained` one, a file of `weights`.
+        checkpoint: checkpoint of `trained`: a step_… directory or a run directory; null: this run's newest.
+        weights: file of `weights`: torchvision's keys, safetensors or torch.save; file.pth#prefix selects one network.
+        batch_size: images per batch of one rank in a pass over features.
+        data: other labelled images, listing what differs from `data`; null: those of `data`.
     """
 
     sources: Annotated[tuple[SourceName, ...], Field(min_length=1)] = ("trained",)
@@ -195,9 +233,9 @@ class ExportConfig(Section):
     """What runners/export.py writes.
 
     Attributes:
-        source: whose backbone: as in `evaluation.sources`.
-        formats: of the backbone (pth, safetensors, detectron2, onnx) and of the rows (npy is always written; parquet).
-        images: a folder whose images' features and embeddings are written; None: none.
+        source: backbone to export, as in `evaluation.sources`.
+        formats: files to write: four formats of the backbone, and `parquet` beside the .npy of features.
+        images: folder of images whose features and embeddings are written; null: none.
     """
 
     source: Literal["random", "trained", "weights"] = "trained"
@@ -220,20 +258,24 @@ class ExportConfig(Section):
 
 
 class LogConfig(Section):
-    """How often figures are written."""
+    """How often metrics are logged.
+
+    Attributes:
+        every_steps: steps between two lines of metrics.jsonl.
+    """
 
     every_steps: PositiveInt = 50
 
 
 class CheckpointConfig(Section):
-    """When the state is written: at the end of the training and when it is told to stop in any case.
+    """When checkpoints are written, besides the end of the training and every agreed stop.
 
     Attributes:
-        every_epochs: at the end of every so many epochs.
-        every_steps: every so many steps as well, for epochs of hours.
-        keep: newest ones that stay.
-        keep_every_epochs: those at the end of every so many epochs stay for good, to be evaluated later.
-        tolerated_failures: saves that may fail one after another (the disk is full, say) before the run stops.
+        every_epochs: epochs between checkpoints.
+        every_steps: steps between additional checkpoints, for epochs of hours; null: none.
+        keep: number of newest checkpoints to keep.
+        keep_every_epochs: keeps every checkpoint at a multiple of this many epochs for good; null: none.
+        tolerated_failures: saves in a row that may fail (a full disk, say) before the run stops.
     """
 
     every_epochs: PositiveInt = 1
@@ -247,11 +289,11 @@ class SafetyConfig(Section):
     """What a run does when something goes wrong.
 
     Attributes:
-        join_seconds: how long ranks wait in all for those that have not come; more than nodes differ in booting.
-        hang_seconds: a rank on which nothing moves for so long, while it is not stopped, writes its stacks and exits.
+        join_seconds: how long ranks wait for absent ranks at the start; more than nodes differ in booting.
+        hang_seconds: a rank without progress for this long writes its stacks and exits; stopped time does not count.
         max_skipped_steps: steps in a row that may be skipped because a number in them is not finite.
-        spike_nats: a loss higher than its running mean by more than this is a spike; None: no step is.
-        rollback: goes back to the newest checkpoint at a spike, and leaves that batch out from then on.
+        spike_nats: rise of the loss above its running mean that counts as a spike; null: none does.
+        rollback: at a spike, returns to the newest checkpoint and skips that batch from then on.
     """
 
     join_seconds: PositiveFloat = 600.0
@@ -262,7 +304,11 @@ class SafetyConfig(Section):
 
 
 class ExperimentConfig(Section):
-    """One experiment: all stages read the same file."""
+    """One experiment: all stages read the same file.
+
+    Attributes:
+        seed: seed of weights, order, views and samples.
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     data: DataConfig = DataConfig()

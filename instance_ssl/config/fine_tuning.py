@@ -17,12 +17,17 @@ class SemiSupervisedConfig(Section):
     decay, which are SwAV's (eval_semisup.py): 20 epochs, rates times 0.2 at 12 and 16, batch 256, none.
 
     Attributes:
-        fractions: of the training images that have labels; each class gives equally many.
-        list_files: for each fraction, a list of their file names in SimCLR's form; None draws them.
-        classifier_learning_rates: for each fraction.
+        fractions: shares of the training images that keep their labels, equally many per class.
+        list_files: file lists in SimCLR's format, one per fraction; null: drawn and written down.
+        epochs: epochs of one training.
+        global_batch_size: images per step.
+        backbone_learning_rate: the backbone's learning rate.
+        classifier_learning_rates: the linear layer's learning rate, one per fraction.
         milestones: shares of the epochs after which the rates are multiplied by `decay_factor`.
-        random_learning_rate, random_epochs: of both parts of the `random` source, which is the supervised baseline
-            (0.1 for batch 256 as torchvision trains ResNets; None: as many epochs as the others).
+        decay_factor: factor of the learning rates at each milestone.
+        weight_decay: weight decay of all parameters.
+        random_learning_rate: learning rate of both parts for `random`, the baseline from scratch (torchvision's).
+        random_epochs: epochs for `random`; null: `epochs`.
     """
 
     fractions: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.01, 0.1)
@@ -72,12 +77,16 @@ class FineTuneConfig(Section):
     the best is trained on all of them and tested. One pair alone is not compared. SimCLR names no schedule: a cosine.
 
     Attributes:
-        preset: what the other keys are where they are not given: SimCLR's, which the paper follows, or for sets of some
-            thousand images and fewer 4 short trainings (500 steps, as BiT's rule for small sets, arXiv:1912.11370).
-        steps: of one training; `random_steps` for the `random` source, which has its own learning rates too.
-        weight_decays: divided by the learning rate before use.
-        held_out_fraction: what the choice is made on, drawn by class, where the data set has no such part of its own.
-        metric: what is compared, and the headline; SimCLR's is the mean per class for Aircraft, Pets, Caltech-101 and
+        preset: defaults of the other keys: SimCLR's grid (`paper`), or 4 trainings of 500 steps for a few thousand
+            images or fewer (`small`, BiT's rule for small sets, arXiv:1912.11370).
+        steps: steps of one training.
+        random_steps: steps of one training of the `random` source.
+        global_batch_size: images per step.
+        learning_rates: learning rates of the grid.
+        random_learning_rates: learning rates of the grid for the `random` source.
+        weight_decays: weight decays of the grid, divided by the learning rate before use.
+        held_out_fraction: share held out by class to choose the grid point, if the set has no validation part.
+        metric: metric of the choice and headline; SimCLR's is the mean per class for Aircraft, Pets, Caltech-101 and
             Flowers, and top-1 elsewhere.
     """
 

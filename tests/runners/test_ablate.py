@@ -39,7 +39,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path,
     directory = tmp_path_factory.mktemp("ablation")
     (directory / "ablation.yaml").write_text(yaml.safe_dump(ABLATION))
     words = ["--config", str(directory / "ablation.yaml"), "--output", str(directory / "output")]
-    finished = run_bare("ablate", *words)
+    finished = run_bare("ablation/ablate", *words)
     assert finished.returncode == 1, finished.stdout + finished.stderr
     return words, directory / "output", finished.stdout
 
@@ -64,7 +64,7 @@ def test_going_on_does_only_what_is_not_done(ablation: tuple[list[str], Path, st
     words, output, _ = ablation
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/*/result.json")}
     assert len(before) == 2 * len(STAGES)
-    finished = run_bare("ablate", *words)
+    finished = run_bare("ablation/ablate", *words)
     assert "3 runs, 2 of them done" in finished.stdout
     assert {path: path.stat().st_mtime_ns for path in output.glob("runs/*/*/result.json")} == before
 
@@ -72,7 +72,7 @@ def test_going_on_does_only_what_is_not_done(ablation: tuple[list[str], Path, st
 def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     path = tmp_path / "ablation.yaml"
     path.write_text(yaml.safe_dump({**ABLATION, "variants": [{"name": "usual", "set": {"classifier.temperature": 0}}]}))
-    finished = run_bare("ablate", "--config", str(path), "--output", str(tmp_path / "output"))
+    finished = run_bare("ablation/ablate", "--config", str(path), "--output", str(tmp_path / "output"))
     assert finished.returncode == 2
     assert len(finished.stderr.strip().splitlines()) == 1
     assert "variant 'usual'" in finished.stderr

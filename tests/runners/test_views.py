@@ -45,7 +45,7 @@ def test_the_benchmark_times_every_loader(tmp_path: Path) -> None:
         noise = np.random.RandomState(number).randint(0, 256, (60, 90, 3), np.uint8)
         Image.fromarray(noise).save(folder / f"{number}.jpg")
     arguments = ["--images", str(tmp_path / "images"), "--image-size", "40", "--batch", "4", "--limit", "5"]
-    finished = run_bare("benchmark_data", *arguments, "--workers", "1", "--repeats", "2", "--output", str(tmp_path))
+    finished = run_bare("benchmarks/data", *arguments, "--workers", "1", "--repeats", "2", "--output", str(tmp_path))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     loaders, decoders = json.loads((tmp_path / "data.json").read_text())["tables"]
     formats = ("folder", "tar, the same files", "packed, short side 256")

@@ -2,13 +2,17 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "instance_ssl"
-FILES = sorted(PACKAGE.rglob("*.py")) + sorted((ROOT / "runners").rglob("*.py"))
+RUNNERS = sorted((ROOT / "runners").rglob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py")) + RUNNERS
+# Modules beside the runners are imported by plain names, which pytest finds wherever it is.
+PLAIN_NAMES = {path.stem for path in RUNNERS}
 
 # Room → the rooms that it may import, besides itself.
 LAYERS: dict[str, set[str]] = {"errors": set(), "files": {"errors"}, "config": {"errors", "files"}}
@@ -39,11 +43,10 @@ ONLY_HERE = {
 }
 # Arrows against the layers, each with what takes it away.
 EXCEPTIONS = {
-    # Faults on demand move into the tests, ablations and benchmarks beside the runners.
+    # Faults on demand move into the tests.
     ("checkpoint", "faults"), ("training", "faults"), ("run", "faults"), ("evaluation", "faults"), ("stages", "faults"),
-    ("stages", "benchmarks"),
 }  # fmt: skip
-TO_BE_MOVED = ("ablation", "benchmarks", "faults")
+TO_BE_MOVED = ("faults",)
 ARGPARSE = {"run", "report", "stages"}
 
 
@@ -72,6 +75,7 @@ def test_imports_follow_the_layers(path: Path) -> None:
                 assert name in allowed, f"{name} imports {imported}"
         first, *rest = imported.split(".")
         assert first != "runners", f"{name} imports a runner"
+        assert room is None or first not in PLAIN_NAMES, f"{name} imports {first} from runners/"
         if first == "argparse":
             assert room is None or room in ARGPARSE or name.endswith("checkpoint/weights.py"), (
                 f"{name} parses arguments"
@@ -93,6 +97,18 @@ def test_only_these_files_read_the_environment(path: Path) -> None:
         *ONLY_HERE["environ"],
         "runners/supervise.py",
     }
+
+
+def test_plain_names_are_unique_and_hide_no_module_of_python() -> None:
+    names = [path.stem for path in RUNNERS]
+    assert sorted(names) == sorted(set(names))
+    assert not set(names) & sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_runner_is_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 80 or "__main__" not in text
 
 
 def test_no_message_sends_to_a_registry_for_this_project() -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from instance_ssl.ablation.settings import read_ablation
-from instance_ssl.ablation.table import _records
 from instance_ssl.checkpoint.directory import MANIFEST, POSITION, _read_manifest
 from instance_ssl.config.deepspeed import load_ds_config
 from instance_ssl.config.experiment import load_config
@@ -24,6 +22,8 @@ from instance_ssl.run.launch import read_hostfile
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.manifest import _read
 from instance_ssl.run.supervisor import _statuses
+from settings import read_ablation
+from table import _records
 
 DEEP = 5000
 BROKEN_JSON: dict[str, bytes] = {
@@ -197,11 +197,12 @@ def test_a_report_is_made_of_whatever_other_people_s_runs_hold(text: bytes, tmp_
 
 
 def test_no_file_is_read_by_json_or_yaml_itself() -> None:
-    """What is not read by `structured_files` has none of this; its own module and what a fork hands over excepted."""
-    root = Path(__file__).parents[3] / "instance_ssl"
+    """What is not read by `files.structured` has none of this."""
+    root = Path(__file__).parents[3]
     readers = [
         path.name
-        for path in root.rglob("*.py")
+        for folder in ("instance_ssl", "runners")
+        for path in (root / folder).rglob("*.py")
         if any(call in path.read_text() for call in ("json.load", "yaml.safe_load", "yaml.load("))
     ]
-    assert readers == ["structured_files.py"]
+    assert readers == ["structured.py"]

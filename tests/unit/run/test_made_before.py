@@ -62,7 +62,7 @@ def test_the_pipeline_begins_with_nothing(tmp_path: Path) -> None:
         ("evaluate_fine_tune", {"sources": ["random"]}),
         ("evaluate_knn", {"sources": ["pixels"]}),
         ("evaluate_knn", {"sources": ["trained"], "checkpoint": "/elsewhere"}),
-        ("own", {"sources": ["trained"]}),  # of benchmark_peers.py
+        ("own", {"sources": ["trained"]}),  # of benchmarks/peers.py
     ],
 )
 def test_what_reads_no_checkpoint_of_this_run_is_let_through(

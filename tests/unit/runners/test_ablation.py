@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from instance_ssl.ablation import running
-from instance_ssl.ablation.picture import draw
-from instance_ssl.ablation.running import Batch
-from instance_ssl.ablation.settings import Ablation, Row, Run, plan_runs, read_ablation
-from instance_ssl.ablation.table import Values, _find, differences, format_markdown, read_results, to_json
+from batch import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Batch
 from instance_ssl.errors import UserError
+from picture import draw
+from settings import Ablation, Row, Run, plan_runs, read_ablation
+from table import Values, _find, differences, format_markdown, read_results, to_json
 
 ROOT = Path(__file__).parents[3]
 SETTINGS: dict[str, Any] = {
@@ -71,7 +70,7 @@ def test_runs_go_seed_by_seed_and_lengths_are_runs_of_their_own(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"variants": [{"name": "a"}, {"name": "a"}]}, "'a' is there twice"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "'a' is listed twice"),
         ({"variants": []}, "variants"),
         ({"figures": {"k-NN": "knn.top1"}, "drawn": []}, "stage:key.key"),
         ({"figures": {"k-NN": "knn:curve.seconds=soon.top1"}, "drawn": []}, "whole number"),
@@ -173,15 +172,15 @@ DONE = "os.mkdir('pretrain'); open('pretrain/result.json', 'w').write('{}')"
 def test_a_failed_run_is_said_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scripts = {"bad": "print('error: no such thing'); raise SystemExit(2)", "good": DONE}
     code, said = made_up_batch(monkeypatch, tmp_path, scripts)
-    assert code == running.EXIT_FAILED
+    assert code == EXIT_FAILED
     assert "failed: bad (exit code 2): error: no such thing" in said
     assert any(line.startswith("done: good") for line in said)
 
 
 def test_what_is_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert made_up_batch(monkeypatch, tmp_path, {"good": DONE})[0] == running.EXIT_DONE
+    assert made_up_batch(monkeypatch, tmp_path, {"good": DONE})[0] == EXIT_DONE
     code, said = made_up_batch(monkeypatch, tmp_path, {"good": "raise SystemExit(1)"})
-    assert code == running.EXIT_DONE
+    assert code == EXIT_DONE
     assert said == ["1 runs, 1 of them done"]
 
 
@@ -189,7 +188,7 @@ def test_two_jobs_run_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     """Each waits until the other is there."""
     wait = "import time\nopen('here', 'w')\nwhile not os.path.exists('../{}/here'): time.sleep(0.05)\n"
     scripts = {"a": wait.format("b") + DONE, "b": wait.format("a") + DONE}
-    assert made_up_batch(monkeypatch, tmp_path, scripts, jobs=2)[0] == running.EXIT_DONE
+    assert made_up_batch(monkeypatch, tmp_path, scripts, jobs=2)[0] == EXIT_DONE
 
 
 def test_a_signal_is_passed_on(tmp_path: Path) -> None:
@@ -199,23 +198,23 @@ def test_a_signal_is_passed_on(tmp_path: Path) -> None:
     script = f"""
 import sys
 from pathlib import Path
-from instance_ssl.ablation.running import Batch
-from instance_ssl.ablation.settings import Run
+from batch import Batch
+from settings import Run
 Batch._command = lambda self, run, path: [sys.executable, "-c", f"import os; os.chdir({{str(path)!r}})\\n" + {child!r}]
 runs = [Run(name, (), ("pretrain",), name) for name in ("first", "second")]
 raise SystemExit(Batch(None, Path({str(tmp_path)!r}), jobs=1).run(runs))
 """
-    environment = {"PYTHONPATH": str(ROOT)}
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/runners/ablation"}
     batch = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 30
     while not (tmp_path / "first/began").exists() and time.monotonic() < end:
         time.sleep(0.05)
     batch.terminate()
     output, _ = batch.communicate(timeout=30)
-    assert batch.returncode == running.EXIT_STOPPED
+    assert batch.returncode == EXIT_STOPPED
     assert (tmp_path / "first/saved").exists()
     assert not (tmp_path / "second").exists()
-    assert "the same command goes on" in output
+    assert "the same command resumes" in output
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runners/configs/ablations").glob("*.yaml")), ids=lambda p: p.stem)

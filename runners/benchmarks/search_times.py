@@ -1,4 +1,4 @@
-"""The hard-class search against `faiss.IndexFlatIP` and `torch.mm` + `torch.topk`, interleaved on equal threads."""
+"""Times the hard-class search beside `faiss.IndexFlatIP` and `torch.mm` + `torch.topk`, in turns on equal threads."""
 
 import statistics
 import time
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 1024
 
 
 def make_rows(num_classes: int, embedding_dim: int, num_clusters: int) -> Tensor:
-    """(N, D) float32 unit rows: normal, or around `num_clusters` normal centres with 0.7 of their spread."""
+    """Draws (N, D) float32 unit rows: normal, or around `num_clusters` normal centres with 0.7 of their spread."""
     generator = torch.Generator().manual_seed(0)
     rows_ND = torch.randn(num_classes, embedding_dim, generator=generator)
     if num_clusters:
@@ -32,16 +32,20 @@ def make_rows(num_classes: int, embedding_dim: int, num_clusters: int) -> Tensor
 def compare(
     unit_ND: Tensor, num_hard_classes: int, group: Group, *, repeats: int, block_bytes: int, with_torch: bool
 ) -> list[dict[str, Any]]:
-    """Every implementation `repeats` times, in turns, on torch's number of threads; ours comes first.
+    """Times every implementation `repeats` times, in turns, on torch's number of threads; ours comes first.
 
-    A row differs when its set of classes is not ours; it is wrong when no tie explains that.
+    A row differs if its set of classes is not ours; it is wrong if no tie explains the difference.
+
+    Args:
+        unit_ND: (N, D) unit rows, float32.
+        block_bytes: workspace of our search.
 
     Raises:
-        UserError: where faiss is missing, or on several ranks, for which it has no search.
+        UserError: faiss is not installed, or there are several ranks, on which it cannot search.
     """
     faiss = _import_faiss()
     if group.size > 1:
-        raise UserError("this benchmark compares with faiss, which searches on one rank: start it bare")
+        raise UserError("faiss searches on one rank: run this benchmark without a launcher")
     faiss.omp_set_num_threads(torch.get_num_threads())
     partition = Partition(len(unit_ND), group.size)
 
@@ -84,7 +88,7 @@ def _import_faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise UserError("this benchmark compares with faiss: pip install faiss-cpu") from None
+        raise UserError("this benchmark compares with faiss, which is not installed: pip install faiss-cpu") from None
     return faiss
 
 
@@ -99,14 +103,14 @@ def _torch_search(unit_ND: Tensor, k: int) -> Tensor:
 
 
 def _without_self(ids_Nk: Tensor) -> Tensor:
-    """(N, k - 1): the row's own class dropped, or the last where a duplicate pushed it out."""
+    """Drops the row's own class, or the last one if a duplicate displaced it: (N, k) → (N, k - 1)."""
     is_self = ids_Nk == torch.arange(len(ids_Nk))[:, None]
     is_self[:, -1] |= ~is_self.any(dim=1)
     return ids_Nk[~is_self].view(len(ids_Nk), -1)
 
 
 def _differences(unit_ND: Tensor, ours_NK: Tensor, theirs_NK: Tensor) -> dict[str, int]:
-    """Rows whose sets differ; and those whose sorted float64 cosines differ by more than a tie, or beat ours."""
+    """Counts rows whose sets differ, and rows whose sorted float64 cosines differ by more than a tie."""
     unequal = (ours_NK.long().sort(dim=1).values != theirs_NK.long().sort(dim=1).values).any(dim=1)
     rows = torch.nonzero(unequal).flatten()
     wrong = 0

@@ -1,16 +1,16 @@
-"""The picture of an ablation: curves over epochs where there are several lengths, else points; spread over seeds."""
+"""Draws an ablation: curves over epochs if there are several lengths, else points; bars show the spread over seeds."""
 
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.ablation.settings import Ablation, Row
-from instance_ssl.ablation.table import Results, Values
+from settings import Ablation, Row
+from table import Results, Values
 
 _COLOURS = ("#2a6f97", "#e9a03b", "#4a9c5d", "#b5485b", "#7b5ea7", "#5c5c5c", "#3fb5b5", "#b58a3f")
 
 
 def draw(path: Path, ablation: Ablation, results: Results) -> bool:
-    """Writes a PNG, a row of panels for each group; False where matplotlib is not installed."""
+    """Writes a PNG with a row of panels per group; returns False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -41,11 +41,12 @@ def _draw_curves(axes: Any, values: dict[Row, Values]) -> None:
         colour = _COLOURS[place % len(_COLOURS)]
         axes.errorbar([e for e, _ in points], means, spreads, label=name, color=colour, marker="o", ms=3, capsize=3)
     axes.set_xlabel("epochs")
-    axes.legend(fontsize=8)
+    if values:
+        axes.legend(fontsize=8)
 
 
 def _draw_points(axes: Any, values: dict[Row, Values]) -> None:
-    """Not bars: differences of a point or two would not be seen in bars that begin at 0."""
+    """Draws points, because bars from 0 would hide differences of a point or two."""
     names = [row.variant for row in values]
     means = [figures.mean for figures in values.values()]
     spreads = [figures.std or 0.0 for figures in values.values()]

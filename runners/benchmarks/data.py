@@ -1,22 +1,22 @@
-"""Times the loaders on a folder of photographs, two views an image, beside torchvision's ImageFolder with PIL.
+"""Times the loaders on a folder of photographs, two views per image, beside torchvision's ImageFolder with PIL.
 
-The same images are packed into tar shards in a temporary folder, and timed from there, too.
+The same images are also packed into tar shards in a temporary folder and timed from there.
 
-OMP_NUM_THREADS=1 python runners/benchmark_data.py --images FOLDER --workers 2 --output DIR
+OMP_NUM_THREADS=1 python runners/benchmarks/data.py --images FOLDER --workers 2 --output DIR
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from instance_ssl.benchmarks.data import Settings, compare, compare_decoders, in_all_formats
-from instance_ssl.benchmarks.measure import describe_machine, format_table, markdown_table
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.shutdown import leave
 from instance_ssl.run.stage import run_measurement
+from loader_rates import Settings, compare, compare_decoders, in_all_formats
+from measure import describe_machine, format_table, markdown_table
 
 
 def _arguments() -> argparse.Namespace:
@@ -24,10 +24,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="folder of images, nested or not")
     parser.add_argument("--cifar10", type=Path, metavar="ROOT", help="instead: CIFAR-10's training images")
     parser.add_argument("--image-size", type=int, help="side of a view; 224, or 32 for CIFAR-10")
-    parser.add_argument("--limit", type=int, help="take so many images, evenly spaced; all of them where not given")
-    parser.add_argument("--batch", type=int, default=32, metavar="B", help="images a batch")
+    parser.add_argument("--limit", type=int, help="number of images, evenly spaced (default: all)")
+    parser.add_argument("--batch", type=int, default=32, metavar="B", help="images per batch")
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
-    parser.add_argument("--repeats", type=int, default=7, help="passes over the images of each loader, in turns")
+    parser.add_argument("--repeats", type=int, default=7, help="passes of each loader, in turns")
     parser.add_argument("--output", type=Path, help="directory for data.json and data.md")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     arguments = parser.parse_args()

@@ -1,29 +1,29 @@
-"""Runs the variants of an ablation over seeds, each in a process of its own, and writes table.md, table.json and a PNG.
+"""Runs the variants of an ablation over seeds, each run in its own process, and writes table.md, table.json and a PNG.
 
-python runners/ablate.py --config runners/configs/ablations/F.yaml --output D [--jobs 2] [--set key=value …]
-The same command again goes on: runs that are done are not done again.
+python runners/ablation/ablate.py --config runners/configs/ablations/F.yaml --output D [--jobs 2] [--set key=value …]
+The same command resumes; finished runs are not repeated. README.md in this folder has the YAML's format.
 """
 
 import argparse
 from pathlib import Path
 
-from instance_ssl.ablation.picture import draw
-from instance_ssl.ablation.running import Batch
-from instance_ssl.ablation.settings import Ablation, Plan, plan_runs, read_ablation
-from instance_ssl.ablation.table import format_markdown, read_results, to_json
+from batch import Batch
 from instance_ssl.errors import UserError
 from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
 from instance_ssl.run.directory import write_json, write_text
+from picture import draw
+from settings import Ablation, Plan, plan_runs, read_ablation
+from table import format_markdown, read_results, to_json
 
 
 def _arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the ablation's YAML")
     parser.add_argument("--output", type=Path, required=True, help="directory of the table")
-    parser.add_argument("--runs", type=Path, help="of the runs, which ablations may share (default: OUTPUT/runs)")
+    parser.add_argument("--runs", type=Path, help="directory of the runs, shared or not (default: OUTPUT/runs)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=v", help="overrides of all runs")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: as the YAML says)")
-    parser.add_argument("--table-only", action="store_true", help="runs nothing: writes the table of what is done")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: as the YAML says)")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, write the table of what is done")
     return parser.parse_args()
 
 
@@ -33,7 +33,7 @@ def _report(output: Path, runs: Path, ablation: Ablation, plan: Plan) -> None:
     write_text(output / "table.md", table)
     write_json(output / "table.json", to_json(ablation, plan, results))
     if not draw(output / "table.png", ablation, results):
-        tell("no picture: it needs matplotlib (pip install -e '.[plots]')")
+        tell("no picture: install matplotlib (pip install -e '.[plots]')")
     tell(f"\n{table}\n{output / 'table.md'}")
 
 

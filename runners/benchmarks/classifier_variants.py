@@ -1,7 +1,7 @@
-"""One step of the classifier (forward, backward, SGD) on synthetic features, in every layout that is compared.
+"""One step of the classifier (forward, backward, SGD) on synthetic features, in every layout to compare.
 
-Every variant does what training does: loss, ∂J/∂x of own rows, and SGD of the weights with momentum and weight decay.
-The dense ones are what one writes in plain PyTorch, autograd and torch.optim.SGD included.
+Every variant does what training does: loss, ∂J/∂x of the local rows, and SGD of the weights with momentum and weight
+decay. The dense ones are plain PyTorch with autograd and torch.optim.SGD.
 """
 
 import math
@@ -32,9 +32,9 @@ class Problem:
 
     Attributes:
         num_classes: N.
-        x_BD: embeddings of the global batch.
-        labels_B: instance ids.
-        hard_NK: the table of hardest classes, int32. Its rows without a label in the batch are never touched, and so
+        x_BD: (B, D) embeddings of the global batch, float32.
+        labels_B: (B,) instance ids.
+        hard_NK: (N, K) table of hardest classes, int32. Rows without a label in the batch are never touched, so they
             take no memory.
     """
 
@@ -47,7 +47,7 @@ class Problem:
     def draw(
         num_classes: int, num_rows: int, embedding_dim: int, num_hard_classes: int, device: torch.device
     ) -> "Problem":
-        """Gaussian embeddings, random labels, hard classes at even distances from them."""
+        """Draws Gaussian embeddings and random labels, with hard classes at even distances from each label."""
         generator = torch.Generator().manual_seed(num_classes + num_rows)
         x_BD = torch.randn(num_rows, embedding_dim, generator=generator)
         labels_B = torch.randint(num_classes, (num_rows,), generator=generator)
@@ -58,18 +58,18 @@ class Problem:
         return Problem(num_classes, x_BD.to(device), labels_B.to(device), hard_NK)
 
     def rows_of(self, group: Group) -> slice:
-        """The rows that this rank brings, equally many each."""
+        """Rows of the batch that belong to this rank; equally many on each."""
         count = len(self.labels_B) // group.size
         return slice(group.rank * count, (group.rank + 1) * count)
 
     def weight(self, start: int, stop: int) -> Tensor:
-        """(stop - start, D) rows of W, the same whoever draws them."""
+        """Rows [start, stop) of W, (stop - start, D); the same on every rank."""
         weight = torch.empty(stop - start, self.x_BD.shape[1], device=self.x_BD.device)
         self.fill(weight, start)
         return weight
 
     def fill(self, weight: Tensor, start: int) -> None:
-        """Fills (n, D) with the rows of W from `start` on, with no second copy of them."""
+        """Fills `weight` (n, D) with the rows of W from `start` on, without a second copy."""
         stop = start + len(weight)
         for first in range(start - start % _WEIGHT_ROWS, stop, _WEIGHT_ROWS):
             generator = torch.Generator(weight.device).manual_seed(first)
@@ -80,13 +80,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Running:
-    """A variant that is ready to go.
+    """A variant ready to run.
 
     Attributes:
-        step: takes a step, returns the loss and ∂J/∂x of own rows.
-        weight: own rows of W.
-        momentum: their momentum, once a step has been taken.
-        groups: whose `sent_bytes` count what the classifier sends.
+        step: takes a step and returns the loss and ∂J/∂x of the local rows.
+        weight: local rows of W, (n, D).
+        momentum: returns their momentum, after the first step.
+        groups: groups whose `sent_bytes` count the classifier's traffic.
     """
 
     step: Callable[[], tuple[Tensor, Tensor]]
@@ -108,9 +108,11 @@ def streamed(
     block_mib: int | None = None,
     keep_mib: int = 0,
 ) -> Builder:
-    """This project's classifier; `group_size` None is one group of all ranks, which may be some of the world's.
+    """Builds this project's classifier.
 
-    `auto` is what a JSON's `matmul_dtype: auto` takes under bfloat16 autocast.
+    Args:
+        wanted_dtype: of the matrix products; `auto`: what `matmul_dtype: auto` takes under bfloat16 autocast.
+        group_size: ranks that share a copy of W; None: all.
     """
 
     def build(problem: Problem, world: Group) -> Running:
@@ -150,13 +152,14 @@ def streamed(
 
 
 def dense(*, sharded: bool = False, autocast: bool = False, compiled: bool = False, fused_sgd: bool = False) -> Builder:
-    """Logits in memory, autograd, torch.optim.SGD.
+    """Builds plain PyTorch: all logits in memory, autograd, torch.optim.SGD.
 
     Args:
-        sharded: W in shards and features gathered, as the paper's hybrid parallelism; else a copy of W on each rank,
-            whose gradient is all-reduced, as DistributedDataParallel does.
-        autocast: the product in bfloat16.
-        compiled: forward and backward through torch.compile.
+        sharded: W in shards and gathered features, the paper's hybrid parallelism; otherwise a copy of W on each rank
+            with an all-reduced gradient, as in DistributedDataParallel.
+        autocast: computes the product in bfloat16.
+        compiled: compiles forward and backward with torch.compile.
+        fused_sgd: uses torch's fused SGD.
     """
 
     def build(problem: Problem, world: Group) -> Running:
@@ -191,7 +194,7 @@ def dense(*, sharded: bool = False, autocast: bool = False, compiled: bool = Fal
 
 
 class _Entries:
-    """Where y of Eq. 2 is not 0 among classes start … stop - 1, as (rows, K+1) columns and logarithms of y."""
+    """Nonzero entries of y (Eq. 2) among classes [start, stop): (rows, K+1) columns and log y."""
 
     def __init__(self, problem: Problem, rows: slice, start: int, stop: int) -> None:
         hard_BK = problem.hard_NK[problem.labels_B[rows]]
@@ -204,7 +207,7 @@ class _Entries:
 
 
 def _dense_loss(x: Tensor, weight: Tensor, entries: _Entries, autocast: bool, group: Group | None) -> Tensor:
-    """Σ_i J_i of Eq. 3 with all logits in memory; over shards, Z and Y are completed by an all-reduce."""
+    """Σ_i J_i of Eq. 3 with all logits in memory; an all-reduce completes Z and Y over shards."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         cosine = F.linear(F.normalize(x, dim=1), F.normalize(weight, dim=1))
     logits = cosine.float() / TEMPERATURE
@@ -218,12 +221,12 @@ def _dense_loss(x: Tensor, weight: Tensor, entries: _Entries, autocast: bool, gr
 
 
 def torch_linear_cross_entropy(problem: Problem, world: Group) -> Running:
-    """`torch.nn.functional.linear_cross_entropy` in one chunk of the whole batch, made Eq. 3 by a sparse correction.
+    """Builds `torch.nn.functional.linear_cross_entropy` on the whole batch, made Eq. 3 by a sparse correction.
 
     J = (its loss, log Z - s of the target) + s of the target - log Y. One rank only.
 
     Raises:
-        UserError: where torch has none (before 2.13), or on several ranks.
+        UserError: torch is older than 2.13, or there are several ranks.
     """
     options_class = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if options_class is None or world.size > 1:
@@ -270,9 +273,9 @@ VARIANTS: dict[str, Builder] = {
 
 
 def gradient_error(builder: Builder, world: Group) -> dict[str, float]:
-    """Relative error of loss, ∂J/∂x and ∂J/∂w against dense float64, at a small uneven size.
+    """Relative errors of loss, ∂J/∂x and ∂J/∂w against dense float64, at a small uneven size.
 
-    The weight's gradient is read off the momentum after the first step.
+    The gradient of the weights is the momentum after the first step.
     """
     problem = Problem.draw(2003, 24 * world.size, 64, 20, world.device)
     running = builder(problem, world)

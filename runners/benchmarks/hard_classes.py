@@ -1,18 +1,18 @@
-"""Times the exact top-K of W Wᵀ against faiss and torch, in turns on equal threads; checks that the tables agree.
+"""Times the exact top-K of W Wᵀ beside faiss and torch, in turns on equal threads, and checks that the tables agree.
 
-OMP_NUM_THREADS=2 python runners/benchmark_hard_classes.py --num-classes 65536 131072 --output DIR
+OMP_NUM_THREADS=2 python runners/benchmarks/hard_classes.py --num-classes 65536 131072 --output DIR
 """
 
 import argparse
 from pathlib import Path
 
-from instance_ssl.benchmarks.hard_classes import compare, make_rows
-from instance_ssl.benchmarks.measure import describe_machine, format_table, write_csv
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.shutdown import leave
 from instance_ssl.run.stage import run_measurement
+from measure import describe_machine, format_table, write_csv
+from search_times import compare, make_rows
 
 
 def _arguments() -> argparse.Namespace:
@@ -20,10 +20,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--num-classes", type=int, nargs="+", default=[65_536, 131_072], metavar="N")
     parser.add_argument("--embedding-dim", type=int, default=128)
     parser.add_argument("--num-hard-classes", type=int, default=100)
-    parser.add_argument("--clusters", type=int, default=0, help="centres around which the rows lie; 0: none")
-    parser.add_argument("--block-mib", type=float, default=32, help="scratch memory of our search")
+    parser.add_argument("--clusters", type=int, default=0, help="number of centres of the rows; 0: none")
+    parser.add_argument("--block-mib", type=float, default=32, help="workspace of our search")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-torch", action="store_true", help="leave out torch.mm + torch.topk")
+    parser.add_argument("--no-torch", action="store_true", help="skip torch.mm + torch.topk")
     parser.add_argument("--output", type=Path, help="directory for hard_classes.csv")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     return parser.parse_args()

@@ -1,9 +1,8 @@
-"""What people would use instead, on the same backbone: SimCLR, MoCo v2 and InstDisc, of lightly's parts.
+"""SimCLR, MoCo v2 and InstDisc on the same backbone, built from lightly's parts.
 
-Losses, heads, queue and momentum encoder are lightly's (the `benchmark` extra; github.com/lightly-ai/lightly, 1.6). It
-has no InstDisc: that one is lightly's memory bank with a row for every image, which Wu et al. 2018 (arXiv:1805.01978)
-move half of the way to the new embedding, and their non-parametric softmax over all rows (their Eq. 2; NCE only
-approximates it).
+Losses, heads, queue and momentum encoder are lightly's (`benchmark` extra; github.com/lightly-ai/lightly, 1.6). lightly
+has no InstDisc: here it is lightly's memory bank with a row per image, moved half of the way to the new embedding, and
+the non-parametric softmax over all rows (Wu et al. 2018, arXiv:1805.01978, Eq. 2; their NCE approximates it).
 """
 
 import copy
@@ -24,12 +23,12 @@ _BANK_MOMENTUM = 0.5  # Wu et al., section 3.4
 
 
 class Peer(nn.Module):
-    """A method around a backbone: `forward(views (b, 2, 3, S, S), ids (b,))` is the loss of a batch, a scalar.
+    """A method around a backbone; `forward(views (b, 2, 3, S, S), ids (b,))` returns the loss of a batch, a scalar.
 
-    Both views are queries in each of them, so that all learn from as many views an epoch.
+    Every method uses both views as queries, so that all learn from equally many views per epoch.
 
     Attributes:
-        backbone: images (b, 3, S, S) → features (b, F), what is kept.
+        backbone: images (b, 3, S, S) → features (b, F), the part that is evaluated.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -37,11 +36,11 @@ class Peer(nn.Module):
         self.backbone = backbone
 
     def after_step(self) -> None:
-        """What follows each optimizer step."""
+        """Called after each optimizer step."""
 
 
 class SimClr(Peer):
-    """Chen et al. 2020: every other view of the batch is a negative."""
+    """Chen et al. 2020 (arXiv:2002.05709): every other view of the batch is a negative."""
 
     def __init__(self, backbone: nn.Module, feature_dim: int, embedding_dim: int, temperature: float) -> None:
         loss, modules, _ = _lightly()
@@ -56,10 +55,10 @@ class SimClr(Peer):
 
 
 class MoCo(Peer):
-    """Chen et al. 2020 (v2), symmetric as in lightly's CIFAR-10 benchmark: negatives are a queue of keys.
+    """Chen et al. 2020 (arXiv:2003.04297), symmetric as in lightly's CIFAR-10 benchmark: a queue of keys as negatives.
 
     Args:
-        queue: keys in it.
+        queue: number of keys in the queue.
     """
 
     def __init__(
@@ -107,13 +106,13 @@ class InstDisc(Peer):
     def forward(self, views: Tensor, ids: Tensor) -> Tensor:
         """Cross entropy of both views against all rows of the bank."""
         unit_2bD = functional.normalize(self.head(self.backbone(views.transpose(0, 1).flatten(0, 1))).float(), dim=1)
-        _, bank_ND = self.memory(unit_2bD)  # a copy, for rows change below
+        _, bank_ND = self.memory(unit_2bD)  # a copy: `after_step` changes the rows
         self._seen = [(ids, part.detach()) for part in unit_2bD.chunk(2)]
         return functional.cross_entropy(unit_2bD @ bank_ND.T / self._temperature, ids.repeat(2))
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Rows of the batch go half of the way to each view in turn."""
+        """Moves the batch's rows half of the way to each view in turn."""
         for ids, unit_bD in self._seen:
             moved = _BANK_MOMENTUM * self.memory.bank[ids] + (1 - _BANK_MOMENTUM) * unit_bD
             self.memory.bank[ids] = functional.normalize(moved, dim=1)
@@ -130,17 +129,17 @@ def build_peer(
     queue: int,
     num_instances: int,
 ) -> Peer:
-    """A method around this backbone; its other weights come from torch's global generator.
+    """Builds a method around this backbone; its other weights come from torch's global generator.
 
     Args:
-        feature_dim: F; hidden layers of heads are as wide.
+        feature_dim: F, also the width of the heads' hidden layers.
         embedding_dim: D.
         temperature: τ.
         queue: keys in MoCo's queue.
         num_instances: N, rows of InstDisc's bank.
 
     Raises:
-        UserError: where lightly is not installed.
+        UserError: lightly is not installed.
     """
     shape = backbone, feature_dim, embedding_dim, temperature
     if name == "simclr":

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from instance_ssl.benchmarks.peers import PEERS, InstDisc, MoCo, Peer, PeerName, SimClr, build_peer
 from instance_ssl.errors import UserError
 from instance_ssl.models.backbones import build_backbone
+from peer_methods import PEERS, InstDisc, MoCo, Peer, PeerName, SimClr, build_peer
 
 N, B, D, F, TAU, QUEUE = 24, 8, 16, 128, 0.2, 12
 

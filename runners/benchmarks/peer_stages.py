@@ -1,8 +1,7 @@
-"""Stages of the benchmark: a peer is trained and evaluated on its way; our own run's checkpoints are, likewise.
+"""Stages of the peers' benchmark: train a peer and evaluate it on the way; evaluate our own run's checkpoints alike.
 
-Images, order, views, batches, schedule, precision and evaluation are the same functions for all. The clock runs while
-there is training, and stands while there is evaluation. Points lie at the end of every
-`checkpoint.keep_every_epochs`: their schedule has not ended yet, that of the last has.
+Images, order, views, batches, schedule, precision and evaluation are the same functions for all. The clock stops during
+evaluations. The curve has a point every `checkpoint.keep_every_epochs`; only at the last has the schedule ended.
 """
 
 import itertools
@@ -14,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl.benchmarks.measure import peak_bytes
-from instance_ssl.benchmarks.peers import Peer, PeerName, build_peer
 from instance_ssl.checkpoint.state import intact_checkpoints
 from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.sampler import GlobalBatchSampler
@@ -40,18 +37,20 @@ from instance_ssl.run.stage import Stage
 from instance_ssl.stages import pretrain
 from instance_ssl.training.schedules import warmup_cosine
 from instance_ssl.training.step import flatten_views
+from measure import peak_bytes
+from peer_methods import Peer, PeerName, build_peer
 
 _INITIALISATION, _TRAINING = "initialize_classifier", "pretrain"
 
 
 def run_peer(name: PeerName, stage: Stage) -> dict[str, Any]:
-    """Trains a peer and returns its curve. One process; a run that was stopped begins anew.
+    """Trains a peer in one process and returns its curve; a stopped run starts over.
 
-    `classifier.temperature` is its τ, `classifier.num_sampled_classes` the length of MoCo's queue; the rest of that
-    section does not concern it.
+    `classifier.temperature` is its τ and `classifier.num_sampled_classes` the length of MoCo's queue; the other keys of
+    that section have no effect.
 
     Raises:
-        UserError: for more than one process, other than two views, or without lightly.
+        UserError: more than one process, a number of views other than two, or lightly is not installed.
     """
     config = stage.config
     if stage.world.size > 1:
@@ -72,7 +71,7 @@ def run_peer(name: PeerName, stage: Stage) -> dict[str, Any]:
     ).to(stage.world.device)
     points: list[dict[str, float]] = []
     seconds, first, epochs = 0.0, list[float](), _epochs(stage, peer)
-    peak = peak_bytes(lambda: first.append(next(epochs)), stage.world.device)  # before an evaluation takes more
+    peak = peak_bytes(lambda: first.append(next(epochs)), stage.world.device)  # before an evaluation raises it
     for epoch, spent in enumerate(itertools.chain(first, epochs), start=1):
         seconds += spent
         if _is_point(stage, epoch):
@@ -81,29 +80,29 @@ def run_peer(name: PeerName, stage: Stage) -> dict[str, Any]:
 
 
 def run_training(stage: Stage) -> dict[str, Any]:
-    """This project's training as it is, with the memory that it took beyond what was held before."""
+    """Runs this project's training and adds its peak memory to the figures."""
     figures: dict[str, Any] = {}
     peak = peak_bytes(lambda: figures.update(pretrain.run(stage)), stage.world.device)
     return {**figures, "training_peak_mib": peak / 2**20}
 
 
 def run_own(stage: Stage) -> dict[str, Any]:
-    """The same curve of this run's kept checkpoints; the seconds are those of the initialisation and the training.
+    """Returns the same curve from this run's kept checkpoints, with the seconds of initialisation and training.
 
     Raises:
-        UserError: where the run has not been trained, or has kept no checkpoints.
+        UserError: the run has not been trained, or has kept no checkpoints.
     """
     seconds_at = _training_seconds(stage)
     images = open_labelled(stage)
     points = []
     for checkpoint in intact_checkpoints(stage.checkpoints_of(_TRAINING), stage.world):
         position = checkpoint.position
-        if position.step not in seconds_at:  # of a stop, between two lines of the log
+        if position.step not in seconds_at:  # saved at a stop, between two lines of the log
             continue
         representation = represent_checkpoint(stage, "trained", checkpoint)
         points.append(_point(stage, images, representation, position.epoch, seconds_at[position.step]))
     if not points:
-        raise UserError(f"{stage.checkpoints_of(_TRAINING)} holds no checkpoints: run the stage {_TRAINING} before")
+        raise UserError(f"{stage.checkpoints_of(_TRAINING)} holds no checkpoints: run the stage {_TRAINING} first")
     return _record(stage, points, _number_in(stage.run_directory / _TRAINING / "result.json", "training_peak_mib"))
 
 
@@ -175,7 +174,7 @@ def _is_point(stage: Stage, epoch: int) -> bool:
 def _point(
     stage: Stage, images: LabelledImages, representation: Representation, epoch: int, seconds: float
 ) -> dict[str, float]:
-    """k-NN and linear accuracy in per cent after so many epochs and seconds of training."""
+    """Measures k-NN and linear accuracy in per cent after `epoch` epochs and `seconds` of training."""
     knn, linear = stage.config.evaluation.knn, stage.config.evaluation.linear
     train_nF = cached_features(stage, representation, images.train, f"epoch {epoch}: train features")
     test_mF = cached_features(stage, representation, images.test, f"epoch {epoch}: test features")
@@ -197,7 +196,7 @@ def _point(
 
 
 def _record(stage: Stage, points: list[dict[str, float]], peak_mib: float) -> dict[str, Any]:
-    """The curve, its end, and what that took."""
+    """Returns the curve, its last point, and time and memory of the training."""
     last, optimization = points[-1], stage.config.optimization
     steps = optimization.epochs * (len(stage.source) // optimization.global_batch_size)
     return {
@@ -213,15 +212,15 @@ def _record(stage: Stage, points: list[dict[str, float]], peak_mib: float) -> di
 
 
 def _training_seconds(stage: Stage) -> dict[int, float]:
-    """Steps → seconds of initialisation and training, by what both have written down.
+    """Maps steps to seconds of initialisation and training, from the logs of both.
 
-    The training logs images a second since the line before, over all that it does between.
+    The training logs images per second since the previous line, over everything in between.
     """
     initialisation = stage.run_directory / _INITIALISATION / "result.json"
     metrics = stage.run_directory / _TRAINING / "metrics.jsonl"
     for path in (initialisation, metrics, stage.run_directory / _TRAINING / "result.json"):
         if not path.exists():
-            raise UserError(f"{path} does not exist: run the stages {_INITIALISATION} and {_TRAINING} before")
+            raise UserError(f"{path} does not exist: run the stages {_INITIALISATION} and {_TRAINING} first")
     total, before, at = _number_in(initialisation, "seconds"), 0, {}
     for line in read_json_lines(metrics)[0]:
         if not line.keys() >= {"step", "speed/images_per_second"}:

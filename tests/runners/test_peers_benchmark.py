@@ -17,7 +17,7 @@ KEYS = {"knn_top1", "linear_top1", "training_seconds", "training_images_per_seco
 
 
 def test_our_curve_has_every_kept_checkpoint_and_the_seconds_it_took(tmp_path: Path) -> None:
-    finished = run_bare("benchmark_peers", "--run-dir", str(tmp_path), *FEW)
+    finished = run_bare("benchmarks/peers", "--run-dir", str(tmp_path), *FEW)
     assert finished.returncode == 0, finished.stderr
     result = json.loads((tmp_path / "own/result.json").read_text())
     assert set(result) >= KEYS
@@ -32,7 +32,7 @@ def test_our_curve_has_every_kept_checkpoint_and_the_seconds_it_took(tmp_path: P
 def test_a_peer_is_trained_and_measured(tmp_path: Path) -> None:
     pytest.importorskip("lightly", reason="lightly is not installed (the benchmark extra)")
     words = ["--run-dir", str(tmp_path), "--stages", "instdisc", "moco_v2", *FEW, "classifier.num_sampled_classes=32"]
-    finished = run_bare("benchmark_peers", *words)
+    finished = run_bare("benchmarks/peers", *words)
     assert finished.returncode == 0, finished.stderr
     for name in ("instdisc", "moco_v2"):
         result = json.loads((tmp_path / name / "result.json").read_text())

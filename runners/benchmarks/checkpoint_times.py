@@ -1,4 +1,4 @@
-"""Checkpoints of a large classifier against `torch.save` and `torch.load` of the same tensors, on the same ranks."""
+"""Times checkpoints of a large classifier beside `torch.save` and `torch.load` of the same tensors."""
 
 import os
 import shutil
@@ -9,23 +9,23 @@ from typing import Any
 
 import torch
 
-from instance_ssl.benchmarks.measure import Timing
 from instance_ssl.checkpoint.directory import DirectoryWriter
 from instance_ssl.checkpoint.state import TrainingPosition, load_rows, newest_checkpoint, start_checkpoint
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.distributed.comm import Group
+from measure import Timing
 
 
 def measure_checkpoints(
     directory: Path, num_classes: int, embedding_dim: int, repeats: int, world: Group
 ) -> list[dict[str, Any]]:
-    """Seconds (of the slowest rank) to save and to load W and its momentum.
+    """Times saving and loading W (num_classes, embedding_dim) and its momentum; one row per operation.
 
-    `pause` is how long training waits for a save; `ours, save` is until it is committed. torch.save is timed with and
-    without writing through to the disk, which a checkpoint that must survive a power cut needs. Nothing is removed in
-    between, for whoever writes next would get its memory and disk blocks, which can be several times as fast as new
-    ones; and what others have left to be written is written before.
+    Times are those of the slowest rank. `ours, pause` is how long training waits; `ours, save` ends with the commit.
+    torch.save is timed with and without fsync, which a checkpoint that survives a power cut needs. Nothing is removed
+    between operations, because reused memory and disk blocks can be several times as fast as new ones, and pending
+    writes are flushed before each.
     """
     shard = _shard(num_classes, embedding_dim, world)
     other = _shard(num_classes, embedding_dim, world)
@@ -78,7 +78,7 @@ def measure_checkpoints(
 
 
 def _time_in_turns(steps: dict[str, Callable[[], object]], repeats: int, world: Group) -> dict[str, list[float]]:
-    """Seconds of every step on its slowest rank, after a turn to warm up and with nothing left to be written."""
+    """Seconds of every step on the slowest rank, after one warm-up turn and with pending writes flushed."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name, step in steps.items():

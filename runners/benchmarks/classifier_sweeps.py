@@ -1,4 +1,4 @@
-"""What `runners/benchmark_classifier.py` measures: steps over N and B, memory, the largest N, and weak scaling."""
+"""What `classifier.py` measures: steps over N and B, memory, the largest N, and weak scaling."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,22 +6,22 @@ from typing import Any
 
 import torch
 
-from instance_ssl.benchmarks.classifier import VARIANTS, Problem, Running, gradient_error
-from instance_ssl.benchmarks.measure import Timing, peak_bytes, time_interleaved
+from classifier_variants import VARIANTS, Problem, Running, gradient_error
 from instance_ssl.classifier.footprint import step_flops
 from instance_ssl.classifier.matmul_rates import matmul_rate
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from measure import Timing, peak_bytes, time_interleaved
 
 Row = dict[str, Any]
 
 
 def check_gradients(names: Sequence[str], world: Group) -> list[Row]:
-    """Relative errors against float64.
+    """Measures relative errors against float64, one row per variant.
 
     Raises:
-        UserError: where one is too large to be rounding: nothing wrong is worth timing.
+        UserError: an error too large to be rounding; wrong results are not timed.
     """
     rows = []
     for name in names:
@@ -41,7 +41,7 @@ def measure_steps(
     repeats: int,
     world: Group,
 ) -> list[Row]:
-    """Time of a step, interleaved over the variants; then each alone for its memory and what it sends."""
+    """Times a step of every variant in turns, then measures each alone for memory and traffic; one row per variant."""
     problem = Problem.draw(num_classes, num_rows, embedding_dim, num_hard_classes, world.device)
     running = {name: VARIANTS[name](problem, world) for name in names}
     times = time_interleaved({name: variant.step for name, variant in running.items()}, repeats, world)
@@ -77,7 +77,7 @@ def measure_steps(
 
 
 def measure_memory(name: str, problem: Problem, world: Group) -> tuple[int, int]:
-    """Bytes that W, its momentum and two steps take at their peak on this rank, and bytes sent in a step."""
+    """Peak bytes of W, momentum and two steps on this rank, and bytes it sends per step."""
     sent = 0
 
     def work() -> None:
@@ -99,9 +99,9 @@ def _sent_bytes(running: Running) -> int:
 def largest_problem(
     name: str, budget_bytes: int, num_rows: int, embedding_dim: int, num_hard_classes: int, world: Group
 ) -> Row:
-    """The largest N whose steps keep every rank within the budget: extrapolated from two sizes, then tried.
+    """Finds the largest N whose steps fit the budget on every rank: extrapolates from two sizes, then verifies.
 
-    The row holds the peak that was measured at that N, and the one at 1.05 N, which exceeds the budget.
+    The row has the measured peak at that N and at 1.05 N, which exceeds the budget.
     """
 
     def peak(num_classes: int) -> int:
@@ -115,7 +115,7 @@ def largest_problem(
     bytes_per_class = (at_large - at_small) / (large - small)
     num_classes = int((budget_bytes - at_large) / bytes_per_class) + large
     fitting = peak(num_classes)
-    while fitting > budget_bytes:  # the two sizes were not quite on a line
+    while fitting > budget_bytes:  # memory is not quite linear in N
         num_classes = int(num_classes * 0.99)
         fitting = peak(num_classes)
     beyond = peak(int(1.05 * num_classes))
@@ -139,7 +139,7 @@ def weak_scaling(
     repeats: int,
     world: Group,
 ) -> list[Row]:
-    """Time of a step on the first 1, 2, 4 … ranks, each with as many classes and all with the same batch."""
+    """Times a step on the first 1, 2, 4 … ranks, with the same classes per rank and the same batch."""
     rows: list[Row] = []
     for size in sorted({2**power for power in range(world.size.bit_length())} | {world.size}):
         part = comm.first_ranks(world, size)
@@ -154,11 +154,11 @@ def weak_scaling(
 
 
 def plot_steps(rows: Sequence[Row], path: Path) -> None:
-    """Time of a step and memory beyond W and momentum against N, one line a variant, both axes logarithmic."""
+    """Draws time and memory beyond W and momentum against N, one line per variant, on logarithmic axes."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError('the picture needs matplotlib: pip install -e ".[plots]", or leave out --output') from None
+        raise UserError('the picture needs matplotlib: pip install -e ".[plots]", or omit --output') from None
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
     for column, label, axis in (("median_ms", "ms a step", axes[0]), ("extra_MiB", "MiB beyond W, momentum", axes[1])):

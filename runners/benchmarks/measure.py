@@ -1,4 +1,4 @@
-"""Time and memory of steps, measured so that a noisy machine cannot favour anyone."""
+"""Measures time and memory of steps so that a noisy machine disturbs all variants alike."""
 
 import csv
 import ctypes
@@ -21,23 +21,23 @@ _WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one step over the repeats: median, and the quarter and three-quarter points."""
+    """Median and quartiles of the repeats, in their own unit."""
 
     median: float
     low: float
     high: float
 
     @staticmethod
-    def of(milliseconds: Sequence[float]) -> "Timing":
-        """The quartiles of at least two values."""
-        low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
+    def of(values: Sequence[float]) -> "Timing":
+        """Computes the quartiles of at least two values."""
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return Timing(median, low, high)
 
 
 def time_interleaved(steps: Mapping[str, Callable[[], object]], repeats: int, group: Group) -> dict[str, list[float]]:
-    """Milliseconds of every step: one of each in turn, `repeats` times, so that all meet the same disturbances.
+    """Times one of each step in turn, `repeats` times, so that all meet the same disturbances; milliseconds.
 
-    All ranks start a step together; its time is that of the slowest.
+    All ranks start a step together; its time is that of the slowest rank.
     """
     results: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(_WARM_UP_STEPS + repeats):
@@ -55,9 +55,9 @@ def time_interleaved(steps: Mapping[str, Callable[[], object]], repeats: int, gr
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Most memory that `work` holds at once, beyond what was held before: allocated on the GPU, or resident in RAM.
+    """Peak memory of `work` in bytes, beyond what was held before: allocated on the GPU, or resident in RAM.
 
-    In RAM it is the kernel's own count (Linux), libraries' workspaces included, after free memory has been given back.
+    In RAM it is the kernel's count (Linux), library workspaces included, after free memory has been returned to it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -68,7 +68,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident_bytes("VmRSS")
     work()
     return _resident_bytes("VmHWM") - before
@@ -82,7 +82,7 @@ def _resident_bytes(field: str) -> int:
 
 
 def describe_machine(group: Group) -> str:
-    """Hardware and versions, in one line."""
+    """Describes hardware and versions in one line."""
     if group.device.type == "cuda":
         device = f"{group.size} x {torch.cuda.get_device_name(group.device)}"
     else:
@@ -99,7 +99,7 @@ def _processor() -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A header and one line a row; the columns are all keys in order of their first place."""
+    """Writes a CSV with a header; the columns are all keys in the order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -109,7 +109,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text in columns; floats to four figures."""
+    """Formats rows as text in columns; floats have four significant digits."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns] + [[_format(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
@@ -117,7 +117,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The same as a table in Markdown."""
+    """Formats rows as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] * len(columns)] + [[_format(row.get(column, "")) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

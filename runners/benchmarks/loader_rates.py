@@ -1,4 +1,4 @@
-"""Images a second of the loaders, on real photographs, beside what one would write with torchvision and PIL."""
+"""Images per second of the loaders on real images, beside the usual loader of torchvision and PIL."""
 
 import io
 import itertools
@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from instance_ssl.benchmarks.measure import Timing
 from instance_ssl.data.augmentations import RandomView, simclr_view
 from instance_ssl.data.colour import NORMALISE_MEAN, NORMALISE_STD, apply_colours
 from instance_ssl.data.datasets import open_source
@@ -32,15 +31,16 @@ from instance_ssl.data.sampler import Key, epoch_order
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError
+from measure import Timing
 
 Row = dict[str, Any]
-# Batches of two views an image: float32 (b, 2, 3, S, S), or crops of 8 bits.
+# Batches of two views per image: float32 (b, 2, 3, S, S), or 8-bit crops.
 Pass = Callable[[], Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is timed: images a batch, loader processes, passes of each loader."""
+    """View size in pixels, images per batch, loader processes, and passes of each loader."""
 
     image_size: int
     batch_size: int
@@ -63,7 +63,7 @@ class _TwoViews(Dataset[Tensor]):
 
 
 class _Loaded(Dataset[Any]):
-    """Images of a source as pairs, as torchvision's data sets give them."""
+    """Images of a source as tuples, as torchvision's data sets return them."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
@@ -81,7 +81,7 @@ def _pil_blur(image: Image.Image) -> Image.Image:
 
 
 def pil_view(view: RandomView, interpolation: transforms.InterpolationMode) -> Callable[[Image.Image], Tensor]:
-    """The same view by torchvision's transforms on PIL images."""
+    """Builds the same view from torchvision's transforms on PIL images."""
     assert view.colours is not None
     s = view.colours.strength
     steps: list[Any] = [
@@ -97,7 +97,7 @@ def pil_view(view: RandomView, interpolation: transforms.InterpolationMode) -> C
 
 @contextmanager
 def _usual_images(source: ImageSource) -> Iterator[Dataset[Any]]:
-    """torchvision's ImageFolder of the same files; of what does not lie in one folder, PIL images."""
+    """Opens the same files as torchvision's ImageFolder; other sources as PIL images."""
     if not isinstance(source, FileImages):
         yield _Loaded(source)
         return
@@ -119,7 +119,7 @@ def _usual_pass(images: Dataset[Any], view: Callable[..., Tensor], decodings: in
 
 def _own_pass(source: ImageSource, settings: Settings, *, leave_colours: bool) -> Pass:
     dataset = ViewDataset(source, simclr_view(settings.image_size), 2, seed=0, leave_colours=leave_colours)
-    keys: list[list[Key]] = []  # read anew at every pass
+    keys: list[list[Key]] = []  # read again at every pass
     loader, epochs = BatchLoader(dataset, keys, settings.workers, persistent=True), itertools.count()
 
     def batches() -> Iterator[Tensor]:
@@ -133,7 +133,7 @@ def _own_pass(source: ImageSource, settings: Settings, *, leave_colours: bool) -
 
 @contextmanager
 def in_all_formats(kind: str, source: ImageSource) -> Iterator[dict[str, ImageSource]]:
-    """The source, by its kind, and where it is files the same images in tar shards, as they are and resized."""
+    """Yields the source by its kind; if it is files, also as tar shards, original and resized."""
     sources = {kind: source}
     if not isinstance(source, EncodedImages):
         yield sources
@@ -147,7 +147,7 @@ def in_all_formats(kind: str, source: ImageSource) -> Iterator[dict[str, ImageSo
 
 
 def compare(sources: Mapping[str, ImageSource], settings: Settings) -> list[Row]:
-    """A row a loader, in turns: the usual ones on the first source, ours on each; the first row is the reference.
+    """Times all loaders in turns: the usual ones on the first source, ours on each. The first row is the reference.
 
     Raises:
         UserError: the views of our two paths differ.
@@ -174,7 +174,7 @@ def compare(sources: Mapping[str, ImageSource], settings: Settings) -> list[Row]
 
 
 def _check_paths(name: str, source: ImageSource, settings: Settings) -> None:
-    """The views are the same to the bit, whether colours are done in the worker or afterwards."""
+    """Checks that views are bit-equal whether the workers or the device change the colours."""
     keys, batches = [(0, index) for index in range(min(32, len(source)))], []
     for leave_colours in (False, True):
         dataset = ViewDataset(source, simclr_view(settings.image_size), 2, seed=0, leave_colours=leave_colours)
@@ -188,7 +188,7 @@ def _check_paths(name: str, source: ImageSource, settings: Settings) -> None:
 
 
 def _statistics(make: Pass) -> tuple[float, float]:
-    """Mean and standard deviation of all numbers of the views; the untimed pass before the timed ones, too."""
+    """Mean and standard deviation over all values of the views; serves as the untimed warm-up pass."""
     sums = torch.zeros(3, dtype=torch.float64)
     for views in make():
         sums += torch.tensor([views.numel(), views.sum(), views.square().sum()], dtype=torch.float64)
@@ -197,7 +197,7 @@ def _statistics(make: Pass) -> tuple[float, float]:
 
 
 def _time(passes: Mapping[str, Pass], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, CPU seconds of this process and its workers) of each pass, all loaders in turn."""
+    """Times each pass, all loaders in turns: (seconds, CPU seconds of this process and its workers)."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
     for _ in range(repeats):
         for name, make in passes.items():
@@ -210,7 +210,7 @@ def _time(passes: Mapping[str, Pass], repeats: int) -> dict[str, list[tuple[floa
 
 
 def _cpu_seconds() -> float:
-    """Of this process and its workers, which live as long as their loaders."""
+    """CPU seconds of this process and its workers, which live as long as their loaders."""
     ticks = 0
     for child in multiprocessing.active_children():
         ticks += sum(map(int, Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
@@ -244,7 +244,7 @@ def _rows(
 
 
 def compare_decoders(source: EncodedImages, repeats: int) -> list[Row]:
-    """CPU milliseconds an image of each decoder, from bytes in memory to pixels, in turns."""
+    """Times each decoder from bytes in memory to pixels, in turns: CPU milliseconds per image."""
     files = [source.read(index) for index in range(min(len(source), 200))]
     decoders: dict[str, Callable[[bytes], Tensor]] = {
         "PIL": _decode_by_pil,

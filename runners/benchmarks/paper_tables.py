@@ -1,15 +1,14 @@
-"""Table 1 and Figure 3 of the paper from the planner: memory per rank, and the most classes, by layout.
+"""Table 1 and Figure 3 of the paper, from the planner: memory per rank and the most classes that fit, by layout.
 
-Memory is all that can be planned: Table 1's times are of the authors' network, data loading and kernels.
+Memory only: Table 1's times depend on the authors' network, data loading and kernels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from instance_ssl.classifier.footprint import ClassifierSize
 from instance_ssl.errors import UserError
-from instance_ssl.training.memory_plan import LAYOUTS, EncoderCost, EngineSize, Layout, Plan, plan_layout
+from instance_ssl.stages.plan import Training
+from instance_ssl.training.memory_plan import LAYOUTS, Layout
 
 # Images, and Table 1's GB a GPU of DDP and DHP on 64 V100; None: out of memory.
 TABLE_1: dict[str, tuple[int, dict[Layout, float | None]]] = {
@@ -35,42 +34,14 @@ _NAMES: dict[Layout, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Training:
-    """What a plan is of, at one number of ranks."""
-
-    cost: EncoderCost
-    engine: EngineSize
-    classifier: ClassifierSize
-
-    def plan(self, layout: Layout, num_instances: int | None = None) -> Plan:
-        """Of its own number of images, or of another."""
-        count = self.classifier.num_instances if num_instances is None else num_instances
-        return plan_layout(layout, self.cost, self.engine, replace(self.classifier, num_instances=count))
-
-    def peak_gib(self, layout: Layout, num_instances: int) -> float:
-        """GiB of one rank at its largest."""
-        return self.plan(layout, num_instances).peak / 2**30
-
-    def most_classes(self, layout: Layout, memory_gib: float) -> int:
-        """The largest N that fits, 0 when not even a class a rank does."""
-        low, high = 0, self.classifier.group_size
-        while self.peak_gib(layout, high) <= memory_gib:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.peak_gib(layout, middle) <= memory_gib else (low, middle)
-        return low
-
-    @property
-    def is_the_papers(self) -> bool:
-        """64 ranks and a batch of 4096 images in two views, as in Table 1 and Figure 3."""
-        rows = self.classifier.rows_per_rank * self.engine.world_size * self.engine.accumulation_steps
-        return self.engine.world_size == PAPER_RANKS and rows == 2 * PAPER_BATCH
+def is_the_papers(training: Training) -> bool:
+    """Whether this is Table 1's and Figure 3's setting: 64 ranks, a batch of 4096 images in two views."""
+    rows = training.classifier.rows_per_rank * training.engine.world_size * training.engine.accumulation_steps
+    return training.engine.world_size == PAPER_RANKS and rows == 2 * PAPER_BATCH
 
 
 def table_1(training: Training, memory_gib: float) -> list[list[str]]:
-    """Rows of text: Table 1's memory and Figure 3's limits, the planner's beside the paper's where it has one."""
+    """Table 1's memory and Figure 3's limits as rows of text, planned and published (blank if the paper has none)."""
     rows = [["GiB a rank", *LAYOUTS]]
     for name, (num_instances, published) in TABLE_1.items():
         cells = [_gib(training.peak_gib(layout, num_instances), memory_gib) for layout in LAYOUTS]
@@ -97,21 +68,22 @@ def _published(figures: Mapping[Layout, float | None], layout: Layout) -> str:
 def draw_figure_3(
     path: Path, training_at: Callable[[int], Training | None], ranks: int, world_sizes: Sequence[int], gib: float
 ) -> None:
-    """GiB a rank against N on `ranks` ranks, and the most classes in `gib` GiB against the number of ranks; a PNG.
+    """Draws GiB per rank against N on `ranks` ranks, and the most classes in `gib` GiB against the number of ranks.
 
     Args:
-        training_at: the training on a number of ranks, None where the batch cannot be divided over them.
-        world_sizes: of the second curves.
+        path: the PNG to write.
+        training_at: the training on a number of ranks; None where the batch cannot be divided over them.
+        world_sizes: numbers of ranks in the second panel.
 
     Raises:
-        UserError: when matplotlib is missing.
+        UserError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError('the picture needs matplotlib: pip install -e ".[plots]", or leave out --output') from None
+        raise UserError('the picture needs matplotlib: pip install -e ".[plots]", or omit --output') from None
     training = training_at(ranks)
-    assert training is not None  # the caller has planned it already
+    assert training is not None  # the caller has checked this number of ranks
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     memory, limit = figure.subplots(1, 2)
     ratio = (_LAST_CLASSES / _FIRST_CLASSES) ** (1 / (_POINTS - 1))
@@ -122,7 +94,7 @@ def draw_figure_3(
         at = [(size, found.most_classes(layout, gib)) for size in world_sizes if (found := training_at(size))]
         limit.plot([size for size, _ in at], [count for _, count in at], marker="o", markersize=4, **style)
     memory.axhline(gib, color="#777777", linestyle="--", linewidth=1)
-    if training.is_the_papers:
+    if is_the_papers(training):
         _mark_paper(memory, limit)
     memory.set(xscale="log", xlabel="classes N", ylabel="GiB a rank", ylim=(0, 1.25 * gib))
     memory.set_title(f"Memory on {ranks} rank{'s' if ranks > 1 else ''}")
@@ -140,7 +112,7 @@ def draw_figure_3(
 
 
 def _mark_paper(memory: object, limit: object) -> None:
-    """Table 1's figures and Figure 3's limits as crosses."""
+    """Draws the paper's measurements as crosses."""
     for axes, points in ((memory, _paper_memory()), (limit, _paper_limits())):
         for layout, x, y in points:
             axes.plot(x, y, marker="x", markersize=9, markeredgewidth=2, color=_COLOURS[layout], linestyle="none")  # type: ignore[attr-defined]

@@ -1,18 +1,18 @@
-"""Times a step of the classifier and takes its peak memory, beside what one would write in plain PyTorch.
+"""Times a step of the classifier and measures its peak memory, beside plain PyTorch.
 
-deepspeed --num_gpus T runners/benchmark_classifier.py --num-classes 65536 262144 --batch 256 --output DIR
+deepspeed --num_gpus T runners/benchmarks/classifier.py --num-classes 65536 262144 --batch 256 --output DIR
 """
 
 import argparse
 from pathlib import Path
 
-from instance_ssl.benchmarks import classifier_sweeps as sweeps
-from instance_ssl.benchmarks.classifier import VARIANTS
-from instance_ssl.benchmarks.measure import describe_machine, format_table, write_csv
+import classifier_sweeps as sweeps
+from classifier_variants import VARIANTS
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.shutdown import leave
 from instance_ssl.run.stage import run_measurement
+from measure import describe_machine, format_table, write_csv
 
 _DEFAULT = ["replicated-dense", "sharded-dense", "streamed", "streamed-bfloat16"]
 
@@ -25,8 +25,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--embedding-dim", type=int, default=128)
     parser.add_argument("--num-hard-classes", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=11, help="steps of each variant, interleaved")
-    parser.add_argument("--memory-budget-gib", type=float, help="instead: the largest N whose step fits into it")
-    parser.add_argument("--weak-scaling", action="store_true", help="instead: 1, 2, 4 … ranks with N classes each")
+    parser.add_argument("--memory-budget-gib", type=float, help="instead: find the largest N whose step fits")
+    parser.add_argument("--weak-scaling", action="store_true", help="instead: time 1, 2, 4 … ranks with N classes each")
     parser.add_argument("--output", type=Path, help="directory for steps.csv and steps.png (needs the plots extra)")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Runs the runs: as processes of their own, a few at a time; what is done is left alone, what fails is said."""
+"""Runs an ablation's runs as processes, a few at a time; skips finished runs and reports failed ones."""
 
 import contextlib
 import os
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from instance_ssl.ablation.settings import RUNNERS, Ablation, Run
 from instance_ssl.run.console import tell
+from settings import RUNNERS, Ablation, Run
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -20,7 +20,7 @@ _LOG = "ablation.log"
 
 
 def is_done(run: Run, directory: Path) -> bool:
-    """Whether every stage of the run has left its result."""
+    """Whether every stage of the run has written its result."""
     return all((directory / stage / "result.json").exists() for stage in run.stages)
 
 
@@ -32,12 +32,14 @@ class _Child:
 
 
 class Batch:
-    """Runs one after another, or `jobs` at once.
+    """Runs up to `jobs` runs at a time.
 
-    A signal is passed on to those that run: they save and leave, and the same command goes on from there.
+    Passes SIGTERM and SIGINT on to the running processes, which save and exit; the same command resumes.
 
     Args:
-        directory: each run has its directory in it, by its name.
+        ablation: names the runner and the two configurations.
+        directory: parent of the runs' directories.
+        jobs: runs at a time.
         say: prints a line.
     """
 
@@ -55,7 +57,7 @@ class Batch:
         self._failed = 0
 
     def run(self, runs: Iterable[Run]) -> int:
-        """Runs all that are not done; 0 when all are, 1 when some failed, 75 after a signal."""
+        """Runs what is not done yet; returns 0 if all runs are done, 1 if some failed, 75 after a signal."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         runs = list(runs)
@@ -69,7 +71,7 @@ class Batch:
                 self._children.remove(child)
                 self._judge(child, len(waiting))
         if self._signal is not None:
-            self._say("stopped; the same command goes on from here")
+            self._say("stopped; the same command resumes")
             return EXIT_STOPPED
         return EXIT_FAILED if self._failed else EXIT_DONE
 
@@ -77,16 +79,16 @@ class Batch:
         directory = self._directory / run.name
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / _LOG).open("ab") as log:
-            # A session of its own: a Ctrl-C in the terminal reaches this process alone, which passes it on once.
+            # A session of its own, so that Ctrl-C in the terminal reaches this process alone, which passes it on once.
             process = subprocess.Popen(
                 self._command(run, directory), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         self._children.append(_Child(run, process, time.monotonic()))
-        if self._signal is not None:  # it came in the meantime
+        if self._signal is not None:  # arrived while the process started
             self._pass_on()
 
     def _command(self, run: Run, directory: Path) -> list[str]:
-        # Two processes with a thread for every core each would hinder one another.
+        # Processes that each use a thread per core would slow one another down.
         threads = max(1, (os.cpu_count() or 1) // self._jobs)
         words = [f"OMP_NUM_THREADS={threads}"] if self._jobs > 1 else []
         command = ["env", *words, sys.executable, str(RUNNERS / f"{self._ablation.runner}.py")]

@@ -1,25 +1,25 @@
-"""Times checkpoints of a large classifier beside torch.save and torch.load of the same tensors.
+"""Times saving and loading a large classifier's checkpoint beside torch.save and torch.load of the same tensors.
 
-deepspeed --num_gpus T runners/benchmark_checkpoint.py --num-classes 1000000 --directory DIR
+deepspeed --num_gpus T runners/benchmarks/checkpoint.py --num-classes 1000000 --directory DIR
 """
 
 import argparse
 from pathlib import Path
 
-from instance_ssl.benchmarks.checkpoint import measure_checkpoints
-from instance_ssl.benchmarks.measure import describe_machine, format_table
+from checkpoint_times import measure_checkpoints
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.shutdown import leave
 from instance_ssl.run.stage import run_measurement
+from measure import describe_machine, format_table
 
 
 def _arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--num-classes", type=int, default=1_000_000, metavar="N", help="over all ranks")
     parser.add_argument("--embedding-dim", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5, help="of each, in turns")
-    parser.add_argument("--directory", type=Path, default=Path("runs/benchmark_checkpoint"), help="a new one; removed")
+    parser.add_argument("--repeats", type=int, default=5, help="of each operation, in turns")
+    parser.add_argument("--directory", type=Path, default=Path("runs/benchmark_checkpoint"), help="new; removed after")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""What the runs have left, as rows of mean and standard deviation over seeds."""
+"""Results of the runs as rows of mean and standard deviation over seeds."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,28 +7,28 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.ablation.settings import Ablation, Plan, Row
 from instance_ssl.run.directory import read_json
+from settings import Ablation, Plan, Row
 
 
 @dataclass(frozen=True)
 class Values:
-    """One figure of one row, by seed; seeds without a result are absent."""
+    """One figure of one row by seed; seeds without a result are absent."""
 
     by_seed: dict[int, float]
 
     @property
     def mean(self) -> float | None:
-        """None where there is no seed yet."""
+        """Mean over seeds; None without any."""
         return statistics.fmean(self.by_seed.values()) if self.by_seed else None
 
     @property
     def std(self) -> float | None:
-        """Of a sample (n - 1); None for fewer than two seeds."""
+        """Sample standard deviation (n - 1); None for fewer than two seeds."""
         return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
 
     def less(self, other: "Values") -> "Values":
-        """The difference, seed by seed: what seeds have in common (images, order, views) falls out of it."""
+        """Returns the difference seed by seed, from which the seed's own effect (weights, order, views) drops out."""
         shared = [seed for seed in self.by_seed if seed in other.by_seed]
         return Values({seed: self.by_seed[seed] - other.by_seed[seed] for seed in shared})
 
@@ -37,10 +37,10 @@ Results = dict[Row, dict[str, Values]]
 
 
 def read_results(ablation: Ablation, plan: Plan, directory: Path) -> Results:
-    """Every row's figures, as far as its runs are done.
+    """Reads every row's figures, as far as its runs are done.
 
     Args:
-        directory: of the runs.
+        directory: parent of the runs' directories.
     """
     results: Results = {}
     for row, names in plan.rows.items():
@@ -56,7 +56,7 @@ def read_results(ablation: Ablation, plan: Plan, directory: Path) -> Results:
 
 
 def differences(ablation: Ablation, results: Results) -> Results:
-    """Of the drawn figures, less those of the reference of the same group and length; none for the reference itself."""
+    """Returns the drawn figures minus those of the reference of the same group and length, for all other rows."""
     found: Results = {}
     for row, figures in results.items():
         reference = results.get(Row(row.group, ablation.reference or "", row.epochs))
@@ -66,7 +66,7 @@ def differences(ablation: Ablation, results: Results) -> Results:
 
 
 def format_markdown(ablation: Ablation, results: Results) -> str:
-    """The table, mean ± standard deviation."""
+    """Formats the table: mean ± standard deviation."""
     less = differences(ablation, results)
     groups = any(row.group for row in results)
     lengths = any(row.epochs is not None for row in results)
@@ -84,7 +84,7 @@ def format_markdown(ablation: Ablation, results: Results) -> str:
 
 
 def to_json(ablation: Ablation, plan: Plan, results: Results) -> dict[str, Any]:
-    """The same with every seed's own figure and the directories of the runs."""
+    """Returns the same table with every seed's own figure and the names of the runs."""
     less = differences(ablation, results)
 
     def describe(figures: dict[str, Values]) -> dict[str, Any]:
@@ -108,13 +108,13 @@ def to_json(ablation: Ablation, plan: Plan, results: Results) -> dict[str, Any]:
 
 
 def _records(directory: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """The stages' results, where they are."""
+    """Reads the results of the stages that have one."""
     paths = {stage: directory / stage / "result.json" for stage in stages}
     return {stage: record for stage, path in paths.items() if (record := read_json(path)) is not None}
 
 
 def _find(records: dict[str, Any], where: str) -> float | None:
-    """The number that `stage:key.key` names; None where it is not there."""
+    """Returns the number that `stage:key.key` names, or None."""
     stage, _, path = where.partition(":")
     for name in records if stage == "*" else [stage]:
         value = records.get(name)
@@ -126,7 +126,7 @@ def _find(records: dict[str, Any], where: str) -> float | None:
 
 
 def _step_into(value: Any, key: str) -> Any:
-    """What a record has under a key; None where it has nothing."""
+    """Returns what a record has under a key, or None."""
     if isinstance(value, list):
         axis, is_between, place = key.partition("=")
         if is_between:
@@ -138,7 +138,7 @@ def _step_into(value: Any, key: str) -> Any:
 
 
 def _between(points: list[dict[str, Any]], axis: str, place: float) -> dict[str, float] | None:
-    """A curve's values where `axis` is at `place`, on the line between its neighbours; None before and behind it."""
+    """Interpolates a curve's values linearly at `axis` = `place`; None outside the curve."""
     numbers = [{name: value for name, value in point.items() if isinstance(value, int | float)} for point in points]
     for before, after in pairwise(point for point in numbers if axis in point):
         if before[axis] <= place <= after[axis] and before[axis] < after[axis]:

@@ -1,4 +1,4 @@
-"""The YAML file of an ablation, and the runs it asks for."""
+"""The YAML of an ablation, and the runs it asks for."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from instance_ssl.config.messages import describe_validation_error
 from instance_ssl.config.types import NonNegativeInt, PositiveInt, Section
 from instance_ssl.errors import UserError, tried
 
-RUNNERS = Path(__file__).resolve().parents[2] / "runners"
+RUNNERS = Path(__file__).resolve().parents[1]
 _FIGURES: Final = {
     "k-NN": "evaluate_knn:figures.*.top1",
     "linear": "evaluate_linear:figures.*.top1",
@@ -30,10 +30,12 @@ class Variant(Section):
     """One row of a table, or one for each of its `epochs`.
 
     Attributes:
+        name: label of the row.
         group: the table it belongs to.
         set: overrides by dotted key.
-        epochs: trainings of so many epochs, each with a schedule of its own; None: the ablation's.
-        stages, seeds: None: the ablation's.
+        epochs: lengths to train, each with its own schedule; None: the ablation's.
+        stages: stages of each run; None: the ablation's.
+        seeds: seeds, one run each; None: the ablation's.
     """
 
     name: str
@@ -45,22 +47,24 @@ class Variant(Section):
 
 
 class Ablation(Section):
-    """What is compared, and by which figures.
+    """An ablation: which variants are compared, and by which figures.
 
     Attributes:
-        title: over the table.
-        config: experiment YAML, a path from where the command is given, as the next.
-        deepspeed_config: DeepSpeed JSON.
-        runner: its name in runners/; it must offer `--stages`.
-        stages: of each run, in one process.
+        title: heading of the table.
+        config: experiment YAML, relative to the current directory.
+        deepspeed_config: DeepSpeed JSON, relative to the current directory.
+        runner: path below runners/ without .py, of a runner that has `--stages`.
+        stages: stages of each run, in one process.
+        seeds: seeds, one run each.
         set: overrides of all runs, by dotted key.
         epochs: see `Variant`; None: what config and overrides say.
-        reference: the variant that each other of its group is subtracted from, seed by seed; None: none.
-        figures: columns: `stage:key.key`, in that stage's result.json. A `*` is the first key there is; as the stage,
-            the first of the run's stages that has the keys. Keys of lists are 0, 1 …, or `name=x` for the place
-            between two entries at which their `name` would be x.
-        drawn: figures that the picture shows, and that are compared with the reference.
-        jobs: runs at once, each with its share of the cores.
+        reference: variant with which the others of its group are compared, seed by seed; None: none.
+        figures: columns, as `stage:key.key` in that stage's result.json. `*` as a key is the first key; as the stage,
+            the first stage that has the keys. Keys of lists are 0, 1 …, or `name=x`, which interpolates between the two
+            entries whose `name` encloses x.
+        drawn: figures that are drawn and compared with the reference.
+        jobs: runs at a time, each with its share of the cores.
+        variants: rows of the table.
     """
 
     title: str
@@ -86,7 +90,7 @@ class Ablation(Section):
             for key, following in pairwise([*where.split("."), ""]):
                 place = key.partition("=")[2]
                 if "=" in key and (not place.isdecimal() or following.isdecimal()):
-                    raise ValueError(f"figure '{name}': what stands behind = in '{where}' must be a whole number")
+                    raise ValueError(f"figure '{name}': what follows = in '{where}' must be a whole number")
         return value
 
     @field_validator("variants")
@@ -95,13 +99,13 @@ class Ablation(Section):
         names = [(variant.group, variant.name) for variant in value]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(f"variant '{twice[1]}' is there twice")
+            raise ValueError(f"variant '{twice[1]}' is listed twice")
         return value
 
 
 @dataclass(frozen=True)
 class Row:
-    """A variant at one length of training; `epochs` is None where the ablation does not say."""
+    """A variant at one length of training; `epochs` is None if the ablation does not set it."""
 
     group: str
     variant: str
@@ -110,12 +114,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """One training and its evaluation. Rows that ask for the very same one share it.
+    """One training with its evaluations. Rows that ask for the same run share it.
 
     Attributes:
-        name: of its directory, a digest of everything that decides it but the stages.
+        name: name of its directory: a digest of everything that decides it, stages excluded.
         overrides: `key=value` arguments.
-        label: for messages.
+        stages: stages to run, in one process.
+        label: name in messages.
     """
 
     name: str
@@ -126,11 +131,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """All runs, and which of them a row consists of.
+    """All runs, and which of them make up each row.
 
     Attributes:
-        runs: by name, in the order in which they are started: seed by seed, so that all rows have their first early.
-        rows: the names of each row's runs by seed.
+        runs: runs by name, in the order of their start: seed by seed, so that every row has a first figure early.
+        rows: names of each row's runs, by seed.
     """
 
     runs: dict[str, Run]
@@ -138,37 +143,44 @@ class Plan:
 
 
 def read_ablation(path: Path) -> Ablation:
-    """Reads the file.
+    """Reads the YAML of an ablation.
 
     Raises:
-        UserError: for a missing or malformed file, an unknown key, a value out of range.
+        UserError: a missing or malformed file, an unknown key, a value out of range.
     """
     try:
         ablation = Ablation.model_validate(read_yaml(path))
     except ValidationError as error:
         raise UserError(f"--config {path}: {describe_validation_error(error, Ablation)}") from None
     if not (RUNNERS / f"{ablation.runner}.py").exists():
-        raise UserError(f"--config {path}: runner '{ablation.runner}' is not in {RUNNERS}")
+        raise UserError(
+            f"--config {path}: runner '{ablation.runner}' is not in {RUNNERS}: give its path there, such as "
+            "pipeline or benchmarks/peers"
+        )
     names = [variant.name for variant in ablation.variants]
     if ablation.reference is not None and ablation.reference not in names:
-        raise UserError(f"--config {path}: reference '{ablation.reference}' is none of the variants {', '.join(names)}")
+        raise UserError(
+            f"--config {path}: reference '{ablation.reference}' is not one of the variants {', '.join(names)}"
+        )
     unknown = [name for name in ablation.drawn if name not in ablation.figures]
     if unknown:
-        raise UserError(f"--config {path}: drawn '{unknown[0]}' is none of the figures {', '.join(ablation.figures)}")
+        raise UserError(
+            f"--config {path}: drawn '{unknown[0]}' is not one of the figures {', '.join(ablation.figures)}"
+        )
     return ablation
 
 
 def plan_runs(ablation: Ablation, overrides: Sequence[str] = ()) -> Plan:
-    """All runs of an ablation; every configuration is read once, so that a mistake shows before anything runs.
+    """Plans all runs of an ablation. Reads every configuration, so that a mistake shows before anything runs.
 
     Args:
-        overrides: `key=value`, for all runs, before the variants' own.
+        overrides: `key=value` for all runs, applied before the variants' own.
 
     Raises:
-        UserError: naming the variant and the key.
+        UserError: a mistake in a variant's configuration; names the variant and the key.
     """
     if not ablation.config.exists():
-        raise UserError(f"config {tried(ablation.config)}: there is none")
+        raise UserError(f"config {tried(ablation.config)} does not exist")
     runs: dict[str, Run] = {}
     rows: dict[Row, dict[int, str]] = {}
     seeds = list(dict.fromkeys(seed for v in ablation.variants for seed in v.seeds or ablation.seeds))
@@ -209,5 +221,5 @@ def _run(ablation: Ablation, variant: Variant, epochs: int | None, seed: int, ov
 
 
 def _words(values: dict[str, Any]) -> list[str]:
-    """Overrides as the runners take them, values in JSON, which is YAML."""
+    """Returns overrides as runners take them; the values are JSON, which is YAML."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]

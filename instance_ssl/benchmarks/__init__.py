@@ -1,1 +1,0 @@
-"""Measurements of the project's own parts beside what people would use instead."""
