@@ -21,7 +21,6 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from instance_ssl import faults
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, in_one_line, reason
 from instance_ssl.files.disk_space import find_no_space, why_not_written
@@ -123,33 +122,28 @@ class DirectoryWriter:
         return self.parent / f"{_TEMPORARY}{self._final.name}"
 
     def _write(self, files: Mapping[str, Content], find_problem: Callable[[], str | None]) -> None:
-        rank, step = self._world.rank, self._step
         try:
             self._problem = find_problem()
             if self._problem is not None:
                 return
-            faults.reach("save.before", rank, step)
             if not self._temporary.exists():  # else another rank has written part of it, which is free no more
                 self._problem = find_no_space(self.parent, self._needed)
             if self._problem is not None:
                 return
             self._temporary.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
-                path = self._temporary / name
-                self._records[name] = write_file(path, content, lambda: faults.reach("save.mid", rank, step))
+                self._records[name] = write_file(self._temporary / name, content)
         except Exception as error:  # whatever ends this thread: what is not whole must not be committed
-            self._problem = f"rank {rank}: {why_not_written(error, self.parent, self._needed)}"
+            self._problem = f"rank {self._world.rank}: {why_not_written(error, self.parent, self._needed)}"
 
     def _publish(self, records: dict[str, FileRecord]) -> str | None:
         """Manifest, rename, retention; returns what went wrong, if anything."""
         try:
-            faults.reach("save.before_commit", 0, self._step)
             write_file(self._temporary / MANIFEST, _manifest_text(records))
             _sync_directory(self._temporary)
             if self._final.exists():  # damaged, or resolution would have begun after it
                 remove_directory(self._final)
             self._temporary.rename(self._final)
-            faults.reach("commit.mid", 0, self._step)
             _sync_directory(self.parent)
         except OSError as error:
             return f"rank 0: {why_not_written(error, self.parent, self._needed)}"
@@ -166,14 +160,14 @@ def content_bytes(content: Any) -> int:
     return len(content) if isinstance(content, str) else 8
 
 
-def write_file(path: Path, content: Content, on_begun: Callable[[], object] = lambda: None) -> FileRecord:
-    """Writes a file through to the disk and says what was written. `on_begun` is called once part of it is there.
+def write_file(path: Path, content: Content) -> FileRecord:
+    """Writes a file through to the disk and says what was written.
 
     Raises:
         OSError: when it cannot be written; torch's own error about that names a line of its C++ code.
     """
     with path.open("wb") as file:
-        hashing = _HashingFile(file, on_begun)
+        hashing = _HashingFile(file)
         if isinstance(content, str):
             hashing.write(content.encode())
         else:
@@ -206,8 +200,8 @@ def _save_tensors(content: dict[str, Any], file: BinaryIO) -> None:
 class _HashingFile:
     """What `torch.save` needs of a file: bytes are hashed as they pass, large pieces beside their writing."""
 
-    def __init__(self, file: BinaryIO, on_begun: Callable[[], object]) -> None:
-        self._file, self._on_begun = file, on_begun
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self.digest, self.size = hashlib.sha256(), 0
         self.error: OSError | None = None
 
@@ -216,9 +210,6 @@ class _HashingFile:
         hashing.start()
         try:
             self._file.write(data)
-            if self.size == 0:
-                self._file.flush()
-                self._on_begun()
         except OSError as error:
             self.error = self.error or error
             raise

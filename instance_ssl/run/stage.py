@@ -16,7 +16,6 @@ import torch
 import torchvision
 import yaml
 
-from instance_ssl import faults
 from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
 from instance_ssl.config.experiment import ExperimentConfig, load_config
 from instance_ssl.data.image_sources import ImageSource
@@ -130,7 +129,6 @@ def run_stages(
 
     def work(process: Process) -> None:
         keep_freed_memory(os.environ)  # here, so that loader processes, which are forked, inherit it
-        faults.reach("start", process.rank)
         process.guard.start()
         offered = {spec.name: spec for spec in (*stages, *further)}
         arguments = parse_arguments(list(offered))

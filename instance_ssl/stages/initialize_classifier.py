@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl import faults
 from instance_ssl.checkpoint.directory import DirectoryWriter, clear_leftovers, content_bytes
 from instance_ssl.checkpoint.state import (
     TrainingPosition,
@@ -103,7 +102,6 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, le
 
     def on_batch(num_images: int) -> None:
         nonlocal done
-        faults.reach("initialize", stage.world.rank, done)
         done += 1
         progress.advance(num_images)
         if skips and left_out.anyone_has_news():

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from instance_ssl import faults
 from instance_ssl.checkpoint.directory import clear_leftovers
 from instance_ssl.checkpoint.state import (
     Checkpoint,
@@ -210,7 +209,6 @@ def _refresh_hard_classes(stage: Stage, shard: ClassifierShard, session: Trainin
     with stage.log.progress("hardest classes", 1, "passes") as progress:
 
         def on_block(done: int, blocks: int) -> None:
-            faults.reach("hard_classes", stage.world.rank, session.step)
             progress.set(done, blocks)
             session.check_together()
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from instance_ssl import faults
 from instance_ssl.classifier.shard import ClassifierShard, ShardOutput
 from instance_ssl.data.colour import apply_colours
 from instance_ssl.data.views import ViewBatch
@@ -62,7 +61,7 @@ def train_step(
 
     `positives` are the instance ids of the whole global batch, int64 on the CPU.
     """
-    learning_rate, rank = engine.learning_rate, engine.group.rank
+    learning_rate = engine.learning_rate
     outputs: list[ShardOutput] = []
     unreadable: dict[int, str] = {}
     data_wait_seconds, applied, watch = 0.0, False, Stopwatch(engine.group.device)
@@ -74,8 +73,6 @@ def train_step(
         data_wait_seconds += time.perf_counter() - started
         unreadable |= batch.unreadable or {}
         images, ids = flatten_views(batch, shard.group.device)
-        if faults.reach("step", rank, engine.steps_taken) == "nan":
-            images = torch.full_like(images, torch.nan)
         total_rows = len(ids) * shard.world_size * accumulation_steps
         x_bD = engine(images)  # 1: features of own rows
         watch.stop()
@@ -83,8 +80,6 @@ def train_step(
         if micro_step == accumulation_steps - 1:
             # Summed from all-reduced Z and Y, the loss is the same number on every rank: so is this decision.
             loss, log_z, num_zero_features = _read(outputs)
-            if faults.reach("loss", rank, engine.steps_taken) == "spike":
-                loss *= 1e4
             if not math.isfinite(loss):
                 break
         engine.backward(x_bD, outputs[-1].feature_gradient_bD)

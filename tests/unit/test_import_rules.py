@@ -34,16 +34,14 @@ RESERVED = {
     "torch.utils.tensorboard": set(),
 }
 ONLY_HERE = {
-    # What the tests do to a run on purpose goes through the environment.
-    "environ": {"distributed/comm.py", "run/stage.py", "faults.py"},
+    "environ": {"distributed/comm.py", "run/stage.py"},
 }
 # Arrows against the layers, each with what takes it away.
 EXCEPTIONS = {
-    # Faults on demand move into the tests, ablations and benchmarks beside the runners.
-    ("checkpoint", "faults"), ("training", "faults"), ("run", "faults"), ("evaluation", "faults"), ("stages", "faults"),
+    # Ablations and benchmarks move beside the runners.
     ("stages", "benchmarks"),
 }  # fmt: skip
-TO_BE_MOVED = ("ablation", "benchmarks", "faults")
+TO_BE_MOVED = ("ablation", "benchmarks")
 ARGPARSE = {"run", "report", "stages"}
 
 
