@@ -12,8 +12,8 @@ from instance_ssl.ablation.running import Batch
 from instance_ssl.ablation.settings import Ablation, Plan, plan_runs, read_ablation
 from instance_ssl.ablation.table import format_markdown, read_results, to_json
 from instance_ssl.errors import UserError
+from instance_ssl.files.atomic import write_json, write_text
 from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
-from instance_ssl.run.directory import write_json, write_text
 
 
 def _arguments() -> argparse.Namespace:

@@ -163,7 +163,7 @@ def _before_saves() -> None:
 def _in_saves() -> None:
     from instance_ssl.checkpoint import directory
 
-    original = directory._HashingFile.__init__
+    original = directory.HashingFile.__init__
 
     def __init__(self: Any, file: Any) -> None:
         path = Path(file.name)
@@ -171,7 +171,7 @@ def _in_saves() -> None:
             file = _Begun(file, int(path.parent.name.removeprefix(_WRITING)))
         original(self, file)
 
-    directory._HashingFile.__init__ = __init__  # type: ignore[method-assign]
+    directory.HashingFile.__init__ = __init__  # type: ignore[method-assign]
 
 
 class _Begun:

@@ -23,7 +23,9 @@ import torch
 
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, in_one_line, reason
+from instance_ssl.files.atomic import sync_directory, whole_file
 from instance_ssl.files.disk_space import find_no_space, why_not_written
+from instance_ssl.files.hashing import HashingFile
 from instance_ssl.files.structured import MalformedError, read_json
 
 MANIFEST = "MANIFEST.json"
@@ -140,11 +142,11 @@ class DirectoryWriter:
         """Manifest, rename, retention; returns what went wrong, if anything."""
         try:
             write_file(self._temporary / MANIFEST, _manifest_text(records))
-            _sync_directory(self._temporary)
+            sync_directory(self._temporary)
             if self._final.exists():  # damaged, or resolution would have begun after it
                 remove_directory(self._final)
             self._temporary.rename(self._final)
-            _sync_directory(self.parent)
+            sync_directory(self.parent)
         except OSError as error:
             return f"rank 0: {why_not_written(error, self.parent, self._needed)}"
         retain(self.parent, self._keep, self._is_permanent)
@@ -167,7 +169,7 @@ def write_file(path: Path, content: Content) -> FileRecord:
         OSError: when it cannot be written; torch's own error about that names a line of its C++ code.
     """
     with path.open("wb") as file:
-        hashing = _HashingFile(file)
+        hashing = HashingFile(file)
         if isinstance(content, str):
             hashing.write(content.encode())
         else:
@@ -182,9 +184,8 @@ def write_file(path: Path, content: Content) -> FileRecord:
 
 def replace_file(path: Path, content: Content) -> None:
     """`write_file`, whole or not at all: what was there before stays until then."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_file(temporary, content)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        write_file(temporary, content)
 
 
 def _save_tensors(content: dict[str, Any], file: BinaryIO) -> None:
@@ -195,31 +196,6 @@ def _save_tensors(content: dict[str, Any], file: BinaryIO) -> None:
         torch.save(content, file)
     finally:
         torch.serialization.set_crc32_options(before)
-
-
-class _HashingFile:
-    """What `torch.save` needs of a file: bytes are hashed as they pass, large pieces beside their writing."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest, self.size = hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        hashing = threading.Thread(target=self.digest.update, args=(data,))
-        hashing.start()
-        try:
-            self._file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        finally:
-            hashing.join()
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self._file.flush()
 
 
 def read_tensors(path: Path, *, mapped: bool = True) -> dict[str, Any]:
@@ -380,11 +356,3 @@ def _seems_whole(directory: Path) -> bool:
         return all((directory / name).stat().st_size == record.bytes for name, record in records.items())
     except OSError:
         return False
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,8 +15,9 @@ from typing import Any
 from instance_ssl.checkpoint.directory import content_bytes, read_tensors, replace_file
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.epoch_log import DivergedError, Progress
+from instance_ssl.files.atomic import write_json
 from instance_ssl.files.disk_space import saving
-from instance_ssl.run.directory import read_json, write_json
+from instance_ssl.run.directory import read_json
 from instance_ssl.run.stage import Stage
 
 # A state is written at the end of an epoch, but no more than this share of the time is spent on it.

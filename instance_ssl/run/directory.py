@@ -105,21 +105,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also where the power fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def require_space(directory: Path, checkpoint_bytes: int, keep: int) -> None:
     """Refuses a disk on which the checkpoints of a run will not find room.
 

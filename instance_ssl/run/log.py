@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from instance_ssl.files.atomic import write_lines
 from instance_ssl.files.structured import read_json_lines
 from instance_ssl.run.console import heard_or_not, one_line
 
@@ -85,9 +86,7 @@ class RunLog:
         lines, num_broken = read_json_lines(path)
         sound = [line for line in lines if type(line.get("step")) is int]
         num_broken += len(lines) - len(sound)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in sound if line["step"] <= step))
-        os.replace(temporary, path)
+        write_lines((json.dumps(line) for line in sound if line["step"] <= step), path)
         if num_broken:
             self.say(f"warning: {path}: {num_broken} broken lines dropped")
 

@@ -22,11 +22,12 @@ from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.files.atomic import write_json, write_text
 from instance_ssl.files.disk_space import saving, why_not_written
 from instance_ssl.run import agreement, checks, identity, manifest, precision
 from instance_ssl.run.arguments import parse_arguments
 from instance_ssl.run.console import exit_code_of
-from instance_ssl.run.directory import locked, write_json, write_status, write_text
+from instance_ssl.run.directory import locked, write_status
 from instance_ssl.run.launch import check_world
 from instance_ssl.run.limits import check_limits
 from instance_ssl.run.log import RunLog

@@ -13,7 +13,6 @@ from instance_ssl.checkpoint.export import (
     loading_code,
     require_packages,
     torchvision_state,
-    whole_file,
     write_detectron2,
     write_onnx,
     write_pth,
@@ -29,13 +28,14 @@ from instance_ssl.errors import UserError
 from instance_ssl.evaluation.feature_files import append_features, join_parts, keep_whole_rows, write_parquet
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.frozen_encoder import Representation, represent
+from instance_ssl.files.atomic import saved_file, write_json
 from instance_ssl.files.disk_space import find_no_space, saving, why_not_written
 from instance_ssl.models.backbones import choose_stem
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run import checks
 from instance_ssl.run.agreement import on_rank_0
 from instance_ssl.run.build import describe_encoder
-from instance_ssl.run.directory import read_json, write_json
+from instance_ssl.run.directory import read_json
 from instance_ssl.run.stage import Stage
 
 _BACKBONE_FILES = ("backbone.pth", "backbone.safetensors", "features.onnx", "detectron2.pkl")
@@ -242,7 +242,7 @@ def _join(stage: Stage, images: ImageSource, parts: list[Path], columns: dict[st
     arrays = {name: directory / f"{name}.npy" for name in columns}
     for name, path in arrays.items():
         stage.guard.check()
-        with whole_file(path) as temporary:
+        with saved_file(path) as temporary:
             join_parts(parts, width, columns[name], temporary)
     write_instances(images, directory / "names.txt")
     paths = [*arrays.values(), directory / "names.txt"]
@@ -252,7 +252,7 @@ def _join(stage: Stage, images: ImageSource, parts: list[Path], columns: dict[st
             table.unlink()
             stage.log.say(f"removed, for export.formats has no parquet and the rows are new: {table}")
     else:
-        with whole_file(table) as temporary:
+        with saved_file(table) as temporary:
             write_parquet(images.names, arrays, temporary)
         paths.append(table)
     for part in directory.glob("part_*"):

@@ -19,11 +19,12 @@ from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.errors import UserError, reason
+from instance_ssl.files.atomic import write_json
 from instance_ssl.files.structured import MalformedError, read_json
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.build import classifier_shard, seeded_encoder, training_shards, training_views
 from instance_ssl.run.checks import absent_checkpoint
-from instance_ssl.run.directory import require_space, write_json
+from instance_ssl.run.directory import require_space
 from instance_ssl.run.excluded_images import LeftOut
 from instance_ssl.run.growth import add_rows
 from instance_ssl.run.precision import say_if_changed

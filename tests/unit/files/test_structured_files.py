@@ -197,11 +197,11 @@ def test_a_report_is_made_of_whatever_other_people_s_runs_hold(text: bytes, tmp_
 
 
 def test_no_file_is_read_by_json_or_yaml_itself() -> None:
-    """What is not read by `structured_files` has none of this; its own module and what a fork hands over excepted."""
+    """What is not read by `files.structured` has none of this; its own module and what a fork hands over excepted."""
     root = Path(__file__).parents[3] / "instance_ssl"
     readers = [
         path.name
         for path in root.rglob("*.py")
         if any(call in path.read_text() for call in ("json.load", "yaml.safe_load", "yaml.load("))
     ]
-    assert readers == ["structured_files.py"]
+    assert readers == ["structured.py"]
