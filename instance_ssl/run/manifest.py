@@ -35,7 +35,7 @@ from instance_ssl.files.name_lists import list_line
 from instance_ssl.files.structured import MalformedError, read_json
 from instance_ssl.run.agreement import rank_0_alone
 from instance_ssl.run.exclusion_list import LOST, read_left_out
-from instance_ssl.run.identity import sound_result
+from instance_ssl.run.records import sound_result
 
 _NAMED = 3
 

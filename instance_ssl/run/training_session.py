@@ -18,8 +18,8 @@ from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.errors import UserError, escape
 from instance_ssl.run import precision
 from instance_ssl.run.excluded_images import LeftOut, TooManyBroken
-from instance_ssl.run.identity import config_digest
 from instance_ssl.run.log import Progress
+from instance_ssl.run.records import config_digest
 from instance_ssl.run.stage import Stage
 from instance_ssl.training.engine import Engine
 from instance_ssl.training.meters import InputWatch, LossLevel, TrainingMeter

@@ -22,7 +22,7 @@ from instance_ssl.files.atomic import write_json
 from instance_ssl.run.build import classifier_shard, own_parts, training_view
 from instance_ssl.run.directory import read_json
 from instance_ssl.run.excluded_images import LeftOut
-from instance_ssl.run.identity import config_digest
+from instance_ssl.run.records import config_digest
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.training_session import require_same_run
 
