@@ -24,8 +24,8 @@ from instance_ssl.evaluation.knn import knn_accuracy
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.build import seeded_encoder
 from instance_ssl.run.checks import absent_checkpoint
+from instance_ssl.run.resumption import log_oddities
 from instance_ssl.run.stage import Stage
-from instance_ssl.run.training_session import say_what_was_passed_over
 
 TITLES = {"pixels": "raw pixels", "random": "random network", "trained": "trained", "weights": "weights file"}
 _PROJECTED_ROWS = 16384
@@ -245,7 +245,7 @@ def _checkpoint(stage: Stage, source: str) -> Checkpoint:
         if newest is None:
             raise UserError(absent_checkpoint(stage.run_directory, made_by))
         checkpoint = newest
-    say_what_was_passed_over(stage, checkpoint)
+    log_oddities(checkpoint, stage)
     return checkpoint
 
 

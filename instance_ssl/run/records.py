@@ -1,85 +1,49 @@
-"""What a run directory has recorded: whether it is of this very experiment, and whether a stage of it is complete."""
+"""Reads what the stages of a run have recorded: their configuration, and whether they are complete."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from instance_ssl.checkpoint.directory import newest_sound_directory, step_of
+from instance_ssl.checkpoint.identity import FORMER_VALUES, KINDS_WITHOUT_FILES, require_same_keys
 from instance_ssl.config.experiment import ExperimentConfig, flatten, load_config, read_yaml
 from instance_ssl.errors import UserError
 from instance_ssl.run.directory import read_json
 from instance_ssl.run.log import RunLog
 
-# Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
-FREE_KEYS = (
-    *("evaluation", "export", "log", "checkpoint", "safety"),
-    *("data.num_workers", "data.augment_on", "data.limit_test", "data.root", "data.shards"),
-    *("data.on_broken", "data.max_broken_share", "data.allow_lost"),
-)
 # What the result.json of every stage holds.
 _RESULT_KEYS = {"stage", "newest_checkpoint", "data", "seconds", "date", "world_size"}
-# What became of files before these keys existed, and the kinds that have no files.
-_AS_BEFORE = {"data.exif": "stored", "data.alpha": "drop"}
-_IN_MEMORY = ("digits", "cifar10", "cifar100")
+# Stages that learn: a run directory belongs to the experiment that they were run with.
 BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 
-def config_digest(config: ExperimentConfig) -> str:
-    """SHA-256 of all keys that a run is bound to."""
-    # Runs from before the keys of `_AS_BEFORE` keep their digest.
-    bound = {key: value for key, value in _bound(config).items() if (key, value) not in _AS_BEFORE.items()}
-    return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
-
-
-def _bound(config: ExperimentConfig) -> dict[str, Any]:
-    """The keys, dotted, that a run is bound to."""
-    free = FREE_KEYS if config.data.kind not in _IN_MEMORY else (*FREE_KEYS, *_AS_BEFORE)
-    return {key: value for key, value in flatten(config).items() if not key.startswith(free)}
-
-
 def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
-    """A run directory belongs to one experiment; what was learned under another is not mixed in.
+    """Refuses an experiment other than the one that a run directory belongs to.
 
     Raises:
-        UserError: naming the first key that differs, and what may.
+        UserError: naming the first key that differs, or a record that cannot be read.
     """
     for stage in BOUND_STAGES:
         path = run_directory / stage / "config.yaml"
-        if not path.exists():
-            continue
-        then, now = flatten(load_recorded(path, "restore it, or give another --run-dir")), _bound(config)
-        changed = [key for key, value in now.items() if then.get(key) != value]
-        if changed and set(changed) <= set(_AS_BEFORE):
-            cure = " ".join(f"{key}={then[key]}" for key in changed)
-            raise UserError(
-                f"{run_directory} holds a run with other {' and '.join(changed)}: go on with --set {cure}, or give "
-                "another --run-dir"
-            )
-        if changed:
-            key, others = changed[0], changed[1:]
-            more = f" (and {', '.join(others)})" if others else ""
-            raise UserError(
-                f"{run_directory} holds a run with {key} = {then.get(key)}, not {now[key]}{more}; give another "
-                f"--run-dir or the same value (only {', '.join(FREE_KEYS)} may change in a run)"
-            )
+        if path.exists():
+            recorded = flatten(load_recorded(path, "restore it, or give another --run-dir"))
+            require_same_keys(recorded, flatten(config), str(run_directory))
 
 
 def sound_result(directory: Path) -> dict[str, Any] | None:
-    """A stage's result.json, where it is there and holds what every stage writes at its end."""
+    """A stage's result.json; None where it is missing or lacks what every stage writes at its end."""
     result = read_json(directory / "result.json")
     is_sound = result is not None and result.keys() >= _RESULT_KEYS and result["stage"] == directory.name
     return result if is_sound else None
 
 
 def is_complete(directory: Path, config: ExperimentConfig, newest_checkpoint: str | None, log: RunLog) -> bool:
-    """Whether a stage's own record says that it is complete, and agrees with what it is a record of.
+    """Whether a stage's record says that it is complete, and agrees with what it is a record of.
 
     Args:
-        newest_checkpoint: what an evaluation would be of now (`what_is_evaluated`).
+        newest_checkpoint: the checkpoint that an evaluation would use now (`what_is_evaluated`).
 
     Raises:
-        UserError: when the stage's config.yaml cannot be read, or a training is complete but its checkpoints are gone.
+        UserError: the stage's config.yaml cannot be read, or a training is complete but its checkpoints are gone.
     """
     result, config_path = sound_result(directory), directory / "config.yaml"
     if result is None:
@@ -87,7 +51,7 @@ def is_complete(directory: Path, config: ExperimentConfig, newest_checkpoint: st
     if directory.name not in BOUND_STAGES:
         if not config_path.exists():
             return False
-        recorded = load_recorded(config_path, "remove it, and the evaluation is done again")
+        recorded = load_recorded(config_path, "remove it to repeat the evaluation")
         return flatten(recorded) == flatten(config) and result["newest_checkpoint"] == newest_checkpoint
     steps, newest = result.get("steps", 0), newest_sound_directory(directory / "checkpoints")
     if newest is None:
@@ -104,10 +68,10 @@ def is_complete(directory: Path, config: ExperimentConfig, newest_checkpoint: st
 
 
 def load_recorded(path: Path, cure: str) -> ExperimentConfig:
-    """The configuration that a stage has recorded, with the images as they were taken where that is not in it.
+    """The configuration that a stage has recorded; keys that are newer than the record get their former values.
 
     Args:
-        cure: for the error, what to do where the record is damaged.
+        cure: for the message, what to do where the record is damaged.
 
     Raises:
         UserError: as `load_config`.
@@ -119,8 +83,8 @@ def load_recorded(path: Path, cure: str) -> ExperimentConfig:
         lacking = [
             f"{prefix}{key}={value}"
             for prefix, section in data.items()
-            if isinstance(section, dict) and section.get("kind") not in _IN_MEMORY
-            for key, value in _AS_BEFORE.items()
+            if isinstance(section, dict) and section.get("kind") not in KINDS_WITHOUT_FILES
+            for key, value in FORMER_VALUES.items()
             if key.removeprefix("data.") not in section
         ]
         return load_config(path, lacking)

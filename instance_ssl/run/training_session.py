@@ -13,13 +13,12 @@ from instance_ssl.checkpoint.directory import DirectoryWriter
 from instance_ssl.checkpoint.state import Checkpoint, TrainingPosition, start_checkpoint
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.image_sources import FileImages
-from instance_ssl.data.list_changes import digest_of_first
 from instance_ssl.data.sampler import GlobalBatchSampler
-from instance_ssl.errors import UserError, escape
+from instance_ssl.errors import UserError
 from instance_ssl.run import precision
 from instance_ssl.run.excluded_images import LeftOut, TooManyBroken
 from instance_ssl.run.log import Progress
-from instance_ssl.run.records import config_digest
+from instance_ssl.run.resumption import run_digests
 from instance_ssl.run.stage import Stage
 from instance_ssl.training.engine import Engine
 from instance_ssl.training.meters import InputWatch, LossLevel, TrainingMeter
@@ -28,7 +27,6 @@ from instance_ssl.training.step import StepReport
 
 # A rank is named when its own work takes so many times the median's, and so many seconds a step more.
 _STRAGGLER_RATIO, _STRAGGLER_SECONDS = 1.5, 0.01
-_NAMED = 3
 
 
 class Rollback(Exception):
@@ -300,32 +298,3 @@ class TrainingSession:
                 f"warning: {figures['train/zero_features']:.0f} embeddings of this epoch were 0 and got no gradient"
             )
         return {name.split("/")[1]: value for name, value in figures.items()}
-
-
-def run_digests(stage: Stage) -> dict[str, str]:
-    """What a checkpoint is bound to."""
-    return {"configuration": config_digest(stage.config), "images": stage.source.digest}
-
-
-def require_same_run(checkpoint: Checkpoint, stage: Stage) -> None:
-    """Refuses a checkpoint of another run.
-
-    Raises:
-        UserError: saying which of configuration and images differs.
-    """
-    expected, num_images = run_digests(stage), checkpoint.position.num_instances
-    if num_images < len(stage.source):
-        expected["images"] = digest_of_first(stage.source, num_images)
-    for name, digest in expected.items():
-        if checkpoint.position.digests.get(name, digest) != digest:
-            raise UserError(f"{checkpoint.directory} is of a run with other {name}: give that run's own --run-dir")
-
-
-def say_what_was_passed_over(stage: Stage, checkpoint: Checkpoint) -> None:
-    """Logs that newer checkpoints are damaged, and that what somebody has put into this one is ignored."""
-    for problem in checkpoint.passed_over:
-        stage.log.say(f"warning: damaged checkpoint {problem}; going back to {checkpoint.directory.name}")
-    if checkpoint.foreign:
-        names = ", ".join(escape(name) for name in checkpoint.foreign[:_NAMED])
-        more = f" and {len(checkpoint.foreign) - _NAMED} more" if len(checkpoint.foreign) > _NAMED else ""
-        stage.log.say(f"ignored in {checkpoint.directory}, written by something else: {names}{more}")

@@ -34,8 +34,8 @@ from instance_ssl.run.build import (
     training_view,
 )
 from instance_ssl.run.excluded_images import LeftOut, TooManyBroken, readable_batches
+from instance_ssl.run.resumption import accept, run_digests
 from instance_ssl.run.stage import Stage
-from instance_ssl.run.training_session import require_same_run, run_digests, say_what_was_passed_over
 from instance_ssl.run.watchdog import Stopped
 
 # Above all seeds of experiments: a random view of this pass is none that the training will see.
@@ -90,8 +90,7 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, le
         stage.log.say("the images lie in other shards than before, and so in another order: the pass begins again")
         partial = None
     if partial is not None:
-        say_what_was_passed_over(stage, partial)
-        require_same_run(partial, stage)
+        accept(partial, stage)
         stage.together(lambda: load_rows(partial, shard))
         encoder.load_state_dict(stage.together(lambda: load_encoder(partial))[0])
         done = partial.position.step
