@@ -56,10 +56,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class InputWatch:
-    """When to say that the run waits for its images: as it begins to, and ever more seldom.
-
-    The first interval is passed over, in which the loaders start.
-    """
+    """Rate-limits the input-bound warning, with exponential back-off; ignores the first interval: loaders start."""
 
     _SHARE = 0.1
 
@@ -67,8 +64,8 @@ class InputWatch:
         self._intervals, self._pause = 0, 20
         self._silent_until = 2
 
-    def is_worth_a_word(self, share: float) -> bool:
-        """Takes the share of an interval's time that the slowest rank waited."""
+    def should_warn(self, share: float) -> bool:
+        """Whether to warn now, given the share of an interval's time that the slowest rank waited."""
         self._intervals += 1
         if share <= self._SHARE or self._intervals < self._silent_until:
             return False
