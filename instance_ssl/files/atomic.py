@@ -55,43 +55,24 @@ def saved_file(path: Path, needed: int = 0) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text, whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Writes UTF-8 text, whole or not at all; raises as `whole_file`."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Writes a JSON object, whole or not at all; raises as `whole_file`."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_lines(lines: Iterable[str], path: Path) -> None:
-    """Writes one line after another, whole or not at all, without holding all of them in memory.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    with (
-        whole_file(path) as temporary,
-        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file,
-    ):
+    """Writes lines, whole or not at all, never all of them in memory; raises as `whole_file`."""
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
         file.writelines(line + "\n" for line in lines)
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes renames in a directory survive a power failure, where its file system can.
-
-    Raises:
-        OSError: the directory cannot be opened or synced.
-    """
+    """Makes renames in a directory survive a power failure, where its file system can; raises OSError."""
     try:
         _sync(directory)
     except OSError as error:

@@ -22,12 +22,11 @@ class HashingFile:
         self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        """Writes and hashes at once; large pieces are hashed in a thread of their own."""
-        hashing = None
-        if len(data) < _THREAD_BYTES:
+        """Writes and hashes; large pieces are hashed by a thread in the meantime."""
+        hashing = threading.Thread(target=self.digest.update, args=(data,)) if len(data) >= _THREAD_BYTES else None
+        if hashing is None:
             self.digest.update(data)
         else:
-            hashing = threading.Thread(target=self.digest.update, args=(data,))
             hashing.start()
         try:
             self._file.write(data)
