@@ -15,8 +15,8 @@
     evaluate            a batch of features is done
     fine_tune           before a step of a labelled training
 
-Every fault that is carried out adds a line to the file `INSTANCE_SSL_FAULT_RECORD`, so that a test can tell that its
-point was reached.
+A fault that is carried out is written to the file `INSTANCE_SSL_FAULT_RECORD`, so that a test can tell that its point
+was reached.
 """
 
 import errno
@@ -60,8 +60,7 @@ def _reach(point: str, step: int = 0) -> str | None:
     rank = os.environ.get("RANK", "0")
     if ordered_point != point or at_rank not in ("*", rank) or at_step not in ("*", str(step)):
         return None
-    with open(os.environ[RECORD], "a") as record:
-        record.write(f"{point}:{rank}:{step}:{action}\n")
+    Path(os.environ[RECORD]).write_text(f"{point}:{rank}:{step}:{action}\n")
     if action in _SIGNALS:
         os.kill(os.getpid(), _SIGNALS[action])
     elif action.startswith("sleep="):

@@ -23,7 +23,7 @@ import torch
 
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, in_one_line, reason
-from instance_ssl.files.atomic import sync_directory, whole_file
+from instance_ssl.files.atomic import saved_file, sync_directory
 from instance_ssl.files.disk_space import find_no_space, why_not_written
 from instance_ssl.files.hashing import HashingFile
 from instance_ssl.files.structured import MalformedError, read_json
@@ -183,8 +183,12 @@ def write_file(path: Path, content: Content) -> FileRecord:
 
 
 def replace_file(path: Path, content: Content) -> None:
-    """`write_file`, whole or not at all: what was there before stays until then."""
-    with whole_file(path) as temporary:
+    """Writes a file whole or not at all.
+
+    Raises:
+        UserError: it cannot be written, or the disk has no room for it.
+    """
+    with saved_file(path, content_bytes(content)) as temporary:
         write_file(temporary, content)
 
 
