@@ -44,9 +44,9 @@ def install() -> None:
         return
     point, _, _, action = order.split(":", 3)
     known = action in (*_SIGNALS, "disk-full", {"step": "nan", "loss": "spike"}.get(point)) or action[:6] == "sleep="
-    if point not in _POINTS or not known:
+    if point not in POINTS or not known:
         raise ValueError(f"{ORDER}={order} names no point or action")
-    _POINTS[point]()
+    POINTS[point]()
 
 
 def environment(order: str | None, record: Path) -> dict[str, str]:
@@ -85,6 +85,7 @@ def _before_callback(owner: Any, name: str, callback: str, reach: Callable[[dict
     """Before each call of `owner.name`'s argument `callback`, calls `reach` with all arguments by name."""
     original = getattr(owner, name)
     signature = inspect.signature(original)
+    assert callback in signature.parameters, f"{name} has no {callback} any more"
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
         bound = signature.bind(*arguments, **options)
@@ -255,7 +256,7 @@ def _in_fine_tuning() -> None:
     PartLoader.epoch = epoch  # type: ignore[method-assign]
 
 
-_POINTS = {
+POINTS = {
     "start": _at_start,
     "step": _in_steps,
     "loss": _at_losses,
