@@ -1,4 +1,4 @@
-r"""Files that list names, one a line: how all of them are read and written.
+r"""Reads and writes lists of names, one a line.
 
 A name may hold whatever a file's name may. Backslashes are doubled, and what would end a line, be stripped from it,
 make it a comment or not show becomes an escape, such as \n, \x20 or \u2028.
@@ -27,7 +27,7 @@ def _as_escape(character: str) -> str:
 
 
 def write_names(names: Iterable[str], path: Path) -> None:
-    """Writes a list of names, whole or not at all; `read_names` reads it, and so does `read_lines`."""
+    """Writes a list of names, whole or not at all, for `read_names` and `read_lines`."""
     write_lines(map(list_line, names), path)
 
 
