@@ -1,10 +1,10 @@
-"""Directories of files that are there only when they are whole, written by all ranks together.
+"""Writes checkpoint directories, all ranks together, so that a directory appears only when it is whole.
 
-Each rank writes its files into one temporary directory, from a thread of its own and hashing what passes by. Once all
-ranks have finished well, rank 0 writes MANIFEST.json (size and SHA-256 of every file) and renames the directory: that
-is the commit. Readers take the newest directory that its manifest describes; damage is found before anything is
-loaded. The hashes guard against accidents, not against someone who can rewrite them; but no file of a checkpoint can
-execute code either way (`read_tensors`).
+Each rank writes its files into one temporary directory, in a thread of its own, and hashes them on the way. Once all
+ranks have succeeded, rank 0 writes MANIFEST.json (size and SHA-256 of every file) and renames the directory: that is
+the commit. Readers take the newest directory that matches its manifest; damage is found before anything is loaded. The
+hashes guard against accidents, not against someone who can rewrite them; but no file of a checkpoint can execute code
+either way (`read_tensors`).
 """
 
 import hashlib
@@ -21,19 +21,20 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from instance_ssl import faults
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, in_one_line, reason
+from instance_ssl.files.atomic import saved_file, sync_directory
 from instance_ssl.files.disk_space import find_no_space, why_not_written
+from instance_ssl.files.hashing import HashingFile
 from instance_ssl.files.structured import MalformedError, read_json
 
 MANIFEST = "MANIFEST.json"
 _REMOVED = ".removed-"
 _TEMPORARY = ".writing-"
-# Of every directory, if it has one: the "step" in it is that of the directory's name.
+# Where a directory has this file, its "step" is the step in the directory's name.
 POSITION = "training.json"
 _COMMITTED_NAME = re.compile(r"step_[0-9]{9,}")
-# What only a checkpoint of this project holds; other files that lie in one are somebody's own, and no harm.
+# Names that only this project writes; other files in a checkpoint do no harm.
 _OURS = re.compile(rf"(rows|rank)_.*\.pt|encoder\.pt|sampling\.pt|{re.escape(POSITION)}")
 
 # A file's content: tensors and plain values for `torch.save`, or text.
@@ -49,12 +50,11 @@ class FileRecord:
 
 
 class DirectoryWriter:
-    """Writes one directory after another below `parent`, while its caller goes on.
+    """Writes one directory after another below `parent`, in the background.
 
     Args:
-        parent: of the directories; removed leftovers in it are those of runs that have ended.
-        world: all ranks; every one calls `start` and `commit`, in the same order.
-        keep: newest directories that a commit leaves.
+        world: all ranks; each calls `start` and `commit`, in the same order.
+        keep: number of newest directories that a commit leaves.
         is_permanent: step → whether its directory is never removed.
     """
 
@@ -81,10 +81,10 @@ class DirectoryWriter:
     def start(
         self, step: int, files: Mapping[str, Content], find_problem: Callable[[], str | None] = lambda: None
     ) -> None:
-        """Begins to write this rank's files of `parent`/step_…; the caller does not change their content any more.
-        Collective. Nothing is written where the disk has no room for the files of all ranks.
+        """Starts to write this rank's files of `parent`/step_…; the caller must not change their content. Collective.
 
-        `find_problem`, called beside the training too, may say why they must not be committed.
+        Nothing is written where the disk has no room for the files of all ranks. `find_problem` runs in the background
+        as well; it returns why the files must not be committed, or None.
         """
         assert not self.is_busy
         self._step, self._records, self._problem = step, {}, None
@@ -96,7 +96,7 @@ class DirectoryWriter:
         """Waits for every rank's files and makes the directory appear.
 
         Raises:
-            UserError: when any rank could not write; nothing new is left then and older directories stay.
+            UserError: a rank could not write; the new directory is removed and older ones stay.
         """
         assert self._thread is not None
         self._thread.join()
@@ -123,34 +123,29 @@ class DirectoryWriter:
         return self.parent / f"{_TEMPORARY}{self._final.name}"
 
     def _write(self, files: Mapping[str, Content], find_problem: Callable[[], str | None]) -> None:
-        rank, step = self._world.rank, self._step
         try:
             self._problem = find_problem()
             if self._problem is not None:
                 return
-            faults.reach("save.before", rank, step)
-            if not self._temporary.exists():  # else another rank has written part of it, which is free no more
+            if not self._temporary.exists():  # else another rank's files already take part of the room
                 self._problem = find_no_space(self.parent, self._needed)
             if self._problem is not None:
                 return
             self._temporary.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
-                path = self._temporary / name
-                self._records[name] = write_file(path, content, lambda: faults.reach("save.mid", rank, step))
-        except Exception as error:  # whatever ends this thread: what is not whole must not be committed
-            self._problem = f"rank {rank}: {why_not_written(error, self.parent, self._needed)}"
+                self._records[name] = write_file(self._temporary / name, content)
+        except Exception as error:  # whatever it is: an incomplete directory must not be committed
+            self._problem = f"rank {self._world.rank}: {why_not_written(error, self.parent, self._needed)}"
 
     def _publish(self, records: dict[str, FileRecord]) -> str | None:
         """Manifest, rename, retention; returns what went wrong, if anything."""
         try:
-            faults.reach("save.before_commit", 0, self._step)
             write_file(self._temporary / MANIFEST, _manifest_text(records))
-            _sync_directory(self._temporary)
-            if self._final.exists():  # damaged, or resolution would have begun after it
+            sync_directory(self._temporary)
+            if self._final.exists():  # it is damaged, or the run would have resumed from it
                 remove_directory(self._final)
             self._temporary.rename(self._final)
-            faults.reach("commit.mid", 0, self._step)
-            _sync_directory(self.parent)
+            sync_directory(self.parent)
         except OSError as error:
             return f"rank 0: {why_not_written(error, self.parent, self._needed)}"
         retain(self.parent, self._keep, self._is_permanent)
@@ -158,7 +153,7 @@ class DirectoryWriter:
 
 
 def content_bytes(content: Any) -> int:
-    """Bytes of a file of such content, a little less than it takes."""
+    """Bytes that a file of such content takes, without the format's overhead."""
     if isinstance(content, torch.Tensor):
         return content.numel() * content.element_size()
     if isinstance(content, dict | list | tuple):
@@ -166,14 +161,14 @@ def content_bytes(content: Any) -> int:
     return len(content) if isinstance(content, str) else 8
 
 
-def write_file(path: Path, content: Content, on_begun: Callable[[], object] = lambda: None) -> FileRecord:
-    """Writes a file through to the disk and says what was written. `on_begun` is called once part of it is there.
+def write_file(path: Path, content: Content) -> FileRecord:
+    """Writes a file, syncs it, and returns its size and hash.
 
     Raises:
-        OSError: when it cannot be written; torch's own error about that names a line of its C++ code.
+        OSError: the file cannot be written. torch's own error about that names a line of its C++ code.
     """
     with path.open("wb") as file:
-        hashing = _HashingFile(file, on_begun)
+        hashing = HashingFile(file)
         if isinstance(content, str):
             hashing.write(content.encode())
         else:
@@ -187,10 +182,13 @@ def write_file(path: Path, content: Content, on_begun: Callable[[], object] = la
 
 
 def replace_file(path: Path, content: Content) -> None:
-    """`write_file`, whole or not at all: what was there before stays until then."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_file(temporary, content)
-    temporary.replace(path)
+    """Writes a file whole or not at all.
+
+    Raises:
+        UserError: it cannot be written, or the disk has no room for it.
+    """
+    with saved_file(path, content_bytes(content)) as temporary:
+        write_file(temporary, content)
 
 
 def _save_tensors(content: dict[str, Any], file: BinaryIO) -> None:
@@ -203,50 +201,22 @@ def _save_tensors(content: dict[str, Any], file: BinaryIO) -> None:
         torch.serialization.set_crc32_options(before)
 
 
-class _HashingFile:
-    """What `torch.save` needs of a file: bytes are hashed as they pass, large pieces beside their writing."""
-
-    def __init__(self, file: BinaryIO, on_begun: Callable[[], object]) -> None:
-        self._file, self._on_begun = file, on_begun
-        self.digest, self.size = hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        hashing = threading.Thread(target=self.digest.update, args=(data,))
-        hashing.start()
-        try:
-            self._file.write(data)
-            if self.size == 0:
-                self._file.flush()
-                self._on_begun()
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        finally:
-            hashing.join()
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
 def read_tensors(path: Path, *, mapped: bool = True) -> dict[str, Any]:
-    """Content of a file of tensors, on the CPU and mapped, so that slices cost what they hold.
+    """Reads a file of tensors onto the CPU, memory-mapped: a slice costs only what it holds.
 
-    Only tensors and plain containers are ever built: a file that asks for more is refused, and runs nothing.
+    Only tensors and plain containers are ever built; a file that asks for more is refused before it can run code.
 
     Args:
-        mapped: False reads also what versions of torch before 1.6 wrote, as some published weights were.
+        mapped: False also reads files of torch before 1.6, as some published weights are.
 
     Raises:
-        UserError: for such a file, or one that cannot be read.
+        UserError: the file cannot be read, or holds more than tensors.
     """
     try:
         if mapped:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         else:
-            with path.open("rb") as file:  # of a path, torch goes by the suffix
+            with path.open("rb") as file:  # given a path, torch decides by its suffix
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise almost anything
         why = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else in_one_line(error)
@@ -257,7 +227,7 @@ def read_tensors(path: Path, *, mapped: bool = True) -> dict[str, Any]:
 
 
 def committed_directories(parent: Path) -> list[Path]:
-    """Directories with the name of a committed one, newest first, whole or not; what else is there is left alone."""
+    """Directories named like a committed one, newest first, whole or not; everything else is left alone."""
     named = [path for path in parent.glob("step_*") if _COMMITTED_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(named, key=step_of, reverse=True)
 
@@ -268,12 +238,12 @@ def step_of(directory: Path) -> int:
 
 
 def newest_sound_directory(parent: Path) -> Path | None:
-    """The newest committed directory that is what its name says, by the sizes of its files, unhashed."""
+    """The newest committed directory that matches its manifest by file size; nothing is hashed."""
     return next(filter(_seems_whole, committed_directories(parent)), None)
 
 
 def foreign_files(directory: Path) -> list[str]:
-    """Names of what lies in a committed directory and was not written by this project."""
+    """Names of the files in a committed directory that this project did not write."""
     records = _read_manifest(directory)
     known = {MANIFEST} if isinstance(records, str) else {MANIFEST, *records}
     others = {path.name for path in directory.iterdir()} - known
@@ -281,12 +251,12 @@ def foreign_files(directory: Path) -> list[str]:
 
 
 def verify(directory: Path, group: Group, names: tuple[str, ...] | None = None) -> str | None:
-    """None when the directory is what its manifest says, else the first problem. Collective; the ranks share the work.
+    """Returns how a directory differs from its manifest, or None. Collective; the ranks share the hashing.
 
-    A name step_… must be that of its content. Files that are not this project's are no problem (`foreign_files`).
+    The step in its name must be that of its content. Foreign files are not a problem (`foreign_files`).
 
     Args:
-        names: the only files whose content matters; None: all, and no others of this project may be there.
+        names: the only files to check; None checks all, and allows no further file of this project.
     """
     outcome = _look_at(directory, all_files=names is None) if group.rank == 0 else None
     outcome = group.broadcast_object(outcome)
@@ -301,9 +271,10 @@ def verify(directory: Path, group: Group, names: tuple[str, ...] | None = None) 
 
 
 def retain(parent: Path, keep: int, is_permanent: Callable[[int], bool]) -> None:
-    """Removes all but the newest `keep` intact directories and the permanent ones.
+    """Removes all directories but the newest `keep` intact ones and the permanent ones.
 
-    Damaged ones (by size: hashing all at every save would take longer than the save) are neither counted nor removed.
+    Damaged directories are neither counted nor removed. Damage is judged by file size: hashing all would take longer
+    than the save.
     """
     intact = [directory for directory in committed_directories(parent) if _seems_whole(directory)]
     for directory in intact[keep:]:
@@ -312,7 +283,7 @@ def retain(parent: Path, keep: int, is_permanent: Callable[[int], bool]) -> None
 
 
 def remove_directory(directory: Path) -> None:
-    """Removes a committed directory so that what an interruption leaves of it is none."""
+    """Removes a committed directory; an interruption leaves none that readers would take."""
     hidden = directory.with_name(_REMOVED + directory.name)
     shutil.rmtree(hidden, ignore_errors=True)
     directory.rename(hidden)
@@ -320,7 +291,7 @@ def remove_directory(directory: Path) -> None:
 
 
 def clear_leftovers(parent: Path) -> None:
-    """Removes what interrupted saves and removals have left. Only for the one run that has the directory locked."""
+    """Removes what interrupted saves and removals have left. Only for the run that holds the lock."""
     for pattern in (_TEMPORARY, _REMOVED):
         for directory in parent.glob(pattern + "*"):
             shutil.rmtree(directory, ignore_errors=True)
@@ -351,7 +322,7 @@ def _read_manifest(directory: Path) -> dict[str, FileRecord] | str:
 
 
 def _look_at(directory: Path, *, all_files: bool) -> dict[str, FileRecord] | str:
-    """The manifest's records, or what is wrong before any file is read through."""
+    """The manifest's records, or what is wrong with the directory before any file is hashed."""
     records = _read_manifest(directory)
     if isinstance(records, str):
         return records
@@ -362,7 +333,7 @@ def _look_at(directory: Path, *, all_files: bool) -> dict[str, FileRecord] | str
 
 
 def find_other_step(directory: Path) -> str | None:
-    """What is wrong with a directory's name that is not that of its content: it is a copy by another name, say."""
+    """How a directory's name contradicts its content, or None: it may be a copy under another name."""
     if not _COMMITTED_NAME.fullmatch(directory.name) or not (directory / POSITION).exists():
         return None
     try:
@@ -389,11 +360,3 @@ def _seems_whole(directory: Path) -> bool:
         return all((directory / name).stat().st_size == record.bytes for name, record in records.items())
     except OSError:
         return False
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,11 +3,9 @@
 import copy
 import importlib.util
 import io
-import os
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from instance_ssl.checkpoint.weights import backbone_network
 from instance_ssl.errors import UserError
-from instance_ssl.files.disk_space import saving
+from instance_ssl.files.atomic import saved_file
 from instance_ssl.models.backbones import ResNet, SmallCnn
 
 ONNX_OPSET = 18
@@ -63,7 +61,7 @@ def write_pth(state: dict[str, Tensor], path: Path) -> None:
     """The state for `torch.load(path, weights_only=True)`."""
     buffer = io.BytesIO()  # torch.save itself reports a full disk in many ways
     torch.save(state, buffer)
-    with whole_file(path) as temporary:
+    with saved_file(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
@@ -71,7 +69,7 @@ def write_safetensors(state: dict[str, Tensor], path: Path) -> None:
     """The state for `safetensors.torch.load_file`."""
     from safetensors.torch import save
 
-    with whole_file(path) as temporary:
+    with saved_file(path) as temporary:
         temporary.write_bytes(save(state, metadata={"format": "pt"}))
 
 
@@ -102,7 +100,7 @@ def write_detectron2(state: dict[str, Tensor], path: Path) -> None:
     NumPy 1.26 or newer reads it.
     """
     arrays = {detectron2_name(name): value.numpy() for name, value in state.items()}
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    with saved_file(path) as temporary, temporary.open("wb") as file:
         pickle.dump({"model": arrays, "__author__": "instance_ssl", "matching_heuristics": True}, file, protocol=4)
 
 
@@ -114,7 +112,7 @@ def write_onnx(backbone: ResNet | SmallCnn, image_size: int, path: Path) -> None
     network = copy.deepcopy(backbone).cpu().eval()
     # Two images: torch.export takes a batch of one for a constant.
     images = torch.zeros(2, 3, image_size, image_size)
-    with whole_file(path) as temporary, warnings.catch_warnings():
+    with saved_file(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about itself
         torch.onnx.export(
             network,
@@ -128,19 +126,3 @@ def write_onnx(backbone: ResNet | SmallCnn, image_size: int, path: Path) -> None
             dynamo=True,
             verbose=False,
         )
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when all went well.
-
-    Raises:
-        UserError: when the disk does not take it.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with saving(path):
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

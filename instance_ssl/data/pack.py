@@ -5,10 +5,8 @@ The k-th shard holds the same images whenever it is made, so what a stopped pack
 
 import hashlib
 import io
-import json
 import math
 import multiprocessing
-import os
 import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -25,8 +23,10 @@ from instance_ssl.data.packed_record import BEGUN, RECORD, PackedSet
 from instance_ssl.data.tar_index import index_shard
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import UserError, reason
+from instance_ssl.files.atomic import whole_file, write_json, write_lines
 from instance_ssl.files.disk_space import why_not_written
-from instance_ssl.files.name_lists import list_line, write_lines
+from instance_ssl.files.hashing import HashingFile
+from instance_ssl.files.name_lists import list_line
 from instance_ssl.files.structured import read_json
 
 _SAMPLED = 32
@@ -97,7 +97,7 @@ def _begin(source: EncodedImages, folder: Path, packing: Packing) -> dict[str, r
         sampled = range(0, len(source), math.ceil(len(source) / _SAMPLED))
         sizes = [_member_bytes(content) for index in sampled if (content := _try(source, index, packing)[0])]
         mean = sum(sizes) / len(sizes) if sizes else _BLOCK
-        _write_json(path, {**wanted, "images_per_shard": max(1, round(packing.shard_mib * 2**20 / mean))})
+        write_json(path, {**wanted, "images_per_shard": max(1, round(packing.shard_mib * 2**20 / mean))})
     try:
         begun = read_json(path)
         step = begun.pop("images_per_shard")
@@ -157,13 +157,12 @@ def _enter_worker(source: EncodedImages, packing: Packing, on_broken: OnBroken, 
 
 
 def _write_shard(path: Path, ids: range) -> None:
-    """Writes a shard under another name, and renames it when it is whole; its record comes last."""
+    """Writes a shard, whole or not at all, then its index, and its record last."""
     source, counter = _worker["source"], _worker["counter"]
     labels = source.labels
     left_out: list[tuple[str, str]] = []
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        hashing = _HashingFile(file)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        hashing = HashingFile(file)
         with tarfile.TarFile(
             fileobj=cast(BinaryIO, hashing),
             mode="w",
@@ -183,11 +182,8 @@ def _write_shard(path: Path, ids: range) -> None:
                         _add(tar, _label_name(name), b"%d\n" % int(labels[index]))
                 with counter.get_lock():
                     counter.value += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     index_shard(path, every_member=True)
-    _write_json(_record_of(path), {"sha256": hashing.digest.hexdigest(), "left_out": left_out, **_stamp(path)})
+    write_json(_record_of(path), {"sha256": hashing.digest.hexdigest(), "left_out": left_out, **_stamp(path)})
 
 
 def _finish(
@@ -206,7 +202,7 @@ def _finish(
     )
     if left_out:
         write_lines((f"{name}: {why}" for name, why in left_out), folder / "left_out.txt")
-    _write_json(folder / RECORD, packed_set.to_json())
+    write_json(folder / RECORD, packed_set.to_json())
     return packed_set
 
 
@@ -276,25 +272,3 @@ def _is_done(shard: Path) -> bool:
 
 def _are_pairs(rows: Any) -> bool:
     return isinstance(rows, list) and all(isinstance(row, list) and list(map(type, row)) == [str, str] for row in rows)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-class _HashingFile:
-    """What is written goes through SHA-256 as well."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.digest = file, hashlib.sha256()
-
-    def write(self, content: bytes) -> int:
-        """As a file's."""
-        self.digest.update(content)
-        return self._file.write(content)
-
-    def tell(self) -> int:
-        """As a file's."""
-        return self._file.tell()

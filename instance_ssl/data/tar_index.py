@@ -3,10 +3,8 @@
 Nothing is ever unpacked: whatever a member is called, its name is only a name, and what is no plain file is no image.
 """
 
-import contextlib
 import os
 import posixpath
-import secrets
 import tarfile
 import zipfile
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from instance_ssl.data.folders import SUFFIXES, escape
 from instance_ssl.data.name_table import NameTable, pack_names, packed
 from instance_ssl.data.tar_samples import Remark, Samples
 from instance_ssl.errors import UserError, reason
+from instance_ssl.files.atomic import whole_file
 
 _VERSION = 2  # 1 had labels joined by neighbourhood, and every image of a sample
 _MAX_IMAGE_BYTES = 1 << 30
@@ -131,15 +130,11 @@ def _write(index: ShardIndex, path: Path, status: os.stat_result, *, every_membe
         "broken": np.array(list(index.problems), np.int64),
         **{f"problem_{key}": value for key, value in pack_names(index.problems.values()).items()},
     }
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
+        with whole_file(path, several_writers=True) as temporary, temporary.open("xb") as file:
             np.savez(file, **content)
-        os.replace(temporary, path)
     except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         return False
     return True
 

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.checkpoint.directory import content_bytes, read_tensors, replace_file
+from instance_ssl.checkpoint.directory import read_tensors, replace_file
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.epoch_log import DivergedError, Progress
+from instance_ssl.files.atomic import write_json
 from instance_ssl.files.disk_space import saving
-from instance_ssl.run.directory import read_json, write_json
+from instance_ssl.run.directory import read_json
 from instance_ssl.run.stage import Stage
 
 # A state is written at the end of an epoch, but no more than this share of the time is spent on it.
@@ -95,10 +96,8 @@ class _Saver:
         began = time.monotonic()
         if self._stage.world.rank != 0 or began < self._not_before:
             return
-        state = done.state()
         try:
-            with saving(self._path, content_bytes(state)):
-                replace_file(self._path, state)
+            replace_file(self._path, done.state())
         except UserError as error:
             self._stage.log.say(f"warning: {error}; a stop now would lose the epochs")
         now = time.monotonic()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl import faults
 from instance_ssl.checkpoint.state import ENCODER_FILES, Checkpoint, checkpoint_at, load_encoder, newest_checkpoint
 from instance_ssl.checkpoint.weights import backbone_network, load_state, read_weights
 from instance_ssl.config.experiment import DataConfig, KnnConfig
@@ -25,8 +24,8 @@ from instance_ssl.evaluation.knn import knn_accuracy
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.build import seeded_encoder
 from instance_ssl.run.checks import absent_checkpoint
+from instance_ssl.run.resumption import log_oddities
 from instance_ssl.run.stage import Stage
-from instance_ssl.run.training_session import say_what_was_passed_over
 
 TITLES = {"pixels": "raw pixels", "random": "random network", "trained": "trained", "weights": "weights file"}
 _PROJECTED_ROWS = 16384
@@ -148,7 +147,6 @@ def cached_features(stage: Stage, representation: Representation, images: ImageS
     with stage.log.progress(label, len(images), "images") as progress:
 
         def on_batch(count: int) -> None:
-            faults.reach("evaluate", stage.world.rank)
             progress.advance(count * stage.world.size)  # rank 0 speaks for all: the others are as far as it is
             stage.guard.check()
 
@@ -247,7 +245,7 @@ def _checkpoint(stage: Stage, source: str) -> Checkpoint:
         if newest is None:
             raise UserError(absent_checkpoint(stage.run_directory, made_by))
         checkpoint = newest
-    say_what_was_passed_over(stage, checkpoint)
+    log_oddities(checkpoint, stage)
     return checkpoint
 
 

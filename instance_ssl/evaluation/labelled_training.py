@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl import faults
 from instance_ssl.data.augmentations import centre_view, probe_view
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.loaders import Batch, PartLoader, image_loader
@@ -147,8 +146,7 @@ def _train(
             first = epoch * steps_per_epoch
             order = train.ids[epoch_order(len(train.ids), stage.config.seed, epoch)]
             parts = own_parts(order, options.global_batch_size, stage.world)[: options.steps - first]
-            for step, part in enumerate(loader.epoch(epoch, parts), start=first):
-                faults.reach("fine_tune", stage.world.rank, step)
+            for part in loader.epoch(epoch, parts):
                 stage.check_together()
                 yield part
                 progress.advance()

@@ -1,4 +1,4 @@
-"""Room on a disk: what a save needs is compared with what is free before it begins, and said when it runs out."""
+"""Checks for room on a disk before a save, and says in one line why a file could not be written."""
 
 import errno
 import shutil
@@ -12,7 +12,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def find_no_space(directory: Path, needed: int) -> str | None:
-    """What is said where fewer than `needed` bytes are free for a directory, which need not be there yet."""
+    """A message where fewer than `needed` bytes are free for a directory, which need not exist yet; else None."""
     return None if _free(directory) >= needed else _no_space(directory, needed)
 
 
@@ -25,10 +25,10 @@ def why_not_written(error: Exception, directory: Path, needed: int) -> str:
 
 @contextmanager
 def saving(path: Path, needed: int = 0) -> Iterator[None]:
-    """Around writing a file of about so many bytes, by one rank or all.
+    """Wraps the writing of a file of about `needed` bytes, by one rank or all.
 
     Raises:
-        UserError: when it could not be written, before it is begun where there is no room.
+        UserError: the file could not be written; the block is not entered where the disk has no room.
     """
     if problem := find_no_space(path.parent, needed):
         raise UserError(f"{escape(str(path))} could not be written: {problem}")
@@ -47,7 +47,7 @@ def is_full(directory: Path) -> bool:
 
 
 def in_mib(size: int) -> str:
-    """A number of bytes as people read it, in MiB or GiB."""
+    """A number of bytes in MiB or GiB, for a message."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 

@@ -1,16 +1,16 @@
-r"""Files that list names, one a line: how all of them are read and written.
+r"""Reads and writes lists of names, one a line.
 
 A name may hold whatever a file's name may. Backslashes are doubled, and what would end a line, be stripped from it,
 make it a comment or not show becomes an escape, such as \n, \x20 or \u2028.
 """
 
 import codecs
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from instance_ssl.errors import escape, unescape
+from instance_ssl.files.atomic import write_lines
 
 # What a reader of lists would strip or take for a comment; what ends a line or does not show, `escape` has written out.
 _UNSAFE = re.compile(r"^[#\s]|\s\Z")
@@ -27,18 +27,8 @@ def _as_escape(character: str) -> str:
 
 
 def write_names(names: Iterable[str], path: Path) -> None:
-    """Writes a list of names, whole or not at all; `read_names` reads it, and so does `read_lines`."""
+    """Writes a list of names, whole or not at all, for `read_names` and `read_lines`."""
     write_lines(map(list_line, names), path)
-
-
-def write_lines(lines: Iterable[str], path: Path) -> None:
-    """Writes a file of so many lines, whole or not at all, and never all of them in memory."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_lines(path: Path) -> Iterator[str]:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from instance_ssl.errors import UserError
+from instance_ssl.files.atomic import write_text
 from instance_ssl.files.disk_space import why_not_written
 from instance_ssl.report.page import build_page
 from instance_ssl.report.runs import open_runs
 from instance_ssl.run.console import ArgumentParser, exit_code_of, printable, tell
-from instance_ssl.run.directory import write_text
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -15,9 +15,9 @@ from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, shorten, tried
 from instance_ssl.run.agreement import on_rank_0, rank_0_alone, share_images
-from instance_ssl.run.identity import BOUND_STAGES
 from instance_ssl.run.images import open_split
 from instance_ssl.run.log import RunLog
+from instance_ssl.run.records import BOUND_STAGES
 from instance_ssl.run.watchdog import launchers_of
 from instance_ssl.training import engine
 

@@ -1,7 +1,7 @@
-"""Who works in a stage's directory, and how that ended: a lock that no crash leaves behind, and status.json.
+"""Lock and status of a stage directory.
 
-A launcher's exit code proves little (DeepSpeed's is 0 when its ranks were orphaned); `status.json` says what came of
-it: `running`, `complete`, `stopped` (the same command goes on) or `failed`, with the reason.
+A launcher's exit code proves little: DeepSpeed's is 0 when its ranks were orphaned. `status.json` gives the state,
+`running`, `complete`, `stopped` (the same command resumes) or `failed`, and the reason.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ State = Literal["running", "complete", "stopped", "failed"]
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds a directory for one process: an advisory lock on a file in it, which ends with the process in any case.
+    """Locks a directory for this process, by an advisory lock on a file in it; the lock ends with the process.
 
     Raises:
-        UserError: when another process holds it, naming that one.
+        UserError: another process holds the lock; the message names it.
     """
     path = directory / "lock"
     with path.open("a+") as file:
@@ -47,12 +47,12 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def write_status(directory: Path, state: State, reason: str | None = None, run: str | None = None) -> None:
-    """Writes status.json, whole; a directory that cannot be written to is not what ends a run.
+    """Writes status.json, whole; a directory that cannot be written to does not end a run.
 
-    From "running" on, room is kept in the directory for one more status, which so finds its way onto a full disk.
+    From "running" on, a file reserves room for one more status, so that it can be written to a full disk.
 
     Args:
-        run: names this start of the run, for `end_status`.
+        run: identifies this start of the run, for `end_status`.
     """
     if reason is not None and len(reason) > _MAX_REASON:
         reason = reason[:_MAX_REASON] + "…"
@@ -66,7 +66,7 @@ def write_status(directory: Path, state: State, reason: str | None = None, run: 
     }
     path, room = directory / "status.json", directory / _ROOM
     with contextlib.suppress(OSError):
-        # Written over the blocks that are kept for it, and renamed: that takes no room, however full the disk is.
+        # Overwriting reserved blocks and renaming takes no room, unlike `whole_file`.
         _write_over(room, (json.dumps(status, indent=2) + "\n").encode())
         os.replace(room, path)
         if state == "running":
@@ -74,7 +74,7 @@ def write_status(directory: Path, state: State, reason: str | None = None, run: 
 
 
 def _write_over(path: Path, content: bytes) -> None:
-    """Writes a file in the blocks that it has, and through to the disk."""
+    """Overwrites a file in the blocks that it has, and syncs it."""
     with path.open("r+b" if path.exists() else "wb") as file:
         file.truncate(file.write(content))
         file.flush()
@@ -82,9 +82,9 @@ def _write_over(path: Path, content: bytes) -> None:
 
 
 def end_status(directory: Path, state: State, reason: str, run: str | None) -> None:
-    """Writes how a run ended, unless status.json says so already: the first reason is the true one.
+    """Writes how a run ended, unless status.json has it already: the first reason is the true one.
 
-    Nor does a rank that was stopped, and woke when its run was long over, speak for the next one.
+    A rank that was suspended and wakes long after its run has ended does not overwrite the next run's status.
     """
     told = read_json(directory / "status.json")
     if told is None or (told.get("run") == run and told.get("state") == "running"):
@@ -92,44 +92,29 @@ def end_status(directory: Path, state: State, reason: str, run: str | None) -> N
 
 
 def read_state(directory: Path, run: str | None) -> str | None:
-    """The state that status.json tells of a run, if it is of this one and can be read."""
+    """The state in status.json; None where it is of another run or cannot be read."""
     told = read_json(directory / "status.json") or {}
     return str(told["state"]) if told.get("run") == run and "state" in told else None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """An object from a JSON file; None where it is not there, or not whole."""
+    """Reads an object from a JSON file; None where it is missing or damaged."""
     try:
         return structured.read_json(path)
     except (OSError, ValueError):
         return None
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also where the power fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def require_space(directory: Path, checkpoint_bytes: int, keep: int) -> None:
-    """Refuses a disk on which the checkpoints of a run will not find room.
+    """Refuses a disk without room for the checkpoints of a run.
 
     Args:
-        directory: where they go; those already in it will make room for new ones.
-        checkpoint_bytes: of one of them.
-        keep: how many stay; one more is written before the oldest goes.
+        directory: of the checkpoints; those already in it will make room for new ones.
+        checkpoint_bytes: size of one.
+        keep: number that stays; one more is written before the oldest is removed.
 
     Raises:
-        UserError: saying how much is missing.
+        UserError: saying how much is needed and free.
     """
     there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if directory.exists() else 0
     needed = (keep + 1) * checkpoint_bytes

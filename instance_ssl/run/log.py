@@ -1,4 +1,4 @@
-"""What a run writes as it goes: console (rank 0), metrics.jsonl, TensorBoard, and a progress bar."""
+"""Logs a run: console lines of rank 0, metrics.jsonl, TensorBoard and a progress bar."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from instance_ssl.files.atomic import write_lines
 from instance_ssl.files.structured import read_json_lines
 from instance_ssl.run.console import heard_or_not, one_line
 
@@ -21,12 +22,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 class RunLog:
     """Console lines of rank 0, and the run directory's metrics once there is one. Other ranks stay silent.
 
-    Lines go through tqdm, so that they never break into a progress bar. Metrics that cannot be written (a full disk,
-    say) are said once and left out: they never end a run.
+    Lines go through tqdm, so that they never break into a progress bar. Metrics that cannot be written (on a full
+    disk, say) are dropped with one warning: they never end a run.
 
     Args:
         is_main: whether this is rank 0.
-        on_progress: called on every rank whenever its work moves on.
+        on_progress: called on every rank whenever its work advances.
     """
 
     def __init__(self, *, is_main: bool, on_progress: Callable[[], None] = lambda: None) -> None:
@@ -45,7 +46,7 @@ class RunLog:
 
     @contextmanager
     def metrics_in(self, directory: Path) -> Iterator[None]:
-        """Metrics go to `directory`/metrics.jsonl and `directory`/tensorboard while this lasts."""
+        """Sends metrics to `directory`/metrics.jsonl and `directory`/tensorboard inside the block."""
         self._directory = directory if self.is_main else None
         try:
             yield
@@ -55,7 +56,7 @@ class RunLog:
             self._directory = self._resumed_at = self._scalars = None
 
     def forget_after(self, step: int) -> None:
-        """Drops the metrics of steps that a resumed run does again."""
+        """Drops the metrics of later steps, which a resumed run repeats."""
         if self._directory is None:
             return
         self._resumed_at = step
@@ -64,13 +65,13 @@ class RunLog:
             self._unless_broken(lambda: self._cut_metrics(path, step))
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Appends the values that are there to metrics.jsonl and TensorBoard."""
+        """Appends the values other than None to metrics.jsonl and TensorBoard."""
         if self._directory is not None:
             known = {name: value for name, value in values.items() if value is not None}
             self._unless_broken(lambda: self._write(step, known))
 
     def progress(self, label: str, total: int, unit: str, initial: int = 0) -> "Progress":
-        """A bar on a terminal, a plain line now and then elsewhere; nothing on ranks other than 0."""
+        """Shows progress on rank 0: a bar on a terminal, a plain line every 10 s elsewhere."""
         return Progress(self, label, total, unit, initial)
 
     def _write(self, step: int, known: dict[str, float]) -> None:
@@ -85,9 +86,7 @@ class RunLog:
         lines, num_broken = read_json_lines(path)
         sound = [line for line in lines if type(line.get("step")) is int]
         num_broken += len(lines) - len(sound)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in sound if line["step"] <= step))
-        os.replace(temporary, path)
+        write_lines((json.dumps(line) for line in sound if line["step"] <= step), path)
         if num_broken:
             self.say(f"warning: {path}: {num_broken} broken lines dropped")
 
@@ -101,16 +100,16 @@ class RunLog:
 
 
 class _ScalarFile:
-    """TensorBoard's file of scalars, written by whoever calls.
+    """Writes TensorBoard's file of scalars, in the caller's thread.
 
-    torch's `SummaryWriter` writes from a thread of its own, where a full disk is a traceback that nobody catches.
+    torch's `SummaryWriter` writes in a thread of its own, where a full disk is a traceback that nobody catches.
 
     Args:
-        resumed_at: later steps of earlier files count no more; None for a run that begins.
+        resumed_at: TensorBoard ignores later steps of earlier files; None for a new run.
     """
 
     def __init__(self, directory: Path, resumed_at: int | None) -> None:
-        # Only rank 0 needs them, and they are slow to import.
+        # Slow to import, and needed by rank 0 alone.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -137,7 +136,7 @@ class _ScalarFile:
 
 
 class Progress:
-    """Progress with rate and time left, on rank 0."""
+    """Shows progress, rate and time left on rank 0."""
 
     def __init__(self, log: RunLog, label: str, total: int, unit: str, initial: int) -> None:
         self._log, self._label, self._total, self._unit = log, label, total, unit
@@ -155,7 +154,7 @@ class Progress:
         self._bar.close()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Adds `count` done units; `note` stands beside the rate."""
+        """Adds `count` finished units; `note` is shown beside the rate."""
         self._log.on_progress()
         self._done += count
         self._note = note
@@ -168,7 +167,7 @@ class Progress:
             self._log.say(self._line())
 
     def set(self, done: int, total: int) -> None:
-        """Moves to `done` of `total`, for work whose size is only known once it has begun."""
+        """Sets progress to `done` of `total`, for work whose size is known only once it has begun."""
         self._total = self._bar.total = total
         self.advance(done - self._done)
 

@@ -12,7 +12,6 @@ right, whatever comes behind them.
 """
 
 import json
-import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import islice
@@ -30,13 +29,13 @@ from instance_ssl.data.list_changes import places_of, rearranged
 from instance_ssl.data.name_table import NameTable, packed
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, reason
+from instance_ssl.files.atomic import whole_file, write_json, write_lines
 from instance_ssl.files.disk_space import why_not_written
-from instance_ssl.files.name_lists import list_line, write_lines
+from instance_ssl.files.name_lists import list_line
 from instance_ssl.files.structured import MalformedError, read_json
 from instance_ssl.run.agreement import rank_0_alone
-from instance_ssl.run.directory import write_json
 from instance_ssl.run.exclusion_list import LOST, read_left_out
-from instance_ssl.run.identity import sound_result
+from instance_ssl.run.records import sound_result
 
 _NAMED = 3
 
@@ -96,12 +95,8 @@ def _write(source: ImageSource, run_directory: Path) -> None:
     run_directory.mkdir(parents=True, exist_ok=True)
     write_instances(source, run_directory / "instances.txt")
     if "sizes" in source.columns:
-        temporary = run_directory / ".instance_sizes.tmp.npy"
-        with temporary.open("wb") as file:
+        with whole_file(run_directory / "instance_sizes.npy") as temporary, temporary.open("wb") as file:
             np.save(file, source.columns["sizes"])
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(run_directory / "instance_sizes.npy")
     if source.left_out:
         write_lines(source.left_out, run_directory / "unreadable.txt")
     if before is not None:

@@ -16,18 +16,18 @@ import torch
 import torchvision
 import yaml
 
-from instance_ssl import faults
 from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
 from instance_ssl.config.experiment import ExperimentConfig, load_config
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.files.atomic import write_json, write_text
 from instance_ssl.files.disk_space import saving, why_not_written
-from instance_ssl.run import agreement, checks, identity, manifest, precision
+from instance_ssl.run import agreement, checks, manifest, precision, records
 from instance_ssl.run.arguments import parse_arguments
 from instance_ssl.run.console import exit_code_of
-from instance_ssl.run.directory import locked, write_json, write_status, write_text
+from instance_ssl.run.directory import locked, write_status
 from instance_ssl.run.launch import check_world
 from instance_ssl.run.limits import check_limits
 from instance_ssl.run.log import RunLog
@@ -130,7 +130,6 @@ def run_stages(
 
     def work(process: Process) -> None:
         keep_freed_memory(os.environ)  # here, so that loader processes, which are forked, inherit it
-        faults.reach("start", process.rank)
         process.guard.start()
         offered = {spec.name: spec for spec in (*stages, *further)}
         arguments = parse_arguments(list(offered))
@@ -202,7 +201,7 @@ def _open(
         world,
     )
     checks.check_sources(config.evaluation, world)
-    agreement.rank_0_alone(lambda: identity.check_unchanged(config, run_directory), world)
+    agreement.rank_0_alone(lambda: records.check_unchanged(config, run_directory), world)
     if arguments.run_dir is None and [spec.name for spec in chosen] == ["export"]:
         checks.check_run_to_export(config, run_directory, world)
     checks.check_made_before(config, run_directory, [spec.name for spec in chosen], world)
@@ -238,7 +237,7 @@ def _run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], proces
         # Before the work: a training that goes on beside an evaluation may commit a newer one meanwhile.
         newest = _newest_checkpoint(stage)
         figures = function(stage)
-        if stage.name in identity.BOUND_STAGES:
+        if stage.name in records.BOUND_STAGES:
             newest = _newest_checkpoint(stage)
         record = {"stage": stage.name, **figures, "newest_checkpoint": newest}
         record["seconds"] = round(time.perf_counter() - started, 3)
@@ -255,7 +254,7 @@ def _conclude(stage: Stage, record: dict[str, Any], run: str | None) -> None:
 
 
 def _is_complete(stage: Stage) -> bool:
-    return identity.is_complete(stage.directory, stage.config, _newest_checkpoint(stage), stage.log)
+    return records.is_complete(stage.directory, stage.config, _newest_checkpoint(stage), stage.log)
 
 
 def _newest_checkpoint(stage: Stage) -> str | None:

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from instance_ssl.checkpoint.identity import keys_digest
 from instance_ssl.checkpoint.state import Checkpoint, intact_checkpoints, load_rows
+from instance_ssl.config.experiment import flatten
 from instance_ssl.data.loaders import image_loader
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.accuracy_correlation import correlations, draw_correlation, instance_accuracy
@@ -18,12 +20,12 @@ from instance_ssl.evaluation.frozen_encoder import (
     represent_checkpoint,
     vote,
 )
+from instance_ssl.files.atomic import write_json
 from instance_ssl.run.build import classifier_shard, own_parts, training_view
-from instance_ssl.run.directory import read_json, write_json
+from instance_ssl.run.directory import read_json
 from instance_ssl.run.excluded_images import LeftOut
-from instance_ssl.run.identity import config_digest
+from instance_ssl.run.resumption import accept
 from instance_ssl.run.stage import Stage
-from instance_ssl.run.training_session import require_same_run
 
 _POINT = {"epoch", "step", "instance_accuracy", "knn_top1", "logged_instance_accuracy"}
 
@@ -40,7 +42,7 @@ def run(stage: Stage) -> dict[str, Any]:
             f"{stage.checkpoints_of('pretrain')} holds {len(found)} intact checkpoints and a correlation takes 2: "
             "train with checkpoint.keep_every_epochs, say 10, so that they stay"
         )
-    require_same_run(found[-1], stage)
+    accept(found[-1], stage)
     images = open_labelled(stage)
     known = _known_points(stage, images)
     left = sum(checkpoint.directory.name not in known for checkpoint in found)
@@ -187,5 +189,9 @@ def _keep_points(stage: Stage, images: LabelledImages, points: dict[str, dict[st
 
 
 def _identity(stage: Stage, images: LabelledImages) -> dict[str, Any]:
-    digests = {"configuration": config_digest(stage.config), "train": images.train.digest, "test": images.test.digest}
+    digests = {
+        "configuration": keys_digest(flatten(stage.config)),
+        "train": images.train.digest,
+        "test": images.test.digest,
+    }
     return {**_recipe(stage, images), **digests, "labels": images.label_digest}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from instance_ssl.checkpoint.directory import content_bytes, read_tensors, replace_file
+from instance_ssl.checkpoint.directory import read_tensors, replace_file
 from instance_ssl.config.detection import DetectionConfig
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
@@ -25,7 +25,6 @@ from instance_ssl.evaluation.detection.voc import VocImages, open_voc
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.frozen_encoder import TITLES, evaluation_data, load_backbone
 from instance_ssl.evaluation.workload import Workload
-from instance_ssl.files.disk_space import saving
 from instance_ssl.models.backbones import ResNet
 from instance_ssl.run.images import rendering_of
 from instance_ssl.run.stage import Stage
@@ -218,9 +217,7 @@ def _save(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> N
     def write() -> None:
         if stage.world.rank != 0:
             return
-        state = {**training.state(), "bound": bound}
-        with saving(path, content_bytes(state)):
-            replace_file(path, state)
+        replace_file(path, {**training.state(), "bound": bound})
 
     stage.together(write)
 

@@ -53,10 +53,13 @@ def run(stage: Stage) -> dict[str, Any]:
         samples[source] = _sample(stage, test_mF)
         _tell(stage, source, results[source])
     picture = stage.directory / "neighbours.png"
-    if stage.world.rank == 0:
+
+    def write() -> None:
         _draw(picture, images, query_ids.tolist(), neighbour_ids)
         labels = {"labels": images.test_labels.cpu(), "class_names": images.test.class_names}
         replace_file(stage.directory / MAP_FILE, {"sources": samples, **labels})
+
+    stage.on_rank_0(write)
     return {"figures": results, "picture": str(picture.relative_to(stage.run_directory))}
 
 

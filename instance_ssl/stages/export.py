@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl import faults
 from instance_ssl.checkpoint.export import (
     ONNX_OPSET,
     loading_code,
     require_packages,
     torchvision_state,
-    whole_file,
     write_detectron2,
     write_onnx,
     write_pth,
@@ -30,13 +28,14 @@ from instance_ssl.errors import UserError
 from instance_ssl.evaluation.feature_files import append_features, join_parts, keep_whole_rows, write_parquet
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.frozen_encoder import Representation, represent
+from instance_ssl.files.atomic import saved_file, write_json
 from instance_ssl.files.disk_space import find_no_space, saving, why_not_written
 from instance_ssl.models.backbones import choose_stem
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run import checks
 from instance_ssl.run.agreement import on_rank_0
 from instance_ssl.run.build import describe_encoder
-from instance_ssl.run.directory import read_json, write_json
+from instance_ssl.run.directory import read_json
 from instance_ssl.run.stage import Stage
 
 _BACKBONE_FILES = ("backbone.pth", "backbone.safetensors", "features.onnx", "detectron2.pkl")
@@ -228,7 +227,6 @@ def _append_own_rows(
         ) as progress:
 
             def on_batch(count: int) -> None:
-                faults.reach("evaluate", stage.world.rank)
                 progress.advance(count * stage.world.size)  # rank 0 speaks for all: the others are as far as it is
                 stage.guard.check()
 
@@ -244,7 +242,7 @@ def _join(stage: Stage, images: ImageSource, parts: list[Path], columns: dict[st
     arrays = {name: directory / f"{name}.npy" for name in columns}
     for name, path in arrays.items():
         stage.guard.check()
-        with whole_file(path) as temporary:
+        with saved_file(path) as temporary:
             join_parts(parts, width, columns[name], temporary)
     write_instances(images, directory / "names.txt")
     paths = [*arrays.values(), directory / "names.txt"]
@@ -254,7 +252,7 @@ def _join(stage: Stage, images: ImageSource, parts: list[Path], columns: dict[st
             table.unlink()
             stage.log.say(f"removed, for export.formats has no parquet and the rows are new: {table}")
     else:
-        with whole_file(table) as temporary:
+        with saved_file(table) as temporary:
             write_parquet(images.names, arrays, temporary)
         paths.append(table)
     for part in directory.glob("part_*"):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instance_ssl import faults
 from instance_ssl.checkpoint.directory import DirectoryWriter, clear_leftovers, content_bytes
 from instance_ssl.checkpoint.state import (
     TrainingPosition,
@@ -35,8 +34,8 @@ from instance_ssl.run.build import (
     training_view,
 )
 from instance_ssl.run.excluded_images import LeftOut, TooManyBroken, readable_batches
+from instance_ssl.run.resumption import accept, run_digests
 from instance_ssl.run.stage import Stage
-from instance_ssl.run.training_session import require_same_run, run_digests, say_what_was_passed_over
 from instance_ssl.run.watchdog import Stopped
 
 # Above all seeds of experiments: a random view of this pass is none that the training will see.
@@ -91,8 +90,7 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, le
         stage.log.say("the images lie in other shards than before, and so in another order: the pass begins again")
         partial = None
     if partial is not None:
-        say_what_was_passed_over(stage, partial)
-        require_same_run(partial, stage)
+        accept(partial, stage)
         stage.together(lambda: load_rows(partial, shard))
         encoder.load_state_dict(stage.together(lambda: load_encoder(partial))[0])
         done = partial.position.step
@@ -103,7 +101,6 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, le
 
     def on_batch(num_images: int) -> None:
         nonlocal done
-        faults.reach("initialize", stage.world.rank, done)
         done += 1
         progress.advance(num_images)
         if skips and left_out.anyone_has_news():

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from instance_ssl import faults
 from instance_ssl.checkpoint.directory import clear_leftovers
 from instance_ssl.checkpoint.state import (
     Checkpoint,
@@ -20,16 +19,18 @@ from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.errors import UserError, reason
+from instance_ssl.files.atomic import write_json
 from instance_ssl.files.structured import MalformedError, read_json
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.build import classifier_shard, seeded_encoder, training_shards, training_views
 from instance_ssl.run.checks import absent_checkpoint
-from instance_ssl.run.directory import require_space, write_json
+from instance_ssl.run.directory import require_space
 from instance_ssl.run.excluded_images import LeftOut
 from instance_ssl.run.growth import add_rows
 from instance_ssl.run.precision import say_if_changed
+from instance_ssl.run.resumption import accept
 from instance_ssl.run.stage import Stage
-from instance_ssl.run.training_session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
+from instance_ssl.run.training_session import Rollback, TrainingSession
 from instance_ssl.training.engine import Engine
 from instance_ssl.training.schedules import EpochClock, warmup_cosine
 from instance_ssl.training.step import train_epoch
@@ -108,8 +109,7 @@ def _describe(stage: Stage, sampler: GlobalBatchSampler) -> None:
 def _starting_checkpoint(stage: Stage) -> Checkpoint:
     found = newest_checkpoint(stage.checkpoints_of(stage.name), stage.world)
     if found is not None:
-        say_what_was_passed_over(stage, found)
-        require_same_run(found, stage)
+        accept(found, stage)
         position = found.position
         stage.log.say(f"resuming from {found.directory}: {position.epoch} epochs done, {position.step} steps in all")
         say_if_changed(found, stage.ds.matmul_dtype, stage.log)
@@ -117,8 +117,7 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
     found = newest_checkpoint(stage.checkpoints_of("initialize_classifier"), stage.world)
     if found is None:
         raise UserError(absent_checkpoint(stage.run_directory, "initialize_classifier"))
-    say_what_was_passed_over(stage, found)
-    require_same_run(found, stage)
+    accept(found, stage)
     return found
 
 
@@ -210,7 +209,6 @@ def _refresh_hard_classes(stage: Stage, shard: ClassifierShard, session: Trainin
     with stage.log.progress("hardest classes", 1, "passes") as progress:
 
         def on_block(done: int, blocks: int) -> None:
-            faults.reach("hard_classes", stage.world.rank, session.step)
             progress.set(done, blocks)
             session.check_together()
 

@@ -1,4 +1,4 @@
-"""Running figures of training between two log lines, and the memory in use."""
+"""Means of training metrics between two log lines, memory in use, and when to warn."""
 
 import math
 import resource
@@ -28,7 +28,7 @@ class TrainingMeter:
         self._reports.append(report)
 
     def read(self, device: torch.device) -> dict[str, float | None]:
-        """The figures by TensorBoard tag, and a new start; None where nothing was measured."""
+        """Returns the metrics by TensorBoard tag, None where nothing was measured, and starts anew."""
         reports, seconds = self._reports, time.perf_counter() - self._started
         self._reports, self._started = [], time.perf_counter()
         waited = sum(report.data_wait_seconds for report in reports)
@@ -48,7 +48,7 @@ class TrainingMeter:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory allocated on the GPU so far, or the process's peak resident size on the CPU, in GiB."""
+    """Peak memory allocated on the GPU so far, or the process's peak resident size on the CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
@@ -56,10 +56,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class InputWatch:
-    """When to say that the run waits for its images: as it begins to, and ever more seldom.
-
-    The first interval is passed over, in which the loaders start.
-    """
+    """Rate-limits the input-bound warning, with exponential back-off; ignores the first interval: loaders start."""
 
     _SHARE = 0.1
 
@@ -67,8 +64,8 @@ class InputWatch:
         self._intervals, self._pause = 0, 20
         self._silent_until = 2
 
-    def is_worth_a_word(self, share: float) -> bool:
-        """Takes the share of an interval's time that the slowest rank waited."""
+    def should_warn(self, share: float) -> bool:
+        """Whether to warn now, given the share of an interval's time that the slowest rank waited."""
         self._intervals += 1
         if share <= self._SHARE or self._intervals < self._silent_until:
             return False
@@ -77,11 +74,11 @@ class InputWatch:
 
 
 class LossLevel:
-    """A running mean of the loss, and whether a step's loss stands out of it, once there are enough to stand out of.
+    """Keeps a running mean of the loss and finds spikes, once the mean is of enough steps.
 
     Args:
-        spike_nats: a loss that much above the mean is a spike; None: none is.
-        level: the mean so far, of a run that goes on.
+        spike_nats: a loss that far above the mean is a spike; None finds none.
+        level: the mean so far, of a resumed run.
     """
 
     _WEIGHT, _ENOUGH = 0.05, 10
@@ -92,7 +89,7 @@ class LossLevel:
         self._count = 0 if level is None else self._ENOUGH
 
     def add(self, loss: float) -> bool:
-        """Whether this loss, which is finite, is a spike; it counts for the mean either way."""
+        """Adds a finite loss to the mean and returns whether it is a spike."""
         before = loss if self.level is None else self.level
         self._count += 1
         self.level = before + max(self._WEIGHT, 1 / self._count) * (loss - before)
@@ -100,6 +97,6 @@ class LossLevel:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Of the values that are there and finite."""
+    """Mean of the finite values."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else None

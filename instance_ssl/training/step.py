@@ -1,4 +1,4 @@
-"""The training loop: the paper's eight steps, and an epoch of them."""
+"""The training loop: one optimizer step in the paper's eight steps, and an epoch of them."""
 
 import math
 import time
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from instance_ssl import faults
 from instance_ssl.classifier.shard import ClassifierShard, ShardOutput
 from instance_ssl.data.colour import apply_colours
 from instance_ssl.data.views import ViewBatch
@@ -19,7 +18,7 @@ from instance_ssl.training.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step found.
+    """The outcome of one optimizer step.
 
     Attributes:
         loss: J, the mean over the global batch, equal on all ranks.
@@ -32,8 +31,8 @@ class StepReport:
         own_seconds: time of this rank's own work before the collectives: loading and the encoder's forward passes.
         unreadable: id → why, of this rank's images that were found unreadable.
         embeddings: this rank's last micro-batch (b, D) and its ids (b,), where the loss is not finite.
-        instance_accuracy: of the last micro-batch against all N classes, a fraction, where it was measured.
-        positive_cosine: mean cos(w_i, x_i) of the last micro-batch, where it was measured.
+        instance_accuracy: fraction of the last micro-batch that is classified right among all N classes, if measured.
+        positive_cosine: mean cos(w_i, x_i) of the last micro-batch, if measured.
     """
 
     loss: float
@@ -58,42 +57,42 @@ def train_step(
     *,
     measure: bool = False,
 ) -> StepReport:
-    """One optimizer step of encoder and classifier: the eight steps of the paper's "Hybrid Parallelism".
+    """One optimizer step of encoder and classifier, in the eight steps of the paper's "Hybrid Parallelism".
 
-    `positives` are the instance ids of the whole global batch, int64 on the CPU.
+        1  features of the local images              engine(images)
+        2  gather the features of all ranks          ┐
+        3  partial cosine logits, local rows of W    │
+        4  sum their exponentials over the ranks     │ shard.forward, for every micro-batch
+        5  probabilities and loss                    │
+        6  gradients of features and local rows      │ (∂J/∂w is deferred to shard.step)
+        7  sum the feature gradients over the ranks  ┘
+        8  update encoder and head; then local rows  engine.end_micro_batch; shard.step
+
+    `positives` are the instance ids of the whole global batch, int64 on the CPU; `measure`: the accuracy, too.
     """
-    learning_rate, rank = engine.learning_rate, engine.group.rank
+    learning_rate, views = engine.learning_rate, _LocalViews(micro_batches, shard.group.device)
     outputs: list[ShardOutput] = []
-    unreadable: dict[int, str] = {}
-    data_wait_seconds, applied, watch = 0.0, False, Stopwatch(engine.group.device)
+    applied, watch = False, Stopwatch(engine.group.device)
     shard.begin_step(positives)
     for micro_step in range(accumulation_steps):
         watch.start()
-        started = time.perf_counter()
-        batch = next(micro_batches)
-        data_wait_seconds += time.perf_counter() - started
-        unreadable |= batch.unreadable or {}
-        images, ids = flatten_views(batch, shard.group.device)
-        if faults.reach("step", rank, engine.steps_taken) == "nan":
-            images = torch.full_like(images, torch.nan)
-        total_rows = len(ids) * shard.world_size * accumulation_steps
-        x_bD = engine(images)  # 1: features of own rows
+        images, ids = views.next()
+        x_bD = engine(images)  # 1
         watch.stop()
-        outputs.append(shard.forward(x_bD.detach(), ids, total_rows=total_rows))  # 2-7: gather … own features' gradient
+        total_rows = len(ids) * shard.world_size * accumulation_steps
+        outputs.append(shard.forward(x_bD.detach(), ids, total_rows=total_rows))  # 2 to 7
         if micro_step == accumulation_steps - 1:
             # Summed from all-reduced Z and Y, the loss is the same number on every rank: so is this decision.
             loss, log_z, num_zero_features = _read(outputs)
-            if faults.reach("loss", rank, engine.steps_taken) == "spike":
-                loss *= 1e4
             if not math.isfinite(loss):
                 break
         engine.backward(x_bD, outputs[-1].feature_gradient_bD)
-        applied = engine.end_micro_batch()
+        applied = engine.end_micro_batch()  # 8, encoder and head
     if not (finite := math.isfinite(loss)):
         engine.abandon_step(x_bD)
     accuracy, cosine = shard.measure(x_bD.detach(), ids) if measure and finite else (None, None)
-    if applied:  # 8: the engine has updated encoder and head; now the rows of W
-        shard.step(learning_rate)
+    if applied:
+        shard.step(learning_rate)  # 8, local rows of W
     else:
         shard.discard()
     return StepReport(
@@ -102,26 +101,48 @@ def train_step(
         num_zero_features,
         learning_rate,
         applied,
-        data_wait_seconds,
+        views.wait_seconds,
         watch.seconds(),
-        unreadable,
+        views.unreadable,
         embeddings=None if finite else (x_bD.detach(), ids),
         instance_accuracy=accuracy,
         positive_cosine=cosine,
     )
 
 
+class _LocalViews:
+    """This rank's micro-batches on the device.
+
+    Attributes:
+        wait_seconds: time waited for the loader so far.
+        unreadable: id → why, of images that were found unreadable so far.
+    """
+
+    def __init__(self, micro_batches: Iterator[ViewBatch], device: torch.device) -> None:
+        self._micro_batches, self._device = micro_batches, device
+        self.wait_seconds = 0.0
+        self.unreadable: dict[int, str] = {}
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Images (V·b, 3, S, S) and ids (V·b,) of the next micro-batch."""
+        started = time.perf_counter()
+        batch = next(self._micro_batches)
+        self.wait_seconds += time.perf_counter() - started
+        self.unreadable |= batch.unreadable or {}
+        return flatten_views(batch, self._device)
+
+
 def _read(outputs: list[ShardOutput]) -> tuple[float, float, int]:
-    """Loss, mean log Z and zero features of a step, read together: each reading makes the host wait for its GPU."""
+    """Reads loss, mean log Z and zero features of a step at once: each read makes the host wait for its GPU."""
     figures = [torch.stack([output.loss, output.log_z, output.num_zero_features]) for output in outputs]
     loss, log_z, zero_features = torch.stack(figures).sum(dim=0).tolist()
     return loss, log_z / len(outputs), 0 if math.isnan(zero_features) else int(zero_features)
 
 
 def flatten_views(batch: ViewBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The views as images (V·b, 3, S, S) and their ids (V·b,), on the device, which does the colours left to it.
+    """Moves views to the device, as images (V·b, 3, S, S) and ids (V·b,), and applies the colours left to the device.
 
-    Laid out as the backbone wants them, which would keep a second copy otherwise.
+    The images have the backbone's memory layout; it would keep a second copy otherwise.
     """
     images = batch.views.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
     if batch.colours is not None:
@@ -141,11 +162,15 @@ def train_epoch(
     on_step: Callable[[int, StepReport | None], None],
     left_out: Container[int] = (),
 ) -> None:
-    """These optimizer steps of one epoch, whose micro-batches begin with the first of them.
+    """Trains some steps of one epoch.
 
-    `positives_of(step)` are the instance ids of a whole global batch. `on_step(step, report)` follows each step; of one
-    that is `left_out` the data are passed over, nothing moves, and there is no report.
-    Instance accuracy and positive cosine are measured every `measure_every_steps` steps and at the last.
+    Args:
+        micro_batches: begin with those of the first of these steps.
+        steps: within the epoch.
+        positives_of: step → instance ids of its whole global batch, int64 on the CPU.
+        measure_every_steps: instance accuracy and positive cosine are measured so often, and at the last step.
+        on_step: called with each step and its report; None for a step that was skipped.
+        left_out: steps to skip: their data are passed over, and nothing moves.
     """
     engine.encoder.train()
     iterator = iter(micro_batches)

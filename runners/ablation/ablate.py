@@ -9,8 +9,8 @@ from pathlib import Path
 
 from batch import Batch
 from instance_ssl.errors import UserError
+from instance_ssl.files.atomic import write_json, write_text
 from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
-from instance_ssl.run.directory import write_json, write_text
 from picture import draw
 from settings import Ablation, Plan, plan_runs, read_ablation
 from table import format_markdown, read_results, to_json

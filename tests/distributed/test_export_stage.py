@@ -16,8 +16,8 @@ from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.frozen_encoder import load_backbone, represent
+from instance_ssl.files.atomic import write_json
 from instance_ssl.run import checks
-from instance_ssl.run.directory import write_json
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.watchdog import Guard

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from injection import environment as ordering
+from injection import install
 from PIL import Image
 
 NUM_IMAGES, STEPS_PER_EPOCH, EPOCHS = 65, 5, 3
@@ -55,14 +57,19 @@ class Run:
         directory: the run's.
         processes: by rank.
         outputs: where each rank's standard output and error go.
+        record: what a fault that is carried out writes; None where none is ordered.
     """
 
     directory: Path
     processes: list[Any]
     outputs: list[Path]
+    record: Path | None = None
 
-    def wait(self, seconds: float = 60) -> list[int]:
-        """Exit codes by rank; a rank that ends itself by a signal has minus its number."""
+    def wait(self, seconds: float = 60, *, reaches_fault: bool = True) -> list[int]:
+        """Exit codes by rank; a rank that ends itself by a signal has minus its number.
+
+        A fault that was ordered must have been carried out, unless the test says that it may not be reached.
+        """
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -70,7 +77,12 @@ class Run:
         for process in self.processes:
             process.kill()
         assert not late, f"ranks {late} did not end in {seconds} s\n{self.text()}"
+        assert not reaches_fault or self.reached_fault(), f"the fault was never reached\n{self.text()}"
         return [process.exitcode for process in self.processes]
+
+    def reached_fault(self) -> bool:
+        """Whether the fault that was ordered has been carried out; True where none was."""
+        return self.record is None or self.record.exists()
 
     def signal(self, rank: int, number: int) -> None:
         """Sends a signal to one rank."""
@@ -103,7 +115,7 @@ def start(
     """Starts a stage in `directory`/run, whose images lie in `directory`/images.
 
     Args:
-        fault: `INSTANCE_SSL_FAULT`.
+        fault: an order for `injection`, which `Run.wait` wants carried out.
         settings: dotted keys over `CONFIG`.
         by_rank: further arguments of single ranks.
         file_limit: of single ranks, the most bytes that a file may hold.
@@ -115,19 +127,18 @@ def start(
         port = probe.getsockname()[1]
     arguments = flags(directory, settings=settings, zero_stage=zero_stage, micro_batch=micro_batch)
     outputs = [directory / f"output_{time.monotonic_ns()}_{rank}.txt" for rank in range(size)]
+    record = directory / f"fault_{time.monotonic_ns()}.txt"
     processes = []
     for rank in range(size):
         own_environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_SIZE": size}
         own_environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        if fault is not None:
-            own_environment["INSTANCE_SSL_FAULT"] = fault
-        own_environment |= environment or {}
+        own_environment |= ordering(fault, record) | dict(environment or {})
         own = [*arguments, *(by_rank or {}).get(rank, [])]
         target = (stage, own, {key: str(value) for key, value in own_environment.items()}, outputs[rank])
         process = _context.Process(target=_one_rank, args=(*target, (file_limit or {}).get(rank), prepare))
         process.start()
         processes.append(process)
-    return Run(directory / "run", processes, outputs)
+    return Run(directory / "run", processes, outputs, None if fault is None else record)
 
 
 def flags(
@@ -173,6 +184,7 @@ def _one_rank(
     sys.argv = [f"runners/{stage}.py", *arguments]
     if prepare is not None:
         prepare()
+    install()
     import importlib
 
     from instance_ssl.run.stage import StageSpec, run_stages

@@ -37,7 +37,7 @@ def test_a_hang_ends_with_stacks(place: Path, clean: dict[str, str]) -> None:
     assert hung.wait(30) == [4, 4], hung.text()
     assert "nothing has moved for" in status(place)["reason"]
     stacks = (place / "run/pretrain/stacks_rank_00001.txt").read_text()
-    assert "faults.py" in stacks  # where it sleeps
+    assert "injection.py" in stacks  # where it sleeps
     assert "train_step" in (place / "run/pretrain/stacks_rank_00000.txt").read_text()
     resumed = run(place)
     assert resumed.wait() == [0, 0], resumed.text()
@@ -47,6 +47,7 @@ def test_a_hang_ends_with_stacks(place: Path, clean: dict[str, str]) -> None:
 def test_a_frozen_rank_does_not_hold_the_others(place: Path) -> None:
     with running(place, fault="step:1:6:freeze", settings={"safety.hang_seconds": 5}) as frozen:
         frozen.processes[0].join(30)
+        assert frozen.reached_fault()
         assert frozen.processes[0].exitcode == 4, frozen.text()
         assert psutil.Process(frozen.processes[1].pid).status() == psutil.STATUS_STOPPED
         assert "nothing has moved for" in status(place)["reason"]

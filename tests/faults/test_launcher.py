@@ -10,10 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from injection import environment as ordering
 from rig import checkpoints, digests, flags, run, status, wait_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runners"))
-from processes import ROOT, cpu_environment, launch_command
+from processes import FAULTY_RUNNERS, ROOT, cpu_environment, launch_command
 
 GRACE_SECONDS = 35
 
@@ -22,10 +23,12 @@ class Launched:
     """A training under the launcher, slowed down so that there is time to harm it."""
 
     def __init__(self, place: Path) -> None:
-        environment = {**cpu_environment(), "INSTANCE_SSL_FAULT": "step:*:*:sleep=0.15"}
-        command = launch_command("pretrain", 2, *flags(place))
+        self.record = place / "fault.txt"
+        environment = cpu_environment() | ordering("step:*:*:sleep=0.15", self.record)
+        command = launch_command("pretrain", 2, *flags(place), runners=FAULTY_RUNNERS)
         self.runner = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdout=-3, stderr=-3)
         wait_for(lambda: (place / "run/pretrain/metrics.jsonl").exists(), 90)
+        assert self.record.exists()
         tree = psutil.Process(self.runner.pid).children(recursive=True)
         self.launch = next(p for p in tree if "deepspeed.launcher.launch" in p.cmdline())
         self.ranks = [p for p in tree if p.parent() == self.launch]

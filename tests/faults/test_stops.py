@@ -130,6 +130,7 @@ def test_a_hang_in_the_search_for_hard_classes_ends_with_stacks(
     settings = {"safety.hang_seconds": 3}
     with running(place, fault=f"hard_classes:1:5:{action}", settings=settings) as hung:
         hung.processes[0].join(30)
+        assert hung.reached_fault()
         assert hung.processes[0].exitcode == 4, hung.text()
     assert "hard_classes.py" in (place / "run/pretrain/stacks_rank_00000.txt").read_text()
     resumed = run(place)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from injection import environment as ordering
 from PIL import Image
 from ranks import run_ranks
 from two_nodes import (
@@ -278,11 +279,11 @@ def start_no_ssh(
     """A runner for each of two nodes, both of which are this machine."""
     write_hostfile(directory / "hostfile", "first", "second")
     port = str(free_port())
-    environment = {**cpu_environment(), **({} if fault is None else {"INSTANCE_SSL_FAULT": fault})}
+    environment = cpu_environment() | ordering(fault, directory / "fault.txt")
     own, arguments = [], ["--run-dir", str(run), *TINY, *settings]
     for rank in range(2):
         flags = ["--no_ssh", "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", port]
-        command = deepspeed_command(directory / "hostfile", flags, "pretrain", arguments)
+        command = deepspeed_command(directory / "hostfile", flags, "pretrain", arguments, is_faulty=fault is not None)
         with (directory / f"output{rank}").open("a") as file:
             own.append(subprocess.Popen([*SUPERVISED, *command], env=environment, stdout=file, stderr=file))
     started += own
@@ -306,6 +307,7 @@ def test_sigterm_without_ssh_saves_before_the_supervisors_leave(
     assert [each.wait(HALT) for each in supervisors] == [75, 75], (tmp_path / "output0").read_text()
     assert not any(each.is_alive() for each in ids)
     assert_stopped(run)
+    assert (tmp_path / "fault.txt").exists()
     assert [each.wait(60) for each in start_no_ssh(no_ssh, tmp_path, run, *NO_OTHER)] == [0, 0]
     assert "nnodes=2, num_local_procs=1, node_rank=1" in (tmp_path / "output1").read_text()
     assert state(run) == state(one_machine)

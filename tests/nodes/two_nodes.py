@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
+from injection import environment as ordering
 
 _ROOT = Path(__file__).parents[2]
 _TOOLS = ("unshare", "nsenter", "setpriv", "ip", "ssh", "ssh-keygen", "/usr/sbin/sshd", "pdsh", "pkill")
@@ -134,14 +135,16 @@ class Nodes:
         Args:
             output: the file for what it prints.
             before: what the command follows: a supervisor's.
-            fault: what INSTANCE_SSL_FAULT is on the nodes.
+            fault: an order for `injection` on the nodes, which must be carried out.
         """
         # Nothing else of the environment but PYTHON… reaches a node.
-        exported = {**CPU_ENVIRONMENT, **({} if fault is None else {"INSTANCE_SSL_FAULT": fault})}
+        record = output.with_suffix(".fault")
+        exported = {**CPU_ENVIRONMENT, **ordering(fault, record)}
         (self.work / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in exported.items()))
         master = self.nodes[0]
         launcher = ["--launcher", "pdsh", "--master_addr", master.address]
-        command = [*before, *deepspeed_command(self.work / "hostfile", launcher, runner, arguments)]
+        hostfile, is_faulty = self.work / "hostfile", fault is not None
+        command = [*before, *deepspeed_command(hostfile, launcher, runner, arguments, is_faulty=is_faulty)]
         # The .deepspeed_env of the home directory would be read too.
         environment = {**os.environ, **CPU_ENVIRONMENT, "HOME": str(self.work)}
         with output.open("w") as file:
@@ -150,6 +153,7 @@ class Nodes:
             )
         try:
             yield started
+            assert fault is None or record.exists()
         finally:
             for node in self.nodes:
                 for process in node.processes():
@@ -236,10 +240,13 @@ def write_hostfile(path: Path, *names: str) -> None:
     path.write_text("".join(f"{name} slots=1\n" for name in names))
 
 
-def deepspeed_command(hostfile: Path, flags: Sequence[str], runner: str, arguments: Sequence[str]) -> list[str]:
-    """`deepspeed --hostfile … runners/<runner>.py …`"""
+def deepspeed_command(
+    hostfile: Path, flags: Sequence[str], runner: str, arguments: Sequence[str], *, is_faulty: bool = False
+) -> list[str]:
+    """`deepspeed --hostfile … runners/<runner>.py …`; a faulty runner carries out what the environment orders."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(hostfile)]
-    return [*launcher, *flags, str(_ROOT / f"runners/{runner}.py"), *arguments]
+    folder = _ROOT / ("tests/faults/runners" if is_faulty else "runners")
+    return [*launcher, *flags, str(folder / f"{runner}.py"), *arguments]
 
 
 def wait_for(what: str, condition: Callable[[], object], seconds: float) -> None:

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+RUNNERS = ROOT / "runners"
+# These carry out the fault that their environment orders.
+FAULTY_RUNNERS = ROOT / "tests/faults/runners"
 
 
 def run_bare(runner: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -14,18 +17,18 @@ def run_bare(runner: str, *arguments: str, cwd: Path = ROOT) -> subprocess.Compl
     return _run([sys.executable, str(ROOT / "runners" / f"{runner}.py"), *arguments], cwd)
 
 
-def run_launched(runner: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_launched(runner: str, ranks: int, *arguments: str, runners: Path = RUNNERS) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus <ranks> runners/<runner>.py …`; on a CPU machine these are that many processes."""
-    return _run(launch_command(runner, ranks, *arguments), ROOT)
+    return _run(launch_command(runner, ranks, *arguments, runners=runners), ROOT)
 
 
-def launch_command(runner: str, ranks: int, *arguments: str) -> list[str]:
+def launch_command(runner: str, ranks: int, *arguments: str, runners: Path = RUNNERS) -> list[str]:
     """The command of `run_launched`, on a port that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
-    return [*launcher, str(ROOT / "runners" / f"{runner}.py"), *arguments]
+    return [*launcher, str(runners / f"{runner}.py"), *arguments]
 
 
 def cpu_environment() -> dict[str, str]:

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from injection import environment as ordering
 from PIL import Image
-from processes import ROOT, run_bare, run_launched
+from processes import FAULTY_RUNNERS, ROOT, run_bare, run_launched
 
 CPU = json.loads((ROOT / "ds_configs/cpu_float32.json").read_text())
 
@@ -70,8 +71,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 def test_two_ranks_say_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the rank that says it starts up last, and the launcher ends all at the first exit that it sees."""
-    monkeypatch.setenv("INSTANCE_SSL_FAULT", "start:0:*:sleep=5")
-    finished = run_launched("pretrain", 2, "--run-dir", str(tmp_path / "run"), "--set", "optimization.epochs=many")
+    record = tmp_path / "fault.txt"
+    for name, value in ordering("start:0:*:sleep=5", record).items():
+        monkeypatch.setenv(name, value)
+    arguments = ["--run-dir", str(tmp_path / "run"), "--set", "optimization.epochs=many"]
+    finished = run_launched("pretrain", 2, *arguments, runners=FAULTY_RUNNERS)
+    assert record.exists()
     assert finished.returncode == 2
     assert finished.stderr.count("error: ") == 1
     assert "optimization.epochs" in finished.stderr

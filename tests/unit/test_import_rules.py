@@ -38,15 +38,8 @@ RESERVED = {
     "torch.utils.tensorboard": set(),
 }
 ONLY_HERE = {
-    # What the tests do to a run on purpose goes through the environment.
-    "environ": {"distributed/comm.py", "run/stage.py", "faults.py"},
+    "environ": {"distributed/comm.py", "run/stage.py"},
 }
-# Arrows against the layers, each with what takes it away.
-EXCEPTIONS = {
-    # Faults on demand move into the tests.
-    ("checkpoint", "faults"), ("training", "faults"), ("run", "faults"), ("evaluation", "faults"), ("stages", "faults"),
-}  # fmt: skip
-TO_BE_MOVED = ("faults",)
 ARGPARSE = {"run", "report", "stages"}
 
 
@@ -80,10 +73,10 @@ def test_imports_follow_the_layers(path: Path) -> None:
             assert room is None or room in ARGPARSE or name.endswith("checkpoint/weights.py"), (
                 f"{name} parses arguments"
             )
-        if first != "instance_ssl" or room is None or room in (*TO_BE_MOVED, "__init__"):
+        if first != "instance_ssl" or room is None or room == "__init__":
             continue
         allowed = LAYERS[room] | {room}
-        fine = rest[0] in allowed or imported.startswith(CHOICES) or (room, rest[0]) in EXCEPTIONS
+        fine = rest[0] in allowed or imported.startswith(CHOICES)
         assert fine, f"{name} imports {imported}"
 
 

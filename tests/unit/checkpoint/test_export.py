@@ -14,6 +14,7 @@ from instance_ssl.checkpoint import export
 from instance_ssl.checkpoint.weights import backbone_network, load_state, read_weights
 from instance_ssl.config.choices import BackboneName, StemName
 from instance_ssl.errors import UserError
+from instance_ssl.files.atomic import saved_file
 from instance_ssl.models.backbones import ResNet, build_backbone, channels_last
 
 # In the layout that the encoder gives them: the same bits come from the same order of sums.
@@ -160,7 +161,7 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: 
         export.write_pth({"a": torch.zeros(1)}, tmp_path / "absent/x.pth")
 
     def fill_the_disk(path: Path) -> None:
-        with export.whole_file(path) as temporary:
+        with saved_file(path) as temporary:
             temporary.write_bytes(b"half")
             raise OSError(28, "No space left on device")
 

@@ -16,6 +16,7 @@ import yaml
 from image_files import chunk, encoded
 from PIL import ExifTags, Image, ImageOps
 
+from instance_ssl.checkpoint.identity import FREE_KEYS, keys_digest
 from instance_ssl.config.experiment import DataConfig, ExperimentConfig, flatten
 from instance_ssl.data.augmentations import simclr_view
 from instance_ssl.data.decode import AS_SHOWN, AS_STORED, Rendering, decode_pixels
@@ -24,7 +25,7 @@ from instance_ssl.data.pack import Packing, pack_images
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError
-from instance_ssl.run import checks, identity
+from instance_ssl.run import checks, records
 from instance_ssl.run.images import open_split
 from instance_ssl.stages import export as export_stage
 
@@ -272,31 +273,31 @@ def test_a_run_from_before_the_keys_says_what_to_set_and_goes_on_with_it(tmp_pat
         values = config_of(kind=kind).model_dump(mode="json")
         del values["data"]["exif"], values["data"]["alpha"]
         record.write_text(yaml.safe_dump(values))
-        identity.check_unchanged(config_of(kind=kind, exif="stored", alpha="drop"), tmp_path)
+        records.check_unchanged(config_of(kind=kind, exif="stored", alpha="drop"), tmp_path)
         if kind == "digits":
-            identity.check_unchanged(config_of(kind=kind), tmp_path)
+            records.check_unchanged(config_of(kind=kind), tmp_path)
         else:
             with pytest.raises(UserError, match=r"--set data\.exif=stored data\.alpha=drop") as raised:
-                identity.check_unchanged(config_of(), tmp_path)
+                records.check_unchanged(config_of(), tmp_path)
             assert "\n" not in str(raised.value)
             with pytest.raises(UserError, match=r"--set data\.alpha=drop,"):
-                identity.check_unchanged(config_of(exif="stored"), tmp_path)
+                records.check_unchanged(config_of(exif="stored"), tmp_path)
     record.write_text(yaml.safe_dump(config_of(exif="stored").model_dump(mode="json")))
-    identity.check_unchanged(config_of(exif="stored"), tmp_path)
+    records.check_unchanged(config_of(exif="stored"), tmp_path)
     with pytest.raises(UserError, match=r"--set data\.exif=stored,"):
-        identity.check_unchanged(config_of(), tmp_path)
+        records.check_unchanged(config_of(), tmp_path)
 
 
 def test_the_digest_of_a_configuration_from_before_the_keys_is_the_same() -> None:
     def before(config: ExperimentConfig) -> str:
         flat = flatten(config)
-        bound = {k: v for k, v in flat.items() if not k.startswith((*identity.FREE_KEYS, "data.exif", "data.alpha"))}
+        bound = {k: v for k, v in flat.items() if not k.startswith((*FREE_KEYS, "data.exif", "data.alpha"))}
         return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
     old = config_of(exif="stored", alpha="drop")
-    assert identity.config_digest(old) == before(old)
-    assert identity.config_digest(config_of(kind="digits")) == before(config_of(kind="digits"))
-    assert len({identity.config_digest(config_of(**own)) for own in ({}, {"exif": "stored"}, {"alpha": "drop"})}) == 3
+    assert keys_digest(flatten(old)) == before(old)
+    assert keys_digest(flatten(config_of(kind="digits"))) == before(config_of(kind="digits"))
+    assert len({keys_digest(flatten(config_of(**own))) for own in ({}, {"exif": "stored"}, {"alpha": "drop"})}) == 3
 
 
 def test_an_export_s_folder_is_read_as_the_run_s_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

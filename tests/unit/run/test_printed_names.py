@@ -9,7 +9,7 @@ import pytest
 from instance_ssl.config.experiment import load_config
 from instance_ssl.data.image_sources import read_instances
 from instance_ssl.errors import UserError, escape, unescape
-from instance_ssl.files.name_lists import write_lines
+from instance_ssl.files.atomic import write_lines
 from instance_ssl.report.command import main as report
 from instance_ssl.run.console import ArgumentParser, complain, exit_code_of, show_traceback
 from instance_ssl.run.log import RunLog

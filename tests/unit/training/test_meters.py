@@ -33,11 +33,11 @@ def test_a_resumed_run_judges_from_its_first_step() -> None:
 
 def test_waiting_is_said_as_it_begins_and_ever_more_seldom() -> None:
     watch = InputWatch()
-    assert not watch.is_worth_a_word(0.9)  # the loaders start
-    said = [watch.is_worth_a_word(0.5) for _ in range(141)]
+    assert not watch.should_warn(0.9)  # the loaders start
+    said = [watch.should_warn(0.5) for _ in range(141)]
     assert [interval for interval, is_said in enumerate(said) if is_said] == [0, 20, 60, 140]
     watch = InputWatch()
-    assert [watch.is_worth_a_word(share) for share in (0.05, 0.1, 0.1, 0.11, 0.05, 0.3)] == [
+    assert [watch.should_warn(share) for share in (0.05, 0.1, 0.1, 0.11, 0.05, 0.3)] == [
         *[False] * 3,
         True,
         *[False] * 2,

@@ -1,0 +1,38 @@
+"""Checks the checkpoint that a stage starts from, and logs what is odd about it."""
+
+from instance_ssl.checkpoint.identity import keys_digest, require_same_run
+from instance_ssl.checkpoint.state import Checkpoint
+from instance_ssl.config.experiment import flatten
+from instance_ssl.data.list_changes import digest_of_first
+from instance_ssl.errors import escape
+from instance_ssl.run.stage import Stage
+
+_NAMED = 3
+
+
+def run_digests(stage: Stage) -> dict[str, str]:
+    """The digests that bind a checkpoint to this run."""
+    return {"configuration": keys_digest(flatten(stage.config)), "images": stage.source.digest}
+
+
+def accept(checkpoint: Checkpoint, stage: Stage) -> None:
+    """Logs what is odd about a checkpoint to start from, and refuses one of another run.
+
+    Raises:
+        UserError: saying which of configuration and images differs.
+    """
+    log_oddities(checkpoint, stage)
+    digests, num_images = run_digests(stage), checkpoint.position.num_instances
+    if num_images < len(stage.source):  # images have come since
+        digests["images"] = digest_of_first(stage.source, num_images)
+    require_same_run(checkpoint, digests)
+
+
+def log_oddities(checkpoint: Checkpoint, stage: Stage) -> None:
+    """Logs which newer checkpoints are damaged, and which foreign files in this one are ignored."""
+    for problem in checkpoint.passed_over:
+        stage.log.say(f"warning: damaged checkpoint {problem}; going back to {checkpoint.directory.name}")
+    if checkpoint.foreign:
+        names = ", ".join(escape(name) for name in checkpoint.foreign[:_NAMED])
+        more = f" and {len(checkpoint.foreign) - _NAMED} more" if len(checkpoint.foreign) > _NAMED else ""
+        stage.log.say(f"ignored in {checkpoint.directory}, written by something else: {names}{more}")
