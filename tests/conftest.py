@@ -3,3 +3,5 @@
 import os
 
 os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+
+from shared_pipeline import evaluated, pipeline  # noqa: F401  fixtures of the whole session

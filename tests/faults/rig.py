@@ -6,7 +6,6 @@ launcher takes eight; tests whose subject is the launcher use the launcher.
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fork_server import context
 from PIL import Image
 
 NUM_IMAGES, STEPS_PER_EPOCH, EPOCHS = 65, 5, 3
@@ -33,9 +33,6 @@ CONFIG: dict[str, Any] = {
     "log": {"every_steps": 2},
     "safety": {"hang_seconds": 60},
 }
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "instance_ssl.stages.pretrain", "instance_ssl.stages.evaluate_knn"])
 
 
 def make_images(folder: Path) -> None:
@@ -124,7 +121,7 @@ def start(
         own_environment |= environment or {}
         own = [*arguments, *(by_rank or {}).get(rank, [])]
         target = (stage, own, {key: str(value) for key, value in own_environment.items()}, outputs[rank])
-        process = _context.Process(target=_one_rank, args=(*target, (file_limit or {}).get(rank), prepare))
+        process = context.Process(target=_one_rank, args=(*target, (file_limit or {}).get(rank), prepare))
         process.start()
         processes.append(process)
     return Run(directory / "run", processes, outputs)

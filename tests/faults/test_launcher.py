@@ -3,17 +3,14 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from rig import checkpoints, digests, flags, run, status, wait_for
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "runners"))
 from processes import ROOT, cpu_environment, launch_command
+from rig import checkpoints, digests, flags, run, status, wait_for
 
 GRACE_SECONDS = 35
 
