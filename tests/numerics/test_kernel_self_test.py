@@ -1,13 +1,11 @@
 """The comparison of both passes at the start of a process: it passes kernels that are right, and no others."""
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from interpreter import interpreting_process
 from torch import Tensor
 
 from instance_ssl.classifier import kernel_self_test, triton_passes
@@ -50,12 +48,6 @@ def verdict_of_lossy(name: str, dtypes: tuple[torch.dtype, torch.dtype, torch.dt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_passes, name, lossy_sums if name == "softmax_sums" else lossy_update)
         return verdict(dtypes)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with interpreting_process() as pool:
-        yield pool
 
 
 @pytest.mark.parametrize(("dtypes", "form"), [(SINGLE, "mixture"), (HALF, "mixture"), (MIXED, "cross_entropy")])

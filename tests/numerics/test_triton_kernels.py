@@ -4,7 +4,7 @@
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import interpreting_process
 from torch import Tensor
 
 from instance_ssl.classifier import softmax, torch_passes, triton_passes
@@ -348,12 +347,6 @@ CHECKS: list[tuple[Callable[..., None], Any]] = [
     (check_shard_without_labels, "cpu"),
     (check_available, "cpu"),
 ]
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with interpreting_process() as pool:
-        yield pool
 
 
 @pytest.mark.parametrize(("check", "case"), CHECKS, ids=lambda value: getattr(value, "__name__", str(value)))
