@@ -208,13 +208,15 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "run/pretrain/metrics.jsonl").read_text().splitlines()]
 
 
-def quick_first(cases: Sequence[Any], is_quick: Callable[[Any], bool]) -> list[Any]:
-    """Parameters of a test, those that are not quick marked as long rounds."""
-    as_tuples = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [
-        case if is_quick(case) else pytest.param(*values, marks=pytest.mark.fault)
-        for case, values in zip(cases, as_tuples, strict=True)
-    ]
+def quick_first(
+    cases: Sequence[Any], is_quick: Callable[[Any], bool], is_long: Callable[[Any], bool] = lambda case: False
+) -> list[Any]:
+    """Parameters of a test: the quick ones as they are, the others marked `full` or, being long rounds, `fault`."""
+    parameters = []
+    for case in cases:
+        marks = () if is_quick(case) else pytest.mark.fault if is_long(case) else pytest.mark.full
+        parameters.append(pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks))
+    return parameters
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:

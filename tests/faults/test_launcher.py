@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from processes import ROOT, cpu_environment, launch_command
-from rig import checkpoints, digests, flags, run, status, wait_for
+from rig import checkpoints, digests, flags, quick_first, run, status, wait_for
 
 GRACE_SECONDS = 35
 
@@ -50,12 +50,10 @@ HARM: dict[str, Callable[[Launched], object]] = {
     "SIGKILL of the runner": lambda it: it.runner.kill(),
     "SIGTERM to all": lambda it: os.killpg(it.runner.pid, signal.SIGTERM),
 }
-QUICK = ("SIGTERM to the runner", "SIGKILL of launch.py")
+FIRST = ("SIGTERM to the runner", "SIGKILL of launch.py")
 
 
-@pytest.mark.parametrize(
-    "harm", [name if name in QUICK else pytest.param(name, marks=pytest.mark.fault) for name in HARM]
-)
+@pytest.mark.parametrize("harm", quick_first([*HARM], lambda harm: harm == FIRST[0], lambda harm: harm not in FIRST))
 def test_every_end_is_one_checkpoint_and_no_orphan(place: Path, clean: dict[str, str], harm: str) -> None:
     launched = Launched(place)
     try:
@@ -89,6 +87,7 @@ def test_a_killed_rank_ends_the_launch_in_seconds(place: Path, clean: dict[str, 
     assert digests(place) == clean
 
 
+@pytest.mark.full
 def test_a_hostfile_that_is_not_there_is_refused(place: Path) -> None:
     """DeepSpeed itself would go on with this machine alone."""
     command = launch_command("pretrain", 2, *flags(place))

@@ -149,6 +149,7 @@ def test_two_nodes_end_in_the_state_of_one_machine(nodes: Nodes, one_machine: Pa
     assert state(run) == state(one_machine)
 
 
+@pytest.mark.full
 def test_a_cut_wire_ends_both_nodes_and_the_same_command_resumes(
     nodes: Nodes, one_machine: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_cut_wire_ends_both_nodes_and_the_same_command_resumes(
     assert state(run) == state(one_machine)
 
 
+@pytest.mark.full
 def test_sigterm_to_the_runner_saves_on_both_nodes_and_the_same_command_resumes(
     nodes: Nodes, one_machine: Path, tmp_path: Path
 ) -> None:

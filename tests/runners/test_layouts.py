@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 from processes import run_bare, run_forked
 
 SHORT = ["optimization.epochs=3", "optimization.warmup_epochs=1"]
@@ -67,6 +68,7 @@ def test_the_benchmark_times_every_layout(tmp_path: Path) -> None:
     assert (tmp_path / "steps.png").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_the_benchmark_s_other_questions(tmp_path: Path) -> None:
     """Weak scaling and the largest N: on 2 ranks, for which the groups of fewer ranks must not wait for the others."""
     common = ["--variants", "streamed", "--batch", "32", "--num-hard-classes", "10", "--output", str(tmp_path)]

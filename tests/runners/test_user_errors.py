@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,10 +77,14 @@ def test_python_itself_ends_the_same_way(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_two_ranks_say_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("run", [run_forked, pytest.param(run_launched, marks=pytest.mark.full)])
+def test_two_ranks_say_it_once(
+    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even where the rank that says it starts up last, and the launcher ends all at the first exit that it sees."""
-    monkeypatch.setenv("INSTANCE_SSL_FAULT", "start:0:*:sleep=5")
-    finished = run_launched("pretrain", 2, "--run-dir", str(tmp_path / "run"), "--set", "optimization.epochs=many")
+    if run is run_launched:
+        monkeypatch.setenv("INSTANCE_SSL_FAULT", "start:0:*:sleep=5")
+    finished = run("pretrain", 2, "--run-dir", str(tmp_path / "run"), "--set", "optimization.epochs=many")
     assert finished.returncode == 2
     assert finished.stderr.count("error: ") == 1
     assert "optimization.epochs" in finished.stderr
