@@ -15,6 +15,7 @@ from pathlib import Path
 from fork_server import start_script
 
 ROOT = Path(__file__).parents[1]
+_PATIENCE_SECONDS = 900  # for what hangs: on a machine that is busy a launch alone may take minutes
 
 
 def run_bare(runner: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -65,7 +66,7 @@ def _script(runner: str) -> Path:
 
 
 def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, env=cpu_environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=cpu_environment(), capture_output=True, text=True, timeout=_PATIENCE_SECONDS)
 
 
 def _start_and_wait(
@@ -76,14 +77,14 @@ def _start_and_wait(
         processes = [
             start_script(_script(runner), arguments, cpu_environment() | own, cwd, stdout, stderr) for own in by_rank
         ]
-        end = time.monotonic() + 300
+        end = time.monotonic() + _PATIENCE_SECONDS
         for process in processes:
             process.join(max(0.0, end - time.monotonic()))
         late = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             process.kill()
         said, errors = (path.read_text() if path.exists() else "" for path in (stdout, stderr))
-    assert not late, f"ranks {late} of {runner} did not end in 300 s\n{said}\n{errors}"
+    assert not late, f"ranks {late} of {runner} did not end in {_PATIENCE_SECONDS} s\n{said}\n{errors}"
     codes = [process.exitcode or 0 for process in processes]
     code = next((code for code in codes if code), 0)
     return subprocess.CompletedProcess([runner, *arguments], code, said, errors)

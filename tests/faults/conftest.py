@@ -1,4 +1,4 @@
-"""Runs that all fault tests begin with, made once. What is done to runs here, they survive (faults: tests/README.md)."""
+"""Runs that all fault tests begin with, made once. tests/README.md has the index of faults."""
 
 import shutil
 from pathlib import Path
