@@ -66,7 +66,9 @@ def _script(runner: str) -> Path:
 
 
 def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, env=cpu_environment(), capture_output=True, text=True, timeout=_PATIENCE_SECONDS)
+    return subprocess.run(
+        command, cwd=cwd, env=cpu_environment(), capture_output=True, text=True, timeout=_PATIENCE_SECONDS
+    )
 
 
 def _start_and_wait(
