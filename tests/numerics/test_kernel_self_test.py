@@ -50,12 +50,20 @@ def verdict_of_lossy(name: str, dtypes: tuple[torch.dtype, torch.dtype, torch.dt
         return verdict(dtypes)
 
 
-@pytest.mark.parametrize(("dtypes", "form"), [(SINGLE, "mixture"), (HALF, "mixture"), (MIXED, "cross_entropy")])
+# The interpreter takes five seconds for each.
+@pytest.mark.parametrize(
+    ("dtypes", "form"),
+    [
+        (SINGLE, "mixture"),
+        pytest.param(HALF, "mixture", marks=pytest.mark.full),
+        pytest.param(MIXED, "cross_entropy", marks=pytest.mark.full),
+    ],
+)
 def test_right_kernels_pass(interpreter: ProcessPoolExecutor, dtypes: Any, form: str) -> None:
     assert interpreter.submit(verdict, dtypes, form).result() is None
 
 
-@pytest.mark.parametrize("dtypes", [SINGLE, HALF])
+@pytest.mark.parametrize("dtypes", [pytest.param(SINGLE, marks=pytest.mark.full), HALF])
 @pytest.mark.parametrize(("name", "figure"), [("softmax_sums", "Z"), ("update_rows", "momentum")])
 def test_a_lost_tile_is_found(interpreter: ProcessPoolExecutor, name: str, figure: str, dtypes: Any) -> None:
     said = interpreter.submit(verdict_of_lossy, name, dtypes).result()
