@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from PIL import Image
+from processes import run_forked
 from ranks import run_ranks
 from two_nodes import (
     CPU_ENVIRONMENT,
@@ -69,17 +70,10 @@ leave(run_stages(stages))
 def one_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that all others are to equal: two ranks of one machine, without a launcher, which takes its time."""
     run = tmp_path_factory.mktemp("one_machine") / "run"
-    world = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-c", TRAIN, "--run-dir", str(run), *TINY]
-    ranks = [
-        subprocess.Popen(command, env=cpu_environment() | world | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
-    try:
-        assert [rank.wait(60) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    script = run.with_name("train.py")
+    script.write_text(TRAIN)
+    finished = run_forked(str(script.with_suffix("")), 2, "--run-dir", str(run), *TINY)
+    assert finished.returncode == 0, finished.stderr
     return run
 
 
