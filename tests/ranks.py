@@ -1,6 +1,5 @@
 """Runs a function on several gloo ranks: they meet in a file, and all pass or fail together."""
 
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -9,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fork_server import context
 
 from instance_ssl.distributed import comm
-
-# A fork server that has imported torch once makes a rank start in milliseconds, and forks before any thread exists.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "instance_ssl.training.engine", "instance_ssl.classifier.shard"])
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_seconds: float = 120) -> list[Any]:
@@ -24,7 +20,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_secon
     """
     with tempfile.TemporaryDirectory() as directory:
         processes = [
-            _context.Process(target=_one_rank, args=(function, directory, rank, size, args)) for rank in range(size)
+            context.Process(target=_one_rank, args=(function, directory, rank, size, args)) for rank in range(size)
         ]
         for process in processes:
             process.start()

@@ -6,7 +6,6 @@ launcher takes eight; tests whose subject is the launcher use the launcher.
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fork_server import context
 from injection import environment as ordering
 from injection import install
 from PIL import Image
@@ -35,9 +35,6 @@ CONFIG: dict[str, Any] = {
     "log": {"every_steps": 2},
     "safety": {"hang_seconds": 60},
 }
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "instance_ssl.stages.pretrain", "instance_ssl.stages.evaluate_knn"])
 
 
 def make_images(folder: Path) -> None:
@@ -135,7 +132,7 @@ def start(
         own_environment |= ordering(fault, record) | dict(environment or {})
         own = [*arguments, *(by_rank or {}).get(rank, [])]
         target = (stage, own, {key: str(value) for key, value in own_environment.items()}, outputs[rank])
-        process = _context.Process(target=_one_rank, args=(*target, (file_limit or {}).get(rank), prepare))
+        process = context.Process(target=_one_rank, args=(*target, (file_limit or {}).get(rank), prepare))
         process.start()
         processes.append(process)
     return Run(directory / "run", processes, outputs, None if fault is None else record)
@@ -223,13 +220,15 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "run/pretrain/metrics.jsonl").read_text().splitlines()]
 
 
-def quick_first(cases: Sequence[Any], is_quick: Callable[[Any], bool]) -> list[Any]:
-    """Parameters of a test, those that are not quick marked as long rounds."""
-    as_tuples = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [
-        case if is_quick(case) else pytest.param(*values, marks=pytest.mark.fault)
-        for case, values in zip(cases, as_tuples, strict=True)
-    ]
+def quick_first(
+    cases: Sequence[Any], is_quick: Callable[[Any], bool], is_long: Callable[[Any], bool] = lambda case: False
+) -> list[Any]:
+    """Parameters of a test: the quick ones as they are, the others marked `full` or, being long rounds, `fault`."""
+    parameters = []
+    for case in cases:
+        marks = () if is_quick(case) else pytest.mark.fault if is_long(case) else pytest.mark.full
+        parameters.append(pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks))
+    return parameters
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:

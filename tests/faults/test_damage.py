@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from rig import checkpoints, digests, run
+from rig import checkpoints, digests, quick_first, run
 
 from instance_ssl.checkpoint.state import ENCODER_FILES, newest_checkpoint
 from instance_ssl.distributed.comm import Group
@@ -128,7 +128,10 @@ class Malice:
         return os.mkdir, (str(self.mark),)
 
 
-@pytest.mark.parametrize("name", ["encoder.pt", "rows_000000000_000000033.pt", "rank_00000.pt"])
+NAMES = ["encoder.pt", "rows_000000000_000000033.pt", "rank_00000.pt"]
+
+
+@pytest.mark.parametrize("name", quick_first(NAMES, lambda name: name == "rank_00000.pt"))
 def test_a_pickle_in_a_checkpoint_is_not_run(place: Path, name: str) -> None:
     """The manifest is made to fit: whoever can plant the file can do that too."""
     (checkpoint,) = checkpoints(place, "initialize_classifier")

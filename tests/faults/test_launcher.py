@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 from injection import environment as ordering
-from rig import checkpoints, digests, flags, run, status, wait_for
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "runners"))
 from processes import FAULTY_RUNNERS, ROOT, cpu_environment, launch_command
+from rig import checkpoints, digests, flags, quick_first, run, status, wait_for
 
 GRACE_SECONDS = 35
 
@@ -56,12 +53,10 @@ HARM: dict[str, Callable[[Launched], object]] = {
     "SIGKILL of the runner": lambda it: it.runner.kill(),
     "SIGTERM to all": lambda it: os.killpg(it.runner.pid, signal.SIGTERM),
 }
-QUICK = ("SIGTERM to the runner", "SIGKILL of launch.py")
+FIRST = ("SIGTERM to the runner", "SIGKILL of launch.py")
 
 
-@pytest.mark.parametrize(
-    "harm", [name if name in QUICK else pytest.param(name, marks=pytest.mark.fault) for name in HARM]
-)
+@pytest.mark.parametrize("harm", quick_first([*HARM], lambda harm: harm == FIRST[0], lambda harm: harm not in FIRST))
 def test_every_end_is_one_checkpoint_and_no_orphan(place: Path, clean: dict[str, str], harm: str) -> None:
     launched = Launched(place)
     try:
@@ -95,6 +90,7 @@ def test_a_killed_rank_ends_the_launch_in_seconds(place: Path, clean: dict[str, 
     assert digests(place) == clean
 
 
+@pytest.mark.full
 def test_a_hostfile_that_is_not_there_is_refused(place: Path) -> None:
     """DeepSpeed itself would go on with this machine alone."""
     command = launch_command("pretrain", 2, *flags(place))

@@ -40,6 +40,7 @@ def test_too_many_in_a_row_end_the_run_with_the_batch_kept(place: Path) -> None:
     assert checkpoints(place) == []
 
 
+@pytest.mark.full
 def test_the_count_of_skipped_steps_survives_a_stop(place: Path) -> None:
     settings = {"safety.max_skipped_steps": 7}
     first = run(place, fault="step:1:*:nan", settings={**settings, "checkpoint.every_steps": 5})

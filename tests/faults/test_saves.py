@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from rig import checkpoints, digests, run, running, status, wait_for
+from rig import checkpoints, digests, quick_first, run, running, status, wait_for
 
 from instance_ssl.checkpoint.state import newest_checkpoint
 from instance_ssl.distributed.comm import Group
@@ -26,7 +26,7 @@ def newest_step(group: Group, place: Path) -> int:
     return found.position.step
 
 
-@pytest.mark.parametrize("moment", KILLS)
+@pytest.mark.parametrize("moment", quick_first([*KILLS], lambda moment: "rank 0" in moment))
 def test_a_kill_leaves_the_old_checkpoint_or_the_new(place: Path, clean: dict[str, str], moment: str) -> None:
     fault, expected = KILLS[moment]
     killed = run(place, fault=fault)
@@ -40,6 +40,7 @@ def test_a_kill_leaves_the_old_checkpoint_or_the_new(place: Path, clean: dict[st
     assert not list((place / "run/pretrain/checkpoints").glob(".*"))
 
 
+@pytest.mark.full
 def test_nothing_is_visible_before_the_slowest_rank_has_written(place: Path) -> None:
     folder = place / "run/pretrain/checkpoints"
     with running(place, fault="save.before:1:5:sleep=1.5") as saving:
@@ -54,6 +55,7 @@ def test_nothing_is_visible_before_the_slowest_rank_has_written(place: Path) -> 
         assert saving.wait() == [0, 0]
 
 
+@pytest.mark.full
 def test_training_goes_on_while_a_slow_rank_writes(place: Path, clean: dict[str, str]) -> None:
     """Steps pass during the sleep; the next save waits for the one before, and the end is the same."""
     saving = run(place, fault="save.before:1:5:sleep=1.0", settings={"checkpoint.every_steps": 2})
@@ -68,7 +70,7 @@ DISKS = {
 }
 
 
-@pytest.mark.parametrize("disk", DISKS)
+@pytest.mark.parametrize("disk", quick_first([*DISKS], lambda disk: disk == "full for one rank"))
 def test_a_full_disk_ends_the_run_with_one_line_and_the_old_checkpoint(
     place: Path, clean: dict[str, str], disk: str
 ) -> None:
@@ -87,6 +89,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_old_checkpoint(
     assert digests(place) == clean
 
 
+@pytest.mark.full
 def test_a_failed_save_may_be_made_good_by_the_next(place: Path, clean: dict[str, str]) -> None:
     tolerant = run(place, fault="save.before:1:10:disk-full")
     assert tolerant.wait() == [0, 0], tolerant.text()
@@ -94,6 +97,7 @@ def test_a_failed_save_may_be_made_good_by_the_next(place: Path, clean: dict[str
     assert digests(place) == clean
 
 
+@pytest.mark.full
 def test_a_write_that_the_system_cuts_short_is_no_checkpoint(place: Path) -> None:
     """One rank may write files of at most 3000 bytes, a real limit of the kernel: its rows are longer."""
     limited = run(place, file_limit={1: 3000}, settings={"checkpoint.tolerated_failures": 1})
@@ -103,6 +107,7 @@ def test_a_write_that_the_system_cuts_short_is_no_checkpoint(place: Path) -> Non
     assert checkpoints(place) == []
 
 
+@pytest.mark.full
 def test_a_second_signal_during_the_save_changes_nothing(place: Path, clean: dict[str, str]) -> None:
     with running(place, fault="save.before:1:*:sleep=1.5", settings={"checkpoint.every_epochs": 9}) as saving:
         wait_for(lambda: (place / "run/pretrain/metrics.jsonl").exists())
@@ -117,6 +122,7 @@ def test_a_second_signal_during_the_save_changes_nothing(place: Path, clean: dic
     assert digests(place) == clean
 
 
+@pytest.mark.full
 def test_a_stop_while_files_are_written_waits_for_them(place: Path, clean: dict[str, str]) -> None:
     """The save of step 5 is under way when the stop at step 6 asks for one of its own."""
     with running(place, fault="save.before:1:5:sleep=1.5") as saving:
@@ -131,6 +137,7 @@ def test_a_stop_while_files_are_written_waits_for_them(place: Path, clean: dict[
     assert digests(place) == clean
 
 
+@pytest.mark.full
 def test_damaged_checkpoints_do_not_count_as_kept_ones(place: Path, clean: dict[str, str]) -> None:
     stopped = run(place, fault="step:0:11:term", settings={"checkpoint.keep": 4, "checkpoint.every_steps": 3})
     assert stopped.wait() == [75, 75]
@@ -152,6 +159,7 @@ def test_every_kth_epoch_stays(place: Path) -> None:
     assert [path.name for path in checkpoints(place)] == ["step_000000010", "step_000000015"]
 
 
+@pytest.mark.full
 def test_leftovers_do_no_harm(place: Path, clean: dict[str, str]) -> None:
     """What a crash leaves, an old lock file, and names that are no checkpoint; there is no LATEST that could lie."""
     stage = place / "run/pretrain"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rig import checkpoints, digests, metrics, run, running, status, wait_for
+from rig import checkpoints, digests, metrics, quick_first, run, running, status, wait_for
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def test_a_disk_that_fills_up_costs_only_what_came_after(place: Path, clean: dic
     assert digests(place) == clean
 
 
+@pytest.mark.full
 def test_more_failed_saves_in_a_row_than_are_tolerated_end_the_run(place: Path) -> None:
     """F6: two are said and tried again, the third is one too many; no rank waits for a time-out."""
     failing = run(place, fault="save.mid:1:*:disk-full", settings={"checkpoint.tolerated_failures": 2})
@@ -62,6 +63,7 @@ def test_more_failed_saves_in_a_row_than_are_tolerated_end_the_run(place: Path) 
     assert checkpoints(place) == []
 
 
+@pytest.mark.full
 def test_a_configuration_that_cannot_be_written_again_is_still_the_old_one(place: Path, clean: dict[str, str]) -> None:
     """F5: half of one would be that of another experiment, and the run could never go on."""
     assert run(place, fault="step:0:6:term").wait() == [75, 75]
@@ -73,6 +75,7 @@ def test_a_configuration_that_cannot_be_written_again_is_still_the_old_one(place
     assert digests(place) == clean
 
 
+@pytest.mark.full
 def test_a_last_save_that_outlasts_the_grace_costs_only_itself(place: Path, clean: dict[str, str]) -> None:
     """F17: SIGKILL follows, as from a launcher or a scheduler that has lost its patience."""
     with running(place, fault="save.before:1:*:sleep=3", settings={"checkpoint.every_epochs": 9}) as saving:
@@ -91,6 +94,7 @@ def print_to_a_full_disk() -> None:
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
 
+@pytest.mark.full
 def test_a_console_that_cannot_be_written_to_does_not_end_a_run(place: Path, clean: dict[str, str]) -> None:
     """F36: a log file on a full disk, or a pipe whose reader has gone."""
     finished = run(place, prepare=print_to_a_full_disk)
@@ -136,6 +140,7 @@ def test_a_run_directory_that_may_not_be_made_is_one_line(place: Path) -> None:
 SOON = {"safety.join_seconds": 3}
 
 
+@pytest.mark.full
 def test_a_port_of_another_program_holds_no_rank(place: Path) -> None:
     """F40 without a launcher, which would end all: rank 0 says it; the other talks to a program that never answers."""
     with socket.socket() as taken:
@@ -150,7 +155,7 @@ def test_a_port_of_another_program_holds_no_rank(place: Path) -> None:
     assert "Traceback" not in refused.text()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", quick_first([0, 1], lambda victim: victim == 1))
 def test_a_rank_that_dies_before_all_have_met_does_not_hold_the_others(place: Path, victim: int) -> None:
     """F20 at the very start; test_rounds.py has every moment."""
     ended = run(place, fault=f"start:{victim}:*:kill", settings=SOON)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from injection import environment as ordering
 from PIL import Image
+from processes import run_forked
 from ranks import run_ranks
 from two_nodes import (
     CPU_ENVIRONMENT,
@@ -70,17 +71,10 @@ leave(run_stages(stages))
 def one_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that all others are to equal: two ranks of one machine, without a launcher, which takes its time."""
     run = tmp_path_factory.mktemp("one_machine") / "run"
-    world = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-c", TRAIN, "--run-dir", str(run), *TINY]
-    ranks = [
-        subprocess.Popen(command, env=cpu_environment() | world | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
-    try:
-        assert [rank.wait(60) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    script = run.with_name("train.py")
+    script.write_text(TRAIN)
+    finished = run_forked(str(script.with_suffix("")), 2, "--run-dir", str(run), *TINY)
+    assert finished.returncode == 0, finished.stderr
     return run
 
 
@@ -150,6 +144,7 @@ def test_two_nodes_end_in_the_state_of_one_machine(nodes: Nodes, one_machine: Pa
     assert state(run) == state(one_machine)
 
 
+@pytest.mark.full
 def test_a_cut_wire_ends_both_nodes_and_the_same_command_resumes(
     nodes: Nodes, one_machine: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +168,7 @@ def test_a_cut_wire_ends_both_nodes_and_the_same_command_resumes(
     assert state(run) == state(one_machine)
 
 
+@pytest.mark.full
 def test_sigterm_to_the_runner_saves_on_both_nodes_and_the_same_command_resumes(
     nodes: Nodes, one_machine: Path, tmp_path: Path
 ) -> None:

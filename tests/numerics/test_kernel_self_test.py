@@ -1,13 +1,11 @@
 """The comparison of both passes at the start of a process: it passes kernels that are right, and no others."""
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from interpreter import interpreting_process
 from torch import Tensor
 
 from instance_ssl.classifier import kernel_self_test, triton_passes
@@ -52,18 +50,20 @@ def verdict_of_lossy(name: str, dtypes: tuple[torch.dtype, torch.dtype, torch.dt
         return verdict(dtypes)
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with interpreting_process() as pool:
-        yield pool
-
-
-@pytest.mark.parametrize(("dtypes", "form"), [(SINGLE, "mixture"), (HALF, "mixture"), (MIXED, "cross_entropy")])
+# The interpreter takes five seconds for each.
+@pytest.mark.parametrize(
+    ("dtypes", "form"),
+    [
+        (SINGLE, "mixture"),
+        pytest.param(HALF, "mixture", marks=pytest.mark.full),
+        pytest.param(MIXED, "cross_entropy", marks=pytest.mark.full),
+    ],
+)
 def test_right_kernels_pass(interpreter: ProcessPoolExecutor, dtypes: Any, form: str) -> None:
     assert interpreter.submit(verdict, dtypes, form).result() is None
 
 
-@pytest.mark.parametrize("dtypes", [SINGLE, HALF])
+@pytest.mark.parametrize("dtypes", [pytest.param(SINGLE, marks=pytest.mark.full), HALF])
 @pytest.mark.parametrize(("name", "figure"), [("softmax_sums", "Z"), ("update_rows", "momentum")])
 def test_a_lost_tile_is_found(interpreter: ProcessPoolExecutor, name: str, figure: str, dtypes: Any) -> None:
     said = interpreter.submit(verdict_of_lossy, name, dtypes).result()

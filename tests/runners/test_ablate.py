@@ -60,6 +60,7 @@ def test_a_failed_variant_does_not_hold_the_others_up(ablation: tuple[list[str],
     assert (output / "table.png").exists()
 
 
+@pytest.mark.full
 def test_going_on_does_only_what_is_not_done(ablation: tuple[list[str], Path, str]) -> None:
     words, output, _ = ablation
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/*/result.json")}

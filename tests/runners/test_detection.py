@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from processes import run_bare, run_launched
+from processes import run_bare, run_forked
 from ranks import run_ranks
 from voc_tree import add_image, make_tree, object_xml, write_list
 
@@ -46,7 +46,7 @@ def settings(root: Path, **more: str) -> list[str]:
 def test_two_ranks_train_and_one_goes_on_to_the_same_figures(tmp_path: Path) -> None:
     """The second run finds the first one's detector, trained to the end, and evaluates it alone."""
     tree = make_tree(tmp_path / "voc")
-    finished = run_launched("evaluate_detection", 2, "--run-dir", str(tmp_path / "two"), *settings(tree))
+    finished = run_forked("evaluate_detection", 2, "--run-dir", str(tmp_path / "two"), *settings(tree))
     assert finished.returncode == 0, finished.stderr
     folder = tmp_path / "two/evaluate_detection"
     two = json.loads((folder / "result.json").read_text())

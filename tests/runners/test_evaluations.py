@@ -6,25 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import run_bare, run_launched
+from processes import run_bare
+from shared_pipeline import EVALUATED_EPOCHS, FLAGS, FURTHER, TRAIN
 
 from instance_ssl.report.command import main
 
-TRAIN, TEST = 301, 101  # two ranks have unequal parts
-FLAGS = [
-    f"data.limit_train={TRAIN}",
-    f"data.limit_test={TEST}",
-    "optimization.epochs=3",
-    "optimization.warmup_epochs=1",
-]
-FLAGS += ["optimization.global_batch_size=128", "checkpoint.every_epochs=1", "checkpoint.keep_every_epochs=1"]
-FLAGS += [
-    "evaluation.batch_size=64",
-    "evaluation.sources=[random,trained]",
-    "evaluation.knn.neighbours=[10,20,100,200]",
-]
 EVALUATIONS = ("evaluate_knn", "evaluate_retrieval", "evaluate_similarity", "evaluate_checkpoints")
-_OWN_RUNNER = "../tests/runners/evaluations"
 
 
 def _result(run: Path, stage: str) -> dict[str, Any]:
@@ -32,21 +19,13 @@ def _result(run: Path, stage: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("evaluations") / "run"
-    finished = run_bare(_OWN_RUNNER, "--run-dir", str(run), "--set", *FLAGS)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return run
-
-
-@pytest.fixture(scope="module")
-def two_ranks(one_rank: Path) -> Path:
-    """Two ranks evaluate what one has trained."""
-    run = one_rank.with_name("two_ranks")
-    shutil.copytree(one_rank, run)
+def one_rank(evaluated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank evaluates what two have trained and evaluated."""
+    run = tmp_path_factory.mktemp("evaluations") / "one_rank"
+    shutil.copytree(evaluated, run)
     for stage in EVALUATIONS:
         shutil.rmtree(run / stage)
-    finished = run_launched(_OWN_RUNNER, 2, "--run-dir", str(run), "--set", *FLAGS)
+    finished = run_bare("pipeline", "--run-dir", str(run), *FLAGS, *FURTHER, "evaluate_knn")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return run
 
@@ -71,8 +50,8 @@ def _same(one: Any, two: Any, tolerance: float, where: str = "") -> None:
 
 # In per cent of counted images, or cosines. A batch of another size rounds otherwise: cosines differ in the last bits.
 @pytest.mark.parametrize("stage", EVALUATIONS)
-def test_one_and_two_ranks_have_the_same_figures(one_rank: Path, two_ranks: Path, stage: str) -> None:
-    one, two = _result(one_rank, stage), _result(two_ranks, stage)
+def test_one_and_two_ranks_have_the_same_figures(one_rank: Path, evaluated: Path, stage: str) -> None:
+    one, two = _result(one_rank, stage), _result(evaluated, stage)
     assert (one["world_size"], two["world_size"]) == (1, 2)
     _same(one["figures"], two["figures"], 1e-5 if stage == "evaluate_similarity" else 1e-9)
 
@@ -84,7 +63,7 @@ def test_results_hold_their_recipe(one_rank: Path) -> None:
         (k, t) for k in (10, 20, 100, 200) for t in (0.07, 0.1, 0.2)
     }
     retrieval = _result(one_rank, "evaluate_retrieval")["figures"]
-    assert set(retrieval) == {"running_prior", "random", "trained"}
+    assert {"running_prior", "random", "trained"} <= set(retrieval)
     assert retrieval["running_prior"]["batch_norm"] == "running"
     assert all(figures["queries"] == TRAIN for figures in retrieval.values())
     assert retrieval["trained"]["top1"] > 3 * retrieval["trained"]["chance_top1"]
@@ -94,7 +73,7 @@ def test_results_hold_their_recipe(one_rank: Path) -> None:
     assert gaps["running"] > 3 * gaps["frozen"] > 0  # the paper: 9.3 % and 1.5 %
     assert abs(gaps["gaussian"]) < 0.01
     checkpoints = _result(one_rank, "evaluate_checkpoints")
-    assert [point["epoch"] for point in checkpoints["figures"]] == [1, 2, 3]
+    assert [point["epoch"] for point in checkpoints["figures"]] == EVALUATED_EPOCHS
     assert set(checkpoints["correlation"]) >= {"pearson", "spearman"}
 
 
@@ -108,7 +87,7 @@ def test_checkpoints_that_were_measured_are_not_measured_again(one_rank: Path, t
     first = min(points["points"])
     points["points"][first]["knn_top1"] = 12.5
     (run / "evaluate_checkpoints/points.json").write_text(json.dumps(points))
-    finished = run_bare("evaluate_checkpoints", "--run-dir", str(run), "--set", *FLAGS)
+    finished = run_bare("evaluate_checkpoints", "--run-dir", str(run), *FLAGS)
     assert finished.returncode == 0, finished.stderr
     found = _result(run, "evaluate_checkpoints")["figures"]
     assert found[0]["knn_top1"] == 12.5
@@ -120,14 +99,14 @@ def test_one_checkpoint_is_too_few(one_rank: Path, tmp_path: Path) -> None:
     shutil.copytree(one_rank, run)
     for directory in sorted((run / "pretrain/checkpoints").glob("step_*"))[1:]:
         shutil.rmtree(directory)
-    finished = run_bare("evaluate_checkpoints", "--run-dir", str(run), "--set", *FLAGS)
+    finished = run_bare("evaluate_checkpoints", "--run-dir", str(run), *FLAGS)
     assert finished.returncode == 2
     assert "checkpoint.keep_every_epochs" in finished.stderr
     assert len(finished.stderr.strip().splitlines()) == 1
 
 
-def test_a_real_run_has_a_page(one_rank: Path, two_ranks: Path, tmp_path: Path) -> None:
-    assert main([str(one_rank), str(two_ranks), "--output", str(tmp_path / "page.html")]) == 0
+def test_a_real_run_has_a_page(one_rank: Path, evaluated: Path, tmp_path: Path) -> None:
+    assert main([str(one_rank), str(evaluated), "--output", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    for words in ("Curves", "Hardest classes", "t-SNE", "Nearest neighbours", "two_ranks", "recall@8"):
+    for words in ("Curves", "Hardest classes", "t-SNE", "Nearest neighbours", "one_rank", "recall@8"):
         assert words in page

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import run_bare, run_launched
+from processes import run_bare, run_forked
 
 from instance_ssl.models.backbones import build_backbone
 
@@ -21,7 +21,7 @@ def test_two_ranks_export_a_file_and_a_folder(tmp_path: Path) -> None:
     for number in range(3):
         Image.effect_noise((20, 20), 60).convert("RGB").save(tmp_path / f"images/{number}.png")
     run = tmp_path / "run"
-    finished = run_launched(
+    finished = run_forked(
         "export", 2, "--run-dir", str(run), "--set", "export.source=weights", "export.formats=[safetensors]",
         f"evaluation.weights={tmp_path}/weights.pth", f"export.images={tmp_path}/images", "data.num_workers=1",
         "optimization.global_batch_size=4097", "classifier.num_hard_classes=5000",  # which an export never uses

@@ -1,4 +1,4 @@
-"""Semi-supervised evaluation and fine-tuning on the digits: under the launcher, skipped when done, resumed, refused."""
+"""Semi-supervised evaluation and fine-tuning on the digits: on two ranks, skipped when done, resumed, refused."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import run_bare, run_launched
+from processes import run_bare, run_forked
 
 SHORT = {
     "evaluation.sources": "[pixels,random]",
@@ -32,7 +32,7 @@ def result(run: Path, stage: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("few_labels") / "run"
-    finished = run_launched("evaluate_semi_supervised", 2, *arguments(run))
+    finished = run_forked("evaluate_semi_supervised", 2, *arguments(run))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return run
 

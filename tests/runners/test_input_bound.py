@@ -1,14 +1,13 @@
 """A training that waits for its images says so, with what helps."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from processes import ROOT, cpu_environment
+from processes import run_bare
 
 SLOW_PIPELINE = """
-import sys, time
+import sys
+import time
 from instance_ssl.data.image_sources import ArrayImages
 from instance_ssl.stages import initialize_classifier, pretrain
 from instance_ssl.run.stage import StageSpec, run_stages
@@ -28,8 +27,8 @@ sys.exit(run_stages([StageSpec(name, stage.run) for name, stage in stages.items(
 def test_a_slow_source_is_said(tmp_path: Path) -> None:
     sizes = ["data.limit_train=256", "optimization.global_batch_size=64", "optimization.epochs=3"]
     sets = [*sizes, "optimization.warmup_epochs=1", "log.every_steps=1", "data.num_workers=0"]
-    command = [sys.executable, "-c", SLOW_PIPELINE, "--run-dir", str(tmp_path), "--set", *sets]
-    ended = subprocess.run(command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=120)
+    (tmp_path / "slow_pipeline.py").write_text(SLOW_PIPELINE)
+    ended = run_bare(str(tmp_path / "slow_pipeline"), "--run-dir", str(tmp_path), "--set", *sets)
     assert ended.returncode == 0, ended.stderr
     lines = [line for line in ended.stdout.splitlines() if "input-bound" in line]
     assert len(lines) == 1, ended.stdout  # of twelve intervals

@@ -1,10 +1,11 @@
-"""The classifier's layouts through the launcher: copies of W, bfloat16 rows, sampled classes; and its benchmark."""
+"""The classifier's layouts on two ranks: copies of W, bfloat16 rows, sampled classes; and its benchmark."""
 
 import csv
 import json
 from pathlib import Path
 
-from processes import run_bare, run_launched
+import pytest
+from processes import run_bare, run_forked
 
 SHORT = ["optimization.epochs=3", "optimization.warmup_epochs=1"]
 STAGES = ("initialize_classifier", "pretrain")
@@ -29,7 +30,7 @@ def test_sampled_classes_over_copies_of_w(tmp_path: Path) -> None:
     arguments += ["classifier.sampling=recent", "classifier.num_sampled_classes=512"]
     arguments += ["classifier.smoothing_factor=0", "classifier.num_hard_classes=0"]
     for stage in STAGES:
-        finished = run_launched(stage, 2, *arguments)
+        finished = run_forked(stage, 2, *arguments)
         assert finished.returncode == 0, finished.stdout + finished.stderr
     logged = [json.loads(line) for line in (tmp_path / "run/pretrain/metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["train/loss"] < logged[0]["train/loss"]
@@ -55,7 +56,7 @@ def test_triton_without_a_gpu_is_refused(tmp_path: Path) -> None:
 def test_the_benchmark_times_every_layout(tmp_path: Path) -> None:
     arguments = ["--num-classes", "1501", "3002", "--batch", "32", "--repeats", "2", "--output", str(tmp_path)]
     variants = ["replicated-dense", "sharded-dense", "replicated-streamed", "streamed", "streamed-auto"]
-    finished = run_launched("benchmarks/classifier", 2, *arguments, "--variants", *variants)
+    finished = run_forked("benchmarks/classifier", 2, *arguments, "--variants", *variants)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     with (tmp_path / "steps.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -67,15 +68,16 @@ def test_the_benchmark_times_every_layout(tmp_path: Path) -> None:
     assert (tmp_path / "steps.png").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_the_benchmark_s_other_questions(tmp_path: Path) -> None:
     """Weak scaling and the largest N: on 2 ranks, for which the groups of fewer ranks must not wait for the others."""
     common = ["--variants", "streamed", "--batch", "32", "--num-hard-classes", "10", "--output", str(tmp_path)]
     arguments = [*common, "--num-classes", "3001", "--repeats", "2", "--weak-scaling"]
-    finished = run_launched("benchmarks/classifier", 2, *arguments)
+    finished = run_forked("benchmarks/classifier", 2, *arguments)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     with (tmp_path / "steps.csv").open() as file:
         assert [(row["T"], row["N"]) for row in csv.DictReader(file)] == [("1", "3001"), ("2", "6002")]
-    finished = run_launched("benchmarks/classifier", 2, *common, "--memory-budget-gib", "0.3")
+    finished = run_forked("benchmarks/classifier", 2, *common, "--memory-budget-gib", "0.3")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     with (tmp_path / "steps.csv").open() as file:
         (row,) = csv.DictReader(file)

@@ -104,6 +104,7 @@ def test_a_launcher_that_claims_success_is_not_believed(run: Path) -> None:
     assert "has died" in status(run)["reason"]
 
 
+@pytest.mark.full
 def test_a_stage_that_failed_another_day_does_not_count(run: Path) -> None:
     (run / "evaluate_knn").mkdir()
     (run / "evaluate_knn/status.json").write_text(json.dumps({"state": "failed", "reason": "of old"}))
@@ -115,6 +116,7 @@ def test_a_stage_that_failed_another_day_does_not_count(run: Path) -> None:
     assert again.returncode == 0, errors
 
 
+@pytest.mark.full
 def test_a_mistake_is_not_tried_again(run: Path) -> None:
     command = [*SUPERVISE, *launch_command("pretrain", 2, "--run-dir", str(run), "--set", "optimization.epochs=many")]
     finished = subprocess.run(command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=120)

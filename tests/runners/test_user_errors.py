@@ -3,13 +3,13 @@
 import json
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from injection import environment as ordering
 from PIL import Image
-from processes import FAULTY_RUNNERS, ROOT, run_bare, run_launched
+from processes import FAULTY_RUNNERS, ROOT, run_bare, run_forked, run_launched, run_python
 
 CPU = json.loads((ROOT / "ds_configs/cpu_float32.json").read_text())
 
@@ -52,8 +52,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subproc
         filled = [argument.format(d=directory) for argument in arguments]
         return run_bare("initialize_classifier", "--run-dir", str(run_directory), *filled), run_directory
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(MISTAKES, pool.map(run, enumerate(MISTAKES.values())), strict=True))
+    return dict(zip(MISTAKES, map(run, enumerate(MISTAKES.values())), strict=True))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -69,14 +68,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not run_directory.exists()
 
 
-def test_two_ranks_say_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_itself_ends_the_same_way(tmp_path: Path) -> None:
+    arguments, expected = MISTAKES["temperature"]
+    finished = run_python("initialize_classifier", "--run-dir", str(tmp_path / "run"), *arguments)
+    assert finished.returncode == 2, finished.stderr
+    (line,) = finished.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("run", [run_forked, pytest.param(run_launched, marks=pytest.mark.full)])
+def test_two_ranks_say_it_once(
+    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even where the rank that says it starts up last, and the launcher ends all at the first exit that it sees."""
-    record = tmp_path / "fault.txt"
-    for name, value in ordering("start:0:*:sleep=5", record).items():
-        monkeypatch.setenv(name, value)
     arguments = ["--run-dir", str(tmp_path / "run"), "--set", "optimization.epochs=many"]
-    finished = run_launched("pretrain", 2, *arguments, runners=FAULTY_RUNNERS)
-    assert record.exists()
+    if run is run_launched:
+        record = tmp_path / "fault.txt"
+        for name, value in ordering("start:0:*:sleep=5", record).items():
+            monkeypatch.setenv(name, value)
+        finished = run_launched("pretrain", 2, *arguments, runners=FAULTY_RUNNERS)
+        assert record.exists()
+    else:
+        finished = run("pretrain", 2, *arguments)
     assert finished.returncode == 2
     assert finished.stderr.count("error: ") == 1
     assert "optimization.epochs" in finished.stderr
@@ -129,13 +144,13 @@ def test_a_set_too_small_runs_with_the_settings_that_the_message_names(tmp_path:
     (tmp_path / "ds.json").write_text(json.dumps(CPU))
     base = ["--set", "data.limit_train=5", "optimization.epochs=1", "optimization.warmup_epochs=0"]
     base += ["--stages", "initialize_classifier", "pretrain", "--run-dir", str(tmp_path / "run")]
-    finished = run_launched("pipeline", 2, *base, "--deepspeed_config", str(tmp_path / "ds.json"))
+    finished = run_forked("pipeline", 2, *base, "--deepspeed_config", str(tmp_path / "ds.json"))
     assert finished.returncode == 2, finished.stderr
     fits = re.search(r'--set ((?:\S+=\d+ )+)and ("train_micro_batch_size_per_gpu": \d+) in a copy', finished.stderr)
     assert fits is not None, finished.stderr
     (tmp_path / "copy.json").write_text(json.dumps({**CPU, **json.loads(f"{{{fits[2]}}}")}))
     changes = ["--deepspeed_config", str(tmp_path / "copy.json"), "--set", *fits[1].split()]
-    finished = run_launched("pipeline", 2, *base, *changes)
+    finished = run_forked("pipeline", 2, *base, *changes)
     assert finished.returncode == 0, finished.stderr
 
 
@@ -148,7 +163,7 @@ def test_an_image_that_breaks_in_mid_run_is_named_by_the_rank_that_met_it(tmp_pa
     whole = (images / "7.jpg").read_bytes()
     (images / "7.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 2}))
-    finished = run_launched(
+    finished = run_forked(
         "initialize_classifier", 2, "--run-dir", str(tmp_path / "run"), "--deepspeed_config", str(tmp_path / "ds.json"),
         "--set", "data.kind=folder", f"data.root={images}", "optimization.global_batch_size=4",
         "classifier.num_hard_classes=3",

@@ -104,7 +104,7 @@ def test_a_worker_takes_no_more_for_ten_times_the_images(passes: Callable[[int],
 
 SMALL_SHM = """
 import sys
-sys.path.insert(0, "tests/unit")
+sys.path.insert(0, "tests/unit/data")
 from test_loader_memory import *
 for leave_colours in (False, True):
     dataset = ViewDataset(GreySquares(64), simclr_view(128), 2, seed=0, leave_colours=leave_colours)

@@ -5,12 +5,12 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from image_files import encoded, write_tar
 from PIL import Image
+from processes import run_bare
 
 from instance_ssl.data import pack as packing_module
 from instance_ssl.data.datasets import open_source
@@ -20,7 +20,6 @@ from instance_ssl.data.packed_record import PackedSet
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import UserError
 
-ROOT = Path(__file__).parents[3]
 NAMES = ["a/1.jpg", "a/x.y.jpg", "a/x.z.png", "b/ü\n.webp", "b/\udcff.JPEG", "c/6.png"]
 
 
@@ -215,8 +214,7 @@ def test_the_runner_packs_both_splits_and_says_what_is_wrong_in_one_line(tree: P
     (tmp_path / "config.yaml").write_text(json.dumps({"data": {"kind": "tree", "root": str(tree)}}))
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "runners/pack_dataset.py"), "--config", str(tmp_path / "config.yaml")]
-        return subprocess.run([*command, *words], capture_output=True, text=True, timeout=120)
+        return run_bare("pack_dataset", "--config", str(tmp_path / "config.yaml"), *words)
 
     out = str(tmp_path / "out")
     done = run("--output", out, "--size", "16", "--split", "test")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import os, resource, sys
 from pathlib import Path
-from instance_ssl import allocator
+from instance_ssl.training import allocator
 kept = sys.argv[1] == "keep" and allocator.keep_freed_memory(os.environ)
 def resident():
     return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmRSS")).split()[1])
