@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -181,10 +181,13 @@ def _list_folder(path: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"data.root: {escape(str(path))} cannot be listed: {reason(error)}") from error
 
 
-def differs_here(path: Path, size: int) -> str | None:
-    """What is wrong with a file that had so many bytes on rank 0; None when nothing is."""
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        return f"{escape(str(path))}: {reason(error)}"
-    return None if found == size else f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
+def missing_here(probes: Iterable[tuple[Path, int]]) -> str | None:
+    """The first file that is absent here or does not have the size in bytes that it has on rank 0; None: none."""
+    for path, size in probes:
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            return f"{escape(str(path))}: {reason(error)}"
+        if found != size:
+            return f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
+    return None

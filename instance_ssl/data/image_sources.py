@@ -1,5 +1,6 @@
 """Sources of images whose index is a stable instance id, and so the class that the instance classifier learns."""
 
+import copy
 import hashlib
 import io
 import logging
@@ -10,12 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from PIL import Image
 
-from instance_ssl.data.columns import Columns
 from instance_ssl.data.decode import (
     AS_SHOWN,
     AS_STORED,
@@ -26,7 +27,7 @@ from instance_ssl.data.decode import (
     image_pixels,
     open_image,
 )
-from instance_ssl.data.folders import differs_here, escape
+from instance_ssl.data.folders import escape
 from instance_ssl.data.name_table import NameTable, pack_names
 from instance_ssl.data.unreadable_images import REFUSE, OnBroken, check_files
 from instance_ssl.errors import RankError, reason
@@ -42,8 +43,8 @@ _SAID = mmap.mmap(-1, 1)
 class ImageSource(ABC):
     """N images in a fixed order; the position of an image is its instance id.
 
-    All that has an entry an image lies in `columns`, so a source pickles cheaply once those lie in a file, and one rank
-    can open it and hand it to the others.
+    Whatever has an entry an image lies in `columns`, so that all processes of a machine can map one file of it; what is
+    left pickles to a few bytes.
 
     Args:
         columns: of N entries each: what `pack_names` gives, `labels` (N,) int64 where there are any, and what an
@@ -71,8 +72,8 @@ class ImageSource(ABC):
     rendering: Rendering = AS_STORED
 
     def __init__(self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, digest: str) -> None:
-        self.columns = Columns(columns)
-        self.names = NameTable(self.columns)
+        self.columns = columns
+        self.names = NameTable(columns)
         self.class_names, self.digest = class_names, digest
 
     @property
@@ -87,14 +88,20 @@ class ImageSource(ABC):
     def __len__(self) -> int:
         return len(self.names)
 
+    def with_columns(self, columns: Mapping[str, np.ndarray]) -> Self:
+        """A copy of this source on other columns."""
+        changed = copy.copy(self)
+        changed.columns, changed.names = columns, NameTable(columns)
+        return changed
+
     @property
     def shard_starts(self) -> np.ndarray | None:
         """(S,) int64, ascending from 0: the first image of each stretch that lies in one shard; None without shards."""
         return None
 
-    def missing_here(self) -> str | None:
-        """What this machine lacks of the images, after another machine has opened them; None when nothing."""
-        return None
+    def probes(self) -> list[tuple[Path, int]]:
+        """Files and their sizes in bytes, by which another machine can tell whether it has the same images."""
+        return []
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
@@ -247,7 +254,7 @@ class FileImages(EncodedImages):
     ) -> None:
         self.root = root
         packed = pack_names(names)
-        listed = NameTable(Columns(packed))
+        listed = NameTable(packed)
         sizes, problems = check_files(root, listed, on_broken)
         columns = {**packed, "sizes": sizes, **label_column(labels)}
         if problems:
@@ -259,14 +266,10 @@ class FileImages(EncodedImages):
         if held_out is not None:
             self.held_out = held_out.nonzero()[:, 0]
 
-    def missing_here(self) -> str | None:
-        """The first of some files, evenly spread, that is absent or of another size on this machine."""
-        for index in range(0, len(self), max(1, len(self) // _PROBED_FILES)):
-            if index not in self.absent:
-                problem = differs_here(self.root / self.names[index], int(self.columns["sizes"][index]))
-                if problem is not None:
-                    return problem
-        return None
+    def probes(self) -> list[tuple[Path, int]]:
+        """Some files, evenly spread, and their sizes."""
+        places = range(0, len(self), max(1, len(self) // _PROBED_FILES))
+        return [(self.root / self.names[i], int(self.columns["sizes"][i])) for i in places if i not in self.absent]
 
     def read(self, index: int) -> bytes:
         """The file of image `index`, as it is."""
@@ -288,7 +291,7 @@ def label_column(labels: torch.Tensor | None, kept: np.ndarray | None = None) ->
 
 def names_digest(columns: Mapping[str, np.ndarray], rendering: Rendering) -> str:
     """SHA-256 of the names and the sizes in bytes, in order: the same for the same files, in folders or in tars."""
-    return digest_of(NameTable(Columns(columns)), columns["sizes"], rendering)
+    return digest_of(NameTable(columns), columns["sizes"], rendering)
 
 
 def digest_of(names: Iterable[str], sizes: np.ndarray, rendering: Rendering) -> str:

@@ -12,9 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from instance_ssl.data.columns import Columns
 from instance_ssl.data.decode import AS_SHOWN, Rendering
-from instance_ssl.data.folders import differs_here, escape, existing_root
+from instance_ssl.data.folders import escape, existing_root
 from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.data.name_table import NameTable, pack_names, repetitions
 from instance_ssl.data.packed_record import PackedSet, read_packed_set
@@ -71,10 +70,9 @@ class TarImages(EncodedImages):
         """(S,) int64, ascending from 0: the first image of each stretch that lies in one shard."""
         return np.flatnonzero(np.diff(self.shard_of, prepend=-1))
 
-    def missing_here(self) -> str | None:
-        """The first shard that is absent or of another size on this machine."""
-        problems = map(differs_here, self._shards, self._shard_bytes)
-        return next((problem for problem in problems if problem is not None), None)
+    def probes(self) -> list[tuple[Path, int]]:
+        """Every shard and its size."""
+        return list(zip(self._shards, self._shard_bytes, strict=True))
 
     def read(self, index: int) -> bytes:
         """The bytes of image `index`, as they lie in the shard. Processes may share what is open: no position is."""
@@ -177,7 +175,7 @@ def open_listing(
         UserError: where `on_broken` does not let one pass.
     """
     columns = listing.columns
-    names = NameTable(Columns(columns))
+    names = NameTable(columns)
     broken = [place for place in kept.tolist() if place in listing.problems] if listing.problems else []
     shown = [listing.shards[columns["shards"][place]] for place in broken]
     on_broken.judge(
@@ -225,7 +223,7 @@ def _join(indexes: Sequence[ShardIndex], shards: Sequence[Path], remarks: Sequen
     columns["shards"] = np.repeat(np.arange(len(indexes), dtype=np.int32), counts)
     for name in ("offsets", "sizes", "labels"):
         columns[name] = np.concatenate([getattr(index, name) for index in indexes])
-    names = NameTable(Columns(columns))
+    names = NameTable(columns)
     unlabelled = (columns["labels"] < 0).nonzero()[0]
     if len(unlabelled) == len(names):
         del columns["labels"]

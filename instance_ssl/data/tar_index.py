@@ -161,15 +161,15 @@ def _read(path: Path, status: os.stat_result, every_member: bool) -> ShardIndex 
             return None
         if content["shard"].tolist() != [status.st_size, status.st_mtime_ns, every_member]:
             return None
-        names = NameTable.of(content["names"], content["name_ends"])
-        problems = NameTable.of(content["problem_names"], content["problem_name_ends"])
+        names = NameTable.checked(content["names"], content["name_ends"])
+        problems = NameTable.checked(content["problem_names"], content["problem_name_ends"])
         columns = {name: content[name].astype(np.int64, casting="safe") for name in _COLUMNS}
         fits = (columns["sizes"] >= 0) & (columns["sizes"] <= status.st_size) & (columns["offsets"] >= 0)
         fits &= columns["offsets"] <= status.st_size - columns["sizes"]
         if any(len(column) != len(names) for column in columns.values()) or not fits.all():
             return None
         broken = dict(zip(content["broken"].tolist(), problems, strict=True))
-        examples = NameTable.of(content["remark_names"], content["remark_name_ends"])
+        examples = NameTable.checked(content["remark_names"], content["remark_name_ends"])
         unmatched, further, alike = map(Remark, content["remark_counts"].tolist(), examples)
         remarks = unmatched, further, alike
         return ShardIndex(names, **columns, problems=broken, shard_bytes=status.st_size, remarks=remarks)

@@ -14,6 +14,7 @@ from image_files import broken_files, encoded, write_tar
 
 from instance_ssl.data import tar_index
 from instance_ssl.data.datasets import open_source
+from instance_ssl.data.folders import missing_here
 from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.data.tar_images import TarImages
 from instance_ssl.data.unreadable_images import OnBroken
@@ -503,14 +504,14 @@ def test_a_shard_that_changes_during_the_run_is_said_and_pickling_opens_it_anew(
     assert source.read(0) == encoded(0)
     copy = pickle.loads(pickle.dumps(source))
     assert copy.read(1) == encoded(1)
-    assert source.missing_here() is None
+    assert missing_here(source.probes()) is None
     content = path.read_bytes()
     path.write_bytes(content[:1000])
     with pytest.raises(RankError, match=r"0\.tar: 2\.jpg.*shard ends"):
         source.load(2)
     with pytest.raises(RankError, match=r"0\.tar: 2\.jpg.*has changed"):
         pickle.loads(pickle.dumps(source)).load(2)
-    assert "1000 bytes" in str(source.missing_here())
+    assert "1000 bytes" in str(missing_here(source.probes()))
     path.unlink()
     with pytest.raises(RankError, match=r"0\.tar: 2\.jpg.*No such file"):
         pickle.loads(pickle.dumps(source)).load(2)
