@@ -16,7 +16,7 @@ from instance_ssl.data.decode import AS_SHOWN, Rendering
 from instance_ssl.data.folders import escape, existing_root
 from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.data.name_table import NameTable, pack_names, repetitions
-from instance_ssl.data.packed_record import PackedSet, read_packed_set
+from instance_ssl.data.pack import PackedSet, read_packed_set
 from instance_ssl.data.tar_index import ShardIndex, index_shard
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import UserError, tried

@@ -15,8 +15,7 @@ from PIL import Image
 from instance_ssl.data import pack as packing_module
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.image_sources import EncodedImages
-from instance_ssl.data.pack import Packing, pack_images
-from instance_ssl.data.packed_record import PackedSet
+from instance_ssl.data.pack import PackedSet, Packing, pack_images
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import UserError
 
