@@ -1,13 +1,12 @@
-"""From the bytes of an image file to pixels, by the decoders that are allowed."""
+"""Decodes image files to pixels, and says in plain words what is wrong with one."""
 
 import io
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ _FOREIGN = {
     b"\0\0\0\x0cjP  ": "a JPEG 2000",
     b"<": "text (HTML, XML or SVG)",
 }
-# What the decoders say, and what that means. A text that is not here is shown as it is.
+# What the decoders say → what it means. Any other text is shown as it is.
 _MEANINGS = {
     r"cannot handle (\d+)-bit layers": r"a JPEG of \1 bits a channel; only 8 can be read",
     r"cannot handle (\d+)-layer images": r"a JPEG of \1 channels; only 1, 3 and 4 can be read",
@@ -52,21 +51,21 @@ _MEANINGS = {
 
 
 class ImageError(OSError):
-    """A file that is no readable image: one line that says why."""
+    """A file that is not a readable image: one line that says why."""
 
 
-@contextmanager
-def in_words() -> Iterator[None]:
-    """Around decoders: what they raise becomes an `ImageError`, but for errors of the file system and of size."""
-    try:
-        yield
-    except Exception as error:  # OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error and more
-        if isinstance(error, ImageError | MemoryError) or (isinstance(error, OSError) and error.strerror):
-            raise
-        words = _words(error)
-        if isinstance(error, Image.DecompressionBombError):
-            raise Image.DecompressionBombError(words) from error
-        raise ImageError(words) from error
+def _explain(error: Exception) -> NoReturn:
+    """Raises an error of a decoder in plain words, as an `ImageError` or a `DecompressionBombError`.
+
+    Errors of the file system and of memory are raised as they are.
+
+    Args:
+        error: OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error and more.
+    """
+    if isinstance(error, ImageError | MemoryError) or (isinstance(error, OSError) and error.strerror):
+        raise error
+    kind = Image.DecompressionBombError if isinstance(error, Image.DecompressionBombError) else ImageError
+    raise kind(_words(error)) from error
 
 
 def _words(error: Exception) -> str:
@@ -80,7 +79,7 @@ def _words(error: Exception) -> str:
 
 
 def not_an_image(prefix: bytes) -> ImageError:
-    """The error for a file that is in none of the formats, by its first bytes."""
+    """The error for a file in none of the three formats, by its first bytes."""
     found = next((f"{what}, " for magic, what in _FOREIGN.items() if prefix.lstrip().startswith(magic)), "")
     if prefix[4:8] == b"ftyp":
         found = "an AVIF, HEIF or video file, "
@@ -88,10 +87,10 @@ def not_an_image(prefix: bytes) -> ImageError:
 
 
 def without_size(prefix: bytes) -> ImageError:
-    """The error for a file whose header has been read, and gives no size or no known kind of pixels.
+    """The error for a file whose header lacks a size or a known kind of pixels.
 
     Args:
-        prefix: the file's first 26 bytes at least.
+        prefix: at least the file's first 26 bytes.
     """
     if not prefix.startswith(b"\x89PNG"):
         return ImageError("its header gives a width or height of 0, or none")
@@ -102,10 +101,10 @@ def without_size(prefix: bytes) -> ImageError:
 
 
 def refuse_large_metadata(file: BinaryIO) -> None:
-    """Refuses an image by the sizes that its parts before the pixels declare, before any of them is read.
+    """Refuses an image by the declared sizes of what precedes its pixels, before any of that is read.
 
     Raises:
-        ImageError: they come to more than `MAX_METADATA_MIB`.
+        ImageError: the sizes add up to more than `MAX_METADATA_MIB`.
     """
     if file.seek(0, 2) <= MAX_METADATA_MIB << 20:
         return
@@ -117,7 +116,7 @@ def refuse_large_metadata(file: BinaryIO) -> None:
 
 
 def _metadata_sizes(file: BinaryIO) -> Iterator[int]:
-    """Bytes of each of a PNG's chunks or a JPEG's segments up to the pixels, and of a WebP's chunks but its pixels."""
+    """Bytes of each PNG chunk or JPEG segment up to the pixels, and of each WebP chunk other than pixels."""
     file.seek(0)
     prefix = file.read(12)
     is_png, is_webp = prefix.startswith(b"\x89PNG"), prefix.startswith(b"RIFF")
@@ -130,7 +129,7 @@ def _metadata_sizes(file: BinaryIO) -> Iterator[int]:
         elif is_webp:
             kind, size, end = header[:4], int.from_bytes(header[4:], "little"), file.tell()
             end += size % 2
-            size, end = size + size % 2, end
+            size += size % 2
             if kind in (b"VP8 ", b"VP8L", b"ALPH", b"ANMF"):
                 file.seek(end + size)
                 continue
@@ -144,10 +143,10 @@ def _metadata_sizes(file: BinaryIO) -> Iterator[int]:
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision means to give its decoders up; PIL alone takes a fifth longer
+except ImportError:  # torchvision plans to drop its decoders; PIL alone takes a fifth longer
     decode_jpeg = None
 
-# Only these decoders are ever run, whatever a file's name says. Of several pictures in a JPEG (MPO), the first counts.
+# Only these decoders ever run, whatever a file is called. Of a JPEG with several pictures (MPO), the first one counts.
 _DECODERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"\xff\xd8\xff": JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImageFile,
@@ -167,36 +166,36 @@ _TURNS = {
     8: _Turn.ROTATE_90,
 }
 _SWAPPING = (_Turn.TRANSPOSE, _Turn.ROTATE_270, _Turn.TRANSVERSE, _Turn.ROTATE_90)
-# Grey of few bits is spread over 0 ... 255, which Pillow forgets of the grey that is transparent.
+# Pillow scales grey of few bits to 0 ... 255, but not the grey value that is transparent.
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
 
-# From the width and height in a header to the factor, 1, 2, 4 or 8, by which the image may be decoded smaller.
+# (width, height) from the header → the factor, 1, 2, 4 or 8, by which the image may be decoded smaller.
 ChooseReduction = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """What becomes of an image file's orientation and transparency.
+    """How an image file's orientation and transparency are treated.
 
     Attributes:
-        upright: the image is turned as its EXIF orientation says, or left as it is stored.
-        on_white: transparent pixels are composed on white, or alpha is dropped and the colours hidden below it show.
+        upright: turn the image as its EXIF orientation says; otherwise leave it as stored.
+        on_white: compose transparent pixels on white; otherwise drop alpha, which shows the colours hidden under it.
     """
 
     upright: bool = True
     on_white: bool = True
 
 
-# AS_SHOWN: as a viewer shows the image.
+# As a viewer shows the image, and as the file stores it.
 AS_SHOWN, AS_STORED = Rendering(), Rendering(upright=False, on_white=False)
 
 
 def open_image(file: Path | BinaryIO) -> Image.Image:
-    """The image of a file whose header has been read, by the decoders that are allowed, and within PIL's bound.
+    """Opens an image: reads its header, decodes no pixels.
 
     Raises:
         OSError: one line that says what is wrong with the file.
-        Image.DecompressionBombError: it has more pixels than PIL's bound.
+        Image.DecompressionBombError: it has more pixels than PIL allows.
     """
     opened = file.open("rb") if isinstance(file, Path) else file
     try:
@@ -218,12 +217,11 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
     refuse_large_metadata(file)
     file.seek(0)
     try:
-        with in_words():
-            image = decoder(file)
-    except OSError as error:
+        image = decoder(file)
+    except Exception as error:
         if "not identified by this driver" in str(error):
             raise without_size(prefix) from error
-        raise
+        _explain(error)
     # PIL only warns up to twice the bound.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(
@@ -235,7 +233,7 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
 
 
 def upright_size(image: Image.Image, rendering: Rendering) -> tuple[int, int]:
-    """Width and height of an image once it is turned; of a PNG, whose EXIF may come last, it reads the whole file.
+    """Width and height of an image once it is turned. Reads a PNG whole, as its EXIF data may come last.
 
     Raises:
         OSError: one line that says what is wrong with the file.
@@ -244,15 +242,17 @@ def upright_size(image: Image.Image, rendering: Rendering) -> tuple[int, int]:
 
 
 def convert_to_rgb(image: Image.Image, rendering: Rendering = AS_SHOWN) -> Image.Image:
-    """The image in RGB mode, turned and composed as told; 16-bit grey keeps its upper 8 bits.
+    """The image in RGB mode, turned and composed as `rendering` says; 16-bit grey keeps its upper 8 bits.
 
     Raises:
         OSError: one line that says what is wrong with the file.
     """
     turn = _turn_of(image, rendering)
-    with in_words():
+    try:
         image = _flattened(image, rendering)
         return image if turn is None else image.transpose(turn)
+    except Exception as error:
+        _explain(error)
 
 
 def decode_pixels(
@@ -261,19 +261,21 @@ def decode_pixels(
     rendering: Rendering = AS_SHOWN,
     on_refusal: Callable[[Exception], None] = lambda error: None,
 ) -> Tensor:
-    """The image of a file as (3, H, W) uint8, RGB, with the channels of a pixel side by side in memory.
+    """Decodes a file to (3, H, W) uint8, RGB, with the channels of a pixel adjacent in memory.
 
-    JPEGs of colour or grey that need no turning go to torchvision's decoder, the rest to PIL; both are libjpeg-turbo
-    and agree to the bit. Where torchvision's refuses a file (one that lacks its end mark, say), PIL's verdict counts. A
-    JPEG that may be smaller is decoded so by PIL, from the low frequencies of its blocks; other formats come whole.
+    torchvision decodes colour and grey JPEGs that need no turning, PIL everything else. Both use libjpeg-turbo and
+    agree to the bit. Where torchvision refuses a file (one without an end mark, say), PIL decides. A JPEG that may be
+    smaller is decoded by PIL, from the low frequencies of its blocks; other formats are decoded at full size.
 
     Args:
-        choose_reduction: gets the width and height of the upright image.
-        on_refusal: told what torchvision's decoder says of a file that goes to PIL's instead.
+        data: the file's bytes.
+        choose_reduction: called once with the width and height of the upright image.
+        rendering: how orientation and transparency are treated.
+        on_refusal: called with torchvision's error where PIL has decoded the file instead.
 
     Raises:
         OSError: one line that says what is wrong with the file.
-        Image.DecompressionBombError: it has more pixels than PIL's bound.
+        Image.DecompressionBombError: it has more pixels than PIL allows.
     """
     refusal: Exception | None = None
     with open_image(io.BytesIO(data)) as image:
@@ -293,17 +295,19 @@ def decode_pixels(
 
 
 def image_pixels(image: Image.Image) -> Tensor:
-    """An RGB image as (3, H, W) uint8, with the channels of a pixel side by side in memory."""
+    """An RGB image as (3, H, W) uint8, with the channels of a pixel adjacent in memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _turn_of(image: Image.Image, rendering: Rendering) -> Image.Transpose | None:
-    """What shows the image upright. An EXIF block that is broken or says something unheard of turns nothing."""
+    """The transposition that shows the image upright; None, too, where its EXIF block is broken or makes no sense."""
     if not rendering.upright:
         return None
     if isinstance(image, PngImageFile):
-        with in_words():
+        try:
             image.load()  # its EXIF may come after the pixels
+        except Exception as error:
+            _explain(error)
     elif "exif" not in image.info and "xmp" not in image.info:
         return None
     try:
@@ -319,7 +323,7 @@ def _turned_size(image: Image.Image, turn: Image.Transpose | None) -> tuple[int,
 
 def _flattened(image: Image.Image, rendering: Rendering) -> Image.Image:
     """The image in RGB mode, with transparency composed on white or dropped."""
-    # PIL clips 16-bit grey at 255, which leaves a white image.
+    # PIL would clip 16-bit grey at 255 and leave a white image.
     if image.mode.startswith("I"):
         values = np.asarray(image)
         grey = (values >> 8).astype(np.uint8)
@@ -335,7 +339,7 @@ def _flattened(image: Image.Image, rendering: Rendering) -> Image.Image:
 
 
 def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:
-    """Brings the one transparent colour of a PNG to 8 bits, as its pixels are; Pillow leaves it at the file's depth."""
+    """Scales a PNG's transparent colour to the 8 bits of its pixels; Pillow leaves it at the file's depth."""
     layout, colour = image.tile[0].args, image.info["transparency"]
     if layout in _GREY_STEPS:
         image.info["transparency"] = colour * _GREY_STEPS[layout]

@@ -9,7 +9,6 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -36,8 +35,8 @@ from instance_ssl.files.name_lists import list_line, read_lines, write_names
 logger = logging.getLogger(__name__)
 
 _PROBED_FILES = 64
-# A byte that all processes forked from this one share: whether one has said that PIL reads what torchvision refuses.
-_SAID = mmap.mmap(-1, 1)
+# A byte shared with all forked processes: whether one of them has warned that PIL reads what torchvision refuses.
+_HAS_WARNED = mmap.mmap(-1, 1)
 
 
 class ImageSource(ABC):
@@ -188,8 +187,11 @@ class EncodedImages(ImageSource):
         Raises:
             RankError: the file is gone, truncated or otherwise undecodable.
         """
-        with self._named(index), open_image(io.BytesIO(self.read(index))) as image:
-            return convert_to_rgb(image, self.rendering)
+        try:
+            with open_image(io.BytesIO(self.read(index))) as image:
+                return convert_to_rgb(image, self.rendering)
+        except Exception as error:
+            raise self._undecodable(index, error) from error
 
     def load_pixels(self, index: int, choose_reduction: ChooseReduction) -> torch.Tensor:
         """Image `index` as (3, H, W) uint8, RGB; a JPEG smaller by the factor chosen.
@@ -197,27 +199,25 @@ class EncodedImages(ImageSource):
         Raises:
             RankError: the file is gone, truncated or otherwise undecodable.
         """
-        with self._named(index):
+        try:
             return decode_pixels(
-                self.read(index), choose_reduction, self.rendering, lambda error: self._say_refused(index, error)
+                self.read(index), choose_reduction, self.rendering, lambda error: self._log_refusal(index, error)
             )
+        except Exception as error:
+            raise self._undecodable(index, error) from error
 
-    def _say_refused(self, index: int, error: Exception) -> None:
-        """Says once that there are files like this one."""
-        if not _SAID[0]:
-            _SAID[0] = 1
-            why = reason(error).rpartition(", ")[2]  # the place in torchvision's sources comes before
+    def _log_refusal(self, index: int, error: Exception) -> None:
+        """Warns once that torchvision refuses files like this one."""
+        if not _HAS_WARNED[0]:
+            _HAS_WARNED[0] = 1
+            why = reason(error).rpartition(", ")[2]  # without the line in torchvision's sources
             where = self.where(index)
             logger.warning("%s: torchvision's decoder refuses it (%s), so Pillow's reads it and its like", where, why)
 
-    @contextmanager
-    def _named(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise RankError(
-                f"cannot decode {self.where(index)} (image {index}): {reason(error)}; repair or replace the file"
-            ) from error
+    def _undecodable(self, index: int, error: Exception) -> RankError:
+        return RankError(
+            f"cannot decode {self.where(index)} (image {index}): {reason(error)}; repair or replace the file"
+        )
 
 
 class FileImages(EncodedImages):
