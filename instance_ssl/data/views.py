@@ -1,4 +1,4 @@
-"""Random views of images, each from a seed of its own."""
+"""Random views of images, each from its own seed, and batches of them."""
 
 import math
 import os
@@ -17,11 +17,14 @@ from instance_ssl.data.sampler import Key, mixed_seed
 
 
 def joined(parts: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The parts, CPU tensors, one after another along the first dimension: a tensor of that shape.
+    """Concatenates CPU tensors along the first dimension into a tensor of the given shape.
 
-    In a worker process of a DataLoader the parts are written into a file in memory, which the main process maps. To
-    write a page takes a third of the time of touching it in a map of one's own, as torch's default_collate does. Nor
-    is such a file in /dev/shm, which containers keep at 64 MiB, and where no room is a hang in torch's queues.
+    In a DataLoader's worker process the parts are written to an anonymous file in memory that the main process maps.
+    Writing a page takes a third of the time of touching it in a mapping, as torch's default_collate does. Nor does the
+    file count against /dev/shm, which containers limit to 64 MiB, and which makes torch's queues hang when it is full.
+
+    Raises:
+        ValueError: in a worker process, where the parts do not fill the shape.
     """
     if get_worker_info() is None:
         whole, row = torch.empty(shape, dtype=dtype), 0
@@ -60,7 +63,7 @@ class ViewItem(NamedTuple):
     Attributes:
         views: (V, 3, S, S) float32, normalised; uint8 where `colours` is given.
         id: instance id of the image.
-        colours: (V, P) float32, the colour changes that are left to the device; None: the views are finished.
+        colours: (V, P) float32, the colour changes still to be made; None: the views are finished.
     """
 
     views: Tensor
@@ -74,7 +77,7 @@ class ViewBatch(NamedTuple):
     Attributes:
         views: (b, V, 3, S, S) float32, normalised; uint8 where `colours` is given.
         ids: (b,) int64, instance ids.
-        colours: (b, V, P) float32, the colour changes that are left to the device; None: the views are finished.
+        colours: (b, V, P) float32, the colour changes left to the device; None: the views are finished.
         unreadable: id → why, of the images of the batch that were found unreadable; None: none was.
     """
 
@@ -87,15 +90,15 @@ class ViewBatch(NamedTuple):
 class ViewDataset(Dataset[ViewItem]):
     """Random views of the images of a source, each drawn from its own seed.
 
-    Item (epoch, index) is a `ViewItem`, and `collate` makes a batch of some. The image is read and decoded once for all
-    its views. torch's default CPU generator is seeded anew for each view and left as it was found.
+    Item (epoch, index) is a `ViewItem`; `collate` makes a batch of several. An image is read and decoded once for all
+    its views. torch's default CPU generator is seeded for each view and restored afterwards.
 
     Args:
         source: the images.
         transform: RGB image -> (3, S, S) float32; takes its randomness from torch's default CPU generator.
-        num_views: V, views an image.
+        num_views: V, views per image.
         seed: the experiment's seed.
-        leave_colours: batches of a `RandomView` are uint8 crops with the colour changes that are still to be made.
+        leave_colours: batches of a `RandomView` are uint8 crops plus the colour changes still to be made.
     """
 
     def __init__(
@@ -118,9 +121,9 @@ class ViewDataset(Dataset[ViewItem]):
         return ViewItem(torch.stack(self._seeded(key, lambda: transform(image))), key[1])
 
     def collate(self, items: Sequence[ViewItem]) -> ViewBatch:
-        """The batch of these items, with the colours done unless they are left.
+        """The batch of these items, with their colours changed unless `leave_colours`.
 
-        In a worker process it lies in memory that the main process shares.
+        In a worker process it lies in memory that the main process maps.
         """
         ids = joined([torch.tensor([item.id for item in items])], (len(items),), torch.int64)
         views, colours = [item.views for item in items], [item.colours for item in items if item.colours is not None]
@@ -128,7 +131,7 @@ class ViewDataset(Dataset[ViewItem]):
         if not colours:
             return ViewBatch(joined((view[None] for view in views), shape, views[0].dtype), ids)
         if self.leave_colours:
-            # As they lie in memory: the channels of a pixel side by side.
+            # As they lie in memory: the channels of a pixel adjacent.
             parts = (view.permute(0, 2, 3, 1)[None] for view in views)
             crops = joined(parts, tuple(shape[place] for place in (0, 1, 3, 4, 2)), torch.uint8)
             left = joined((one[None] for one in colours), (len(items), *colours[0].shape), torch.float32)
@@ -156,13 +159,13 @@ class ViewDataset(Dataset[ViewItem]):
         return ViewItem(torch.stack(crops).permute(0, 3, 1, 2), key[1], torch.tensor([one.colours for one in drawn]))
 
     def _seeded(self, key: Key, make: Callable[[], T]) -> list[T]:
-        """What `make` gives for each view, under that view's seed."""
+        """Calls `make` for each view under that view's seed."""
         generator = torch.default_generator
         state = generator.get_state()
         made = []
         try:
             for view in range(self.num_views):
-                # Not torch.manual_seed, which would seed the accelerator's generators as well.
+                # torch.manual_seed would seed the accelerator's generators, too.
                 generator.manual_seed(sample_seed(self.seed, *key, view))
                 made.append(make())
         finally:

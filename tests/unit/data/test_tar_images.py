@@ -193,11 +193,11 @@ def test_labels_that_no_image_has_are_counted_and_said(tmp_path: Path) -> None:
         source = open_tar(tmp_path)
         assert source.class_names == ["1"]
         assert [line for line in source.remarks if ".cls" in line] == [
-            f"labels that no image has: 3, such as b.gif.cls in {tmp_path}/0.tar; a .cls has its image's name, up to "
+            f"labels without an image: 3, such as b.gif.cls in {tmp_path}/0.tar; a .cls has its image's name up to "
             "the last dot"
         ]
     write_tar(tmp_path / "0.tar", [("a.jpg", encoded(0)), ("b.jpg", encoded(1)), ("a.cls", b"1"), ("c.cls", b"1")])
-    refused("b.jpg has no .cls", "labels that no image has: 1, such as c.cls", root=tmp_path)
+    refused("b.jpg has no .cls", "labels without an image: 1, such as c.cls", root=tmp_path)
     write_tar(tmp_path / "0.tar", [("a.jpg", encoded(0)), ("c.cls", b"1")])
     assert open_tar(tmp_path).labels is None
     assert len(open_tar(tmp_path).remarks) == 1
@@ -229,7 +229,7 @@ def test_a_sample_has_the_image_of_its_very_name(tmp_path: Path) -> None:
     expected = {"a.jpg": 1, "b.jpg": 0, "c.d.jpg": 2}
     assert labels_of(tmp_path, *names) == expected
     (said,) = open_tar(tmp_path).remarks
-    assert said.startswith("images ignored, as their sample has one of its very name: 3, such as")
+    assert said.startswith("images ignored because their sample has one of its very name: 3, such as")
     assert "a.seg.png beside a.jpg in" in said
     assert list(labels_of(tmp_path, *(name for name in names if "=" not in name))) == list(expected)
     # A label of its own makes it a sample of its own; so does a folder.
@@ -401,7 +401,7 @@ def test_truncated_damaged_and_compressed_shards_are_named(tmp_path: Path) -> No
         "huge": (bytes(huge), "truncated"),
         "negative": (bytes(negative), "truncated"),
         "empty": (b"", "truncated"),
-        "text": (b"no tar at all" * 100, "no tar"),
+        "text": (b"no tar at all" * 100, "not a tar"),
         "compressed": (gzip.compress(whole), "gzip"),
     }
     for content, word in cases.values():
