@@ -1,6 +1,7 @@
 """What one rank does for all or all do together, and the images that rank 0 has opened on all ranks."""
 
 import fcntl
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -86,31 +87,36 @@ def share_images(opened: ImageSource | None, run_directory: Path | None, world: 
         return cast(ImageSource, world.broadcast_object(opened))
     folder = run_directory / "index"
     with ExitStack() as held:
-        names = rank_0_alone(lambda: _write_columns(opened, folder, held), world)
+        files = rank_0_alone(lambda: _write_columns(opened, folder, held), world)
         source: ImageSource = world.broadcast_object(None if opened is None else opened.with_columns(pack_names(())))
-        columns = together(lambda: {name: _map_column(folder / f"{name}.npy", world.rank) for name in names}, world)
-        if world.rank == 0:
-            _remove_columns(folder)
+        columns = together(lambda: {name: _map_column(path, world.rank) for name, path in files.items()}, world)
     return source.with_columns(columns)
 
 
-def _write_columns(source: ImageSource | None, folder: Path, held: ExitStack) -> list[str]:
-    """Writes the columns and returns their names. Other starts in the same run directory wait until `held` ends."""
+def _write_columns(source: ImageSource | None, folder: Path, held: ExitStack) -> dict[str, Path]:
+    """Writes the columns and returns their files, which last as long as `held`.
+
+    Other starts in the same run directory wait until then.
+    """
     assert source is not None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = held.enter_context((folder / "lock").open("w"))
         fcntl.lockf(lock, fcntl.LOCK_EX)
         _remove_columns(folder)  # of a start that was killed
+        held.callback(_remove_columns, folder)
         needed = sum(column.nbytes for column in source.columns.values())
         if problem := find_no_space(folder, needed):
-            raise UserError(f"--run-dir {escape(str(folder.parent))}: {problem} for the index of the images")
-        for name, column in source.columns.items():
-            np.save(folder / f"{name}.npy", column)
+            raise UserError(f"--run-dir {escape(str(folder.parent))}: {problem}, for the list of images")
+        # A name never used before cannot be that of an old file on a node with a disk of its own.
+        token = secrets.token_hex(8)
+        files = {name: folder / f"{name}_{token}.npy" for name in source.columns}
+        for name, path in files.items():
+            np.save(path, source.columns[name])
     except OSError as error:
         why = why_not_written(error, folder.parent, 0)
         raise UserError(f"--run-dir {escape(str(folder.parent))}: {why}") from error
-    return list(source.columns)
+    return files
 
 
 def _map_column(path: Path, rank: int) -> np.ndarray:
