@@ -15,40 +15,6 @@ from instance_ssl.data.crop import crop_resized, reduction_for
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.sampler import Key, mixed_seed
 
-
-def joined(parts: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Concatenates CPU tensors along the first dimension into a tensor of the given shape.
-
-    In a DataLoader's worker process the parts are written to an anonymous file in memory that the main process maps.
-    Writing a page takes a third of the time of touching it in a mapping, as torch's default_collate does. Nor does the
-    file count against /dev/shm, which containers limit to 64 MiB, and which makes torch's queues hang when it is full.
-
-    Raises:
-        ValueError: in a worker process, where the parts do not fill the shape.
-    """
-    if get_worker_info() is None:
-        whole, row = torch.empty(shape, dtype=dtype), 0
-        for part in parts:
-            whole[row : row + len(part)] = part
-            row += len(part)
-        return whole
-    size, offset = math.prod(shape) * dtype.itemsize, 0
-    file = os.memfd_create("batch")
-    try:
-        os.ftruncate(file, size)
-        for part in parts:
-            data = part.contiguous().numpy().data.cast("B")
-            while data:
-                written = os.pwrite(file, data, offset)
-                offset, data = offset + written, data[written:]
-        if offset != size:
-            raise ValueError(f"{offset} bytes do not fill a tensor of {size}")
-        storage = torch.UntypedStorage._new_shared_fd_cpu(file, size)  # type: ignore[attr-defined]  # keeps a dup
-    finally:
-        os.close(file)
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
-
-
 T = TypeVar("T")
 
 
@@ -171,3 +137,36 @@ class ViewDataset(Dataset[ViewItem]):
         finally:
             generator.set_state(state)
         return made
+
+
+def joined(parts: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Concatenates CPU tensors along the first dimension into a tensor of the given shape.
+
+    In a DataLoader's worker process the parts are written to an anonymous file in memory that the main process maps.
+    Writing a page takes a third of the time of touching it in a mapping, as torch's default_collate does. Nor does the
+    file count against /dev/shm, which containers limit to 64 MiB, and which makes torch's queues hang when it is full.
+
+    Raises:
+        ValueError: in a worker process, where the parts do not fill the shape.
+    """
+    if get_worker_info() is None:
+        whole, row = torch.empty(shape, dtype=dtype), 0
+        for part in parts:
+            whole[row : row + len(part)] = part
+            row += len(part)
+        return whole
+    size, offset = math.prod(shape) * dtype.itemsize, 0
+    file = os.memfd_create("batch")
+    try:
+        os.ftruncate(file, size)
+        for part in parts:
+            data = part.contiguous().numpy().data.cast("B")
+            while data:
+                written = os.pwrite(file, data, offset)
+                offset, data = offset + written, data[written:]
+        if offset != size:
+            raise ValueError(f"{offset} bytes do not fill a tensor of {size}")
+        storage = torch.UntypedStorage._new_shared_fd_cpu(file, size)  # type: ignore[attr-defined]  # keeps a dup
+    finally:
+        os.close(file)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
