@@ -1,7 +1,7 @@
-"""The random and the deterministic views of an image that training and evaluation see.
+"""The random and deterministic views of an image for training and evaluation.
 
 Every function returns a picklable transform: PIL RGB image -> float32 tensor (3, image_size, image_size), normalised.
-All randomness comes from torch's default CPU generator, so seeding that generator fixes a view.
+All randomness comes from torch's default CPU generator, so its seed fixes a view.
 """
 
 import math
@@ -35,7 +35,7 @@ _ELONGATED = 4
 
 @dataclass(frozen=True)
 class DrawnView:
-    """What chance has chosen for one view: the crop, and its row of colour changes (see colours.py)."""
+    """One view as drawn: the crop, and its row of colour changes (see colour.py)."""
 
     crop: Crop
     colours: list[float]
@@ -43,15 +43,15 @@ class DrawnView:
 
 @dataclass(frozen=True)
 class RandomView:
-    """A view that is a crop of the image, perhaps flipped, and then perhaps changed in colour.
+    """A view that is a random crop, perhaps flipped, perhaps changed in colour.
 
-    Drawing, cropping and colouring can be had one by one: the draw needs no more than the image's size, and colours can
-    be left to the device.
+    Drawing, cropping and colouring are separate: the draw needs only the image's size, and colours can be left to the
+    device.
 
     Attributes:
         image_size: S, side of the view in pixels.
         min_crop_scale: smallest share of the image's area that a crop keeps, in (0, 1].
-        colours: what colour changes are drawn from; None: there are none.
+        colours: the distribution of colour changes; None: there are none.
     """
 
     image_size: int
@@ -59,7 +59,7 @@ class RandomView:
     colours: ColourRanges | None
 
     def draw(self, width: int, height: int) -> DrawnView:
-        """A view of an image of that size, from torch's default CPU generator."""
+        """Draws a view of an image of that size from torch's default CPU generator."""
         uniform = torch.rand(Crop.NUM_UNIFORM + NUM_UNIFORM).tolist()
         crop = draw_crop(width, height, self.min_crop_scale, uniform[NUM_UNIFORM:])
         return DrawnView(crop, list(UNCHANGED) if self.colours is None else self.colours.draw(uniform[:NUM_UNIFORM]))
@@ -93,7 +93,7 @@ def simclr_view(
 
 
 def digit_view(image_size: int) -> Transform:
-    """Random view of small handwriting: a slight affine change and contrast jitter, never a flip (a 6 is no 9).
+    """Random view of small handwriting: a slight affine change and contrast jitter, never a flip (a 6 is not a 9).
 
     The image is resized to (image_size, image_size), then rotated and sheared by up to 15 degrees each, moved by up to
     an eighth of the side and scaled by 0.75 to 1.25; brightness and contrast change by a factor of 0.6 to 1.4.
@@ -111,7 +111,7 @@ def centre_view(image_size: int) -> Transform:
     """The deterministic evaluation view.
 
     Above 64 pixels, the short side is resized to image_size * 256 / 224 and the centre cropped (the ImageNet
-    convention); smaller images are resized to (image_size, image_size) whole, for CIFAR's objects fill their frame.
+    convention). Up to 64, the whole image is resized to (image_size, image_size), as CIFAR's objects fill their frame.
     """
     if image_size > _SMALL_IMAGE_SIZE:
         crop: Callable[[Image.Image], Image.Image] = _CentreCrop(round(image_size * 256 / 224), image_size)
@@ -124,8 +124,8 @@ def centre_view(image_size: int) -> Transform:
 class _CentreCrop:
     """Resizes the short side and takes a square from the centre: RGB image -> RGB image.
 
-    The resized image grows with the aspect ratio (a line of 1 x 20,000 pixels would take 4 GiB), so of an elongated one
-    only the centre is resized. Its pixels are those of resizing it whole, up to the rounding of a level in 255.
+    A resized image grows with its aspect ratio (a line of 1 x 20,000 pixels would take 4 GiB), so only the centre of an
+    elongated one is resized. Its pixels equal those of resizing the whole, up to the rounding of one level in 255.
     """
 
     short_side: int
@@ -140,17 +140,17 @@ class _CentreCrop:
         return functional.center_crop(image, [self.image_size])
 
     def _resized_centre(self, image: Image.Image, short: int, long: int) -> Image.Image:
-        """Resized to the short side; of the long side, only the square's part."""
+        """The part of the resized image that the square needs of the long side."""
         bicubic = Image.Resampling.BICUBIC
         length = int(self.short_side * long / short)
         start = round((length - self.image_size) / 2)
         scale = long / length
         first, last = start * scale, (start + self.image_size) * scale
-        # The filter reaches two pixels beyond, of the source or, where it shrinks, of the result. Cut out by whole
-        # pixels first, for PIL keeps the box in single precision.
+        # The filter reaches two pixels further, of the source or, where it shrinks, of the result. Whole pixels are cut
+        # out first, as PIL keeps the box in single precision.
         reach = 2 * max(scale, 1) + 1
         low, high = max(0, math.floor(first - reach)), min(long, math.ceil(last + reach))
-        # One axis after the other, in PIL's order for the whole image, between which it rounds and clips.
+        # One axis after the other, in PIL's order for the whole image, as it rounds and clips in between.
         if image.width == long:
             part = image.crop((low, 0, high, short))
             part = part.resize((self.image_size, short), bicubic, (first - low, 0, last - low, short))
@@ -166,7 +166,7 @@ class _CentreCrop:
 
 @dataclass(frozen=True)
 class _DigitView:
-    """See `digit_view`; on PIL's affine transform itself, which costs a fraction of v2's at these sizes."""
+    """See `digit_view`. Uses PIL's affine transform directly, which costs a fraction of v2's at these sizes."""
 
     image_size: int
 

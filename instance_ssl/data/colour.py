@@ -1,6 +1,6 @@
-"""The colour changes of views, drawn view by view and applied to whole batches, on the CPU and on a GPU alike.
+"""The colour changes of views: drawn per view, applied to whole batches, on the CPU and on a GPU alike.
 
-A row of P = 10 float32 numbers says what is done to a view:
+A row of P = 10 float32 numbers describes the changes of one view:
 
 | place | what |
 | --- | --- |
@@ -22,26 +22,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# ImageNet channel statistics, for every data set: features learnt on one are then fed alike on another.
+# ImageNet channel statistics, for every data set, so that an encoder sees another data set on the same scale.
 NORMALISE_MEAN = (0.485, 0.456, 0.406)
 NORMALISE_STD = (0.229, 0.224, 0.225)
 
 ROW_LENGTH = 10
-# Uniform numbers that a row is drawn from.
+# Number of uniform numbers that a row is drawn from.
 NUM_UNIFORM = 9
 UNCHANGED = (1.0, 1.0, 1.0, 0.0, -1.0, -1.0, -1.0, -1.0, 0.0, 0.0)
 
 _ORDERS = tuple(itertools.permutations((0.0, 1.0, 2.0, 3.0)))
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)
-# A tap of the blur that is a smaller share of the kernel than this changes no pixel by half a level.
+# Taps of the blur below this share of the kernel change no pixel by half a level.
 _SMALLEST_TAP = 1e-3
-# Pixels of the views that are changed together on a CPU: one of 224 x 224 fills its second-level cache.
+# Pixels per chunk on a CPU: a view of 224 x 224 fills its second-level cache.
 _PIXELS_IN_CACHE = 64 * 1024
 
 
 @dataclass(frozen=True)
 class ColourRanges:
-    """From what a view's colour changes are drawn.
+    """The distribution of a view's colour changes.
 
     Attributes:
         strength: s; factors of brightness, contrast and saturation are uniform in [max(0, 1 - 0.8 s), 1 + 0.8 s], hue
@@ -53,7 +53,7 @@ class ColourRanges:
     blur: bool
 
     def draw(self, uniform: Sequence[float]) -> list[float]:
-        """A row from `NUM_UNIFORM` numbers uniform in [0, 1)."""
+        """Makes a row from `NUM_UNIFORM` numbers uniform in [0, 1)."""
         row = list(UNCHANGED)
         if uniform[0] < 0.8 and self.strength > 0:
             low, high = max(0.0, 1 - 0.8 * self.strength), 1 + 0.8 * self.strength
@@ -67,13 +67,13 @@ class ColourRanges:
 
 
 def apply_colours(views: Tensor, colours: Tensor) -> Tensor:
-    """Changed and normalised views, float32 (n, 3, S, S).
+    """Applies colour changes and normalises: float32 (n, 3, S, S).
 
-    A view's result does not depend on the others beside it.
+    A view's result does not depend on the rest of the batch.
 
     Args:
         views: (n, 3, S, S) uint8, on any device.
-        colours: (n, P) float32 on the CPU, so that a GPU is never waited for.
+        colours: (n, P) float32 on the CPU, so that nothing waits for a GPU.
     """
     changed = torch.empty(views.shape, dtype=torch.float32, device=views.device)
     size = views_at_once(views.shape[2]) if views.device.type == "cpu" else len(views)
@@ -84,7 +84,7 @@ def apply_colours(views: Tensor, colours: Tensor) -> Tensor:
 
 
 def views_at_once(image_size: int) -> int:
-    """Views that a CPU had better change together: more of them, the longer each is in its cache than in Python."""
+    """Views per chunk on a CPU: small ones are grouped to save Python calls, large ones stay in its cache."""
     return max(1, _PIXELS_IN_CACHE // image_size**2)
 
 
@@ -120,7 +120,7 @@ def _brightness(x: Tensor, factors: list[float]) -> None:
 
 
 def _contrast(x: Tensor, factors: list[float]) -> None:
-    # Rows before planes: the sum's order, and so its bits, depend neither on the batch nor on the number of threads.
+    # Rows, then planes: so the sum's order, and its bits, depend neither on the batch nor on the number of threads.
     sums = x.sum(dim=3).sum(dim=2)
     grey = _grey_levels(sums[:, :, None, None]).div_(x.shape[2] * x.shape[3])
     _blend(x, grey[:, None], factors)
@@ -148,11 +148,11 @@ def _grey_levels(x: Tensor) -> Tensor:
 def _hue(x: Tensor, turns: list[float]) -> None:
     """Turns the hue of HSV at equal saturation and value, without branches.
 
-    With M and C the largest channel and its distance to the smallest, a channel of the result is
+    With M the largest channel and C its distance to the smallest, a channel of the result is
     M - C · clamp(2 - 6 · |its distance on the colour wheel from where it is smallest|, 0, 1).
     """
     red, green, blue = x.unbind(1)
-    # The channels sorted by two exchanges (-1: made); with them goes where on the wheel the sector begins.
+    # Sorts the channels by two exchanges (-1: made); `turn` follows where on the wheel the sector begins.
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
     turn = torch.sub(green, blue).sign_().clamp_(max=0)
     exchanged = torch.sub(red, high).sign_().clamp_(max=0)
@@ -160,7 +160,7 @@ def _hue(x: Tensor, turns: list[float]) -> None:
     largest, middle = torch.maximum(red, high), torch.minimum(red, high, out=high)
     chroma = torch.sub(largest, torch.minimum(middle, low, out=exchanged), out=exchanged)
     hue = middle.sub_(low).div_(torch.mul(chroma, 6, out=low).add_(1e-20)).add_(turn).abs_()
-    # Two turns on, where all are positive, for frac.
+    # Two turns further all are positive, as frac needs.
     torch.add(hue[:, None], _on_device([[turn + 2, turn + 5 / 3, turn + 4 / 3] for turn in turns], x), out=x)
     x.frac_().sub_(0.5).abs_()
     torch.sub(torch.full((), 2.0, device=x.device), x, alpha=6, out=x).clamp_(0, 1)
@@ -172,7 +172,7 @@ def _blur(x: Tensor, sigmas: list[float]) -> None:
     kernels = _kernels(sigmas, max(1, x.shape[3] // 20))
     radius, height, width = len(kernels[0]) // 2, x.shape[2], x.shape[3] + len(kernels[0]) - 1
     padded = functional.pad(x, (radius, radius, radius, radius), mode="reflect").flatten(2)
-    # Rows lie one after another, so that a shifted image is a slice; what runs over a row's end is cut off at last.
+    # With the rows one after another a shifted image is a slice; what runs over a row's end is cut off at the end.
     taps = _on_device(kernels, x)[..., 0].unbind(1)
     rows = torch.empty_like(padded)
     _filter(padded, taps, 1, out=rows[..., : rows.shape[2] - 2 * radius])
@@ -188,7 +188,7 @@ def _filter(images: Tensor, taps: Sequence[Tensor], step: int, out: Tensor) -> N
 
 
 def _kernels(sigmas: list[float], radius: int) -> list[list[float]]:
-    """The kernels of these sigmas, each adding up to 1, of so many taps as the widest needs."""
+    """The kernels of these sigmas, each with sum 1 and as many taps as the widest needs."""
     kernels = []
     for sigma in sigmas:
         side = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(radius + 1)]

@@ -1,4 +1,4 @@
-"""Random crops, drawn from an image's size alone, and cut out of its pixels."""
+"""Draws random crops from an image's size alone, and cuts them out of its pixels."""
 
 import math
 from collections.abc import Sequence
@@ -23,15 +23,16 @@ class Crop:
     height: int
     flipped: bool
 
-    # Uniform numbers that a crop is drawn from.
+    # Number of uniform numbers that a crop is drawn from.
     NUM_UNIFORM: ClassVar[int] = 2 * _ATTEMPTS + 3
 
 
 def draw_crop(width: int, height: int, min_scale: float, uniform: Sequence[float]) -> Crop:
     """The crop of torchvision's RandomResizedCrop from `Crop.NUM_UNIFORM` numbers uniform in [0, 1).
 
-    Its area is uniform in min_scale ... 1 of the image's, the logarithm of width / height uniform between 3/4 and 4/3;
-    after ten that do not fit, the largest central one within these ratios. Half the crops are flipped.
+    Its share of the image's area is uniform in [min_scale, 1], and the logarithm of width / height is uniform between
+    those of 3/4 and 4/3. After ten draws that do not fit, it is the largest central crop within these ratios. Half the
+    crops are flipped.
     """
     where_x, where_y, flip = uniform[2 * _ATTEMPTS :]
     low, high = math.log(_RATIOS[0]), math.log(_RATIOS[1])
@@ -41,24 +42,26 @@ def draw_crop(width: int, height: int, min_scale: float, uniform: Sequence[float
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return Crop(int(where_x * (width - w + 1)), int(where_y * (height - h + 1)), w, h, flip < 0.5)
-    # At least a pixel, where an image is a line.
+    # At least one pixel, even if the image is a line.
     w = max(1, min(width, round(height * _RATIOS[1])))
     h = max(1, min(height, round(width / _RATIOS[0])))
     return Crop((width - w) // 2, (height - h) // 2, w, h, flip < 0.5)
 
 
 def reduction_for(crops: Sequence[Crop], size: int) -> int:
-    """The largest factor, 1, 2, 4 or 8, by which an image may be smaller so that no crop has fewer than size pixels."""
+    """The largest factor, 1, 2, 4 or 8, by which an image may shrink while all crops keep `size` pixels a side."""
     narrowest = min(min(crop.width, crop.height) for crop in crops)
     return max(factor for factor in (1, 2, 4, 8) if factor == 1 or narrowest >= factor * size)
 
 
 def crop_resized(pixels: Tensor, crop: Crop, image_width: int, size: int) -> Tensor:
-    """The crop, resized by an antialiased bicubic filter: (3, size, size) uint8, channels side by side in memory.
+    """The crop, resized by an antialiased bicubic filter: (3, size, size) uint8, channels adjacent in memory.
 
     Args:
-        pixels: (3, H, W) uint8; of an image of `image_width` that may have been decoded smaller.
+        pixels: (3, H, W) uint8, the image, perhaps decoded smaller than it is.
         crop: in pixels of the image at full size.
+        image_width: of the image at full size.
+        size: side of the result in pixels.
     """
     left, top, right, bottom = crop.left, crop.top, crop.left + crop.width, crop.top + crop.height
     if pixels.shape[2] != image_width:

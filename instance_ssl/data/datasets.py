@@ -2,7 +2,7 @@
 
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from instance_ssl.data.folders import (
 )
 from instance_ssl.data.image_sources import ArrayImages, FileImages, ImageSource
 from instance_ssl.data.name_table import packed, repetitions
-from instance_ssl.data.named_sets import LabelledFiles, find_dtd, find_inaturalist2018, find_sun397
+from instance_ssl.data.named_sets import ListedFiles, find_dtd, find_inaturalist2018, find_sun397
 from instance_ssl.data.tar_images import list_tar, open_listing
 from instance_ssl.data.unreadable_images import REFUSE, OnBroken
 from instance_ssl.errors import UserError, tried
@@ -44,22 +44,22 @@ def open_source(
 ) -> ImageSource:
     """Opens a data set.
 
-    Files are taken in the plain string order of their relative POSIX paths, so ids do not depend on the order in which
-    a file system lists them. Hidden files and folders of this project's runs are skipped and each folder is visited
-    once, symbolic links included.
+    Files are ordered by their relative POSIX paths as plain strings, so ids do not depend on the order in which a file
+    system lists them. Hidden files and the folders of runs are skipped. Each folder is visited once, however many
+    symbolic links lead to it.
 
     Args:
         kind: "digits" (scikit-learn's, split here), "cifar10" or "cifar100" (downloaded if absent), "tree" (ImageNet's
             layout: root/train/<class>/ and root/val/<class>/, or root/test), "sun397", "dtd", "inaturalist2018" (see
-            transfer_sets.py), "folder" (images without labels, nested or not), "list" (a text file of paths), "tar"
-            (tar shards, see tar_images.py).
+            named_sets.py), "folder" (images without labels, nested or not), "list" (a text file of paths), "tar" (tar
+            shards, see tar_images.py).
         split: "train" or "test"; "folder" and "list" have no test split.
         root: `data.root`. Paths of a list are relative to it, or to the list file's folder where it is None.
         list_file: `data.list_file`: one path a line, in the order wanted; see name_lists.py.
-        limit: keeps image floor(i * N / limit) for i = 0 ... limit - 1; None keeps all N.
+        limit: keep image floor(i * N / limit) for i = 0 ... limit - 1; None keeps all N.
         shards: `data.shards`, for "tar".
-        on_broken: what becomes of files that cannot be read, among those that the limit keeps.
-        rendering: what becomes of their orientation and transparency.
+        on_broken: what to do about unreadable files among those that the limit keeps.
+        rendering: how their orientation and transparency are treated.
 
     Raises:
         UserError: one line that names the key and the path at fault.
@@ -73,32 +73,32 @@ def open_source(
             return _open_cifar(CIFAR10, kind, split, required_root(root, kind), limit)
         case "cifar100":
             return _open_cifar(CIFAR100, kind, split, required_root(root, kind), limit)
-        case "tree":
-            return _open_tree(split, existing_root(root, kind), limit, on_broken, rendering)
-        case "sun397":
-            return _open_listed(find_sun397, split, existing_root(root, kind), limit, on_broken, rendering)
-        case "dtd":
-            return _open_listed(find_dtd, split, existing_root(root, kind), limit, on_broken, rendering)
-        case "inaturalist2018":
-            return _open_listed(find_inaturalist2018, split, existing_root(root, kind), limit, on_broken, rendering)
-        case "folder":
-            _refuse_test_split(kind, split)
-            return _open_folder(existing_root(root, kind), limit, on_broken, rendering)
-        case "list":
-            _refuse_test_split(kind, split)
-            return _open_list(root, list_file, limit, on_broken, rendering)
         case "tar":
             listing = list_tar(root, shards, split)
             return open_listing(listing, _kept_indices(len(listing), limit, split), on_broken, rendering)
-    raise ValueError(f"unknown kind of data set {kind!r}")
+        case "folder" | "list":
+            if split == "test":
+                raise UserError(
+                    f"data.kind '{kind}' has no labels and so no test split; digits, cifar10, cifar100, tree, tar, "
+                    "sun397, dtd and inaturalist2018 have one"
+                )
+            if kind == "folder":
+                files = _find_folder(existing_root(root, kind))
+            else:
+                files = _read_list(root, list_file, must_exist=not on_broken.skip)
+        case "tree" | "sun397" | "dtd" | "inaturalist2018":
+            find = {"tree": _find_tree, "sun397": find_sun397, "dtd": find_dtd, "inaturalist2018": find_inaturalist2018}
+            files = find[kind](existing_root(root, kind), split)
+        case _:
+            raise ValueError(f"unknown kind of data set {kind!r}")
+    return _open_files(files, _kept_indices(len(files.names), limit, split), on_broken, rendering)
 
 
 def _open_digits(split: str, limit: int | None) -> ArrayImages:
     """The 1797 8x8 digits of scikit-learn as 1437 training and 360 test images.
 
-    The split is that of train_test_split(test_size=360, random_state=0); within it, images keep the file's order.
-    Writers are on both sides of it, so it says less about strangers' digits than about the method. Names carry the
-    row in load_digits.
+    The split is that of train_test_split(test_size=360, random_state=0); within it, images keep the file's order. Both
+    parts have digits of the same writers, so accuracy says little about new writers. Names give the row in load_digits.
     """
     try:
         from sklearn.datasets import load_digits
@@ -134,21 +134,21 @@ def _open_cifar(dataset: type[CIFAR10], kind: str, split: str, root: Path, limit
     return ArrayImages(images.data[kept], [f"{kind}/{split}/{i}" for i in kept], labels, list(images.classes))
 
 
-def _open_tree(split: str, root: Path, limit: int | None, on_broken: OnBroken, rendering: Rendering) -> FileImages:
-    train_classes = class_folders(root, "train")
-    folder = "train"
+def _find_tree(root: Path, split: str) -> ListedFiles:
+    """ImageNet's layout: each class a folder."""
+    classes, folder = class_folders(root, "train"), "train"
     if split == "test":
         folder = "val" if (root / "val").is_dir() else "test"
         if not (root / folder).is_dir():
             raise UserError(f"data.root {escape(str(root))}: there is neither a val nor a test folder in it")
-        if (classes := class_folders(root, folder)) != train_classes:
-            first = min(set(classes) ^ set(train_classes))
-            other = folder if first in train_classes else "train"
+        if (test_classes := class_folders(root, folder)) != classes:
+            first = min(set(test_classes) ^ set(classes))
+            other = folder if first in classes else "train"
             raise UserError(
                 f"data.root {escape(str(root))}: train and {folder} must hold the same class folders, "
                 f"but {escape(first)!r} is not in {other}"
             )
-    class_index = {name: index for index, name in enumerate(train_classes)}
+    class_index = {name: index for index, name in enumerate(classes)}
     labels, ignored = array("q"), Ignored()
 
     def labelled_names() -> Iterator[str]:
@@ -160,66 +160,35 @@ def _open_tree(split: str, root: Path, limit: int | None, on_broken: OnBroken, r
             labels.append(class_index[name.partition("/")[0]])
             yield f"{folder}/{name}"
 
-    names = packed(labelled_names())
-    labels_N = torch.from_numpy(np.array(labels, np.int64))
-    for class_name, size in zip(train_classes, labels_N.bincount(minlength=len(train_classes)).tolist(), strict=True):
+    names, remarks = packed(labelled_names()), ignored.remarks(root / folder)
+    labels_N = np.array(labels, np.int64)
+    for class_name, size in zip(classes, np.bincount(labels_N, minlength=len(classes)).tolist(), strict=True):
         if size == 0:
-            raise UserError(
-                "; ".join(
-                    [
-                        f"data.root: class folder {escape(str(root / folder / class_name))} holds no image",
-                        *ignored.remarks(root / folder),
-                    ]
-                )
-            )
-    kept = _kept_indices(len(names), limit, split)
-    images = FileImages(
-        root, (names[i] for i in kept), labels_N[torch.from_numpy(kept)], train_classes, on_broken, rendering=rendering
-    )
-    images.remarks = ignored.remarks(root / folder)
-    return images
+            nothing = f"data.root: class folder {escape(str(root / folder / class_name))} holds no image"
+            raise UserError("; ".join([nothing, *remarks]))
+    return ListedFiles(root, names, labels_N, classes, remarks=remarks)
 
 
-def _open_listed(
-    find: Callable[[Path, str], LabelledFiles],
-    split: str,
-    root: Path,
-    limit: int | None,
-    on_broken: OnBroken,
-    rendering: Rendering,
-) -> FileImages:
-    files = find(root, split)
-    kept = _kept_indices(len(files.names), limit, split)
-    rows = torch.from_numpy(kept)
-    labels = torch.tensor(files.labels, dtype=torch.int64)[rows]
-    held_out = None if files.held_out is None else torch.tensor(files.held_out)[rows]
-    return FileImages(root, (files.names[i] for i in kept), labels, files.class_names, on_broken, held_out, rendering)
-
-
-def _open_folder(root: Path, limit: int | None, on_broken: OnBroken, rendering: Rendering) -> FileImages:
+def _find_folder(root: Path) -> ListedFiles:
+    """All images below a folder, without labels."""
     ignored = Ignored()
-    names = packed(scan_images(root, ignored))
+    names, remarks = packed(scan_images(root, ignored)), ignored.remarks(root)
     if not names:
         nothing = f"data.root {escape(str(root))} holds no {', '.join(sorted(SUFFIXES))} file"
-        raise UserError("; ".join([nothing, *ignored.remarks(root)]))
-    images = FileImages(
-        root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken, rendering=rendering
-    )
-    images.remarks = ignored.remarks(root)
-    return images
+        raise UserError("; ".join([nothing, *remarks]))
+    return ListedFiles(root, names, remarks=remarks)
 
 
-def _open_list(
-    root: Path | None, list_file: Path | None, limit: int | None, on_broken: OnBroken, rendering: Rendering
-) -> FileImages:
+def _read_list(root: Path | None, list_file: Path | None, *, must_exist: bool) -> ListedFiles:
+    """The images that a text file names, without labels; `must_exist` refuses absent ones with the line's number."""
     if list_file is None:
         raise UserError("data.list_file is not set; data.kind 'list' needs a text file of image paths")
-    root = list_file.parent if root is None else existing_root(root, "list")
+    folder = list_file.parent if root is None else existing_root(root, "list")
     shown = f"data.list_file {escape(tried(list_file))}"
     lines = array("q")
 
     def listed_names() -> Iterator[str]:
-        for number, name in read_names(list_file, lambda name: os.path.isfile(root / name)):
+        for number, name in read_names(list_file, lambda name: os.path.isfile(folder / name)):
             lines.append(number)
             yield os.path.normpath(name)
 
@@ -233,20 +202,26 @@ def _open_list(
         raise UserError(f"{shown} lists no image")
     for place, first in repetitions(names).items():
         raise UserError(f"{shown}, line {lines[place]}: {escape(names[place])} is on line {lines[first]} already")
-    for number, name in zip(lines, () if on_broken.skip else names, strict=not on_broken.skip):
-        if not os.path.isfile(root / name):
-            raise UserError(f"{shown}, line {number}: there is no file {escape(tried(root / name))}")
-    return FileImages(
-        root, (names[i] for i in _kept_indices(len(names), limit, "train")), None, None, on_broken, rendering=rendering
+    for number, name in zip(lines, names, strict=True) if must_exist else ():
+        if not os.path.isfile(folder / name):
+            raise UserError(f"{shown}, line {number}: there is no file {escape(tried(folder / name))}")
+    return ListedFiles(folder, names)
+
+
+def _open_files(files: ListedFiles, kept: np.ndarray, on_broken: OnBroken, rendering: Rendering) -> FileImages:
+    """The files at the places `kept`, (n,) int64."""
+    rows = torch.from_numpy(kept)
+    images = FileImages(
+        files.root,
+        (files.names[i] for i in kept),
+        None if files.labels is None else torch.as_tensor(files.labels, dtype=torch.int64)[rows],
+        files.class_names,
+        on_broken,
+        None if files.held_out is None else torch.tensor(files.held_out)[rows],
+        rendering,
     )
-
-
-def _refuse_test_split(kind: str, split: str) -> None:
-    if split == "test":
-        raise UserError(
-            f"data.kind '{kind}' has no labels and so no test split; digits, cifar10, cifar100, tree, tar, sun397, dtd "
-            "and inaturalist2018 have one"
-        )
+    images.remarks = files.remarks
+    return images
 
 
 def _kept_indices(count: int, limit: int | None, split: str) -> np.ndarray:

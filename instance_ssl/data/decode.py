@@ -1,27 +1,152 @@
-"""From the bytes of an image file to pixels, by the decoders that are allowed."""
+"""Decodes image files to pixels, and says in plain words what is wrong with one."""
 
 import io
-from collections.abc import Callable
+import re
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
-from instance_ssl.data.decode_errors import in_words, not_an_image, refuse_large_metadata, without_size
+MAX_METADATA_MIB = 16
+# Pillow expands up to 64 MiB of text, and holds a character in up to four bytes.
+PngImagePlugin.MAX_TEXT_MEMORY = MAX_METADATA_MIB << 20
+
+_FOREIGN = {
+    b"GIF8": "a GIF",
+    b"BM": "a BMP",
+    b"II*\0": "a TIFF",
+    b"MM\0*": "a TIFF",
+    b"%PDF": "a PDF",
+    b"\xff\x0a": "a JPEG XL",
+    b"\0\0\0\x0cJXL ": "a JPEG XL",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000",
+    b"<": "text (HTML, XML or SVG)",
+}
+# What the decoders say → what it means. Any other text is shown as it is.
+_MEANINGS = {
+    r"cannot handle (\d+)-bit layers": r"a JPEG of \1 bits a channel; only 8 can be read",
+    r"cannot handle (\d+)-layer images": r"a JPEG of \1 channels; only 1, 3 and 4 can be read",
+    r"no marker found|bad quantization table": "a JPEG with a damaged header",
+    r"bad header checksum in b'(.+)'": r"a PNG whose chunk \1 has a wrong checksum (CRC)",
+    r"broken PNG file \(chunk": "a PNG with a damaged chunk header",
+    r"unknown filter category": "a PNG with an unknown filter method in its header",
+    r"incomplete checksum|Truncated|truncated PNG|unpack|index out of range": "the file ends within its header",
+    r"MAX_TEXT_CHUNK": "a PNG with a text or colour profile that expands to more than 1 MiB",
+    r"MAX_TEXT_MEMORY": f"a PNG whose texts expand to more than {MAX_METADATA_MIB} MiB",
+    r"image file is truncated": "the file is truncated: its pixels end early",
+    r"broken data stream|unrecognized data stream|decoding error|^-\d+$": "its compressed pixels are damaged",
+    r"cannot load this image": "it holds no pixels",
+    r"could not create decoder|next frame in WebP|not a WEBP": "a damaged WebP",
+    r"exceeds limit of \d+ pixels": f"its header gives more pixels than Pillow's bound of {Image.MAX_IMAGE_PIXELS}",
+}
+
+
+class ImageError(OSError):
+    """A file that is not a readable image: one line that says why."""
+
+
+def _explain(error: Exception) -> NoReturn:
+    """Raises an error of a decoder in plain words, as an `ImageError` or a `DecompressionBombError`.
+
+    Errors of the file system and of memory are raised as they are.
+
+    Args:
+        error: OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error and more.
+    """
+    if isinstance(error, ImageError | MemoryError) or (isinstance(error, OSError) and error.strerror):
+        raise error
+    kind = Image.DecompressionBombError if isinstance(error, Image.DecompressionBombError) else ImageError
+    raise kind(_words(error)) from error
+
+
+def _words(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    for pattern, meaning in _MEANINGS.items():
+        if match := re.search(pattern, said):
+            return match.expand(meaning)
+    if isinstance(error, zlib.error):
+        return "its compressed data are damaged"
+    return said or type(error).__name__
+
+
+def not_an_image(prefix: bytes) -> ImageError:
+    """The error for a file in none of the three formats, by its first bytes."""
+    found = next((f"{what}, " for magic, what in _FOREIGN.items() if prefix.lstrip().startswith(magic)), "")
+    if prefix[4:8] == b"ftyp":
+        found = "an AVIF, HEIF or video file, "
+    return ImageError(f"{found}not a JPEG, PNG or WebP image")
+
+
+def without_size(prefix: bytes) -> ImageError:
+    """The error for a file whose header lacks a size or a known kind of pixels.
+
+    Args:
+        prefix: at least the file's first 26 bytes.
+    """
+    if not prefix.startswith(b"\x89PNG"):
+        return ImageError("its header gives a width or height of 0, or none")
+    width, height = (int.from_bytes(prefix[place : place + 4]) for place in (16, 20))
+    if width and height:
+        return ImageError(f"a PNG of an unknown kind of pixels (bit depth {prefix[24]}, colour type {prefix[25]})")
+    return ImageError(f"its header says {width} x {height} pixels")
+
+
+def refuse_large_metadata(file: BinaryIO) -> None:
+    """Refuses an image by the declared sizes of what precedes its pixels, before any of that is read.
+
+    Raises:
+        ImageError: the sizes add up to more than `MAX_METADATA_MIB`.
+    """
+    if file.seek(0, 2) <= MAX_METADATA_MIB << 20:
+        return
+    total = 0
+    for size in _metadata_sizes(file):
+        total += size
+        if total > MAX_METADATA_MIB << 20:
+            raise ImageError(f"its text, profiles and other metadata are more than {MAX_METADATA_MIB} MiB")
+
+
+def _metadata_sizes(file: BinaryIO) -> Iterator[int]:
+    """Bytes of each PNG chunk or JPEG segment up to the pixels, and of each WebP chunk other than pixels."""
+    file.seek(0)
+    prefix = file.read(12)
+    is_png, is_webp = prefix.startswith(b"\x89PNG"), prefix.startswith(b"RIFF")
+    file.seek(8 if is_png else 12 if is_webp else 2)
+    while len(header := file.read(8 if is_png or is_webp else 4)) >= 4:
+        if is_png:
+            kind, size, end = header[4:], int.from_bytes(header[:4]), file.tell() + 4
+            if kind in (b"IDAT", b"IEND"):
+                return
+        elif is_webp:
+            kind, size, end = header[:4], int.from_bytes(header[4:], "little"), file.tell()
+            end += size % 2
+            size += size % 2
+            if kind in (b"VP8 ", b"VP8L", b"ALPH", b"ANMF"):
+                file.seek(end + size)
+                continue
+        else:
+            size, end = int.from_bytes(header[2:]), file.tell() - 2
+            if header[0] != 0xFF or header[1] == 0xDA or size < 2:
+                return
+        yield size
+        file.seek(end + size)
+
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision means to give its decoders up; PIL alone takes a fifth longer
+except ImportError:  # torchvision plans to drop its decoders; PIL alone takes a fifth longer
     decode_jpeg = None
 
-# Only these decoders are ever run, whatever a file's name says. Of several pictures in a JPEG (MPO), the first counts.
+# Only these decoders ever run, whatever a file is called. Of a JPEG with several pictures (MPO), the first one counts.
 _DECODERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"\xff\xd8\xff": JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImageFile,
@@ -41,36 +166,36 @@ _TURNS = {
     8: _Turn.ROTATE_90,
 }
 _SWAPPING = (_Turn.TRANSPOSE, _Turn.ROTATE_270, _Turn.TRANSVERSE, _Turn.ROTATE_90)
-# Grey of few bits is spread over 0 ... 255, which Pillow forgets of the grey that is transparent.
+# Pillow scales grey of few bits to 0 ... 255, but not the grey value that is transparent.
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
 
-# From the width and height in a header to the factor, 1, 2, 4 or 8, by which the image may be decoded smaller.
+# (width, height) from the header → the factor, 1, 2, 4 or 8, by which the image may be decoded smaller.
 ChooseReduction = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """What becomes of an image file's orientation and transparency.
+    """How an image file's orientation and transparency are treated.
 
     Attributes:
-        upright: the image is turned as its EXIF orientation says, or left as it is stored.
-        on_white: transparent pixels are composed on white, or alpha is dropped and the colours hidden below it show.
+        upright: turn the image as its EXIF orientation says; otherwise leave it as stored.
+        on_white: compose transparent pixels on white; otherwise drop alpha, which shows the colours hidden under it.
     """
 
     upright: bool = True
     on_white: bool = True
 
 
-# AS_SHOWN: as a viewer shows the image.
+# As a viewer shows the image, and as the file stores it.
 AS_SHOWN, AS_STORED = Rendering(), Rendering(upright=False, on_white=False)
 
 
 def open_image(file: Path | BinaryIO) -> Image.Image:
-    """The image of a file whose header has been read, by the decoders that are allowed, and within PIL's bound.
+    """Opens an image: reads its header, decodes no pixels.
 
     Raises:
         OSError: one line that says what is wrong with the file.
-        Image.DecompressionBombError: it has more pixels than PIL's bound.
+        Image.DecompressionBombError: it has more pixels than PIL allows.
     """
     opened = file.open("rb") if isinstance(file, Path) else file
     try:
@@ -92,12 +217,11 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
     refuse_large_metadata(file)
     file.seek(0)
     try:
-        with in_words():
-            image = decoder(file)
-    except OSError as error:
+        image = decoder(file)
+    except Exception as error:
         if "not identified by this driver" in str(error):
             raise without_size(prefix) from error
-        raise
+        _explain(error)
     # PIL only warns up to twice the bound.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(
@@ -109,7 +233,7 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
 
 
 def upright_size(image: Image.Image, rendering: Rendering) -> tuple[int, int]:
-    """Width and height of an image once it is turned; of a PNG, whose EXIF may come last, it reads the whole file.
+    """Width and height of an image once it is turned. Reads a PNG whole, as its EXIF data may come last.
 
     Raises:
         OSError: one line that says what is wrong with the file.
@@ -118,15 +242,17 @@ def upright_size(image: Image.Image, rendering: Rendering) -> tuple[int, int]:
 
 
 def convert_to_rgb(image: Image.Image, rendering: Rendering = AS_SHOWN) -> Image.Image:
-    """The image in RGB mode, turned and composed as told; 16-bit grey keeps its upper 8 bits.
+    """The image in RGB mode, turned and composed as `rendering` says; 16-bit grey keeps its upper 8 bits.
 
     Raises:
         OSError: one line that says what is wrong with the file.
     """
     turn = _turn_of(image, rendering)
-    with in_words():
+    try:
         image = _flattened(image, rendering)
         return image if turn is None else image.transpose(turn)
+    except Exception as error:
+        _explain(error)
 
 
 def decode_pixels(
@@ -135,19 +261,21 @@ def decode_pixels(
     rendering: Rendering = AS_SHOWN,
     on_refusal: Callable[[Exception], None] = lambda error: None,
 ) -> Tensor:
-    """The image of a file as (3, H, W) uint8, RGB, with the channels of a pixel side by side in memory.
+    """Decodes a file to (3, H, W) uint8, RGB, with the channels of a pixel adjacent in memory.
 
-    JPEGs of colour or grey that need no turning go to torchvision's decoder, the rest to PIL; both are libjpeg-turbo
-    and agree to the bit. Where torchvision's refuses a file (one that lacks its end mark, say), PIL's verdict counts. A
-    JPEG that may be smaller is decoded so by PIL, from the low frequencies of its blocks; other formats come whole.
+    torchvision decodes colour and grey JPEGs that need no turning, PIL everything else. Both use libjpeg-turbo and
+    agree to the bit. Where torchvision refuses a file (one without an end mark, say), PIL decides. A JPEG that may be
+    smaller is decoded by PIL, from the low frequencies of its blocks; other formats are decoded at full size.
 
     Args:
-        choose_reduction: gets the width and height of the upright image.
-        on_refusal: told what torchvision's decoder says of a file that goes to PIL's instead.
+        data: the file's bytes.
+        choose_reduction: called once with the width and height of the upright image.
+        rendering: how orientation and transparency are treated.
+        on_refusal: called with torchvision's error where PIL has decoded the file instead.
 
     Raises:
         OSError: one line that says what is wrong with the file.
-        Image.DecompressionBombError: it has more pixels than PIL's bound.
+        Image.DecompressionBombError: it has more pixels than PIL allows.
     """
     refusal: Exception | None = None
     with open_image(io.BytesIO(data)) as image:
@@ -167,17 +295,19 @@ def decode_pixels(
 
 
 def image_pixels(image: Image.Image) -> Tensor:
-    """An RGB image as (3, H, W) uint8, with the channels of a pixel side by side in memory."""
+    """An RGB image as (3, H, W) uint8, with the channels of a pixel adjacent in memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _turn_of(image: Image.Image, rendering: Rendering) -> Image.Transpose | None:
-    """What shows the image upright. An EXIF block that is broken or says something unheard of turns nothing."""
+    """The transposition that shows the image upright; None, too, where its EXIF block is broken or makes no sense."""
     if not rendering.upright:
         return None
     if isinstance(image, PngImageFile):
-        with in_words():
+        try:
             image.load()  # its EXIF may come after the pixels
+        except Exception as error:
+            _explain(error)
     elif "exif" not in image.info and "xmp" not in image.info:
         return None
     try:
@@ -193,7 +323,7 @@ def _turned_size(image: Image.Image, turn: Image.Transpose | None) -> tuple[int,
 
 def _flattened(image: Image.Image, rendering: Rendering) -> Image.Image:
     """The image in RGB mode, with transparency composed on white or dropped."""
-    # PIL clips 16-bit grey at 255, which leaves a white image.
+    # PIL would clip 16-bit grey at 255 and leave a white image.
     if image.mode.startswith("I"):
         values = np.asarray(image)
         grey = (values >> 8).astype(np.uint8)
@@ -209,7 +339,7 @@ def _flattened(image: Image.Image, rendering: Rendering) -> Image.Image:
 
 
 def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:
-    """Brings the one transparent colour of a PNG to 8 bits, as its pixels are; Pillow leaves it at the file's depth."""
+    """Scales a PNG's transparent colour to the 8 bits of its pixels; Pillow leaves it at the file's depth."""
     layout, colour = image.tile[0].args, image.info["transparency"]
     if layout in _GREY_STEPS:
         image.info["transparency"] = colour * _GREY_STEPS[layout]

@@ -1,14 +1,14 @@
-"""Folders of images as they lie on a disk: what is in them, in an order that no file system decides."""
+"""Finds images in folders, in an order that does not depend on the file system."""
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from instance_ssl.errors import UserError, escape, reason, tried
 
-# What lies in the root of a kind, by which a level too deep or too high is told.
+# What the root of a kind contains: tells a root that is a level too deep or too high.
 _MARKERS = {"tree": "train", "sun397": "SUN397", "dtd": "dtd/dtd", "inaturalist2018": "train2018.json"}
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _NAMES = "JPEG, PNG or WebP"
@@ -16,7 +16,7 @@ _SHOWN_SUFFIXES = 8
 _LONGEST_SUFFIX = 16
 _MOST_SUFFIXES = 1000
 _OTHER_SUFFIXES = ".…"
-# Files that the directory of a run has, of every version, that of a stage, and that of an ablation.
+# Files that mark the directory of a run (of any version), of a stage, and of an ablation.
 _RUN_MARKS = (
     ("instances.txt", "data.json"),
     ("ds_config.json", "config.yaml", "environment.json"),
@@ -25,10 +25,10 @@ _RUN_MARKS = (
 
 
 def required_root(root: Path | None, kind: str) -> Path:
-    """The root; refuses a kind without one.
+    """The root of a kind that needs one.
 
     Raises:
-        UserError: naming the key.
+        UserError: it is not set.
     """
     if root is None:
         raise UserError(f"data.root is not set; data.kind '{kind}' needs a folder")
@@ -36,10 +36,10 @@ def required_root(root: Path | None, kind: str) -> Path:
 
 
 def existing_root(root: Path | None, kind: str) -> Path:
-    """The root, which is a folder, and holds what marks the layout of its kind.
+    """The root, checked to be a folder with the layout of its kind.
 
     Raises:
-        UserError: when it is not set or not there, or is a level above or below the one that is meant.
+        UserError: it is not set, does not exist, or is a level above or below the folder that is meant.
     """
     root = required_root(root, kind)
     shown = f"data.root {escape(tried(root))}"
@@ -66,11 +66,12 @@ def _root_meant(root: Path, marker: str) -> Path | None:
 
 @dataclass
 class Ignored:
-    """What a scan has left alone: files by extension, folders of runs. Its size does not grow with the data set's.
+    """What a scan has skipped: files by extension, and folders of runs. Its size is bounded.
 
     Attributes:
-        files: how many of each extension, in lower case; "" for names without one.
-        runs: folders of runs, how many, and the first of them.
+        files: number of files of each extension, in lower case; "" for names without one.
+        num_runs: number of folders of runs.
+        first_run: the first of them; "" without any.
     """
 
     files: Counter[str] = field(default_factory=Counter)
@@ -78,7 +79,7 @@ class Ignored:
     first_run: str = ""
 
     def add_file(self, name: str) -> None:
-        """Counts a file by its extension; of names whose extensions are all different, most together."""
+        """Counts a file by its extension; extensions past the first thousand share one count."""
         suffix = os.path.splitext(name)[1].lower()
         self.files[suffix if suffix in self.files or len(self.files) < _MOST_SUFFIXES else _OTHER_SUFFIXES] += 1
 
@@ -88,7 +89,7 @@ class Ignored:
         self.first_run = self.first_run or str(path)
 
     def remarks(self, root: Path) -> list[str]:
-        """What the user is told, a line for files and one for runs; none where there is nothing."""
+        """One line for files and one for runs, each only if there are any."""
         lines = []
         if self.files:
             count, kinds = self.files.total(), ", ".join(f"{number:,} {name}" for name, number in self._named())
@@ -110,10 +111,10 @@ class Ignored:
 
 
 def class_folders(root: Path, folder: str) -> list[str]:
-    """Names of the class folders in `root`/`folder`, sorted; at least one. Hidden ones and those of runs are none.
+    """Sorted names of the class folders in `root`/`folder`, at least one, without hidden folders and those of runs.
 
     Raises:
-        UserError: when there is none, or the folder cannot be listed.
+        UserError: there is none, or the folder cannot be listed.
     """
     path = root / folder
     if not path.is_dir():
@@ -129,16 +130,16 @@ def class_folders(root: Path, folder: str) -> list[str]:
 
 
 def scan_images(root: Path, ignored: Ignored) -> Iterator[str]:
-    """POSIX paths relative to `root` of all images below it, in plain string order, a folder at a time.
+    """Yields the POSIX paths relative to `root` of all images below it, in plain string order.
 
-    Folders of runs are not entered: their pictures are no images of the data set. `ignored` is told what is left alone.
+    Folders of runs are skipped: their pictures do not belong to the data set. `ignored` counts what is skipped.
     """
     return _walk(root, "", set(), ignored)
 
 
 def _walk(root: Path, folder: str, visited: set[tuple[int, int]], ignored: Ignored) -> Iterator[str]:
-    # A folder is known by its device and inode: a link to a folder seen before, or to one's own parent, ends there.
-    # Sorted, so that which of two paths to one folder wins does not depend on the file system.
+    # Device and inode identify a folder, so a link to its own parent ends there. Entries are sorted, so the file system
+    # does not decide which of two paths to one folder wins.
     status = (root / folder).stat()
     if (status.st_dev, status.st_ino) in visited:
         return
@@ -153,14 +154,14 @@ def _walk(root: Path, folder: str, visited: set[tuple[int, int]], ignored: Ignor
 
 
 def _sorted_entries(path: Path, ignored: Ignored) -> list[tuple[str, bool]]:
-    """Images and folders in a folder; a folder's name ends in "/", with which whole paths sort as these do."""
+    """Images and folders in a folder. A folder's name ends in "/", so that they sort as the whole paths do."""
     found = []
     for entry in _list_folder(path):
         if entry.name.startswith("."):
             continue
         if os.path.isdir(entry):  # unlike entry.is_dir, False for a link to itself
             found.append((entry.name + "/", True))
-        # A broken link counts as an image, to be refused by name later; a pipe or a socket does not.
+        # A broken link counts as an image, which is refused by name later; a pipe or a socket does not.
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (entry.is_symlink() or entry.is_file()):
             found.append((entry.name, False))
         else:
@@ -169,7 +170,7 @@ def _sorted_entries(path: Path, ignored: Ignored) -> list[tuple[str, bool]]:
 
 
 def _is_of_a_run(path: Path) -> bool:
-    """Whether a folder is a run directory or that of a stage, which may lie in the root itself."""
+    """Whether a folder is the directory of a run or a stage, which may lie in the root itself."""
     return any(all(os.path.exists(path / name) for name in marks) for marks in _RUN_MARKS)
 
 
@@ -181,10 +182,13 @@ def _list_folder(path: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"data.root: {escape(str(path))} cannot be listed: {reason(error)}") from error
 
 
-def differs_here(path: Path, size: int) -> str | None:
-    """What is wrong with a file that had so many bytes on rank 0; None when nothing is."""
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        return f"{escape(str(path))}: {reason(error)}"
-    return None if found == size else f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
+def missing_here(probes: Iterable[tuple[Path, int]]) -> str | None:
+    """What is wrong with the first file that is absent here or differs in size from rank 0's; None: nothing."""
+    for path, size in probes:
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            return f"{escape(str(path))}: {reason(error)}"
+        if found != size:
+            return f"{escape(str(path))} has {found} bytes, not {size} as on rank 0"
+    return None

@@ -1,5 +1,6 @@
-"""Sources of images whose index is a stable instance id, and so the class that the instance classifier learns."""
+"""Sources of images. An image's index is its instance id, the class that the instance classifier learns for it."""
 
+import copy
 import hashlib
 import io
 import logging
@@ -8,14 +9,13 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from PIL import Image
 
-from instance_ssl.data.columns import Columns
 from instance_ssl.data.decode import (
     AS_SHOWN,
     AS_STORED,
@@ -26,7 +26,7 @@ from instance_ssl.data.decode import (
     image_pixels,
     open_image,
 )
-from instance_ssl.data.folders import differs_here, escape
+from instance_ssl.data.folders import escape
 from instance_ssl.data.name_table import NameTable, pack_names
 from instance_ssl.data.unreadable_images import REFUSE, OnBroken, check_files
 from instance_ssl.errors import RankError, reason
@@ -35,30 +35,30 @@ from instance_ssl.files.name_lists import list_line, read_lines, write_names
 logger = logging.getLogger(__name__)
 
 _PROBED_FILES = 64
-# A byte that all processes forked from this one share: whether one has said that PIL reads what torchvision refuses.
-_SAID = mmap.mmap(-1, 1)
+# A byte shared with all forked processes: whether one of them has warned that PIL reads what torchvision refuses.
+_HAS_WARNED = mmap.mmap(-1, 1)
 
 
 class ImageSource(ABC):
     """N images in a fixed order; the position of an image is its instance id.
 
-    All that has an entry an image lies in `columns`, so a source pickles cheaply once those lie in a file, and one rank
-    can open it and hand it to the others.
+    Everything with an entry per image is in `columns`, so that all processes of a machine can map the same files of it;
+    the rest of a source pickles to a few bytes.
 
     Args:
-        columns: of N entries each: what `pack_names` gives, `labels` (N,) int64 where there are any, and what an
-            implementation keeps there.
+        columns: arrays with an entry per image: what `pack_names` returns, `labels` (N,) int64 where there are any, and
+            what an implementation adds.
 
     Attributes:
-        names: one name an image: the path relative to the root for files, such as "digits/train/17" for arrays.
-        class_names: the name of each class index, or None with `labels`.
-        digest: SHA-256 in hexadecimal; what it covers, each implementation says.
-        held_out: ids, (n,) int64, of the training images that the data set itself keeps for the choice of parameters;
-            None where it has no such part.
-        left_out: the images that could not be read and have no id, a line each that names the image and the reason.
+        names: N names: for files the path relative to the root, for arrays such as "digits/train/17".
+        class_names: the name of each class index; None without `labels`.
+        digest: SHA-256 in hexadecimal; each implementation says what it covers.
+        held_out: (n,) int64, ids of the training images that the data set reserves for choosing parameters; None where
+            it has no such part.
+        left_out: a line for each image that could not be read and so has no id, with its name and the reason.
         remarks: what the user should know of the data set, a line each.
-        absent: id → why, of images that have an id from an earlier time and are not there any more.
-        rendering: how files become pixels.
+        absent: id → why, for images that had an id before and are not there any more.
+        rendering: how orientation and transparency of files are treated.
     """
 
     names: Sequence[str]
@@ -71,13 +71,13 @@ class ImageSource(ABC):
     rendering: Rendering = AS_STORED
 
     def __init__(self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, digest: str) -> None:
-        self.columns = Columns(columns)
-        self.names = NameTable(self.columns)
+        self.columns = columns
+        self.names = NameTable(columns)
         self.class_names, self.digest = class_names, digest
 
     @property
     def labels(self) -> torch.Tensor | None:
-        """(N,) int64 class indices, not to be written to; None where the images have no labels."""
+        """(N,) int64 class indices, read-only; None where the images have no labels."""
         if "labels" not in self.columns:
             return None
         with warnings.catch_warnings():
@@ -87,14 +87,20 @@ class ImageSource(ABC):
     def __len__(self) -> int:
         return len(self.names)
 
+    def with_columns(self, columns: Mapping[str, np.ndarray]) -> Self:
+        """A copy of this source on other columns."""
+        changed = copy.copy(self)
+        changed.columns, changed.names = columns, NameTable(columns)
+        return changed
+
     @property
     def shard_starts(self) -> np.ndarray | None:
-        """(S,) int64, ascending from 0: the first image of each stretch that lies in one shard; None without shards."""
+        """(S,) int64, ascending from 0: the first image of each run of images in one shard; None without shards."""
         return None
 
-    def missing_here(self) -> str | None:
-        """What this machine lacks of the images, after another machine has opened them; None when nothing."""
-        return None
+    def probes(self) -> list[tuple[Path, int]]:
+        """Files and their sizes in bytes, by which another machine can tell whether it has the same images."""
+        return []
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
@@ -105,9 +111,10 @@ class ImageSource(ABC):
         """
 
     def load_pixels(self, index: int, choose_reduction: ChooseReduction) -> torch.Tensor:
-        """Image `index` as (3, H, W) uint8, RGB; by up to the factor chosen smaller, where its format allows that.
+        """Image `index` as (3, H, W) uint8, RGB, smaller by up to the chosen factor where its format allows that.
 
-        `choose_reduction` gets the image's width and height and is called once, before anything is decoded.
+        Args:
+            choose_reduction: called once with the image's width and height, before pixels are decoded.
 
         Raises:
             RankError: the image cannot be read; one line that names the file.
@@ -140,7 +147,7 @@ class ArrayImages(ImageSource):
 
     @property
     def pixels(self) -> np.ndarray:
-        """(N, H, W, 3) uint8, not to be written to."""
+        """(N, H, W, 3) uint8, read-only."""
         return self.columns["pixels"]
 
     def load(self, index: int) -> Image.Image:
@@ -149,12 +156,12 @@ class ArrayImages(ImageSource):
 
 
 class EncodedImages(ImageSource):
-    """Images that lie somewhere as the bytes of a JPEG, PNG or WebP file, decoded when asked for.
+    """JPEG, PNG or WebP files, wherever their bytes lie, decoded on demand.
 
-    `digest` covers the names, the sizes in bytes, in order, and the rendering.
+    `digest` covers the names and the sizes in bytes, in order, and the rendering.
 
     Args:
-        columns: with `sizes`, (N,) int64, in bytes.
+        columns: include `sizes` (N,) int64, in bytes.
     """
 
     def __init__(
@@ -165,7 +172,7 @@ class EncodedImages(ImageSource):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The file of image `index`, as it is.
+        """The bytes of image `index`'s file.
 
         Raises:
             OSError: it cannot be read.
@@ -173,7 +180,7 @@ class EncodedImages(ImageSource):
 
     @abstractmethod
     def where(self, index: int) -> str:
-        """What a message calls the file of image `index`, in one line."""
+        """The name of image `index`'s file in messages, escaped."""
 
     def load(self, index: int) -> Image.Image:
         """Image `index` in RGB mode, turned and composed as `rendering` says; 16-bit grey keeps its upper 8 bits.
@@ -181,58 +188,59 @@ class EncodedImages(ImageSource):
         Raises:
             RankError: the file is gone, truncated or otherwise undecodable.
         """
-        with self._named(index), open_image(io.BytesIO(self.read(index))) as image:
-            return convert_to_rgb(image, self.rendering)
+        try:
+            with open_image(io.BytesIO(self.read(index))) as image:
+                return convert_to_rgb(image, self.rendering)
+        except Exception as error:
+            raise self._undecodable(index, error) from error
 
     def load_pixels(self, index: int, choose_reduction: ChooseReduction) -> torch.Tensor:
-        """Image `index` as (3, H, W) uint8, RGB; a JPEG smaller by the factor chosen.
+        """Image `index` as (3, H, W) uint8, RGB; a JPEG is smaller by the chosen factor.
 
         Raises:
             RankError: the file is gone, truncated or otherwise undecodable.
         """
-        with self._named(index):
+        try:
             return decode_pixels(
-                self.read(index), choose_reduction, self.rendering, lambda error: self._say_refused(index, error)
+                self.read(index), choose_reduction, self.rendering, lambda error: self._log_refusal(index, error)
             )
+        except Exception as error:
+            raise self._undecodable(index, error) from error
 
-    def _say_refused(self, index: int, error: Exception) -> None:
-        """Says once that there are files like this one."""
-        if not _SAID[0]:
-            _SAID[0] = 1
-            why = reason(error).rpartition(", ")[2]  # the place in torchvision's sources comes before
+    def _log_refusal(self, index: int, error: Exception) -> None:
+        """Warns once that torchvision refuses files like this one."""
+        if not _HAS_WARNED[0]:
+            _HAS_WARNED[0] = 1
+            why = reason(error).rpartition(", ")[2]  # without the line in torchvision's sources
             where = self.where(index)
             logger.warning("%s: torchvision's decoder refuses it (%s), so Pillow's reads it and its like", where, why)
 
-    @contextmanager
-    def _named(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise RankError(
-                f"cannot decode {self.where(index)} (image {index}): {reason(error)}; repair or replace the file"
-            ) from error
+    def _undecodable(self, index: int, error: Exception) -> RankError:
+        return RankError(
+            f"cannot decode {self.where(index)} (image {index}): {reason(error)}; repair or replace the file"
+        )
 
 
 class FileImages(EncodedImages):
-    """JPEG, PNG and WebP files under one root, decoded when asked for.
+    """JPEG, PNG and WebP files under one root, decoded on demand.
 
-    `digest` does not cover the contents: reading a large data set whole at each start costs too much. A file replaced
-    by another of the same size goes unnoticed.
+    `digest` does not cover the contents, as reading a large data set whole at each start costs too much. A file
+    replaced by another of the same size goes unnoticed.
 
-    Every header is read once here, so an empty or foreign file is found before training rather than in its midst. Those
-    that are left out have no id: the next one has it.
+    The constructor reads every header once, so empty and foreign files show before the training. Files that are
+    excluded then get no id; the next file takes it.
 
     Args:
         root: folder that the names are relative to.
         names: relative POSIX paths.
-        labels: one int64 for each, or None.
+        labels: one int64 for each name, or None.
         class_names: the name of each label, or None.
-        on_broken: what becomes of a file that is missing, empty, too large, or no JPEG, PNG or WebP image.
-        held_out: for each whether it is in the data set's own held-out part, or None.
-        rendering: how the files become pixels.
+        on_broken: what to do about a file that is missing, empty, too large, or not a JPEG, PNG or WebP image.
+        held_out: for each name whether it is in the data set's own held-out part, or None.
+        rendering: how orientation and transparency are treated.
 
     Raises:
-        UserError: where `on_broken` does not let a file pass.
+        UserError: where `on_broken` refuses a file.
     """
 
     def __init__(
@@ -247,7 +255,7 @@ class FileImages(EncodedImages):
     ) -> None:
         self.root = root
         packed = pack_names(names)
-        listed = NameTable(Columns(packed))
+        listed = NameTable(packed)
         sizes, problems = check_files(root, listed, on_broken)
         columns = {**packed, "sizes": sizes, **label_column(labels)}
         if problems:
@@ -259,53 +267,49 @@ class FileImages(EncodedImages):
         if held_out is not None:
             self.held_out = held_out.nonzero()[:, 0]
 
-    def missing_here(self) -> str | None:
-        """The first of some files, evenly spread, that is absent or of another size on this machine."""
-        for index in range(0, len(self), max(1, len(self) // _PROBED_FILES)):
-            if index not in self.absent:
-                problem = differs_here(self.root / self.names[index], int(self.columns["sizes"][index]))
-                if problem is not None:
-                    return problem
-        return None
+    def probes(self) -> list[tuple[Path, int]]:
+        """Some files, evenly spread, and their sizes."""
+        places = range(0, len(self), max(1, len(self) // _PROBED_FILES))
+        return [(self.root / self.names[i], int(self.columns["sizes"][i])) for i in places if i not in self.absent]
 
     def read(self, index: int) -> bytes:
-        """The file of image `index`, as it is."""
-        # A Path and a buffer would make 42 µs of 32.
+        """The bytes of image `index`'s file."""
+        # With a Path and a buffer it would take 42 µs instead of 32.
         with open(os.path.join(self.root, self.names[index]), "rb", buffering=0) as file:
             return file.read()
 
     def where(self, index: int) -> str:
-        """The file's path."""
+        """The file's path, escaped."""
         return escape(str(self.root / self.names[index]))
 
 
 def label_column(labels: torch.Tensor | None, kept: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """The labels as a column, those of the `kept` rows alone where given; nothing where there are none."""
+    """The column of the labels, only of the `kept` rows where given; empty without labels."""
     if labels is None:
         return {}
     return {"labels": labels.numpy() if kept is None else labels.numpy()[kept]}
 
 
 def names_digest(columns: Mapping[str, np.ndarray], rendering: Rendering) -> str:
-    """SHA-256 of the names and the sizes in bytes, in order: the same for the same files, in folders or in tars."""
-    return digest_of(NameTable(Columns(columns)), columns["sizes"], rendering)
+    """SHA-256 of names and sizes in bytes, in order: equal for the same files in folders and in tars."""
+    return digest_of(NameTable(columns), columns["sizes"], rendering)
 
 
 def digest_of(names: Iterable[str], sizes: np.ndarray, rendering: Rendering) -> str:
-    """The same of names and sizes, as many of either."""
+    """`names_digest` of the same number of names and sizes."""
     digest = hashlib.sha256()
     for name, size in zip(names, sizes.tolist(), strict=True):
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0%d\0" % size)
-    if rendering != AS_STORED:  # of which digests from before there was a choice are
+    if rendering != AS_STORED:  # older digests are of images as stored
         digest.update(repr(rendering).encode())
     return digest.hexdigest()
 
 
 def write_instances(source: ImageSource, path: Path) -> None:
-    """Writes the name of image i to line i, counted from 0, of `path`: N lines, all or nothing; see name_lists.py."""
+    """Writes the N names to `path`, whole or not at all: image i's in line i, from 0; see name_lists.py."""
     write_names(source.names, path)
 
 
 def read_instances(path: Path) -> Iterator[str]:
-    """The names that `write_instances` wrote, in order; raises OSError where there is no such file."""
+    """Reads the names that `write_instances` wrote, in order; raises OSError where there is no such file."""
     return read_lines(path)

@@ -1,14 +1,12 @@
 """Lists of images that have changed: which image is which, by name, so that every one keeps its id."""
 
-import copy
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from instance_ssl.data.columns import Columns
 from instance_ssl.data.image_sources import ImageSource, digest_of, names_digest
-from instance_ssl.data.name_table import NameTable, pack_names
+from instance_ssl.data.name_table import pack_names
 
 _NAMES = ("names", "name_ends")
 
@@ -52,9 +50,7 @@ def rearranged(
         column[taken < 0] = 0
     columns["sizes"][: len(sizes)] = sizes
     columns |= pack_names(itertools.chain(names, (source.names[int(place)] for place in new)))
-    again = copy.copy(source)
-    again.columns = Columns(columns)
-    again.names = NameTable(again.columns)
+    again = source.with_columns(columns)
     again.digest, again.absent = names_digest(columns, source.rendering), absent
     return again
 

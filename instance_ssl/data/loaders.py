@@ -1,4 +1,4 @@
-"""Batches of views, from worker processes that change nothing but the speed."""
+"""Batches of views, loaded by worker processes that change nothing but the speed."""
 
 import errno
 import multiprocessing
@@ -23,19 +23,19 @@ from instance_ssl.data.views import ViewBatch, ViewDataset, ViewItem
 from instance_ssl.errors import LoaderFault, RankError, UserError
 
 Batch = tuple[Tensor, Tensor]
-_PREFETCHED_BATCHES = 2  # that each worker has ready or in the making
+_PREFETCHED_BATCHES = 2  # per worker, ready or in the making
 # What comes of an image that cannot be read: the end, another image of its batch in its place, or a shorter batch.
 OnBroken = Literal["error", "substitute", "drop"]
 
 
 class BatchLoader:
-    """An iterable of batches that re-raises a worker's error as it was, without torch's traceback.
+    """An iterable of batches that re-raises a worker's error unchanged, without torch's traceback.
 
-    A worker is a copy of this process, and keeps what is freed or written here later. So persistent ones are started at
-    once: make the loader before what grows with the number of images.
+    A worker is a fork of this process and keeps the memory that is freed or overwritten here later. Persistent workers
+    therefore start at once: make the loader before anything that grows with the number of images.
 
     Raises:
-        RankError: when /dev/shm is full, from the iteration unless `persistent`.
+        RankError: /dev/shm is full; raised by the iteration unless `persistent`.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class BatchLoader:
             batch_size=None,  # the sampler's items are batches already
             collate_fn=_keep,
             num_workers=num_workers,
-            # Workers share the list of images only when forked; Python 3.14's default would send each a copy.
+            # Only forked workers share what this process holds; Python 3.14's default would send each a copy.
             multiprocessing_context="fork" if num_workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_prepare_worker,
-            # Without one of its own, each iteration would draw a base seed from the global generator.
+            # Without its own generator, each iteration would draw a base seed from the global one.
             generator=torch.Generator(),
             persistent_workers=persistent and num_workers > 0,
             prefetch_factor=_PREFETCHED_BATCHES if num_workers > 0 else None,
@@ -70,7 +70,7 @@ class BatchLoader:
         return len(self._loader)
 
     def _begin(self) -> Iterator[Any]:
-        # Workers are born with SIGTERM blocked in every thread they will ever have; see _prepare_worker.
+        # Workers start with SIGTERM blocked in every thread they will ever have; see _prepare_worker.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return iter(self._loader)
@@ -91,7 +91,7 @@ class BatchLoader:
                 try:
                     raise batch
                 finally:
-                    # Its traceback holds this frame: the cycle would keep the workers until some later collection.
+                    # Its traceback holds this frame: the cycle would keep the workers alive until collected.
                     del batch, batches
             yield batch
 
@@ -128,8 +128,8 @@ def image_loader(
     """Batches (images (b, 3, S, S) float32, ids (b,) int64) of the given lists of images, in order.
 
     Args:
-        transform: a view, deterministic in most cases.
-        batches: image indices of each batch, read anew at every pass; an empty one is passed over.
+        transform: a view, usually deterministic.
+        batches: image indices of each batch, read again at every pass; empty batches are skipped.
         seed: of a random view.
         on_unreadable: told id → why of a batch's images that cannot be read, before the batch comes without them
             (with images (0, 3, 0, 0), where none is left); None: the first of them is an error.
@@ -144,11 +144,13 @@ def image_loader(
 
 
 class PartLoader:
-    """One random view of each image of a part of a global batch, part after part; workers live as long as the loader.
+    """One random view of each image of a rank's part of a global batch, part after part.
+
+    Workers live as long as the loader.
 
     Args:
-        transform: the view; an image's own depends on (seed, epoch, image) alone.
-        max_batch_size: images that a worker puts together, in shared memory, at a time.
+        transform: the view; it depends on (seed, epoch, image) alone.
+        max_batch_size: images that a worker joins, in shared memory, at a time.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class _Pieces(Iterable[Sequence[int]]):
 
 
 class _Gate(Sampler[list[Key]]):
-    """Lets batches through once it is open."""
+    """Yields nothing until opened, so that workers start before there is anything to load."""
 
     def __init__(self, batches: Sampler[list[Key]] | Sequence[list[Key]]) -> None:
         self._batches, self.is_open = batches, False
@@ -198,7 +200,7 @@ class _Gate(Sampler[list[Key]]):
 
 
 class _FirstViews:
-    """Drops the view dimension of a loader of one view an image, and passes on what cannot be read."""
+    """Drops the view dimension of a loader of one view per image, and reports unreadable images."""
 
     def __init__(self, loader: BatchLoader, on_unreadable: Callable[[dict[int, str]], None] | None = None) -> None:
         self._loader = loader
@@ -273,11 +275,11 @@ def _keep(batch: Any) -> Any:
 
 
 def _prepare_worker(_: int) -> None:
-    """Leaves it to the main process to end a worker (DataLoader has limited it to one torch thread already).
+    """Makes a worker ignore signals except those of the main process (DataLoader has limited it to one torch thread).
 
-    Ctrl-C and a launcher's SIGTERM reach every process of a job at once. A worker that died of one would fail the step
-    in flight, and with it the checkpoint that the main process is about to write. So SIGINT is ignored, and SIGTERM is
-    obeyed only if it is the main process that sends it, as it does with a worker left over at exit.
+    Ctrl-C and a launcher's SIGTERM reach every process of a job at once. If a worker died of one, the step in flight
+    would fail, and with it the checkpoint that the main process is about to write. So a worker ignores SIGINT and obeys
+    SIGTERM only from the main process, which sends it to workers left over at exit.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for a start method that does not inherit the mask

@@ -1,44 +1,42 @@
-"""Names of millions of images as two arrays, where a list of strings would take a hundred bytes more for each."""
+"""The names of millions of images as two arrays: a list of strings would take a hundred bytes more for each."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import overload
 
 import numpy as np
 
-from instance_ssl.data.columns import Columns
-
 _NAMES_PER_CHUNK = 1 << 16
 
 
 class NameTable(Sequence[str]):
-    """N names, whose bytes and 8 more each is all they take; any bytes that a file's name may have.
+    """N names. Each takes its bytes and 8 more, and may hold any bytes that a file's name may.
 
-    Equal to any sequence of the same strings.
+    A table is equal to any sequence of the same strings.
 
     Args:
-        columns: holds what `pack_names` gives.
+        columns: holds the arrays that `pack_names` returns; it may hold others.
     """
 
-    def __init__(self, columns: Columns) -> None:
-        self._columns = columns
+    def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
+        self._text, self._ends = columns["names"], columns["name_ends"]
 
     @classmethod
-    def of(cls, text: np.ndarray, ends: np.ndarray) -> "NameTable":
-        """A table of what `pack_names` gave, from a file perhaps.
+    def checked(cls, text: np.ndarray, ends: np.ndarray) -> "NameTable":
+        """A table of two arrays from a file.
 
         Raises:
             ValueError: the arrays do not belong together.
         """
         if ends.dtype != np.int64 or text.dtype != np.uint8 or len(ends) == 0 or ends[0] != 0 or ends[-1] != len(text):
-            raise ValueError("no table of names")
+            raise ValueError("not a table of names")
         if (np.diff(ends) < 0).any():
-            raise ValueError("no table of names")
-        return cls(Columns({"names": text, "name_ends": ends}))
+            raise ValueError("not a table of names")
+        return cls({"names": text, "name_ends": ends})
 
     def __len__(self) -> int:
-        return len(self._columns["name_ends"]) - 1
+        return len(self._ends) - 1
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -52,15 +50,13 @@ class NameTable(Sequence[str]):
         count = len(self)
         if not -count <= index < count:
             raise IndexError(f"name {index} of {count}")
-        ends = self._columns["name_ends"]
         start = index % count
-        return _decode(self._columns["names"][ends[start] : ends[start + 1]].tobytes())
+        return _decode(self._text[self._ends[start] : self._ends[start + 1]].tobytes())
 
     def __iter__(self) -> Iterator[str]:
-        text, ends = self._columns["names"], self._columns["name_ends"]
         for first in range(0, len(self), _NAMES_PER_CHUNK):
-            places = ends[first : first + _NAMES_PER_CHUNK + 1]
-            chunk = text[places[0] : places[-1]].tobytes()
+            places = self._ends[first : first + _NAMES_PER_CHUNK + 1]
+            chunk = self._text[places[0] : places[-1]].tobytes()
             offsets = (places - places[0]).tolist()
             for start, end in pairwise(offsets):
                 yield _decode(chunk[start:end])
@@ -86,12 +82,12 @@ def pack_names(names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def packed(names: Iterable[str]) -> NameTable:
-    """The names as a table in memory."""
-    return NameTable(Columns(pack_names(names)))
+    """The names as a table."""
+    return NameTable(pack_names(names))
 
 
 def repetitions(names: NameTable) -> dict[int, int]:
-    """For each name that is there before already, by its place: the place of the first one like it, in order."""
+    """Place → place of the first equal name, ascending, for every name that occurred before."""
     hashes = np.fromiter((hash(name) for name in names), np.int64, count=len(names))
     order = hashes.argsort(kind="stable")
     alike = (hashes[order[1:]] == hashes[order[:-1]]).nonzero()[0]

@@ -1,12 +1,14 @@
 """Data sets with official lists, as their authors and torchvision lay them out: SUN397, DTD and iNaturalist 2018.
 
-None is downloaded. Images are taken in the plain string order of their names.
+None is downloaded. Images are ordered by their names as plain strings.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from instance_ssl.data.folders import escape
 from instance_ssl.errors import UserError, reason
@@ -22,30 +24,34 @@ _INATURALIST_KEYS: dict[str, dict[str, type]] = {
 
 
 @dataclass(frozen=True)
-class LabelledFiles:
-    """What a split consists of.
+class ListedFiles:
+    """The N files of a split.
 
     Attributes:
-        names: paths relative to the root, in order.
-        labels: class index of each.
-        class_names: of each index.
-        held_out: whether each is in the official held-out part; None where there is no such part.
+        root: folder that the names are relative to.
+        names: relative POSIX paths, in order of instance id.
+        labels: (N,) class indices; None: there are no labels.
+        class_names: the name of each class index; None without labels.
+        held_out: whether each file is in the official held-out part; None where there is no such part.
+        remarks: what the user should know of the data set, a line each.
     """
 
-    names: list[str]
-    labels: list[int]
-    class_names: list[str]
+    root: Path
+    names: Sequence[str]
+    labels: Sequence[int] | np.ndarray | None = None
+    class_names: list[str] | None = None
     held_out: list[bool] | None = None
+    remarks: Sequence[str] = ()
 
 
-def find_sun397(root: Path, split: str) -> LabelledFiles:
+def find_sun397(root: Path, split: str) -> ListedFiles:
     """Partition 1 of SUN397: 50 images a class to train on, 50 to test.
 
     torchvision's layout, root/SUN397/a/abbey/*.jpg and root/SUN397/ClassName.txt, with Training_01.txt and
     Testing_01.txt (of Partitions.zip) beside it, in it, or in a folder Partitions in either.
 
     Raises:
-        UserError: when a list is missing or names a class that ClassName.txt does not.
+        UserError: a list is missing, or names a class that ClassName.txt does not.
     """
     folder = root / "SUN397"
 
@@ -57,16 +63,16 @@ def find_sun397(root: Path, split: str) -> LabelledFiles:
     name = {"train": "Training_01.txt", "test": "Testing_01.txt"}[split]
     path = next((place / name for place in places if (place / name).is_file()), root / name)
     entries = [line.lstrip("/") for line in _lines(path, "SUN397 (its Partitions.zip)", is_there)]
-    return _labelled(path, sorted(entries), class_names, "SUN397/")
+    return _labelled(root, path, sorted(entries), class_names, "SUN397/")
 
 
-def find_dtd(root: Path, split: str) -> LabelledFiles:
+def find_dtd(root: Path, split: str) -> ListedFiles:
     """Partition 1 of DTD, the Describable Textures: train and val together, val being the held-out part, and test.
 
     torchvision's layout: root/dtd/dtd/images/<class>/*.jpg and root/dtd/dtd/labels/train1.txt, val1.txt, test1.txt.
 
     Raises:
-        UserError: when a list is missing.
+        UserError: a list is missing.
     """
     base = Path("dtd/dtd")
 
@@ -79,21 +85,21 @@ def find_dtd(root: Path, split: str) -> LabelledFiles:
     class_names = sorted({_folder(entry) for entries in parts.values() for entry in entries})
     shown, prefix = root / base / "labels", f"{base}/images/"
     if split == "test":
-        return _labelled(shown / "test1.txt", sorted(parts["test"]), class_names, prefix)
+        return _labelled(root, shown / "test1.txt", sorted(parts["test"]), class_names, prefix)
     held_out = set(parts["val"])
     entries = sorted([*parts["train"], *held_out])
-    found = _labelled(shown / "train1.txt", entries, class_names, prefix)
-    return LabelledFiles(found.names, found.labels, class_names, [entry in held_out for entry in entries])
+    found = _labelled(root, shown / "train1.txt", entries, class_names, prefix)
+    return replace(found, held_out=[entry in held_out for entry in entries])
 
 
-def find_inaturalist2018(root: Path, split: str) -> LabelledFiles:
+def find_inaturalist2018(root: Path, split: str) -> ListedFiles:
     """iNaturalist 2018 by its lists, root/train2018.json and root/val2018.json; val is the test split.
 
     The images lie where the lists say, root/train_val2018/Aves/2820/*.jpg, or as torchvision's INaturalist unpacks
     them, root/2018/Aves/2820/*.jpg. Classes are the categories of train2018.json, by id.
 
     Raises:
-        UserError: when a list is missing, is none, or has a category that train2018.json lacks.
+        UserError: a list is missing or malformed, or has a category that train2018.json lacks.
     """
     train = _read_inaturalist(root / "train2018.json")
     names_by_category = {category["id"]: str(category["name"]) for category in train["categories"]}
@@ -115,7 +121,7 @@ def find_inaturalist2018(root: Path, split: str) -> LabelledFiles:
             name = "2018/" + name.removeprefix("train_val2018/")
         rows.append((name, class_of[category]))
     rows.sort()
-    return LabelledFiles([name for name, _ in rows], [label for _, label in rows], class_names)
+    return ListedFiles(root, [name for name, _ in rows], [label for _, label in rows], class_names)
 
 
 def _lines(path: Path, what: str, is_there: Callable[[str], bool]) -> list[str]:
@@ -127,8 +133,8 @@ def _lines(path: Path, what: str, is_there: Callable[[str], bool]) -> list[str]:
         ) from error
 
 
-def _labelled(path: Path, entries: Iterable[str], class_names: list[str], prefix: str) -> LabelledFiles:
-    """The files that a list names, each in the folder of its class."""
+def _labelled(root: Path, path: Path, entries: list[str], class_names: list[str], prefix: str) -> ListedFiles:
+    """The files that the list at `path` names, each in the folder of its class."""
     class_index = {name: index for index, name in enumerate(class_names)}
     names, labels = [], []
     for entry in entries:
@@ -138,7 +144,7 @@ def _labelled(path: Path, entries: Iterable[str], class_names: list[str], prefix
         labels.append(class_index[class_name])
     if not names:
         raise UserError(f"data.root: {escape(str(path))} names no image")
-    return LabelledFiles(names, labels, class_names)
+    return ListedFiles(root, names, labels, class_names)
 
 
 def _folder(entry: str) -> str:
@@ -153,7 +159,7 @@ def _read_inaturalist(path: Path) -> dict[str, Any]:
     except (OSError, MalformedError) as error:
         raise UserError(f"data.root: {escape(str(path))} cannot be read: {reason(error)}") from error
     keys = "; ".join(f"{name} with {' and '.join(inner)}" for name, inner in _INATURALIST_KEYS.items())
-    raise UserError(f"data.root: {escape(str(path))} is no list of iNaturalist's: it must hold {keys}")
+    raise UserError(f"data.root: {escape(str(path))} is not a list of iNaturalist's: it must hold {keys}")
 
 
 def _is_text(name: str) -> bool:

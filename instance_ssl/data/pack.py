@@ -1,6 +1,6 @@
-"""Packs images into tar shards of resized JPEGs, which are opened faster and read in long pieces: kind `tar`.
+"""Packs images into tar shards of resized JPEGs (kind `tar`), which open faster and are read in long pieces.
 
-The k-th shard holds the same images whenever it is made, so what a stopped packing has finished is not done again.
+The k-th shard always holds the same images, so a packing that was stopped resumes without redoing finished shards.
 """
 
 import hashlib
@@ -11,15 +11,15 @@ import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from instance_ssl.data.folders import escape
 from instance_ssl.data.image_sources import EncodedImages
-from instance_ssl.data.packed_record import BEGUN, RECORD, PackedSet
 from instance_ssl.data.tar_index import index_shard
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import UserError, reason
@@ -28,6 +28,64 @@ from instance_ssl.files.disk_space import why_not_written
 from instance_ssl.files.hashing import HashingFile
 from instance_ssl.files.name_lists import list_line
 from instance_ssl.files.structured import read_json
+
+RECORD, BEGUN = "index.json", "packing.json"
+_FORMAT = "instance_ssl packed images, version 1"
+
+
+@dataclass(frozen=True)
+class PackedSet:
+    """The record of a packed set: what it holds, and how it was made.
+
+    Attributes:
+        shards: name → SHA-256 of each shard, in order.
+        digest: SHA-256 of the shards' digests, in order.
+        num_images: in all shards.
+        class_names: of the labels; None without labels.
+        source: digest of the images it was made from.
+        size: short side in pixels; smaller images keep their size. 0: the files' own bytes.
+        quality: of the JPEGs.
+        left_out: how many images could not be read.
+    """
+
+    shards: dict[str, str]
+    digest: str
+    num_images: int
+    class_names: list[str] | None
+    source: str
+    size: int
+    quality: int
+    left_out: int
+
+    def to_json(self) -> dict[str, object]:
+        """What the file holds."""
+        return {"format": _FORMAT, **asdict(self)}
+
+
+def read_packed_set(folder: Path) -> PackedSet | None:
+    """Reads the record of a folder; None: the folder is not a packed set.
+
+    Raises:
+        UserError: the packing is unfinished, or the record is damaged.
+    """
+    path = folder / RECORD
+    shown = f"data.root: {escape(str(folder))}"
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        if (folder / BEGUN).exists():
+            raise UserError(f"{shown} is packed only in part: run runners/pack_dataset.py again, it resumes") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown}: {RECORD} cannot be read ({reason(error)}): pack the images again") from error
+    if content.pop("format", None) != _FORMAT:
+        return None  # not written by this project
+    try:
+        return TypeAdapter(PackedSet).validate_python(content)
+    except ValidationError as error:
+        wrong = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{shown}: {RECORD} is damaged ({escape(wrong)}): pack the images again") from error
+
 
 _SAMPLED = 32
 _POLL_SECONDS = 0.2
@@ -41,10 +99,10 @@ class Packing:
     """How images are packed.
 
     Attributes:
-        size: length of the short side in pixels; smaller images are not enlarged. 0 copies the files as they are.
+        size: short side in pixels; smaller images keep their size. 0 copies the files as they are.
         quality: of the JPEGs, 1 … 95.
-        shard_mib: about how large a shard is.
-        workers: processes.
+        shard_mib: approximate size of a shard.
+        workers: number of processes.
     """
 
     size: int
@@ -60,16 +118,16 @@ def pack_images(
     on_broken: OnBroken,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PackedSet:
-    """Packs a source into `folder`, or goes on with that. Opened as kind `tar`, it has the same ids, names and labels.
+    """Packs a source into `folder`, or resumes. Opened as kind `tar`, the set has the same ids, names and labels.
 
-    A shard has its final name once it is whole, and the folder a record once all are.
+    A shard gets its final name once it is whole, and the folder its record once all shards are.
 
     Args:
-        on_broken: what becomes of images that cannot be decoded; they have no id in the packed set.
-        on_progress: called with the images done and all of them, now and then.
+        on_broken: what to do about images that cannot be decoded; they get no id in the packed set.
+        on_progress: called now and then with the number of images done and of all images.
 
     Raises:
-        UserError: the folder cannot be written to or holds another packing, or `on_broken` does not let an image pass.
+        UserError: the folder cannot be written to or holds another packing, or `on_broken` refuses an image.
     """
     try:
         shards = _begin(source, folder, packing)
@@ -77,17 +135,17 @@ def pack_images(
         return _finish(source, folder, packing, list(shards), left_out)
     except OSError as error:
         raise UserError(
-            f"--output {escape(str(folder))}: {why_not_written(error, folder, 0)}; the same command goes on"
+            f"--output {escape(str(folder))}: {why_not_written(error, folder, 0)}; the same command resumes"
         ) from error
     except BrokenProcessPool as error:
-        raise UserError("a packing process was killed, by lack of memory perhaps; the same command goes on") from error
+        raise UserError("a packing process was killed, perhaps for lack of memory; the same command resumes") from error
 
 
 def _begin(source: EncodedImages, folder: Path, packing: Packing) -> dict[str, range]:
-    """The shards and the images of each; says in the folder what is packed there."""
+    """Records in the folder what is packed there, and returns the shards with the images of each."""
     odd = next((name for name in source.names if name.lower().endswith(".cls")), None)
     if odd is not None:
-        raise UserError(f"{escape(odd)} has the name of a class index in a tar: rename it")
+        raise UserError(f"{escape(odd)} is named like a class index of a tar: rename it")
     wanted = {"source": source.digest, "size": packing.size, "quality": packing.quality, "mib": packing.shard_mib}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / BEGUN
@@ -126,7 +184,7 @@ def _write_shards(
     shards: dict[str, range],
     on_progress: Callable[[int, int], None],
 ) -> list[tuple[str, str]]:
-    """Writes the shards that are not there yet; the images left out of all, by name, and why."""
+    """Writes the missing shards; returns name and reason of every image excluded from the set."""
     context = multiprocessing.get_context("fork")
     counter = context.Value("q", sum(len(ids) for name, ids in shards.items() if _is_done(folder / name)))
     missing = {name: ids for name, ids in shards.items() if not _is_done(folder / name)}
@@ -207,10 +265,9 @@ def _finish(
 
 
 def _try(source: EncodedImages, index: int, packing: Packing) -> tuple[bytes | None, str]:
-    """An image's file as it is packed, or None and why there is none: whatever fails here is the image's fault.
+    """The packed file of an image, or None and the reason: whatever fails here is the image's fault.
 
-    A copy keeps its EXIF orientation, which is followed when it is read; what is encoded anew is turned already and has
-    none.
+    A copied file keeps its EXIF orientation, which readers follow; a re-encoded one is turned already and has none.
     """
     try:
         return _packed(source, index, packing), ""

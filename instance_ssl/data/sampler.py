@@ -1,4 +1,4 @@
-"""In which order an epoch visits the images: from (seed, epoch) alone, whatever the number of ranks."""
+"""The order in which an epoch visits the images, from (seed, epoch) alone, whatever the number of ranks."""
 
 import hashlib
 import struct
@@ -13,11 +13,11 @@ Key = tuple[int, int]  # (epoch, image index); ~index: the image is left out, an
 
 
 class Shards(NamedTuple):
-    """Images that lie many to a file, and are best read file by file.
+    """Data sets with many images to a file, which are best read file by file.
 
     Attributes:
-        starts: (S,) int64, ascending from 0: the first image of each shard; none is empty.
-        buffer: images that are shuffled among one another, 1 or more.
+        starts: (S,) int64, strictly ascending from 0: the first image of each shard.
+        buffer: how many consecutive images are shuffled among one another, at least 1.
     """
 
     starts: Tensor
@@ -27,9 +27,9 @@ class Shards(NamedTuple):
 def epoch_order(num_images: int, seed: int, epoch: int, shards: Shards | None = None) -> Tensor:
     """(num_images,) int64: the permutation in which an epoch visits the images, from (seed, epoch) alone.
 
-    Any permutation is as likely as any other, unless there are shards. Those are put one after another in an order of
-    the epoch's own, and then every `buffer` images in a row are shuffled among one another. So a buffer's images lie in
-    no more than buffer / (shard's size) + 2 shards, and an image moves less than `buffer` places within them.
+    Without shards, all permutations are equally likely. With shards, the epoch orders the shards at random, and then
+    shuffles every `buffer` consecutive images among one another. So a buffer's images lie in at most
+    buffer / (shard size) + 2 shards, and an image moves by less than `buffer` places.
     """
     generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
     if shards is None:
@@ -43,7 +43,7 @@ def epoch_order(num_images: int, seed: int, epoch: int, shards: Shards | None = 
 def _shard_after_shard(num_images: int, starts_S: Tensor, generator: torch.Generator) -> Tensor:
     shuffled = torch.randperm(len(starts_S), generator=generator)
     sizes_S = torch.diff(starts_S, append=torch.tensor([num_images]))[shuffled]
-    moved_S = starts_S[shuffled] - (sizes_S.cumsum(0) - sizes_S)  # from where it stands now to where it lies
+    moved_S = starts_S[shuffled] - (sizes_S.cumsum(0) - sizes_S)  # from its place in the order to its id
     return torch.arange(num_images) + moved_S.repeat_interleave(sizes_S)
 
 
@@ -128,10 +128,10 @@ class GlobalBatchSampler(Sampler[list[Key]]):
 
 
 class LazyBatches(Sequence[Sequence[int]]):
-    """Batches of images, made when they are asked for: millions of images are no Python objects. So are its slices.
+    """Batches made on demand, as are slices of them: millions of images are never Python objects at once.
 
     Args:
-        count: of batches.
+        count: number of batches.
         make: number of a batch -> its images.
     """
 
@@ -161,10 +161,10 @@ def consecutive_batches(start: int, stop: int, size: int) -> LazyBatches:
 
 
 class BatchKeys(Sampler[list[Key]]):
-    """The keys of given batches in one epoch, made as they are asked for; an empty batch has none.
+    """The keys of given batches in one epoch, made on demand; empty batches are skipped.
 
     Attributes:
-        batches, epoch: may be set anew between two passes.
+        batches, epoch: may be set between two passes.
     """
 
     def __init__(self, batches: Iterable[Sequence[int]], epoch: int = 0) -> None:
@@ -178,10 +178,10 @@ class BatchKeys(Sampler[list[Key]]):
 
 
 def mixed_seed(*numbers: int) -> int:
-    """63 well-mixed bits, for neighbouring seeds must not give related streams.
+    """63 well-mixed bits, so that neighbouring seeds do not give related streams.
 
-    torch's CPU generator uses the lower 32 of them: two of an experiment's views may share a stream, which is harmless,
-    as no two views are so paired more often than chance has it.
+    torch's CPU generator uses the lower 32 bits. Two views of an experiment may therefore share a stream, which is
+    harmless, as it pairs views no more often than chance.
     """
     digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,4 +1,4 @@
-"""Images in tar shards of WebDataset's layout, read in place by an index of where each lies."""
+"""Images in tar shards of WebDataset's layout, read in place through an index of their offsets."""
 
 import glob
 import os
@@ -12,41 +12,40 @@ from typing import IO, Any
 
 import numpy as np
 
-from instance_ssl.data.columns import Columns
 from instance_ssl.data.decode import AS_SHOWN, Rendering
-from instance_ssl.data.folders import differs_here, escape, existing_root
+from instance_ssl.data.folders import escape, existing_root
 from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.data.name_table import NameTable, pack_names, repetitions
-from instance_ssl.data.packed_record import PackedSet, read_packed_set
+from instance_ssl.data.pack import PackedSet, read_packed_set
 from instance_ssl.data.tar_index import ShardIndex, index_shard
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import UserError, tried
 from instance_ssl.files.name_lists import list_line
 
 _OPEN_SHARDS = 64
-# Where the shards of a split are looked for below the root, the first place that has any.
+# Where the shards of a split are looked for below the root; the first pattern that matches counts.
 _PLACES = {"train": ("train/*.tar", "train*.tar"), "test": ("val/*.tar", "val*.tar", "test/*.tar", "test*.tar")}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _REMARKS = (
-    "labels that no image has: {count:,}, such as {example}; a .cls has its image's name, up to the last dot",
-    "images ignored, as their sample has one of its very name: {count:,}, such as {example}",
+    "labels without an image: {count:,}, such as {example}; a .cls has its image's name up to the last dot",
+    "images ignored because their sample has one of its very name: {count:,}, such as {example}",
     "images that share a sample with another: {count:,}, such as {example}; each is an instance of its own",
 )
 
 
 class TarImages(EncodedImages):
-    """Images of tar shards in order: shards by name, images as they lie in their shard.
+    """Images of tar shards: shards ordered by name, images by their place in the shard.
 
-    `digest` covers the names and the sizes in bytes, in order, as for the same files in a folder.
+    `digest` covers names and sizes in bytes, in order, as for the same files in a folder.
 
     Args:
-        shards: the tar files.
-        shard_bytes: of each.
-        columns: what `pack_names` gives, `shards` (N,) int32 and `offsets` (N,) int64, where each image begins, `sizes`
-            (N,) int64, and `labels` where there are any.
+        shards: S tar files.
+        shard_bytes: size of each.
+        columns: what `pack_names` returns; `shards` (N,) int32 and `offsets` (N,) int64, where each image begins;
+            `sizes` (N,) int64; `labels` where there are any.
         class_names: of the labels, or None.
-        rendering: how the images become pixels.
+        rendering: how orientation and transparency are treated.
     """
 
     def __init__(
@@ -71,18 +70,17 @@ class TarImages(EncodedImages):
         """(S,) int64, ascending from 0: the first image of each stretch that lies in one shard."""
         return np.flatnonzero(np.diff(self.shard_of, prepend=-1))
 
-    def missing_here(self) -> str | None:
-        """The first shard that is absent or of another size on this machine."""
-        problems = map(differs_here, self._shards, self._shard_bytes)
-        return next((problem for problem in problems if problem is not None), None)
+    def probes(self) -> list[tuple[Path, int]]:
+        """Every shard and its size."""
+        return list(zip(self._shards, self._shard_bytes, strict=True))
 
     def read(self, index: int) -> bytes:
-        """The bytes of image `index`, as they lie in the shard. Processes may share what is open: no position is."""
+        """The bytes of image `index`. Forked processes may share open files: pread moves no position."""
         size = int(self.columns["sizes"][index])
         file = self._opened(int(self.columns["shards"][index]))
         content = os.pread(file.fileno(), size, int(self.columns["offsets"][index]))
         if len(content) != size:
-            raise OSError("the tar shard ends before its end")
+            raise OSError("the tar shard ends within it")
         return content
 
     def where(self, index: int) -> str:
@@ -111,11 +109,11 @@ class TarListing:
 
     Attributes:
         shards: the tar files, by name.
-        shard_bytes: of each.
-        columns: as TarImages has them.
-        problems: by place, what is wrong with images whose header cannot be read.
-        class_names: of the labels, or None: in plain shards, the values in use, as text.
-        remarks: as ImageSource has them.
+        shard_bytes: size of each.
+        columns: see `TarImages`.
+        problems: row → what is wrong, for images whose header cannot be read.
+        class_names: of the labels, or None; in plain shards, the labels in use, as text.
+        remarks: what the user should know, a line each.
     """
 
     shards: list[Path]
@@ -130,14 +128,14 @@ class TarListing:
 
 
 def list_tar(root: Path | None, pattern: str | None, split: str) -> TarListing:
-    """The images of a split.
+    """Lists the images of a split.
 
-    Of the train split are the shards that `pattern` names, or root/train/*.tar, or root/train*.tar, or else all of
-    root/*.tar; of the test split root/val/*.tar, root/val*.tar, root/test/*.tar or root/test*.tar. A packed set has a
-    record in its folder, and then every member but .cls is an image.
+    The train split has the shards that `pattern` names, or root/train/*.tar, root/train*.tar or else all of root/*.tar;
+    the test split root/val/*.tar, root/val*.tar, root/test/*.tar or root/test*.tar. In a packed set, which has a record
+    in its folder, every member but .cls is an image.
 
     Args:
-        root: `data.root`; None where `pattern` says all.
+        root: `data.root`; may be None where `pattern` is given.
         pattern: `data.shards`, relative to the root: a path with *, ?, [a-z], {a,b} and {000..146} in it.
 
     Raises:
@@ -152,7 +150,9 @@ def list_tar(root: Path | None, pattern: str | None, split: str) -> TarListing:
         class_names = packed_set.class_names or []
         if (highest := int(columns["labels"].max())) >= len(class_names):
             where = escape(str(shards[0].parent))
-            raise UserError(f"data.root: {where} has images of class {highest}, one more than there are train classes")
+            raise UserError(
+                f"data.root: {where} has images of class {highest}, but only {len(class_names)} class names"
+            )
     elif "labels" in columns:
         values, class_names = _classes(indexes) if split == "train" else _train_classes(root, pattern)
         columns["labels"] = _numbered(columns["labels"], values, shards[0].parent)
@@ -171,13 +171,13 @@ def list_tar(root: Path | None, pattern: str | None, split: str) -> TarListing:
 def open_listing(
     listing: TarListing, kept: np.ndarray, on_broken: OnBroken, rendering: Rendering = AS_SHOWN
 ) -> TarImages:
-    """The `kept` images (n,) of a listing, but for those that cannot be read.
+    """Opens the images at the places `kept`, (n,) int64, of a listing, except those that cannot be read.
 
     Raises:
         UserError: where `on_broken` does not let one pass.
     """
     columns = listing.columns
-    names = NameTable(Columns(columns))
+    names = NameTable(columns)
     broken = [place for place in kept.tolist() if place in listing.problems] if listing.problems else []
     shown = [listing.shards[columns["shards"][place]] for place in broken]
     on_broken.judge(
@@ -213,10 +213,10 @@ def _remarks(indexes: Sequence[ShardIndex], shards: Sequence[Path]) -> list[str]
 
 
 def _join(indexes: Sequence[ShardIndex], shards: Sequence[Path], remarks: Sequence[str]) -> dict[str, np.ndarray]:
-    """The columns of all shards together. Of names that are there again, the second ends in #2, and so on.
+    """Concatenates the columns of all shards. Repeated names get #2, #3 and so on at their end.
 
     Raises:
-        UserError: there is no image, or only some have a label.
+        UserError: there is no image, or only some images have a label.
     """
     columns = pack_names(name for index in indexes for name in index.names)
     counts = [len(index.names) for index in indexes]
@@ -225,7 +225,7 @@ def _join(indexes: Sequence[ShardIndex], shards: Sequence[Path], remarks: Sequen
     columns["shards"] = np.repeat(np.arange(len(indexes), dtype=np.int32), counts)
     for name in ("offsets", "sizes", "labels"):
         columns[name] = np.concatenate([getattr(index, name) for index in indexes])
-    names = NameTable(Columns(columns))
+    names = NameTable(columns)
     unlabelled = (columns["labels"] < 0).nonzero()[0]
     if len(unlabelled) == len(names):
         del columns["labels"]
@@ -253,14 +253,14 @@ def _told_apart(names: NameTable, repeated: dict[int, int]) -> Iterator[str]:
 
 
 def _classes(indexes: Sequence[ShardIndex]) -> tuple[np.ndarray, list[str]]:
-    """The labels in use, ascending, and those as text."""
+    """The labels in use, ascending, and the same as text."""
     values = np.unique(np.concatenate([index.labels for index in indexes]))
     values = values[values >= 0]
     return values, [str(value) for value in values.tolist()]
 
 
 def _train_classes(root: Path | None, pattern: str | None) -> tuple[np.ndarray, list[str]]:
-    """The same of the train split; a packed one has names for its classes, which are the labels if they are numbers."""
+    """The same for the train split. A packed one names its classes; names that are numbers are the labels."""
     shards = _find_shards(root, pattern, "train")
     packed_set = _packed_set(shards, complete=pattern is None)
     if packed_set is None:
@@ -274,7 +274,7 @@ def _numbered(labels: np.ndarray, values: np.ndarray, folder: Path) -> np.ndarra
     """The labels as places in `values`, which ascend.
 
     Raises:
-        UserError: a label is none of them.
+        UserError: a label is not among them.
     """
     if len(absent := np.setdiff1d(labels, values)):
         raise UserError(
@@ -291,13 +291,13 @@ def _packed_set(shards: Sequence[Path], *, complete: bool) -> PackedSet | None:
     names = [shard.name for shard in shards]
     odd = set(names) ^ set(packed_set.shards) if complete else set(names) - set(packed_set.shards)
     if odd:
-        what = "is in no record of" if min(odd) in names else "is absent from"
+        what = "is not in the record of" if min(odd) in names else "is absent from"
         raise UserError(f"data.root: {escape(str(folder / min(odd)))} {what} this packed set; pack the images again")
     return packed_set
 
 
 def _find_shards(root: Path | None, pattern: str | None, split: str) -> list[Path]:
-    """The shards of a split, by name; at least one."""
+    """The shards of a split, at least one, ordered by name."""
     if split == "train" and pattern is not None:
         base = "" if root is None else str(existing_root(root, "tar"))
         found = {path for text in _expand(pattern) for path in _matches(base, text)}

@@ -19,9 +19,9 @@ def pixels_of(view: Tensor) -> Image.Image:
 
 
 def view_grid(images: Sequence[Image.Image], views: Tensor, captions: Sequence[str]) -> Image.Image:
-    """A row an image: the image itself, whole, and beside it its views; its caption is below.
+    """Draws a row per image: the whole image, its views beside it, and its caption below.
 
-    Small views are enlarged by a whole number, their pixels as squares.
+    Small views are enlarged by a whole number, so that their pixels are squares.
 
     Args:
         images: b RGB images of any size.
@@ -41,6 +41,6 @@ def view_grid(images: Sequence[Image.Image], views: Tensor, captions: Sequence[s
         for column, view in enumerate(views[row], start=1):
             left = _GAP + column * (tile + _GAP)
             grid.paste(pixels_of(view).resize((tile, tile), Image.Resampling.NEAREST), (left, top))
-        # The font has no more than Latin letters.
+        # The font has only Latin letters.
         draw.text((_GAP, top + tile + 1), caption.encode("latin-1", "replace").decode("latin-1"), "black", font)
     return grid

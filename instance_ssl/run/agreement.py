@@ -1,25 +1,26 @@
-"""What one rank does for all, or all do together; and the images that one has opened, in one table a machine."""
+"""What one rank does for all or all do together, and the images that rank 0 has opened on all ranks."""
 
-import os
+import fcntl
+import secrets
 import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
-import torch
 
-from instance_ssl.data.columns import Columns
 from instance_ssl.data.image_sources import ImageSource
+from instance_ssl.data.name_table import pack_names
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError, reason
+from instance_ssl.errors import UserError, escape, reason
+from instance_ssl.files.disk_space import find_no_space, why_not_written
 from instance_ssl.run.limits import describe_shortage
 
 _T = TypeVar("_T")
 
-_CHUNK_BYTES = 64 << 20
 _SECONDS_BETWEEN_SIGNS = 30.0
 
 
@@ -68,67 +69,66 @@ def on_rank_0(work: Callable[[], _T], world: Group, on_wait: Callable[[float], N
             on_wait(time.perf_counter() - started)
 
 
-def share_images(opened: ImageSource | UserError | None, world: Group) -> ImageSource:
-    """Rank 0's images on all ranks. The ranks of its machine map its file of columns; one of each other machine is sent
-    the bytes, and maps a file with the other ranks there. Collective.
+def share_images(opened: ImageSource | None, run_directory: Path | None, world: Group) -> ImageSource:
+    """Rank 0's images on all ranks. Collective.
+
+    The columns become `.npy` files in `run_directory`/index that every rank maps; its loader processes inherit the map.
+    The files are removed as soon as all ranks have mapped them: the disk keeps the content until the last process ends,
+    however it ends, and a list of images that changes later cannot meet a stale copy.
 
     Args:
-        opened: on rank 0 the images, or why there are none; elsewhere None.
+        opened: the images on rank 0; None elsewhere.
+        run_directory: on a file system that all ranks see; None: each rank is sent a copy of the columns instead.
 
     Raises:
-        UserError: on all ranks, rank 0's, or where a machine's temporary folder has no room.
+        UserError: on all ranks, where the files cannot be written, or a rank does not see them.
     """
-    if isinstance(opened, ImageSource):
-        try:
-            opened.columns.move_to_file()
-        except OSError as error:
-            opened = UserError(_no_room(error))
-    opened = world.broadcast_object(opened)
-    if isinstance(opened, UserError):
-        raise opened
-    assert opened is not None
-    columns = opened.columns
-    folder = os.stat(tempfile.gettempdir())
-    machine = (socket.gethostname(), folder.st_dev, folder.st_ino)
-    by_rank = world.all_gather_objects((columns.attach(), machine))
-    problem = None
-    if not all(attached for attached, _ in by_rank):
-        first_of = {theirs: rank for rank, (there, theirs) in reversed(list(enumerate(by_rank))) if not there}
-        problem = _send(columns, first_of.get(machine), world)
-    problem = next((text for text in world.all_gather_objects(problem) if text is not None), None)
-    if problem is not None:
-        raise UserError(problem)
-    return opened
+    if run_directory is None:
+        return cast(ImageSource, world.broadcast_object(opened))
+    folder = run_directory / "index"
+    with ExitStack() as held:
+        files = rank_0_alone(lambda: _write_columns(opened, folder, held), world)
+        source: ImageSource = world.broadcast_object(None if opened is None else opened.with_columns(pack_names(())))
+        columns = together(lambda: {name: _map_column(path, world.rank) for name, path in files.items()}, world)
+    return source.with_columns(columns)
 
 
-def _send(columns: Columns, first: int | None, world: Group) -> str | None:
-    """Sends rank 0's file to each rank that is the `first` of its machine to lack it; what went wrong here."""
-    absent, problem = not columns.attach(), None
-    received = _broadcast_chunks(columns, world)
+def _write_columns(source: ImageSource | None, folder: Path, held: ExitStack) -> dict[str, Path]:
+    """Writes the columns and returns their files, which last as long as `held`.
+
+    Other starts in the same run directory wait until then.
+    """
+    assert source is not None
     try:
-        if absent and world.rank == first:
-            columns.receive(received)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((folder / "lock").open("w"))
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        _remove_columns(folder)  # of a start that was killed
+        held.callback(_remove_columns, folder)
+        needed = sum(column.nbytes for column in source.columns.values())
+        if problem := find_no_space(folder, needed):
+            raise UserError(f"--run-dir {escape(str(folder.parent))}: {problem}, for the list of images")
+        # A name never used before cannot be that of an old file on a node with a disk of its own.
+        token = secrets.token_hex(8)
+        files = {name: folder / f"{name}_{token}.npy" for name in source.columns}
+        for name, path in files.items():
+            np.save(path, source.columns[name])
     except OSError as error:
-        problem = _no_room(error)
-    for _ in received:  # every rank takes part to the end
-        pass
-    places = world.all_gather_objects(columns.place)
-    if absent and first is not None and not columns.attach(places[first]) and problem is None:
-        problem = f"rank {world.rank} cannot open the table of images that rank {first} of its machine has"
-    return problem
+        why = why_not_written(error, folder.parent, 0)
+        raise UserError(f"--run-dir {escape(str(folder.parent))}: {why}") from error
+    return files
 
 
-def _broadcast_chunks(columns: Columns, world: Group) -> Iterator[np.ndarray]:
-    assert columns.place is not None
-    own = columns.chunks(_CHUNK_BYTES) if world.rank == 0 else None
-    for start in range(0, columns.place.size, _CHUNK_BYTES):
-        size = min(_CHUNK_BYTES, columns.place.size - start)
-        chunk = torch.empty(size, dtype=torch.uint8) if own is None else torch.from_numpy(next(own).copy())
-        yield world.broadcast_(chunk.to(world.device), source=0).cpu().numpy()
+def _map_column(path: Path, rank: int) -> np.ndarray:
+    try:
+        return np.asarray(np.load(path, mmap_mode="r"))  # np.memmap's own indexing is slow
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} cannot read {escape(str(path))}, which rank 0 has written "
+            f"({reason(error)}): give a --run-dir on a file system that all nodes share"
+        ) from error
 
 
-def _no_room(error: OSError) -> str:
-    return (
-        f"the table of images does not fit into {tempfile.gettempdir()} on {socket.gethostname()} ({reason(error)}): "
-        "make room, or set TMPDIR to a folder that has it"
-    )
+def _remove_columns(folder: Path) -> None:
+    for path in folder.glob("*.npy"):
+        path.unlink(missing_ok=True)

@@ -11,10 +11,11 @@ from instance_ssl.checkpoint.directory import MANIFEST, committed_directories, n
 from instance_ssl.checkpoint.weights import split_choice
 from instance_ssl.config.deepspeed import micro_batch_advice
 from instance_ssl.config.experiment import DataConfig, EvaluationConfig, ExperimentConfig
+from instance_ssl.data.folders import missing_here
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, shorten, tried
-from instance_ssl.run.agreement import on_rank_0, rank_0_alone, share_images
+from instance_ssl.run.agreement import on_rank_0, rank_0_alone, together
 from instance_ssl.run.images import open_split
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.records import BOUND_STAGES
@@ -72,31 +73,25 @@ def open_images(
     world: Group,
     log: RunLog,
     arrange: Callable[[ImageSource], ImageSource] = lambda images: images,
-) -> ImageSource:
-    """The images of a split, opened by rank 0 and sent to all: every rank sees the same list.
+) -> ImageSource | None:
+    """Opens the images of a split on rank 0, for `share_images`; None on other ranks. Collective; writes nothing.
 
     Args:
         log: is told that it takes long.
         arrange: what rank 0 does with them first.
 
     Raises:
-        UserError: for what cannot be opened, or where another rank's disk does not hold the same files.
+        UserError: on all ranks, for what cannot be opened, or where another rank's disk does not hold the same files.
     """
-
-    def open_all() -> ImageSource | UserError:
-        try:
-            return arrange(open_split(data, split))
-        except UserError as error:
-            return UserError(str(error))
 
     def say(seconds: float) -> None:
         log.on_progress()
         log.say(f"{split} images: rank 0 looks at every file or shard, {seconds:.0f} s so far")
 
-    images = share_images(on_rank_0(open_all, world, say), world)
-    for remark in images.remarks:
+    images = together(lambda: on_rank_0(lambda: arrange(open_split(data, split)), world, say), world)
+    for remark in () if images is None else images.remarks:
         log.say(f"{split} images: {remark}")
-    problem = images.missing_here()
+    problem = missing_here(world.broadcast_object(None if images is None else images.probes()))
     problems = [f"rank {rank}: {text}" for rank, text in enumerate(world.all_gather_objects(problem)) if text]
     if problems:
         raise UserError(f"data.root: {problems[0]}; every node needs the same images at the same path")
@@ -209,9 +204,13 @@ def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> st
 
 
 def open_evaluation(
-    config: ExperimentConfig, source: ImageSource, world: Group, log: RunLog
-) -> tuple[ImageSource, ImageSource]:
-    """Opens what evaluation will read, so that its mistakes show before the training and not after it."""
+    config: ExperimentConfig, source: ImageSource | None, world: Group, log: RunLog
+) -> tuple[ImageSource | None, ImageSource | None]:
+    """Opens the labelled images that evaluations read, train and test, so that mistakes show before the training.
+
+    Args:
+        source: the images to train on; None on all ranks but 0, as in what is returned.
+    """
     data = config.evaluation.data or config.data
     if data.image_size != config.data.image_size:
         raise UserError(
@@ -225,18 +224,24 @@ def open_evaluation(
         if config.evaluation.data is None:
             raise
         raise UserError(f"evaluation.data: {mistake}") from None
-    if train.labels is None or test.labels is None:
-        raise UserError(
-            f"data.kind {data.kind}: these images have no labels to evaluate with (.cls files beside them in the "
-            "tar): point evaluation.data at a labelled set"
-        )
-    largest = max(config.evaluation.knn.neighbours)
-    if largest > len(train):
-        fitting = ",".join(str(k) for k in dict.fromkeys(min(k, len(train)) for k in config.evaluation.knn.neighbours))
-        raise UserError(
-            f"evaluation.knn.neighbours asks for {largest} of {len(train)} training images: "
-            f"set evaluation.knn.neighbours=[{fitting}]"
-        )
+
+    def check() -> None:
+        assert train is not None
+        assert test is not None
+        if train.labels is None or test.labels is None:
+            raise UserError(
+                f"data.kind {data.kind}: these images have no labels to evaluate with (.cls files beside them in the "
+                "tar): point evaluation.data at a labelled set"
+            )
+        neighbours = config.evaluation.knn.neighbours
+        if max(neighbours) > len(train):
+            fitting = ",".join(str(k) for k in dict.fromkeys(min(k, len(train)) for k in neighbours))
+            raise UserError(
+                f"evaluation.knn.neighbours asks for {max(neighbours)} of {len(train)} training images: "
+                f"set evaluation.knn.neighbours=[{fitting}]"
+            )
+
+    rank_0_alone(check, world)
     return train, test
 
 

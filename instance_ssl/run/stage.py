@@ -205,11 +205,17 @@ def _open(
     if arguments.run_dir is None and [spec.name for spec in chosen] == ["export"]:
         checks.check_run_to_export(config, run_directory, world)
     checks.check_made_before(config, run_directory, [spec.name for spec in chosen], world)
-    source = checks.open_images(config.data, "train", world, process.log, manifest.as_known(run_directory, config.data))
+    opened = checks.open_images(config.data, "train", world, process.log, manifest.as_known(run_directory, config.data))
+    num_images = agreement.rank_0_alone(lambda: len(opened or ()), world)
     if trains:
-        checks.check_size(config, len(source), ds.micro_batch_size, world.size, arguments.deepspeed_config)
+        checks.check_size(config, num_images, ds.micro_batch_size, world.size, arguments.deepspeed_config)
         checks.check_micro_batch(config, ds.micro_batch_size)
-    evaluation_sources = checks.open_evaluation(config, source, world, process.log) if needs_labels else None
+    labelled = checks.open_evaluation(config, opened, world, process.log) if needs_labels else None
+    source = agreement.share_images(opened, run_directory, world)
+    evaluation_sources = None
+    if labelled is not None:
+        shared = source if config.evaluation.data is None else agreement.share_images(labelled[0], run_directory, world)
+        evaluation_sources = shared, agreement.share_images(labelled[1], run_directory, world)
     manifest.record(source, run_directory, world)
     checks.say_left_out((source, *(evaluation_sources or ())), process.log)
     batch = (

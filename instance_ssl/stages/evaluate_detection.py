@@ -9,6 +9,7 @@ import torch
 
 from instance_ssl.checkpoint.directory import read_tensors, replace_file
 from instance_ssl.config.detection import DetectionConfig
+from instance_ssl.data.folders import missing_here
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.detection.batches import DetectionBatch, Resizing, single_images, training_batches
@@ -90,7 +91,7 @@ def _open(stage: Stage, lists: Sequence[str]) -> VocImages:
     data = stage.on_rank_0(lambda: open_voc(detection.root, lists, detection.classes, rendering))
 
     def check() -> None:
-        if (problem := data.images.missing_here()) is not None:
+        if (problem := missing_here(data.images.probes())) is not None:
             raise UserError(f"evaluation.detection.root: rank {stage.world.rank}: {problem}")
 
     stage.together(check)

@@ -33,7 +33,7 @@ from instance_ssl.files.disk_space import find_no_space, saving, why_not_written
 from instance_ssl.models.backbones import choose_stem
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run import checks
-from instance_ssl.run.agreement import on_rank_0
+from instance_ssl.run.agreement import on_rank_0, share_images
 from instance_ssl.run.build import describe_encoder
 from instance_ssl.run.directory import read_json
 from instance_ssl.run.stage import Stage
@@ -173,7 +173,8 @@ def _open_folder(stage: Stage, root: Path) -> ImageSource:
     try:
         own = stage.config.data
         data = DataConfig(kind="folder", root=root, exif=own.exif, alpha=own.alpha)
-        return checks.open_images(data, "train", stage.world, stage.log)
+        images = checks.open_images(data, "train", stage.world, stage.log)
+        return share_images(images, stage.run_directory, stage.world)
     except UserError as error:
         raise UserError(str(error).replace("data.root", "export.images")) from None
 

@@ -1,20 +1,19 @@
 """Rank 0's images reach all ranks, with one table of names a machine."""
 
 import errno
-import os
+import fcntl
 import re
-import socket
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from image_files import encoded
 from ranks import run_ranks
 
 from instance_ssl.config.experiment import DataConfig
-from instance_ssl.data.columns import Columns, Place
 from instance_ssl.data.image_sources import ArrayImages, ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
@@ -25,61 +24,81 @@ from instance_ssl.run.log import RunLog
 NAMES = [f"images/{i}/ü\n\udcff.jpg" for i in range(5000)]
 
 
-def share_over_two_machines(group: Group) -> list[Any]:
-    """Rank 0 is on one machine, ranks 1 and 2 are on another: what each got, and then with a full disk there."""
-    first = os.getpid() if group.rank == 0 else 0
-    first = group.broadcast_object(first)
-    there = group.rank > 0
-    attach = Columns.attach
-
-    def attach_here(self: Columns, place: Place | None = None) -> bool:
-        wanted = place or self.place
-        return not (there and wanted is not None and f"/proc/{first}/" in wanted.path) and attach(self, place)
-
-    def full(self: Columns, chunks: Iterator[np.ndarray]) -> None:
-        next(chunks)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    Columns.attach = attach_here  # type: ignore[method-assign]
-    socket.gethostname = lambda: "there" if there else "here"
-    agreement._CHUNK_BYTES = 10_000
-    answers: list[Any] = []
-    images = agreement.share_images(_images() if group.rank == 0 else None, group)
-    assert images.columns._file is not None
-    answers += [
-        images.names == NAMES,
-        images.load(4999).getpixel((0, 0)),
-        os.fstat(images.columns._file.fileno()).st_ino,
-    ]
-    Columns.receive = full  # type: ignore[method-assign]
-    for opened in (_images(), UserError("no such folder")):
-        try:
-            agreement.share_images(opened if group.rank == 0 else None, group)
-        except UserError as error:
-            answers.append(str(error))
-    return answers
-
-
-def _images() -> ArrayImages:
+def images() -> ArrayImages:
     pixels = np.zeros((5000, 2, 2, 3), np.uint8)
     pixels[4999] = 7
     return ArrayImages(pixels, NAMES, None, None)
 
 
-def test_each_machine_has_one_table_and_a_full_disk_ends_all_ranks() -> None:
-    answers = run_ranks(share_over_two_machines, 3)
-    assert [answer[:2] for answer in answers] == [[True, (7, 7, 7)]] * 3
-    files = [answer[2] for answer in answers]
-    assert files[1] == files[2] != files[0]
-    for answer in answers:
-        assert "on there (No space left on device)" in answer[3]
-        assert "TMPDIR" in answer[3]
-        assert answer[4:] == ["no such folder"]
+def share(group: Group, run: Path, elsewhere: Path) -> list[Any]:
+    """Shares with a run directory, without one, where the last rank sees another one, and on a full disk."""
+    opened = images() if group.rank == 0 else None
+    shared = agreement.share_images(opened, run, group)
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    inodes = sorted({row[4] for row in maps if len(row) == 6 and row[5].startswith(str(run))})
+    answers: list[Any] = [inodes]
+    for source in (shared, agreement.share_images(opened, None, group)):
+        assert source.names == NAMES
+        assert source.load(4999).getpixel((0, 0)) == (7, 7, 7)
+        assert source.digest == images().digest
+    with pytest.raises(ValueError, match="read-only"):
+        shared.columns["pixels"][0] = 1
+    for full in (False, True):
+        if full:
+            agreement.np.save = out_of_space  # type: ignore[attr-defined]
+        try:
+            agreement.share_images(opened, elsewhere if group.rank == 2 else run, group)
+        except UserError as error:
+            answers.append(str(error))
+        group.barrier()
+        # Nothing of it stays on the disk, whether all could map it or not, though the maps are good to the end.
+        assert [path.name for path in (run / "index").iterdir()] == ["lock"]
+        assert shared.names == NAMES
+    return answers
+
+
+def out_of_space(path: Path, column: np.ndarray) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_all_ranks_map_the_same_files_and_fail_together(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "index").mkdir(parents=True)
+    (run / "index/labels.npy").write_bytes(b"of a start that was killed")
+    answers = run_ranks(share, 3, run, tmp_path / "elsewhere")
+    inodes, unseen, full = answers[0]
+    assert len(inodes) == 3  # names, name_ends and pixels
+    assert answers == [[inodes, unseen, full]] * 3
+    assert "rank 2 on" in unseen
+    assert f"cannot read {tmp_path}/elsewhere/index/names_" in unseen
+    assert full.startswith(f"--run-dir {run}: no space left")
+
+
+def share_alone(group: Group, run: Path) -> int:
+    (run / "begun").touch()
+    return len(agreement.share_images(images(), run, group))
+
+
+def test_two_starts_of_a_run_do_not_touch_each_other_s_files(tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    other = tmp_path / "index/names.npy"
+    other.touch()
+    with ThreadPoolExecutor() as pool, (tmp_path / "index/lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        second = pool.submit(run_ranks, share_alone, 1, tmp_path)
+        while not (tmp_path / "begun").exists() and not second.done():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert other.exists()
+        assert other.stat().st_size == 0
+        fcntl.lockf(lock, fcntl.LOCK_UN)
+        assert second.result() == [5000]
+    assert not other.exists()
 
 
 def open_with_broken_files(group: Group, root: Path, run: Path) -> tuple[list[str], str]:
     data = DataConfig(kind="folder", root=root, on_broken="skip", max_broken_share=0.5)
-    images = checks.open_images(data, "train", group, RunLog(is_main=False))
+    images = agreement.share_images(checks.open_images(data, "train", group, RunLog(is_main=False)), run, group)
     manifest.record(images, run, group)
     try:
         checks.open_images(data.model_copy(update={"max_broken_share": 0.1}), "train", group, RunLog(is_main=False))
@@ -112,7 +131,7 @@ def open_slowly(group: Group, root: Path) -> tuple[int, list[str]]:
         return images
 
     data = DataConfig(kind="folder", root=root)
-    return len(checks.open_images(data, "train", group, log, arrange)), said
+    return len(agreement.share_images(checks.open_images(data, "train", group, log, arrange), None, group)), said
 
 
 def test_a_list_that_takes_longer_to_make_than_a_collective_may_reaches_all(tmp_path: Path) -> None:

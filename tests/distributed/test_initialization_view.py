@@ -15,6 +15,7 @@ from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run import checks
+from instance_ssl.run.agreement import share_images
 from instance_ssl.run.build import classifier_shard, seeded_encoder, training_view
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.stage import Stage
@@ -40,7 +41,8 @@ def initialise(group: Group, directory: Path, view: View) -> tuple[Tensor, Tenso
         }
     )
     ds = load_ds_config(DS, global_batch_size=IMAGES, max_grad_norm=0.0, world_size=group.size)
-    source = checks.open_images(config.data, "train", group, RunLog(is_main=False))
+    opened = checks.open_images(config.data, "train", group, RunLog(is_main=False))
+    source = share_images(opened, None, group)
     log = RunLog(is_main=False)
     stage = Stage("initialize_classifier", directory, config, ds, group, log, Guard(group.rank), source)
     initialize_classifier.run(stage)

@@ -32,6 +32,7 @@ from two_nodes import (
 from instance_ssl.config.experiment import DataConfig
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.run.agreement import share_images
 from instance_ssl.run.checks import open_images
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.watchdog import ProcessId
@@ -320,7 +321,7 @@ def open_own_images(group: Group, directories: list[Path]) -> str:
     os.chdir(directories[group.rank])
     try:
         data = DataConfig(kind="folder", root=Path("images"))
-        return str(len(open_images(data, "train", group, RunLog(is_main=False))))
+        return str(len(share_images(open_images(data, "train", group, RunLog(is_main=False)), None, group)))
     except UserError as error:
         return str(error)
 

@@ -70,7 +70,7 @@ def test_what_lacks_its_end_mark_has_the_pixels_of_the_whole_file_and_is_told_of
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert decode.decode_jpeg is not None
-    monkeypatch.setattr(image_sources, "_SAID", bytearray(1))
+    monkeypatch.setattr(image_sources, "_HAS_WARNED", bytearray(1))
     for name in ("a.jpg", "b\n.jpg"):
         (tmp_path / name).write_bytes(noise(4)[:-2])
     images = FileImages(tmp_path, ["a.jpg", "b\n.jpg"], None, None)

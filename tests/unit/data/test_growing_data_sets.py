@@ -10,6 +10,7 @@ from image_files import encoded
 from PIL import Image
 
 from instance_ssl.data.datasets import open_source
+from instance_ssl.data.folders import missing_here
 from instance_ssl.data.image_sources import EncodedImages, FileImages
 from instance_ssl.data.list_changes import digest_of_first, places_of, rearranged
 from instance_ssl.training.schedules import EpochClock
@@ -52,7 +53,7 @@ def test_images_keep_their_ids_and_new_ones_come_behind(tmp_path: Path) -> None:
     assert digest_of_first(after, 3) == before.digest
     assert digest_of_first(after, 6) == after.digest
     assert after.digest not in (before.digest, now.digest)
-    assert after.missing_here() is None
+    assert missing_here(after.probes()) is None
     assert dict(after.absent) == {1: "gone"}
 
 

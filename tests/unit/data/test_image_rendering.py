@@ -303,7 +303,10 @@ def test_the_digest_of_a_configuration_from_before_the_keys_is_the_same() -> Non
 def test_an_export_s_folder_is_read_as_the_run_s_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[DataConfig] = []
     monkeypatch.setattr(checks, "open_images", lambda data, *_: given.append(data))
-    stage: Any = SimpleNamespace(config=config_of(exif="stored", alpha="drop"), world=None, log=None)
+    monkeypatch.setattr(export_stage, "share_images", lambda *_: None)
+    stage: Any = SimpleNamespace(
+        config=config_of(exif="stored", alpha="drop"), run_directory=tmp_path, world=None, log=None
+    )
     export_stage._open_folder(stage, tmp_path)
     assert (given[0].exif, given[0].alpha) == ("stored", "drop")
 

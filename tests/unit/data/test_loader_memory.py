@@ -16,6 +16,7 @@ from PIL import Image
 from instance_ssl.data.augmentations import simclr_view
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.loaders import PartLoader, image_loader, view_loader
+from instance_ssl.data.name_table import pack_names
 from instance_ssl.data.sampler import GlobalBatchSampler, consecutive_batches, epoch_order
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError  # noqa: F401  # for SMALL_SHM
@@ -39,7 +40,7 @@ class GreySquares(ImageSource):
     """As many images as are asked for, none of which is anywhere."""
 
     def __init__(self, count: int) -> None:
-        super().__init__({}, None, "grey")
+        super().__init__(pack_names(()), None, "grey")
         self.names = Numbers(count)
 
     def load(self, index: int) -> Image.Image:

@@ -15,8 +15,7 @@ from processes import run_bare
 from instance_ssl.data import pack as packing_module
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.image_sources import EncodedImages
-from instance_ssl.data.pack import Packing, pack_images
-from instance_ssl.data.packed_record import PackedSet
+from instance_ssl.data.pack import PackedSet, Packing, pack_images
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.errors import UserError
 
@@ -95,7 +94,7 @@ def test_what_is_finished_is_not_done_again_and_no_half_shard_has_a_final_name(
     done = contents(out)
     assert 0 < len(done) < len(contents(clean))
     assert done.items() <= contents(clean).items()
-    with pytest.raises(UserError, match="in part only"):
+    with pytest.raises(UserError, match="only in part"):
         opened("tar", out.parent)
     before = {name: (out / name).stat().st_mtime_ns for name in done}
     for other in (Packing(size=16, shard_mib=0.004), Packing(size=0, shard_mib=1)):

@@ -14,6 +14,7 @@ from image_files import broken_files, encoded, write_tar
 
 from instance_ssl.data import tar_index
 from instance_ssl.data.datasets import open_source
+from instance_ssl.data.folders import missing_here
 from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.data.tar_images import TarImages
 from instance_ssl.data.unreadable_images import OnBroken
@@ -192,11 +193,11 @@ def test_labels_that_no_image_has_are_counted_and_said(tmp_path: Path) -> None:
         source = open_tar(tmp_path)
         assert source.class_names == ["1"]
         assert [line for line in source.remarks if ".cls" in line] == [
-            f"labels that no image has: 3, such as b.gif.cls in {tmp_path}/0.tar; a .cls has its image's name, up to "
+            f"labels without an image: 3, such as b.gif.cls in {tmp_path}/0.tar; a .cls has its image's name up to "
             "the last dot"
         ]
     write_tar(tmp_path / "0.tar", [("a.jpg", encoded(0)), ("b.jpg", encoded(1)), ("a.cls", b"1"), ("c.cls", b"1")])
-    refused("b.jpg has no .cls", "labels that no image has: 1, such as c.cls", root=tmp_path)
+    refused("b.jpg has no .cls", "labels without an image: 1, such as c.cls", root=tmp_path)
     write_tar(tmp_path / "0.tar", [("a.jpg", encoded(0)), ("c.cls", b"1")])
     assert open_tar(tmp_path).labels is None
     assert len(open_tar(tmp_path).remarks) == 1
@@ -228,7 +229,7 @@ def test_a_sample_has_the_image_of_its_very_name(tmp_path: Path) -> None:
     expected = {"a.jpg": 1, "b.jpg": 0, "c.d.jpg": 2}
     assert labels_of(tmp_path, *names) == expected
     (said,) = open_tar(tmp_path).remarks
-    assert said.startswith("images ignored, as their sample has one of its very name: 3, such as")
+    assert said.startswith("images ignored because their sample has one of its very name: 3, such as")
     assert "a.seg.png beside a.jpg in" in said
     assert list(labels_of(tmp_path, *(name for name in names if "=" not in name))) == list(expected)
     # A label of its own makes it a sample of its own; so does a folder.
@@ -400,7 +401,7 @@ def test_truncated_damaged_and_compressed_shards_are_named(tmp_path: Path) -> No
         "huge": (bytes(huge), "truncated"),
         "negative": (bytes(negative), "truncated"),
         "empty": (b"", "truncated"),
-        "text": (b"no tar at all" * 100, "no tar"),
+        "text": (b"no tar at all" * 100, "not a tar"),
         "compressed": (gzip.compress(whole), "gzip"),
     }
     for content, word in cases.values():
@@ -503,14 +504,14 @@ def test_a_shard_that_changes_during_the_run_is_said_and_pickling_opens_it_anew(
     assert source.read(0) == encoded(0)
     copy = pickle.loads(pickle.dumps(source))
     assert copy.read(1) == encoded(1)
-    assert source.missing_here() is None
+    assert missing_here(source.probes()) is None
     content = path.read_bytes()
     path.write_bytes(content[:1000])
     with pytest.raises(RankError, match=r"0\.tar: 2\.jpg.*shard ends"):
         source.load(2)
     with pytest.raises(RankError, match=r"0\.tar: 2\.jpg.*has changed"):
         pickle.loads(pickle.dumps(source)).load(2)
-    assert "1000 bytes" in str(source.missing_here())
+    assert "1000 bytes" in str(missing_here(source.probes()))
     path.unlink()
     with pytest.raises(RankError, match=r"0\.tar: 2\.jpg.*No such file"):
         pickle.loads(pickle.dumps(source)).load(2)

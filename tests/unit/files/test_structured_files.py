@@ -11,8 +11,7 @@ from instance_ssl.checkpoint.directory import MANIFEST, POSITION, _read_manifest
 from instance_ssl.config.deepspeed import load_ds_config
 from instance_ssl.config.experiment import load_config
 from instance_ssl.data.named_sets import find_inaturalist2018
-from instance_ssl.data.pack import _is_done, _record_of
-from instance_ssl.data.packed_record import RECORD, read_packed_set
+from instance_ssl.data.pack import RECORD, _is_done, _record_of, read_packed_set
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.cached_training import _read_figures
 from instance_ssl.files.structured import MalformedError, parse_json, parse_yaml
