@@ -89,12 +89,14 @@ def share_images(opened: ImageSource | None, run_directory: Path | None, world: 
     with ExitStack() as held:
         files = rank_0_alone(lambda: _write_columns(opened, folder, held), world)
         source: ImageSource = world.broadcast_object(None if opened is None else opened.with_columns(pack_names(())))
-        columns = together(lambda: {name: _map_column(path, world.rank) for name, path in files.items()}, world)
+        columns = together(
+            lambda: {name: _map_column(folder / file, world.rank) for name, file in files.items()}, world
+        )
     return source.with_columns(columns)
 
 
-def _write_columns(source: ImageSource | None, folder: Path, held: ExitStack) -> dict[str, Path]:
-    """Writes the columns and returns their files, which last as long as `held`.
+def _write_columns(source: ImageSource | None, folder: Path, held: ExitStack) -> dict[str, str]:
+    """Writes the columns and returns the names of their files, which last as long as `held`.
 
     Other starts in the same run directory wait until then.
     """
@@ -110,9 +112,9 @@ def _write_columns(source: ImageSource | None, folder: Path, held: ExitStack) ->
             raise UserError(f"--run-dir {escape(str(folder.parent))}: {problem}, for the list of images")
         # A name never used before cannot be that of an old file on a node with a disk of its own.
         token = secrets.token_hex(8)
-        files = {name: folder / f"{name}_{token}.npy" for name in source.columns}
-        for name, path in files.items():
-            np.save(path, source.columns[name])
+        files = {name: f"{name}_{token}.npy" for name in source.columns}
+        for name, file in files.items():
+            np.save(folder / file, source.columns[name])
     except OSError as error:
         why = why_not_written(error, folder.parent, 0)
         raise UserError(f"--run-dir {escape(str(folder.parent))}: {why}") from error

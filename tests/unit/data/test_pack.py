@@ -168,7 +168,7 @@ def test_a_packed_set_with_a_shard_too_few_or_too_many_is_refused(tree: Path, tm
     pack_images(opened("tree", tree), tmp_path / "out/train", Packing(size=0, shard_mib=0.004), OnBroken())
     first = tmp_path / "out/train/shard-000000.tar"
     (tmp_path / "out/train/another.tar").write_bytes(first.read_bytes())
-    with pytest.raises(UserError, match=r"another\.tar is in no record"):
+    with pytest.raises(UserError, match=r"another\.tar is not in the record"):
         opened("tar", tmp_path / "out")
     (tmp_path / "out/train/another.tar").unlink()
     first.unlink()
