@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from instance_ssl.classifier.kept_terms import KeptTerms
 from instance_ssl.classifier.softmax import SmoothedLabels
 
 
@@ -17,7 +16,6 @@ class PendingRows:
     y_B: Tensor
     labels: SmoothedLabels
     total_rows: int
-    kept: KeptTerms | None
 
 
 @dataclass(frozen=True)

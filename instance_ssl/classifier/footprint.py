@@ -13,7 +13,6 @@ import torch
 
 from instance_ssl.classifier.hard_class_table import ROWS_AT_ONCE
 from instance_ssl.classifier.hard_classes import fast_screen_dtype, search_bytes, tile_bytes, tile_edge
-from instance_ssl.classifier.kept_terms import kept_classes
 from instance_ssl.classifier.matmul_rates import onednn_multiplies_bfloat16
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.classifier.torch_passes import block_classes, sums_block_bytes, update_block_bytes
@@ -73,12 +72,6 @@ class ClassifierSize:
         return self.rows_per_rank * self.group_size
 
     @property
-    def kept_classes(self) -> int:
-        """Own classes whose terms live from the first pass to the second."""
-        options = self.options
-        return kept_classes(options.kept_bytes, self.gathered_rows, self.stepped_classes, options.matmul_dtype)
-
-    @property
     def own_entries(self) -> int:
         """P, entries of y (Eq. 2) of a micro-batch in one shard; on the mean, for they follow the images drawn."""
         return math.ceil(self.gathered_rows * (1 + self.num_hard_classes) / self.group_size)
@@ -98,7 +91,6 @@ class ClassifierMemory:
         momentum: their momentum.
         hard_classes: own rows of the table of hardest classes, int32.
         clock: how far each own row is, where classes are sampled.
-        kept_terms: what lives from the first pass to the second, in place of being computed twice.
         sums_block: block buffers of the first pass.
         update_block: block buffers of the second pass.
         first_pass: `forward` of the last micro-batch at its largest: block buffers, features, labels, numerators.
@@ -111,7 +103,6 @@ class ClassifierMemory:
     momentum: int
     hard_classes: int
     clock: int
-    kept_terms: int
     sums_block: int
     update_block: int
     first_pass: int
@@ -122,7 +113,7 @@ class ClassifierMemory:
     @property
     def resident(self) -> int:
         """What is there all the time."""
-        return self.weight + self.momentum + self.hard_classes + self.clock + self.kept_terms
+        return self.weight + self.momentum + self.hard_classes + self.clock
 
     @property
     def peak(self) -> int:
@@ -147,7 +138,6 @@ def classifier_memory(size: ClassifierSize) -> ClassifierMemory:
         momentum=n * width * size.momentum_dtype.itemsize,
         hard_classes=n * num_hard * _INT,
         clock=0 if size.num_sampled_classes is None else n * _ID,
-        kept_terms=size.kept_classes * (size.gathered_rows * size.options.matmul_dtype.itemsize + _FLOAT),
         sums_block=sums_block,
         update_block=update_block,
         first_pass=sampled + (size.accumulation_steps - 1) * pending + _first_pass_bytes(size, sums_block),
@@ -205,8 +195,6 @@ def _update_bytes(size: ClassifierSize, block: int) -> int:
     joined = entries * (2 * _ID + _FLOAT) if size.accumulation_steps > 1 else 0
     terms = entries * narrow  # of the entries, beside which first their rows are held, then the blocks
     workspace = rows * size.embedding_dim * _FLOAT if _has_workspace(size) else 0
-    if size.kept_classes and _has_workspace(size):  # oneDNN copies some 128 columns of kept terms a thread
-        workspace += 2 * 128 * rows * narrow
     return features + joined + terms + max(_entry_terms_bytes(size, rows, entries), block + workspace)
 
 
@@ -253,8 +241,7 @@ def classifier_traffic(size: ClassifierSize) -> Counter[str]:
 def classifier_flops(size: ClassifierSize) -> int:
     """Of one rank in one optimizer step."""
     num_rows = size.gathered_rows * size.accumulation_steps
-    full = step_flops(num_rows, size.stepped_classes, size.embedding_dim)
-    return full - step_flops(num_rows, size.kept_classes, size.embedding_dim) // 4  # logits once, not twice
+    return step_flops(num_rows, size.stepped_classes, size.embedding_dim)
 
 
 def step_flops(num_rows: int, num_classes: int, embedding_dim: int) -> int:

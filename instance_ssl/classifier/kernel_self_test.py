@@ -5,13 +5,13 @@ each process compares both passes on a problem of a few tiles before it trusts t
 """
 
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from instance_ssl.classifier import torch_passes, triton_passes
 from instance_ssl.classifier.softmax import (
+    Passes,
     RowUpdate,
     SmoothedLabels,
     SoftmaxOptions,
@@ -79,10 +79,10 @@ def _relative_errors(
     unit_x_BD, weight_nD, momentum_nD, labels = _problem(device, embedding_dim)
     weight_nD, momentum_nD = weight_nD.to(row_dtype), momentum_nD.to(momentum_dtype)
     # The paper's τ: a small one magnifies roundings of bfloat16, which the passes do not have in the same places.
-    options = replace(options, temperature=0.15, block_bytes=None, kept_bytes=0)
+    options = replace(options, temperature=0.15, block_bytes=None)
     theirs = torch_passes.softmax_sums(unit_x_BD, weight_nD, labels, options)
 
-    def figures(passes: ModuleType, sums: SoftmaxSums) -> dict[str, Tensor]:
+    def figures(passes: Passes, sums: SoftmaxSums) -> dict[str, Tensor]:
         rows_nD, buffer_nD = weight_nD.clone(), momentum_nD.clone()
         passes.update_rows(unit_x_BD, theirs.z_B, theirs.y_B, labels, rows_nD, buffer_nD, options, _UPDATE)
         gradient_BD = unit_feature_gradient(sums, sums.z_B, sums.y_B, options, _NUM_ROWS)

@@ -12,8 +12,6 @@ replicated classifier that the paper's Table 1 compares with.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +20,9 @@ from instance_ssl.classifier import torch_passes, triton_passes
 from instance_ssl.classifier.accumulated_step import PendingRows, SampledRows
 from instance_ssl.classifier.excluded_classes import LeftOutClasses
 from instance_ssl.classifier.hard_classes import find_hard_classes, search_bytes
-from instance_ssl.classifier.kept_terms import KeptTerms
 from instance_ssl.classifier.sampling import ClassSampler, RowClock
 from instance_ssl.classifier.softmax import (
+    Passes,
     RowUpdate,
     SmoothedLabels,
     SoftmaxOptions,
@@ -118,7 +116,6 @@ class ClassifierShard:
         self._sampled: SampledRows | None = None
         self._pending: list[PendingRows] = []
         self._copies: dict[str, Tensor | None] = {}
-        self._kept: KeptTerms | None = None
 
     @property
     def num_replicas(self) -> int:
@@ -161,13 +158,12 @@ class ClassifierShard:
         labels_B = self.group.all_gather_rows(instance_id_b, row_counts)
         labels = self._own_labels(labels_B)
         weight = self.weight if self._sampled is None else self._sampled.weight
-        kept = self._kept_terms(len(unit_x_BD), len(weight))
-        sums = self._passes.softmax_sums(unit_x_BD, weight, labels, self.options, **_given(kept=kept))
+        sums = self._passes.softmax_sums(unit_x_BD, weight, labels, self.options)
         own_z_B = sums.z_B - self.left_out.num_own if self._sampled is None else sums.z_B
         z_B, y_B = self.group.all_reduce_sum_(torch.stack([own_z_B, sums.y_B]))
         gradient_BD = unit_feature_gradient(sums, z_B, y_B, self.options, total_rows)
         gradient_bD = self.group.reduce_scatter_rows(gradient_BD, row_counts)
-        self._pending.append(PendingRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows, kept))
+        self._pending.append(PendingRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows))
         loss = row_losses(z_B, y_B, self.options.form).sum()
         num_zero_features = (torch.linalg.vector_norm(unit_x_BD, dim=1) == 0).sum()
         figures = self._sum_over_replicas(torch.stack([loss, z_B.log().mean(), num_zero_features.to(loss.dtype)]))
@@ -193,11 +189,8 @@ class ClassifierShard:
         weight, momentum = self.weight, self.momentum_buffer
         if sampled is not None:
             weight, momentum = sampled.weight, sampled.momentum
-        # Copies of W must agree on a gradient, which only the passes in PyTorch ever hold.
-        passes = self._passes if self.replicas is None else torch_passes
         sum_over_ = None if self.replicas is None else self.replicas.all_reduce_sum_
-        kept = pending[0].kept if len(pending) == 1 else None  # of more, each has only its own rows' terms
-        passes.update_rows(
+        self._passes.update_rows(
             torch.cat([p.unit_x_BD for p in pending]),
             torch.cat([p.z_B for p in pending]),
             torch.cat([p.y_B for p in pending]),
@@ -207,7 +200,7 @@ class ClassifierShard:
             self.options,
             update,
             total_rows=pending[0].total_rows,
-            **_given(sum_gradient_=sum_over_, kept=kept),
+            sum_gradient_=sum_over_,
         )
         if sampled is not None and self._clock is not None:
             self.weight[sampled.places], self.momentum_buffer[sampled.places] = weight, momentum
@@ -349,20 +342,8 @@ class ClassifierShard:
         figures = self._sum_over_replicas(torch.stack([correct, positive / labels_B.shape[0]])) / self.num_replicas
         return figures[0].item(), figures[1].item()
 
-    def _kept_terms(self, num_rows: int, num_classes: int) -> KeptTerms | None:
-        """Room for the terms of a step's only micro-batch; the same memory each time (new memory is slow to touch)."""
-        if self.options.kept_bytes == 0 or self._pending:
-            return None
-        if self._kept is None or self._kept.shape != (num_rows, num_classes):
-            self._kept = None  # released before there is another
-            self._kept = KeptTerms(
-                self.options.kept_bytes, num_rows, num_classes, self.options.matmul_dtype, self.weight.device
-            )
-        return self._kept
-
     @property
-    def _passes(self) -> ModuleType:
-        """The module that has both passes."""
+    def _passes(self) -> Passes:
         return torch_passes if self.options.kernels == "torch" else triton_passes
 
     @property
@@ -392,8 +373,3 @@ class ClassifierShard:
         # Not by a mask as an index, whose count the host of a GPU would wait for.
         places_B = (labels_B - self.start).clamp(0, len(self.hard_classes) - 1)
         return self.group.all_reduce_sum_(self.hard_classes[places_B] * self._owns(labels_B)[:, None])
-
-
-def _given(**options: object) -> dict[str, Any]:
-    """Those that are not None: Triton's kernels know neither replicas nor kept terms."""
-    return {name: value for name, value in options.items() if value is not None}

@@ -12,8 +12,8 @@ y has K+1 entries a row (Eq. 2), so Y and q are sparse; Z is dense. Two passes o
 1. `softmax_sums`: Z, Y and the numerators A_i = Σ_j exp(s_ij) ŵ_j, C_i = Σ_j y_ij exp(s_ij) ŵ_j of this shard. Once
    Z and Y are summed over the ranks, ∂J/∂x̂_i = (A_i/Z_i - C_i/Y_i)/(τB): the gradient of the features needs no
    second look at the weights (it is attention with queries x̂ and keys = values = ŵ).
-2. `update_rows`: recomputes exp(s) block by block (but for what a budget lets live on), forms that block's ∂J/∂w and
-   applies it at once to the block's momentum and rows. No ∂W exists.
+2. `update_rows`: recomputes exp(s) block by block, forms that block's ∂J/∂w and applies it at once to the block's
+   momentum and rows. No ∂W exists.
 
 `torch_passes.py` has both passes in PyTorch, for every device; `triton_passes.py` has them for CUDA.
 
@@ -25,8 +25,9 @@ row's norm. What has no such gradient, the search for the hardest classes say, k
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,8 +47,6 @@ class SoftmaxOptions:
         matmul_dtype: precision of the matrix products: float32, bfloat16, or float64 with float64 rows.
         block_bytes: memory for everything that a block of classes needs; None lets the passes choose by the cache.
         kernels: which implementation of the two passes.
-        kept_bytes: budget for terms exp(s_ij) that live from the first pass to the second (`kept_terms.py`), in the
-            PyTorch passes alone.
     """
 
     temperature: float
@@ -55,7 +54,6 @@ class SoftmaxOptions:
     matmul_dtype: torch.dtype
     block_bytes: int | None = None
     kernels: Kernels = "torch"
-    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +119,48 @@ class SoftmaxSums:
     dense_BD: Tensor
     sparse_BD: Tensor
     entry_exp_P: Tensor | None = None
+
+
+class Passes(Protocol):
+    """The two passes over a shard. `torch_passes` and `triton_passes` are modules of this type."""
+
+    def softmax_sums(
+        self, unit_x_BD: Tensor, weight_nD: Tensor, labels: SmoothedLabels, options: SoftmaxOptions
+    ) -> SoftmaxSums:
+        """First pass: this shard's part of Z and Y and of the numerators of ∂J/∂x̂.
+
+        Args:
+            unit_x_BD: (B, D) normalised embeddings of the global batch.
+            weight_nD: (n, D) local rows of W, not normalised.
+            labels: the entries of y in this shard.
+        """
+
+    def update_rows(
+        self,
+        unit_x_BD: Tensor,
+        z_B: Tensor,
+        y_B: Tensor,
+        labels: SmoothedLabels,
+        weight_nD: Tensor,
+        momentum_nD: Tensor,
+        options: SoftmaxOptions,
+        update: RowUpdate,
+        *,
+        total_rows: int | None = None,
+        sum_gradient_: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        """Second pass: ∂J/∂w and the SGD step of every row, in place.
+
+        Args:
+            unit_x_BD: (B, D) normalised embeddings of the whole optimizer step (all micro-batches).
+            z_B: (B,) Z summed over all shards.
+            y_B: (B,) Y summed over all shards.
+            labels: the entries of y in this shard.
+            weight_nD: (n, D) local rows, updated.
+            momentum_nD: (n, D) their momentum, updated.
+            total_rows: rows that J is the mean over; None: B.
+            sum_gradient_: sums a block's gradient over the replicas of this shard, in place; None: one replica.
+        """
 
 
 def own_labels(

@@ -2,8 +2,7 @@
 
 The readable reference of the Triton kernels, and what runs on CPUs. Every buffer is made before the loop over blocks
 and reused in it, and the loop allocates nothing but the few numbers of the entries of y that fall into the block. No
-tensor of B x n (rows x own classes) exists, unless a budget is given for one (`kept_terms.py`), which saves one of the
-four matrix products and the second exp of the classes that fit.
+tensor of B x n (rows x own classes) exists.
 
 Most of the time goes into the four matrix products; the rest is kept to as few passes over a block as there can be:
 
@@ -24,7 +23,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.kept_terms import KeptTerms
 from instance_ssl.classifier.label_terms import entry_exp, entry_sums, gradient_terms
 from instance_ssl.classifier.matmul_rates import cache_bytes, fast_float32_products
 from instance_ssl.classifier.rounding import round_stochastically_
@@ -91,16 +89,8 @@ def softmax_sums(
     weight_nD: Tensor,
     labels: SmoothedLabels,
     options: SoftmaxOptions,
-    kept: KeptTerms | None = None,
 ) -> SoftmaxSums:
-    """First pass over the shard: its part of Z and Y and of the numerators of ∂J/∂x̂.
-
-    Args:
-        unit_x_BD: (B, D) normalised embeddings of the global batch.
-        weight_nD: (n, D) own rows of W, not normalised.
-        labels: the entries of y in this shard.
-        kept: filled with exp(s) of the classes that it has room for.
-    """
+    """First pass over the shard, see `softmax.Passes`."""
     num_rows = unit_x_BD.shape[0]
     logit_x_BD = _logit_embeddings(unit_x_BD, options)
     block = _UnitBlock(weight_nD, unit_x_BD, options)
@@ -112,10 +102,7 @@ def softmax_sums(
         for (start, stop), (first, last) in zip(block.bounds(), _entry_bounds(labels, block), strict=True):
             unit_mD = block.load(start, stop)
             shape = (num_rows, stop - start)
-            place = None if kept is None else kept.block(start, stop)
-            logit_Bm = _shaped(narrow, shape) if place is None else place[0]
-            if place is not None:
-                place[1].copy_(block.inverse_norms_m1)
+            logit_Bm = _shaped(narrow, shape)
             exp_Bm = logit_Bm if narrow is wide else _shaped(wide, shape)
             torch.mm(logit_x_BD, unit_mD.T, out=logit_Bm)
             places_p = labels.classes[first:last].sub(start).add_(labels.rows[first:last], alpha=stop - start)
@@ -138,20 +125,8 @@ def update_rows(
     *,
     total_rows: int | None = None,
     sum_gradient_: Callable[[Tensor], object] | None = None,
-    kept: KeptTerms | None = None,
 ) -> None:
-    """Second pass: each block's ∂J/∂w goes straight into its momentum, then its rows move. In place.
-
-    Args:
-        unit_x_BD: (B, D) normalised embeddings of the whole optimizer step (all micro-batches).
-        z_B: Z of all shards.
-        y_B: Y of all shards.
-        weight_nD: (n, D) own rows, updated.
-        momentum_nD: (n, D) their momentum, updated.
-        total_rows: rows that J is the mean over; None: B.
-        sum_gradient_: adds up a block's gradient over the replicas of this shard, in place; None: there is one.
-        kept: what the first pass over these very rows has filled; overwritten.
-    """
+    """Second pass over the shard, see `softmax.Passes`: each block's ∂J/∂w goes straight into its momentum."""
     num_rows = unit_x_BD.shape[0]
     at_once = block_classes(options, *unit_x_BD.shape)
     labels = replace(labels, exp=entry_exp(labels, weight_nD, unit_x_BD, options, at_once))
@@ -166,18 +141,10 @@ def update_rows(
     rows = _UpdatedRows(weight_nD, momentum_nD, block.length, update)
     with fast_float32_products(options.matmul_dtype):
         for (start, stop), (first, last) in zip(block.bounds(), _entry_bounds(labels, block), strict=True):
-            place = None if kept is None else kept.block(start, stop)
-            if place is None:
-                exp_mB = _shaped(buffer, (stop - start, num_rows))
-                torch.mm(block.load(start, stop), logit_x_DB, out=exp_mB).exp2_()
-                places_p = labels.classes[first:last].sub(start).mul_(num_rows).add_(labels.rows[first:last])
-                exp_mB.view(-1).index_copy_(0, places_p, term_P[first:last])
-            else:
-                exp_Bm, inverse_norms_m1 = place
-                block.recall(inverse_norms_m1)
-                exp_mB = exp_Bm.T
-                places_p = labels.classes[first:last].sub(start).add_(labels.rows[first:last], alpha=stop - start)
-                exp_Bm.view(-1).index_copy_(0, places_p, term_P[first:last])
+            exp_mB = _shaped(buffer, (stop - start, num_rows))
+            torch.mm(block.load(start, stop), logit_x_DB, out=exp_mB).exp2_()
+            places_p = labels.classes[first:last].sub(start).mul_(num_rows).add_(labels.rows[first:last])
+            exp_mB.view(-1).index_copy_(0, places_p, term_P[first:last])
             shape = torch.Size((stop - start, unit_x_BD.shape[1]))
             gradient_mD = _cast(torch.mm(exp_mB, scaled_x_BD, out=_shaped(narrow, shape)), _shaped(wide, shape))
             if sum_gradient_ is not None:
@@ -239,11 +206,6 @@ class _UnitBlock:
         inverse_norms(rows_mD, out=self.inverse_norms_m1)
         torch.mul(rows_mD, self.inverse_norms_m1, out=self.unit_mD)
         return _cast(self.unit_mD, self._matmul[: self._size])
-
-    def recall(self, inverse_norms_m1: Tensor) -> None:
-        """In place of `load` where only the norms are needed, and are known."""
-        self._size = len(inverse_norms_m1)
-        self.inverse_norms_m1.copy_(inverse_norms_m1)
 
     @property
     def unit_mD(self) -> Tensor:

@@ -11,11 +11,13 @@ a step of less than half a unit in the last place would otherwise be lost every 
 
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from instance_ssl.classifier import torch_passes
 from instance_ssl.classifier.label_terms import entry_exp, gradient_terms
 from instance_ssl.classifier.softmax import (
     RowUpdate,
@@ -119,13 +121,10 @@ def softmax_sums(
     *,
     tile: Tile | None = None,
 ) -> SoftmaxSums:
-    """First pass over the shard; see `torch_passes.softmax_sums`.
+    """First pass over the shard, see `softmax.Passes`; float32 embeddings, float32 or bfloat16 rows.
 
     Args:
-        unit_x_BD: (B, D) float32, normalised embeddings of the global batch.
-        weight_nD: (n, D) float32 or bfloat16, own rows of W, not normalised.
-        labels: the entries of y in this shard.
-        tile: block shape, for benchmarks.
+        tile: block shape, for tests; None: `forward_tile`.
     """
     from instance_ssl.classifier import triton_kernels as programs
 
@@ -202,20 +201,20 @@ def update_rows(
     update: RowUpdate,
     *,
     total_rows: int | None = None,
+    sum_gradient_: Callable[[Tensor], object] | None = None,
     tile: Tile | None = None,
 ) -> None:
-    """Second pass over the shard, in place; see `torch_passes.update_rows`.
+    """Second pass over the shard, see `softmax.Passes`; float32 embeddings, float32 or bfloat16 rows and momentum.
+
+    The kernel never writes the gradient to memory. Replicas, which have to sum it, take the PyTorch pass.
 
     Args:
-        unit_x_BD: (B, D) float32, normalised embeddings of the whole optimizer step.
-        z_B: Z of all shards.
-        y_B: Y of all shards.
-        labels: the entries of y in this shard.
-        weight_nD: (n, D) float32 or bfloat16 own rows, updated.
-        momentum_nD: (n, D) float32 or bfloat16, updated.
-        total_rows: rows that J is the mean over; None: B.
-        tile: block shape, for benchmarks.
+        tile: block shape, for tests; None: `update_tile`.
     """
+    if sum_gradient_ is not None:
+        arguments = unit_x_BD, z_B, y_B, labels, weight_nD, momentum_nD, options, update
+        torch_passes.update_rows(*arguments, total_rows=total_rows, sum_gradient_=sum_gradient_)
+        return
     from instance_ssl.classifier import triton_kernels as programs
 
     num_classes, dim = weight_nD.shape

@@ -81,7 +81,6 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
         kernels=choose_kernels(
             stage.ds.classifier.kernels, stage.world.device, stage.config.model.embedding_dim, stage.ds.matmul_dtype
         ),
-        kept_bytes=stage.ds.kept_bytes,
     )
     if stage.world.device.type == "cuda":
         options = _with_tried_kernels(stage, options)

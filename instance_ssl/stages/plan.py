@@ -120,7 +120,6 @@ def _training(
         classifier.loss_form,
         ds.matmul_dtype,
         choose_block_bytes(ds.block_bytes, _PLANNED),
-        kept_bytes=ds.kept_bytes,
     )
     size = ClassifierSize(
         num_instances=num_instances,

@@ -318,8 +318,7 @@ def plan_layout(layout: Layout, cost: EncoderCost, engine: EngineSize, classifie
             "momentum of W": memory.momentum,
             "hard-class table": memory.hard_classes,
         }
-        | ({"clock of sampled rows": memory.clock} if memory.clock else {})
-        | ({"terms kept between passes": memory.kept_terms} if memory.kept_terms else {}),
+        | ({"clock of sampled rows": memory.clock} if memory.clock else {}),
         phases={phase: parts for phase, parts in phases.items() if any(parts.values())},
         sent={"encoder": encoder_traffic(cost, engine), "classifier": classifier_traffic(classifier)},
         flops={"encoder": cost.flops * steps, "classifier": classifier_flops(classifier)},
