@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from instance_ssl.classifier.hard_class_table import ROWS_AT_ONCE
-from instance_ssl.classifier.hard_classes import fast_screen_dtype, search_bytes, tile_bytes, tile_edge
+from instance_ssl.classifier.hard_classes import ROWS_AT_ONCE, fast_screen_dtype, search_bytes, tile_bytes, tile_edge
 from instance_ssl.classifier.matmul_rates import onednn_multiplies_bfloat16
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.classifier.torch_passes import block_classes, sums_block_bytes, update_block_bytes

@@ -1,12 +1,34 @@
-"""Which implementation of the two passes a device runs, and in how much memory."""
+"""Which implementation of the two passes a device runs, and in how much memory; the kernels' self-test.
 
+The Triton kernels meet compilers and GPUs that nobody has tried them on. Each process therefore compares them with the
+PyTorch passes on a problem of a few tiles before it trusts them.
+"""
+
+from dataclasses import replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from instance_ssl.classifier import triton_passes
+from instance_ssl.classifier import torch_passes, triton_passes
+from instance_ssl.classifier.softmax import (
+    Passes,
+    RowUpdate,
+    SmoothedLabels,
+    SoftmaxOptions,
+    SoftmaxSums,
+    normalise_rows,
+    own_labels,
+    unit_feature_gradient,
+)
 from instance_ssl.config.choices import Kernels
 from instance_ssl.errors import UserError
+
+# Whole tiles and a part of one, of rows and of classes.
+_NUM_ROWS, _NUM_CLASSES, _NUM_HARD = 150, 700, 3
+_UPDATE = RowUpdate(learning_rate=1.0, momentum=0.9, weight_decay=1e-2, seed=7)
+# Of the norm. Roundings of bfloat16 come to less than 1 %, a tile that is wrong to far more.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
 def choose_kernels(
@@ -33,3 +55,85 @@ def choose_kernels(
 def choose_block_bytes(wanted: int | None, device: torch.device) -> int | None:
     """Memory of a block of classes; where it is left open, a CPU's cache decides (None) and a GPU gets 256 MiB."""
     return wanted if wanted is not None or device.type == "cpu" else 256 * 2**20
+
+
+def disagreement(
+    device: torch.device,
+    embedding_dim: int,
+    options: SoftmaxOptions,
+    row_dtype: torch.dtype,
+    momentum_dtype: torch.dtype,
+) -> str | None:
+    """Why the Triton kernels are not to be trusted with such a classifier on this device; None: they are.
+
+    Raises:
+        UserError: when the attempt has left the device unable to do anything else.
+    """
+    try:
+        errors = _relative_errors(device, embedding_dim, options, row_dtype, momentum_dtype)
+    except Exception as error:  # the compiler's, the driver's, the device's: the PyTorch passes need none of them
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if not _works(device):
+            raise UserError(
+                f"the Triton kernels have broken {device} for this process ({problem}): set "
+                "instance_classifier.kernels torch in the DeepSpeed JSON"
+            ) from None
+        return problem
+    rounded = torch.bfloat16 in (options.matmul_dtype, row_dtype, momentum_dtype)
+    allowed = _TOLERANCE[torch.bfloat16 if rounded else torch.float32]
+    for name, share in errors.items():
+        if not share <= allowed:  # not a number, too
+            return f"{name} differs from that of the PyTorch passes by {share:.2g} of its norm"
+    return None
+
+
+def _works(device: torch.device) -> bool:
+    """False after an illegal access of memory, say, which ends all that a process can do on a GPU."""
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _relative_errors(
+    device: torch.device,
+    embedding_dim: int,
+    options: SoftmaxOptions,
+    row_dtype: torch.dtype,
+    momentum_dtype: torch.dtype,
+) -> dict[str, float]:
+    """How far the kernels are from the PyTorch passes in what a step needs of either."""
+    unit_x_BD, weight_nD, momentum_nD, labels = _problem(device, embedding_dim)
+    weight_nD, momentum_nD = weight_nD.to(row_dtype), momentum_nD.to(momentum_dtype)
+    # The paper's τ: a small one magnifies roundings of bfloat16, which the passes do not have in the same places.
+    options = replace(options, temperature=0.15, block_bytes=None)
+    theirs = torch_passes.softmax_sums(unit_x_BD, weight_nD, labels, options)
+
+    def figures(passes: Passes, sums: SoftmaxSums) -> dict[str, Tensor]:
+        rows_nD, buffer_nD = weight_nD.clone(), momentum_nD.clone()
+        passes.update_rows(unit_x_BD, theirs.z_B, theirs.y_B, labels, rows_nD, buffer_nD, options, _UPDATE)
+        gradient_BD = unit_feature_gradient(sums, sums.z_B, sums.y_B, options, _NUM_ROWS)
+        return {"Z": sums.z_B, "∂x": gradient_BD, "momentum": buffer_nD, "step": rows_nD.float() - weight_nD.float()}
+
+    ours = figures(triton_passes, triton_passes.softmax_sums(unit_x_BD, weight_nD, labels, options))
+    wanted = figures(torch_passes, theirs)
+    norm = torch.linalg.vector_norm
+    return {
+        name: (norm(ours[name].float() - value.float()) / norm(value.float())).item() for name, value in wanted.items()
+    }
+
+
+def _problem(device: torch.device, embedding_dim: int) -> tuple[Tensor, Tensor, Tensor, SmoothedLabels]:
+    """Unit embeddings near the rows of their classes, rows, momentum, and smoothed labels."""
+    generator = torch.Generator().manual_seed(0)
+    # Short rows have large gradients, so that a step is not of old momentum alone.
+    weight_nD = 0.01 * torch.randn(_NUM_CLASSES, embedding_dim, generator=generator)
+    momentum_nD = 0.003 * torch.randn(_NUM_CLASSES, embedding_dim, generator=generator)
+    labels_B = torch.randint(0, _NUM_CLASSES, (_NUM_ROWS,), generator=generator)
+    unit_x_BD, _ = normalise_rows(
+        weight_nD[labels_B] + 0.01 * torch.randn(_NUM_ROWS, embedding_dim, generator=generator)
+    )
+    hard_BK = (labels_B[:, None] + torch.arange(1, _NUM_HARD + 1)) % _NUM_CLASSES
+    labels = own_labels(labels_B.to(device), hard_BK.to(device), 0.2, 0, _NUM_CLASSES, torch.float32)
+    return unit_x_BD.to(device), weight_nD.to(device), momentum_nD.to(device), labels

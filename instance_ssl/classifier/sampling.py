@@ -20,8 +20,7 @@ instead, which lets their momentum and decay depend on how often they are drawn.
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.rounding import round_stochastically_
-from instance_ssl.classifier.softmax import RowUpdate
+from instance_ssl.classifier.softmax import RowUpdate, round_stochastically_
 from instance_ssl.config.choices import SamplingMode
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from instance_ssl.classifier import torch_passes, triton_passes
-from instance_ssl.classifier.accumulated_step import PendingRows, SampledRows
 from instance_ssl.classifier.excluded_classes import LeftOutClasses
 from instance_ssl.classifier.hard_classes import find_hard_classes, search_bytes
 from instance_ssl.classifier.sampling import ClassSampler, RowClock
@@ -51,6 +50,26 @@ class ShardOutput:
     log_z: Tensor
     num_zero_features: Tensor
     feature_gradient_bD: Tensor
+
+
+@dataclass(frozen=True)
+class _PendingRows:
+    """What the second pass needs of a micro-batch whose weight gradient is still owed."""
+
+    unit_x_BD: Tensor
+    z_B: Tensor
+    y_B: Tensor
+    labels: SmoothedLabels
+    total_rows: int
+
+
+@dataclass(frozen=True)
+class _SampledRows:
+    """The own rows that take part in this step, copied out of W: their places in it, ascending, and their contents."""
+
+    places: Tensor
+    weight: Tensor
+    momentum: Tensor
 
 
 class ClassifierShard:
@@ -113,8 +132,8 @@ class ClassifierShard:
         self.steps_taken = 0
         self._compute_dtype = torch.promote_types(row_dtype, torch.float32)
         self._clock = None if sampler is None else RowClock(self.weight, self.momentum_buffer)
-        self._sampled: SampledRows | None = None
-        self._pending: list[PendingRows] = []
+        self._sampled: _SampledRows | None = None
+        self._pending: list[_PendingRows] = []
         self._copies: dict[str, Tensor | None] = {}
 
     @property
@@ -139,7 +158,7 @@ class ClassifierShard:
         drawn = self.sampler.draw(positives, self.steps_taken)
         places = (drawn[(drawn >= self.start) & (drawn < self.stop)] - self.start).to(self.weight.device)
         self._clock.settle(places, self._rounding_seed)
-        self._sampled = SampledRows(places, self.weight[places], self.momentum_buffer[places])
+        self._sampled = _SampledRows(places, self.weight[places], self.momentum_buffer[places])
 
     @torch.no_grad()
     def forward(
@@ -163,7 +182,7 @@ class ClassifierShard:
         z_B, y_B = self.group.all_reduce_sum_(torch.stack([own_z_B, sums.y_B]))
         gradient_BD = unit_feature_gradient(sums, z_B, y_B, self.options, total_rows)
         gradient_bD = self.group.reduce_scatter_rows(gradient_BD, row_counts)
-        self._pending.append(PendingRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows))
+        self._pending.append(_PendingRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows))
         loss = row_losses(z_B, y_B, self.options.form).sum()
         num_zero_features = (torch.linalg.vector_norm(unit_x_BD, dim=1) == 0).sum()
         figures = self._sum_over_replicas(torch.stack([loss, z_B.log().mean(), num_zero_features.to(loss.dtype)]))

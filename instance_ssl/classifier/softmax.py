@@ -265,3 +265,17 @@ def unit_feature_gradient(
     """
     sparse_BD = sums.sparse_BD / y_B[:, None] if options.form == "mixture" else sums.sparse_BD
     return (sums.dense_BD / z_B[:, None] - sparse_BD) / (options.temperature * total_rows)
+
+
+def round_stochastically_(values: Tensor, bits: Tensor, generator: torch.Generator) -> Tensor:
+    """Float32 values to one of their two bfloat16 neighbours, in place, each with the probability of its nearness.
+
+    A step of SGD is far below half a unit of bfloat16's last place: rounding to nearest would lose it always, this
+    keeps it on average. Random low bits are added, then the low half of the float32 is cut off.
+
+    Args:
+        bits: int32 buffer of the same shape.
+    """
+    as_bits = values.view(torch.int32)
+    as_bits.add_(bits.random_(0, 1 << 16, generator=generator)).bitwise_and_(-(1 << 16))
+    return values

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from instance_ssl.classifier.label_terms import entry_exp, entry_sums, gradient_terms
 from instance_ssl.classifier.matmul_rates import cache_bytes, fast_float32_products
-from instance_ssl.classifier.rounding import round_stochastically_
 from instance_ssl.classifier.softmax import (
     RowUpdate,
     SmoothedLabels,
     SoftmaxOptions,
     SoftmaxSums,
     inverse_norms,
+    round_stochastically_,
 )
 
 # A block chosen by the cache: a shorter one spends its time between operations and in small products, a longer one
