@@ -8,11 +8,11 @@ import torch
 
 from instance_ssl.benchmarks.classifier import VARIANTS, Problem, Running, gradient_error
 from instance_ssl.benchmarks.measure import Timing, peak_bytes, time_interleaved
-from instance_ssl.classifier.footprint import step_flops
 from instance_ssl.classifier.matmul_rates import matmul_rate
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.training.classifier_cost import step_flops
 
 Row = dict[str, Any]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from instance_ssl.classifier.footprint import ClassifierSize
 from instance_ssl.classifier.kernel_selection import choose_block_bytes
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
@@ -19,6 +18,7 @@ from instance_ssl.run.build import describe_encoder, describe_stem_cost, seeded_
 from instance_ssl.run.checks import check_size
 from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
 from instance_ssl.training import engine
+from instance_ssl.training.classifier_cost import ClassifierSize
 from instance_ssl.training.memory_plan import LAYOUTS, EncoderCost, Layout, Plan, engine_size, measure_encoder
 from instance_ssl.training.paper_tables import PAPER_GIB, Training, draw_figure_3, table_1
 

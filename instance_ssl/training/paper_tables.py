@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from instance_ssl.classifier.footprint import ClassifierSize
 from instance_ssl.errors import UserError
+from instance_ssl.training.classifier_cost import ClassifierSize
 from instance_ssl.training.memory_plan import LAYOUTS, EncoderCost, EngineSize, Layout, Plan, plan_layout
 
 # Images, and Table 1's GB a GPU of DDP and DHP on 64 V100; None: out of memory.

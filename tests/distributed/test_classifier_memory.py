@@ -11,12 +11,12 @@ from memory import measure_allocations
 from ranks import run_ranks
 
 from instance_ssl.classifier import matmul_rates
-from instance_ssl.classifier.footprint import ClassifierSize, classifier_memory, classifier_traffic
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
+from instance_ssl.training.classifier_cost import ClassifierSize, classifier_memory, classifier_traffic
 
 REPEATS = 10
 FLOAT32 = SoftmaxOptions(0.15, "mixture", torch.float32, 2**20)
