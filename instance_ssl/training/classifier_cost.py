@@ -144,17 +144,12 @@ def classifier_memory(size: ClassifierSize) -> ClassifierMemory:
     """Memory of rank 0's shard."""
     shape, n = replace(size, num_instances=0), size.stepped_classes
     one, full = _step(shape, 1), _step(shape, size.block_classes * _blocks_to_run(size))
-    rows, width = size.gathered_rows, size.embedding_dim
-    dtypes = {"row_dtype": size.row_dtype, "momentum_dtype": size.momentum_dtype}
-    sums_block = functools.partial(sums_block_bytes, size.options, num_rows=rows, embedding_dim=width)
-    update_block = functools.partial(
-        update_block_bytes, size.options, num_rows=rows * size.accumulation_steps, embedding_dim=width, **dtypes
-    )
     most, most_updated = size.block_classes, size.update_block_classes
-    sums, updated = min(n, most), min(n, most_updated)
+    sums_block, update_block = _block_bytes(size, min(n, most), min(n, most_updated))
+    full_sums_block, full_update_block = _block_bytes(size, most, most_updated)
     hidden, hidden_in_update = _hidden_bytes(size)
-    first_pass = full.first_pass + hidden - sums_block(most) + sums_block(sums)
-    update = full.update + hidden_in_update - update_block(most_updated) + update_block(updated)
+    first_pass = full.first_pass + hidden - full_sums_block + sums_block
+    update = full.update + hidden_in_update - full_update_block + update_block
     sampled = full.sampled_row * n
     local = {name: count * size.local_classes for name, count in one.row_bytes.items()}
     return ClassifierMemory(
@@ -162,12 +157,23 @@ def classifier_memory(size: ClassifierSize) -> ClassifierMemory:
         momentum=local["momentum"],
         hard_classes=local.get("hard_classes", 0),
         clock=local.get("steps_seen", 0),
-        sums_block=sums_block(sums),
-        update_block=update_block(updated),
+        sums_block=sums_block,
+        update_block=update_block,
         first_pass=sampled + max(one.first_pass, first_pass),
         pending=sampled + one.pending,
         update=sampled + max(one.update, update),
         refresh=_search(size) if size.num_hard_classes else 0,
+    )
+
+
+def _block_bytes(size: ClassifierSize, num_classes: int, num_updated: int) -> tuple[int, int]:
+    """Buffers of a block in the first and the second pass, as the passes count them against their budget."""
+    rows, width = size.gathered_rows, size.embedding_dim
+    dtypes = {"row_dtype": size.row_dtype, "momentum_dtype": size.momentum_dtype}
+    update_rows = rows * size.accumulation_steps
+    return (
+        sums_block_bytes(size.options, num_classes, rows, width),
+        update_block_bytes(size.options, num_updated, update_rows, width, **dtypes),
     )
 
 
