@@ -1,7 +1,7 @@
-"""Which implementation of the two passes a device runs, and in how much memory; the kernels' self-test.
+"""Chooses the implementation of the two passes and the block budget; self-test of the Triton kernels.
 
-The Triton kernels meet compilers and GPUs that nobody has tried them on. Each process therefore compares them with the
-PyTorch passes on a problem of a few tiles before it trusts them.
+The kernels run with compilers and on GPUs that they have never been tested with. Each process therefore compares them
+with the PyTorch passes on a problem of a few tiles before it uses them.
 """
 
 from dataclasses import replace
@@ -24,10 +24,10 @@ from instance_ssl.classifier.softmax import (
 from instance_ssl.config.choices import Kernels
 from instance_ssl.errors import UserError
 
-# Whole tiles and a part of one, of rows and of classes.
+# Whole tiles and a partial one, of rows and of classes.
 _NUM_ROWS, _NUM_CLASSES, _NUM_HARD = 150, 700, 3
 _UPDATE = RowUpdate(learning_rate=1.0, momentum=0.9, weight_decay=1e-2, seed=7)
-# Of the norm. Roundings of bfloat16 come to less than 1 %, a tile that is wrong to far more.
+# Relative to the norm. bfloat16's roundings come to less than 1 %, a wrong tile to far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
@@ -40,7 +40,7 @@ def choose_kernels(
     """The implementation of the two passes on this device: Triton on CUDA, PyTorch elsewhere.
 
     Raises:
-        UserError: when Triton is asked for where it cannot run.
+        UserError: if `wanted` is `triton` and it cannot run.
     """
     runs_triton = wanted != "torch" and triton_passes.available(device, embedding_dim, matmul_dtype)
     if wanted == "triton" and not runs_triton:
@@ -53,7 +53,7 @@ def choose_kernels(
 
 
 def choose_block_bytes(wanted: int | None, device: torch.device) -> int | None:
-    """Memory of a block of classes; where it is left open, a CPU's cache decides (None) and a GPU gets 256 MiB."""
+    """Memory of a block of classes. If `wanted` is None, a CPU's cache decides (None) and a GPU gets 256 MiB."""
     return wanted if wanted is not None or device.type == "cpu" else 256 * 2**20
 
 
@@ -64,14 +64,14 @@ def disagreement(
     row_dtype: torch.dtype,
     momentum_dtype: torch.dtype,
 ) -> str | None:
-    """Why the Triton kernels are not to be trusted with such a classifier on this device; None: they are.
+    """Self-test of the Triton kernels against the PyTorch passes: one line on what is wrong; None: nothing.
 
     Raises:
-        UserError: when the attempt has left the device unable to do anything else.
+        UserError: if the attempt has left the device unusable for this process.
     """
     try:
         errors = _relative_errors(device, embedding_dim, options, row_dtype, momentum_dtype)
-    except Exception as error:  # the compiler's, the driver's, the device's: the PyTorch passes need none of them
+    except Exception as error:  # of compiler, driver or device, none of which the PyTorch passes need
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if not _works(device):
             raise UserError(
@@ -88,7 +88,7 @@ def disagreement(
 
 
 def _works(device: torch.device) -> bool:
-    """False after an illegal access of memory, say, which ends all that a process can do on a GPU."""
+    """False after an illegal memory access, for example, after which a process cannot use the GPU."""
     try:
         torch.zeros(1, device=device).item()
     except RuntimeError:
@@ -103,10 +103,10 @@ def _relative_errors(
     row_dtype: torch.dtype,
     momentum_dtype: torch.dtype,
 ) -> dict[str, float]:
-    """How far the kernels are from the PyTorch passes in what a step needs of either."""
+    """Relative error of the kernels against the PyTorch passes, in each result that a step uses."""
     unit_x_BD, weight_nD, momentum_nD, labels = _problem(device, embedding_dim)
     weight_nD, momentum_nD = weight_nD.to(row_dtype), momentum_nD.to(momentum_dtype)
-    # The paper's τ: a small one magnifies roundings of bfloat16, which the passes do not have in the same places.
+    # The paper's τ: a small one magnifies bfloat16's roundings, which the two have in different places.
     options = replace(options, temperature=0.15, block_bytes=None)
     theirs = torch_passes.softmax_sums(unit_x_BD, weight_nD, labels, options)
 
@@ -127,7 +127,7 @@ def _relative_errors(
 def _problem(device: torch.device, embedding_dim: int) -> tuple[Tensor, Tensor, Tensor, SmoothedLabels]:
     """Unit embeddings near the rows of their classes, rows, momentum, and smoothed labels."""
     generator = torch.Generator().manual_seed(0)
-    # Short rows have large gradients, so that a step is not of old momentum alone.
+    # Short rows have large gradients, so that a step is more than old momentum.
     weight_nD = 0.01 * torch.randn(_NUM_CLASSES, embedding_dim, generator=generator)
     momentum_nD = 0.003 * torch.randn(_NUM_CLASSES, embedding_dim, generator=generator)
     labels_B = torch.randint(0, _NUM_CLASSES, (_NUM_ROWS,), generator=generator)
