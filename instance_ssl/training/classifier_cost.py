@@ -11,7 +11,8 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +36,7 @@ from instance_ssl.distributed.partition import Partition
 from instance_ssl.training.live_bytes import LiveBytes
 
 _CPU = torch.device("cpu")
-# Without their results a block's logits, terms and sums are never touched, and their memory is never mapped.
-_SKIPPED = {torch.ops.aten.mm.out, torch.ops.aten.exp2_.default, torch.ops.aten.sum.IntList_out}
-_LARGE = 2**24  # numbers in a tensor that is not copied either
+_LARGE = 2**24  # numbers in a copy that is skipped
 _MOST_CLASSES = 2**16  # in a run of several blocks
 
 
@@ -204,11 +203,6 @@ def step_flops(num_rows: int, num_classes: int, embedding_dim: int) -> int:
     return 8 * num_rows * num_classes * embedding_dim
 
 
-class _Done:
-    def wait(self) -> None:
-        """A transfer that has nothing to wait for."""
-
-
 @dataclass(frozen=True)
 class _AbsentRanks(Group):
     """Rank 0 of a group whose other ranks do not run: collectives count their bytes and allocate their results.
@@ -234,7 +228,7 @@ class _AbsentRanks(Group):
         return [count] * self.size
 
     def start_broadcast_(self, tensor: Tensor, source: int) -> Transfer:
-        return Transfer(tensor, _Done())
+        return Transfer(tensor, SimpleNamespace(wait=lambda: None))
 
     def _all_reduce(self, tensor: Tensor, operation: Any) -> None:
         self._count("all_reduce", tensor)
@@ -242,35 +236,22 @@ class _AbsentRanks(Group):
             tensor.copy_(self.hard_BK)
 
 
-class _SkippingProducts(LiveBytes):
-    def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Runs one operation, or returns the output as it is."""
-        if func in _SKIPPED:
-            return kwargs.get("out", args[0])
-        if func is torch.ops.aten.copy_.default and args[0].numel() > _LARGE:
-            return args[0]
-        return super().compute(func, args, kwargs)
+def _decides_nothing(func: Any, args: Any) -> bool:
+    """Products, exp and sums of a block, and its copy: skipped, they never touch their memory, nor is it mapped."""
+    aten = torch.ops.aten
+    is_large_copy = func is aten.copy_.default and args[0].numel() > _LARGE
+    return is_large_copy or func in (aten.mm.out, aten.exp2_.default, aten.sum.IntList_out)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """Bytes of an optimizer step above the resident ones and those of sampled rows.
-
-    Attributes:
-        first_pass: peak of the last micro-batch's `forward`.
-        pending: between `forward` and `step`.
-        update: peak of `step`.
-        sampled_row: of one sampled row and its momentum, held from `begin_step` to `step`.
-        row_bytes: resident, of one local class, by name.
-        sent: by collective, in the forward passes.
-    """
+class _Step(NamedTuple):
+    """Bytes of an optimizer step; the first three above the resident ones and those of sampled rows."""
 
     first_pass: int
     pending: int
     update: int
-    sampled_row: int
-    row_bytes: dict[str, int]
-    sent: Counter[str]
+    sampled_row: int  # of one sampled row and its momentum, held from `begin_step` to `step`
+    row_bytes: dict[str, int]  # resident, of one local class, by name
+    sent: Counter[str]  # by collective, in the forward passes
 
 
 @functools.cache
@@ -284,7 +265,7 @@ def _step(size: ClassifierSize, num_classes: int) -> _Step:
         for count in (size.group_size, size.num_replicas)
     )
     float32_precision()  # its self-test, once a process, does not count
-    with _SkippingProducts([labels_B, hard_BK]) as counted:
+    with LiveBytes([labels_B, hard_BK], skips=_decides_nothing) as counted:
         shard = ClassifierShard(
             total,
             size.embedding_dim,

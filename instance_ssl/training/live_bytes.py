@@ -1,6 +1,6 @@
 """Counts the bytes of live tensors, operation by operation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import finalize
 
@@ -17,28 +17,27 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         known: tensors that existed before and do not count.
+        skips: whether to skip an in-place or out= operation, given it and its arguments; its output stays as it is.
 
     Attributes:
         live: bytes now.
         peak: the most bytes since the start, or since `peak` was last assigned.
     """
 
-    def __init__(self, known: list[Tensor]) -> None:
+    def __init__(self, known: list[Tensor], skips: Callable[[Any, Any], bool] = lambda func, args: False) -> None:
         super().__init__()
+        self._skips = skips
         self.live = self.peak = 0
         self._storages = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = self.compute(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        result = kwargs.get("out", args[0]) if self._skips(func, args) else func(*args, **kwargs)
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 for part in _dense_parts(value):
                     self._add(part.untyped_storage())
         return result
-
-    def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Runs one operation; a subclass may skip it."""
-        return func(*args, **kwargs)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self._storages:
