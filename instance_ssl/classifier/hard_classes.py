@@ -1,22 +1,23 @@
-"""The K most similar other classes of every class, exactly (paper, "Smoothing Labels of Hardest Classes").
+"""Exact search for the K most similar other classes of every class (paper, "Smoothing Labels of Hardest Classes").
 
-Query rows stay with their owner, class blocks travel: each rank in turn broadcasts its rows block by block, the next
-block under way while this one is worked on. N x N is never stored. A tile of queries x classes costs
+Query rows stay with their owner and class blocks travel: each rank in turn broadcasts its rows block by block, and the
+next block is sent while this one is processed. N x N is never stored. A tile of queries x classes costs
 
-1. one product of unit rows in low precision, whose error is bounded (`hard_class_screening`); tiles of own rows by own
-   rows serve their rows and their columns;
-2. a look at the maxima of groups of scores, which tells where any reaches what its query's K-th best already reaches;
-3. for those few, the exact cosine, which alone decides (`hard_class_table`).
+1. one product of unit rows in low precision with a bounded error (`hard_class_screening`); a tile of local rows by
+   local rows serves both its rows and its columns;
+2. maxima over groups of scores, which show where a score reaches the bound of its query's K-th best;
+3. for those few, the exact cosine, which alone decides: the float64 sum of the products of two float32 unit rows,
+   rounded to float32. It depends neither on the shape of a block nor on the number of ranks.
 
-A first look at all own rows gives every query a bound to begin with: K groups of classes whose maxima reach a score
-hold K classes that do. It costs a product more, and saves the exact cosines of several hundred candidates a row. Tiles
-where the bounds separate little (no bound yet, or most rows alike) are computed exactly as a whole: slower, with the
-same result.
+A first pass over all local rows gives every query an initial bound: K groups of classes whose maxima reach a score hold
+K classes that do. It costs one more product and saves the exact cosines of several hundred candidates a row. Tiles that
+the bounds hardly separate (no bound yet, or most rows alike) are computed exactly as a whole: slower, same result.
 
-Equal cosines (duplicate images, say) are settled by the lower id, whatever the block size or the number of ranks.
+Equal cosines (of duplicate images, for example) go to the lower id, whatever the block size or the number of ranks.
 Classes whose rows are not finite are excluded: they are in nobody's table and have none.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -31,21 +32,24 @@ from instance_ssl.classifier.hard_class_screening import (
     passing_pairs,
     passing_pairs_transposed,
 )
-from instance_ssl.classifier.hard_class_table import HardTable, block_keys, pair_keys
 from instance_ssl.classifier.softmax import directions, finite_rows
+from instance_ssl.classifier.tie_breaking import LOWEST_KEY, pack_pairs, pack_scores, unpack_scores
 from instance_ssl.distributed.comm import Group, Transfer
 from instance_ssl.distributed.partition import Partition, Parts
 
-# Longer tiles leave the cache of a CPU core; on a GPU they cost fewer waits of the host.
+# Longer tiles leave the cache of a CPU core; on a GPU they make the host wait less often.
 _MAX_EDGE = {"cpu": 2048, "cuda": 16384}
 
-# Groups of the first look, for each of the K: with at least 2.5 the bound is that of the 1.3 K-th best or a nearer one.
+# Groups of the first pass for each of the K: with 2.5 or more, the bound is at least that of the 1.3 K-th best.
 _GROUPS_PER_HARD_CLASS = 2.5
 
-# Scratch memory on a CPU where the configuration leaves it open.
+# Scratch memory on a CPU if the configuration leaves it open.
 _DEFAULT_SEARCH_BYTES = 32 * 2**20
-# On a GPU the host waits several times a tile: it gets longer ones than the softmax has blocks.
+# On a GPU the host waits several times a tile, so tiles are larger than the blocks of the softmax.
 _SEARCH_BLOCKS_ON_GPU = 8
+
+# Rows whose keys are unpacked at once: 26 MB for K = 100.
+ROWS_AT_ONCE = 8192
 
 
 def find_hard_classes(
@@ -121,14 +125,14 @@ def _search(
 
 
 def search_bytes(block_bytes: int | None, device: torch.device) -> int:
-    """Scratch memory of the search, for a softmax whose blocks take so much (None: as much as the cache says)."""
+    """Scratch memory of the search, given the block budget of the softmax (None: chosen by the cache)."""
     if block_bytes is None:
         return _DEFAULT_SEARCH_BYTES
     return block_bytes if device.type == "cpu" else _SEARCH_BLOCKS_ON_GPU * block_bytes
 
 
 def fast_screen_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where matrices of it are multiplied faster than float32 ones. One that is not here is new."""
+    """bfloat16 where its products are faster than float32's. An absent GPU is assumed to be Ampere or newer."""
     if device.type == "cuda":
         has_bfloat16 = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     else:
@@ -138,13 +142,13 @@ def fast_screen_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows of W beside each other.
+    """Consecutive rows of W.
 
     Attributes:
         first_id: class of the first row.
         unit_mD: (m, D) float32 unit rows.
-        low_eD: (E, D) the same in the screening's precision, with zeros after them.
-        own_index: which of this rank's blocks it is; None for another rank's.
+        low_eD: (E, D) the same in the screening's precision, padded with zeros.
+        own_index: index among this rank's blocks; None for another rank's.
     """
 
     first_id: int
@@ -181,7 +185,7 @@ class _Search:
         self.scores_ee = torch.empty(self.edge, self.edge, dtype=self.screen.dtype, device=device)
 
     def look_first(self) -> None:
-        """Gives every own row a bound that its K-th best reaches: that of its K-th best group of own classes."""
+        """Gives every local row a bound that its K-th best reaches: that of its K-th best group of local classes."""
         num_groups = self.edge
         while num_groups % 2 == 0 and num_groups // 2 >= _GROUPS_PER_HARD_CLASS * self.table.k:
             num_groups //= 2
@@ -197,7 +201,7 @@ class _Search:
             self.table.bounds_n[own] = self.screen.exact_bounds(bits_q, self.margins_n[own])
 
     def class_blocks(self) -> Iterator[_Block]:
-        """All ranks' blocks, in order of rank; the next one is on its way while one is worked on."""
+        """All ranks' blocks in order of rank; the next one is sent while one is processed."""
         plan = [
             (source, first, min(self.edge, self.partition.bounds(source)[1] - first))
             for source in range(self.group.size)
@@ -213,8 +217,8 @@ class _Search:
             yield self.blocks[own_index] if source == self.group.rank else self._block(unit_mD, first, None)
 
     def take(self, block: _Block) -> None:
-        """Enters a class block's candidates for all own queries."""
-        # Own blocks meet each pair of blocks once: the later block's turn serves both.
+        """Adds a class block's candidates for all local queries."""
+        # Each pair of local blocks is scored once: the later block's turn serves both.
         queries = self.blocks if block.own_index is None else self.blocks[: block.own_index + 1]
         class_double_mD = block.unit_mD.double()
         for query in queries:
@@ -229,7 +233,7 @@ class _Search:
     def _enter(
         self, query: _Block, block: _Block, query_qD: Tensor, class_mD: Tensor, pairs: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Enters the pairs that passed, or all when None, with their exact cosines; rows are given in float64."""
+        """Adds the pairs that passed (None: all) with their exact cosines; rows are float64."""
         first_row = query.first_id - self.start
         if pairs is None:
             step = max(1, min(256, self.block_bytes // (64 * max(len(class_mD), self.table.k))))
@@ -270,7 +274,7 @@ class _Search:
 
 
 def tile_edge(block_bytes: int, embedding_dim: int, longest_part: int, device_type: str) -> int:
-    """E, a multiple of the groups' length: the largest tile whose scratch memory is in the budget."""
+    """E, a multiple of the groups' length: the largest tile whose scratch memory fits the budget."""
     edge = GROUP
     while tile_bytes(2 * edge, embedding_dim) <= block_bytes and edge < _MAX_EDGE[device_type]:
         edge *= 2
@@ -278,5 +282,93 @@ def tile_edge(block_bytes: int, embedding_dim: int, longest_part: int, device_ty
 
 
 def tile_bytes(edge: int, embedding_dim: int) -> int:
-    """Scratch memory of a tile of E x E scores, of what is picked from it, and of a few class blocks."""
+    """Scratch memory of a tile of E x E scores, of the pairs picked from it, and of a few class blocks."""
     return edge * (edge * 6 + embedding_dim * 26)
+
+
+class HardTable:
+    """Up to `capacity` candidates a row, in any order; a full row is cut back to its best K.
+
+    Attributes:
+        keys_nC: (n, C) packed exact cosines and ids; columns from `filled_n` on are empty.
+        bounds_n: (n,) exact cosine that the K-th best is known to reach; -inf if none is known.
+    """
+
+    def __init__(self, num_rows: int, num_hard_classes: int, num_classes: int, device: torch.device) -> None:
+        self.k = num_hard_classes
+        self.capacity = min(2 * num_hard_classes, num_classes)
+        self.keys_nC = torch.full((num_rows, self.capacity), LOWEST_KEY, dtype=torch.int64, device=device)
+        self.filled_n = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.bounds_n = torch.full((num_rows,), -torch.inf, device=device)
+
+    def add_pairs(self, first_row: int, num_rows: int, rows_P: Tensor, keys_P: Tensor) -> None:
+        """Adds candidates of rows from `first_row` on; `rows_P` counts from there and ascends.
+
+        Cutting a full row back raises its bound.
+        """
+        while True:
+            counts = torch.bincount(rows_P, minlength=num_rows)
+            firsts = counts.cumsum(0) - counts
+            filled = self.filled_n[first_row : first_row + num_rows]
+            places_P = (filled - firsts)[rows_P] + torch.arange(len(rows_P), device=rows_P.device)
+            fits_P = places_P < self.capacity
+            if bool(fits_P.all()):
+                self.keys_nC[first_row + rows_P, places_P] = keys_P
+                filled += counts
+                return
+            fit_rows_P, rest_P = rows_P[fits_P], ~fits_P
+            self.keys_nC[first_row + fit_rows_P, places_P[fits_P]] = keys_P[fits_P]
+            filled += torch.bincount(fit_rows_P, minlength=num_rows)
+            self._cut_back(first_row + torch.unique_consecutive(rows_P[rest_P]))
+            rows_P, keys_P = rows_P[rest_P], keys_P[rest_P]
+
+    def add_block(self, rows: slice, keys_qm: Tensor) -> None:
+        """Adds a dense block of keys: all candidates of a range of rows."""
+        merged = torch.cat([self.keys_nC[rows], keys_qm], dim=1)
+        self._keep(rows, torch.topk(merged, self.k, dim=1, sorted=False).values)
+
+    def ids(self) -> Tensor:
+        """(n, K) int32 ids, hardest first."""
+        ids_nK = torch.empty(len(self.keys_nC), self.k, dtype=torch.int32, device=self.keys_nC.device)
+        for first in range(0, len(ids_nK), ROWS_AT_ONCE):  # unpacked keys of all rows would exceed W
+            best = torch.topk(self.keys_nC[first : first + ROWS_AT_ONCE], self.k, dim=1).values
+            ids_nK[first : first + ROWS_AT_ONCE] = unpack_scores(best)[1]
+        return ids_nK
+
+    def _cut_back(self, rows: Tensor) -> None:
+        self._keep(rows, torch.topk(self.keys_nC[rows], self.k, dim=1, sorted=False).values)
+
+    def _keep(self, rows: Tensor | slice, best_qK: Tensor) -> None:
+        self.keys_nC[rows, : self.k] = best_qK
+        self.keys_nC[rows, self.k :] = LOWEST_KEY
+        kth_q = best_qK.amin(dim=1)
+        filled_q = (best_qK != LOWEST_KEY).sum(dim=1)
+        self.filled_n[rows] = filled_q
+        bounds_q = torch.where(filled_q == self.k, unpack_scores(kth_q)[0], -torch.inf)
+        self.bounds_n[rows] = torch.maximum(self.bounds_n[rows], bounds_q)
+
+
+def pair_keys(query_qD: Tensor, class_mD: Tensor, rows_P: Tensor, columns_P: Tensor, first_class: int) -> Tensor:
+    """Keys (P,) of the exact cosines of some pairs of unit rows, given in float64; `rows_P` ascends.
+
+    A product of two dense matrices taken only where a sparse one has entries: no row is copied.
+    """
+    counts = torch.bincount(rows_P, minlength=len(query_qD))
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    values = torch.zeros(len(rows_P), dtype=torch.float64, device=rows_P.device)
+    with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
+        warnings.simplefilter("ignore", UserWarning)
+        pattern = torch.sparse_csr_tensor(
+            starts, columns_P, values, (len(query_qD), len(class_mD)), check_invariants=False
+        )
+    cosine_P = torch.sparse.sampled_addmm(pattern, query_qD, class_mD.T, beta=0.0).values().float()
+    return pack_pairs(cosine_P, first_class + columns_P)
+
+
+def block_keys(query_qD: Tensor, class_mD: Tensor, first_query: int, first_class: int) -> Tensor:
+    """Keys (q, m) of the exact cosines of all pairs of unit rows, given in float64; own cosines order below all."""
+    keys_qm = pack_scores((query_qD @ class_mD.T).float(), first_class)
+    both = range(max(first_query, first_class), min(first_query + keys_qm.shape[0], first_class + keys_qm.shape[1]))
+    ids = torch.arange(both.start, max(both.start, both.stop), device=keys_qm.device)
+    keys_qm[ids - first_query, ids - first_class] = LOWEST_KEY
+    return keys_qm

@@ -1,6 +1,6 @@
-"""The entries of y, K + 1 a row of the batch, and their terms of the softmax: apart from the products over all classes.
+"""Terms of the softmax for the entries of y, K + 1 a row of the batch, apart from the products over all classes.
 
-Exact whatever the precision of those, and many blocks' at once.
+They are exact whatever the precision of those products, and are computed for many blocks at once.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from instance_ssl.classifier.softmax import SmoothedLabels, SoftmaxOptions, Soft
 
 @dataclass(frozen=True)
 class _EntryTerms:
-    """Some entries of y and their terms of the softmax, exact whatever the precision of the products.
+    """Some entries of y and their exact terms of the softmax.
 
     Attributes:
         rows: (p,) int64.
@@ -32,7 +32,7 @@ class _EntryTerms:
     exp: Tensor
 
     def sums(self, values_p: Tensor, num_rows: int) -> Tensor:
-        """Σ_j values_j ŵ_j over each row's entries, (B, D); the entries have to ascend by row."""
+        """Σ_j values_j ŵ_j over each row's entries, (B, D); entries ascend by row."""
         row_starts = torch.searchsorted(self.rows, torch.arange(num_rows + 1, device=self.rows.device))
         columns = torch.arange(len(values_p), device=values_p.device)
         return _sparse_matrix(row_starts, columns, values_p, num_rows, len(values_p)) @ self.unit_pD
@@ -41,7 +41,7 @@ class _EntryTerms:
 def _entry_terms(
     labels: SmoothedLabels, weight_nD: Tensor, unit_x_BD: Tensor, options: SoftmaxOptions, at_once: int
 ) -> Iterator[_EntryTerms]:
-    """Entries of y in the order of `labels`, so many at once."""
+    """Entries of y in the order of `labels`, `at_once` at a time."""
     split = zip(labels.rows.split(at_once), labels.classes.split(at_once), labels.values.split(at_once), strict=True)
     for rows_p, classes_p, values_p in split:
         unit_pD = weight_nD.index_select(0, classes_p).to(unit_x_BD.dtype)
@@ -56,10 +56,9 @@ def _entry_terms(
 def entry_sums(
     labels: SmoothedLabels, weight_nD: Tensor, unit_x_BD: Tensor, options: SoftmaxOptions, at_once: int
 ) -> SoftmaxSums:
-    """What the entries of y alone give.
+    """Sums over the entries of y alone.
 
-    The terms that Z and Y have in common, and A and C, are the very same numbers: their errors cancel where a row
-    knows its class.
+    Z and Y, and A and C, share the very same terms, so that their errors cancel where a row knows its class.
     """
     num_rows, mixture = len(unit_x_BD), options.form == "mixture"
     shape, exp_P = unit_x_BD.shape, unit_x_BD.new_empty(len(labels.rows))
@@ -82,7 +81,7 @@ def entry_sums(
 def entry_exp(
     labels: SmoothedLabels, weight_nD: Tensor, unit_x_BD: Tensor, options: SoftmaxOptions, at_once: int
 ) -> Tensor:
-    """exp(s_ij) of each entry of y, (P,): those that the first pass has found, or else computed."""
+    """exp(s_ij) of each entry of y, (P,): from the first pass if it kept them, otherwise computed."""
     if labels.exp is not None:
         return labels.exp
     return torch.cat([part.exp for part in _entry_terms(labels, weight_nD, unit_x_BD, options, at_once)])
@@ -91,7 +90,7 @@ def entry_exp(
 def gradient_terms(z_B: Tensor, y_B: Tensor, labels: SmoothedLabels, options: SoftmaxOptions) -> Tensor:
     """Z_i (p_ij - q_ij) of each entry of y, in the order of `labels`.
 
-    In place of Z_i p_ij in a block they let one product serve the dense and the sparse part.
+    Put in the place of Z_i p_ij in a block, they make one product serve the dense and the sparse part.
     """
     exp_P = labels.exp
     assert exp_P is not None

@@ -1,4 +1,4 @@
-"""Matrix products of this machine: their rates in float32 and bfloat16, the fastest float32 product, the L2 cache."""
+"""CPU matmul backend, rates of float32 and bfloat16 products, and L2 size."""
 
 import contextlib
 import functools
@@ -22,10 +22,7 @@ _DEFAULT_CACHE_BYTES = 2**20
 
 @functools.cache
 def cache_bytes() -> int:
-    """Second-level cache of one core, as the kernel reports it; 1 MiB where it does not.
-
-    The third level is left out: it is shared with whatever else runs on the machine.
-    """
+    """L2 cache of one core as the kernel reports it; 1 MiB if it does not. L3 is shared with other processes."""
     size = _DEFAULT_CACHE_BYTES
     for index in _CACHES.glob("index*"):
         with contextlib.suppress(OSError, ValueError):
@@ -35,20 +32,20 @@ def cache_bytes() -> int:
 
 
 def onednn_multiplies_bfloat16() -> bool:
-    """Whether torch gives bfloat16 products on this CPU to oneDNN, which needs AVX-512 (x86) or bfloat16 (Arm).
+    """Whether torch hands bfloat16 products on this CPU to oneDNN, which needs AVX-512 (x86) or bfloat16 (Arm).
 
-    Elsewhere torch multiplies without a workspace, and at a fraction of its float32 rate.
+    Elsewhere torch multiplies without a workspace, at a fraction of its float32 rate.
     """
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextlib.contextmanager
 def fast_float32_products(matmul_dtype: torch.dtype) -> Iterator[None]:
-    """Float32 products inside run in whichever of torch's CPU libraries is the fastest *at float32's own error*.
+    """Runs float32 products inside in oneDNN where it computes them with float32's error, otherwise in MKL.
 
     `torch.set_float32_matmul_precision("medium")` hands them to oneDNN. Without bfloat16 matrix units oneDNN computes
-    them in float32, on some processors at 2.5 times MKL's rate; with such units (AMX) it rounds the factors to
-    bfloat16, which no one asked for. The self-test tells the two apart. Other dtypes and devices are not affected.
+    in float32, on some processors at 2.5 times MKL's rate; with such units (AMX) it rounds the factors to bfloat16. A
+    self-test tells the two apart. Other dtypes and devices are not affected.
     """
     before = torch.get_float32_matmul_precision()
     if matmul_dtype == torch.float32 and not torch.cuda.is_available():
@@ -61,10 +58,10 @@ def fast_float32_products(matmul_dtype: torch.dtype) -> Iterator[None]:
 
 @functools.cache
 def float32_precision() -> Float32Precision:
-    """Self-test, once a process: `medium` when its error is no more than twice that of `highest`.
+    """Self-test, once a process: `medium` if its error is at most twice that of `highest`.
 
-    Their speed is not asked for: where they are close, noise would decide, and no run would be like another to the bit.
-    oneDNN in float32 has been as fast as MKL or faster wherever it was measured.
+    Their speed is not compared: noise would decide close cases, and runs would not repeat to the bit. oneDNN in float32
+    was at least as fast as MKL wherever it was measured.
     """
     generator = torch.Generator().manual_seed(0)
     rows, classes = torch.randn(256, 128, generator=generator), torch.randn(2048, 128, generator=generator)
@@ -81,14 +78,14 @@ def float32_precision() -> Float32Precision:
 
 @dataclass(frozen=True)
 class Rates:
-    """GFLOP/s of the same arithmetic in two precisions, each that of the slowest rank."""
+    """GFLOP/s of the same product in two precisions, on the slowest rank."""
 
     float32: float
     bfloat16: float
 
     @property
     def faster(self) -> torch.dtype:
-        """float32 where it is faster by more than a quarter; near a tie noise would decide, so bfloat16 is kept."""
+        """float32 if it is faster by more than a quarter, else bfloat16: noise must not decide near a tie."""
         return torch.float32 if self.float32 > 1.25 * self.bfloat16 else torch.bfloat16
 
     def __str__(self) -> str:
@@ -96,14 +93,14 @@ class Rates:
 
 
 def agreed_rates(measure: Callable[[torch.dtype, torch.device], float], group: Group) -> Rates:
-    """Measures both precisions on every rank at once and returns the same rates on all: the lowest. Collective."""
+    """Measures both precisions on every rank at once and returns the lowest rates to all. Collective."""
     own = [measure(dtype, group.device) for dtype in (torch.float32, torch.bfloat16)]
     slowest = -group.all_reduce_max_(-torch.tensor(own, dtype=torch.float64, device=group.device))
     return Rates(*slowest.tolist())
 
 
 def auto_matmul_dtype(group: Group) -> tuple[torch.dtype, Rates | None]:
-    """What `matmul_dtype: auto` takes under bfloat16 autocast: on CPUs the faster one, with the rates. Collective."""
+    """Resolves `matmul_dtype: auto` under bfloat16 autocast: on CPUs the faster dtype, and the rates. Collective."""
     if group.device.type != "cpu":
         return torch.bfloat16, None
     rates = agreed_rates(quick_matmul_rate, group)
@@ -127,8 +124,8 @@ def quick_convolution_rate(dtype: torch.dtype, device: torch.device) -> float:
 def matmul_rate(dtype: torch.dtype, device: torch.device, *, seconds: float = 0.02, repeats: int = 10) -> float:
     """GFLOP/s of a square product on this device with these threads, the best of `repeats`.
 
-    The product grows until one takes `seconds`: a CPU without bfloat16 instructions can be 40 times slower than in
-    float32, and a large fixed size would keep it for minutes.
+    The product grows until one takes `seconds`: without bfloat16 instructions a CPU can be 40 times slower than in
+    float32, and a large fixed size would take minutes.
     """
     largest, size = (8192 if device.type == "cuda" else 2048), 64
     with fast_float32_products(dtype):
@@ -142,7 +139,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, *, seconds: float = 0.
 
 
 def _gaussian(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Draws without touching the global generator, whose state a training depends on."""
+    """Draws from a generator of its own: training depends on the state of the global one."""
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
 
 

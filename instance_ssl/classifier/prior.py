@@ -29,14 +29,14 @@ _GAUSSIAN_ROWS = 4096
 
 
 class Rows(Protocol):
-    """What takes embeddings by instance id: a `ClassifierShard`, say."""
+    """Receives embeddings by instance id, like a `ClassifierShard`."""
 
     def assign(self, x_BD: Tensor, instance_id_B: Tensor) -> None:
         """Keeps those of (B, D) that are its own."""
 
 
 class OwnRows:
-    """Rows start … stop - 1 of a table that lies divided over the ranks, float32; rows never assigned are 0."""
+    """Rows start … stop - 1 of a table sharded over the ranks, float32; rows never assigned are 0."""
 
     def __init__(self, start: int, stop: int, width: int, device: torch.device) -> None:
         self.start, self.stop = start, stop
@@ -52,11 +52,11 @@ class OwnRows:
 def batch_norm_statistics(
     network: nn.Module, mode: InitializationMode, group: Group, batches_done: int = 0
 ) -> Iterator[None]:
-    """Runs `network` in eval mode, with its batch-norm statistics moved before every layer as `mode` says.
+    """Runs `network` in eval mode and updates its batch-norm statistics before every layer as `mode` says.
 
     A running average needs a first value: as in Adam's bias correction, update t weighs the batch by
-    max(momentum, 1/t), so that early images are normalised by real statistics and not by the initial 0 and 1. A pass
-    that goes on after `batches_done` batches counts on from there.
+    max(momentum, 1/t), so that early images are normalised by real statistics and not by the initial 0 and 1. A resumed
+    pass counts on from `batches_done`.
     """
     was_training = network.training
     network.eval()
@@ -139,7 +139,7 @@ def initialize_from_features(
 
 @torch.no_grad()
 def initialize_gaussian(shard: ClassifierShard, seed: int) -> None:
-    """w ~ N(0, 0.01²), drawn in fixed runs of rows, so that row i is the same whatever the number of ranks."""
+    """w ~ N(0, 0.01²), drawn in fixed runs of rows, so that row i does not depend on the number of ranks."""
     for first in range(shard.start - shard.start % _GAUSSIAN_ROWS, shard.stop, _GAUSSIAN_ROWS):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
         values = torch.randn(_GAUSSIAN_ROWS, shard.weight.shape[1], generator=generator) * GAUSSIAN_STD

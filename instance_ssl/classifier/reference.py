@@ -1,4 +1,4 @@
-"""The same maths as `softmax` and `hard_classes`, dense, slow and obvious: the truth that tests compare with."""
+"""The dense twin of `softmax` and `hard_classes`: slow and obvious, the truth that tests compare with."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from instance_ssl.config.choices import LossForm
 
 
 def dense_labels(labels_B: Tensor, hard_BK: Tensor | None, smoothing_factor: float, num_instances: int) -> Tensor:
-    """Eq. 2 as a dense (B, N) float64 tensor; -1 among the hardest classes is none."""
+    """Eq. 2 as a dense (B, N) float64 tensor; -1 among the hardest classes stands for none."""
     y_BN = torch.zeros(labels_B.shape[0], num_instances, dtype=torch.float64)
     if hard_BK is None or smoothing_factor == 0:
         return y_BN.scatter_(1, labels_B[:, None], 1.0)
@@ -31,7 +31,7 @@ def dense_loss(x_BD: Tensor, weight_ND: Tensor, y_BN: Tensor, temperature: float
 def dense_hard_classes(weight_ND: Tensor, num_hard_classes: int) -> Tensor:
     """(N, K) most similar other classes of every class, hardest first, ties by the lower id: sorts all N x N.
 
-    Classes whose rows are not finite are nobody's and have none; -1 where there are not so many classes.
+    Classes whose rows are not finite are excluded and have none; -1 fills rows with too few classes.
     """
     is_finite_N = weight_ND.isfinite().all(dim=1)
     unit_w_ND = _unit(weight_ND.where(is_finite_N[:, None], 1))

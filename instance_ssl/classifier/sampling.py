@@ -1,27 +1,25 @@
 """Sampled instance classification (Table 3): a step's softmax over some of the classes.
 
-The classes of a step are the positives of its whole global batch and negatives beside them, M in all:
+The classes of a step are the positives of its global batch plus negatives, M in all:
 
 - `random`: drawn without replacement from all N, anew each step (the paper's "sampled instance classification"; as in
   PartialFC, but drawn over all shards at once, so that the same classes are drawn on any number of ranks);
 - `recent`: the classes of the images seen last, as in PIC (Cao et al., NeurIPS 2020, "recent instances").
 
-The rule for all other rows: their gradient is exactly zero, and SGD goes on. A row w with momentum m and no gradient
-follows
+All other rows have a gradient of exactly zero, and SGD continues. A row w with momentum m and no gradient follows
 
     m ← μ m + λ w        w ← w - η m
 
-a linear map of (w, m) that depends on η, μ, λ alone. `RowClock` keeps the products of these 2 x 2 maps and applies all
-that a row has missed at once, when it is next needed. So a step reads and writes the sampled rows only, and every row
-still is what dense SGD would have made of it (tested against torch.optim.SGD). PartialFC leaves unsampled rows alone
-instead, which lets their momentum and decay depend on how often they are drawn.
+a linear map of (w, m) that depends only on η, μ, λ. `RowClock` keeps the products of these 2 x 2 maps and applies all
+that a row has missed at once, when the row is next read. A step thus reads and writes sampled rows only, and every row
+is what dense SGD would have made of it (tested against torch.optim.SGD). PartialFC skips unsampled rows instead, which
+makes their momentum and decay depend on how often they are drawn.
 """
 
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.rounding import round_stochastically_
-from instance_ssl.classifier.softmax import RowUpdate
+from instance_ssl.classifier.softmax import RowUpdate, round_stochastically_
 from instance_ssl.config.choices import SamplingMode
 
 
@@ -30,7 +28,7 @@ class ClassSampler:
 
     Args:
         num_instances: N.
-        num_sampled_classes: M, positives included; more positives than M are all kept.
+        num_sampled_classes: M, including positives; if there are more positives than M, all are kept.
         seed: of the experiment.
     """
 
@@ -39,7 +37,7 @@ class ClassSampler:
         self.num_instances = num_instances
         self.num_sampled_classes = min(num_sampled_classes, num_instances)
         self.seed = seed
-        # Newest first, without repetition; part of the training state.
+        # Newest first, unique; part of the training state.
         self.recent_classes = torch.empty(0, dtype=torch.int64)
         self._left_out = torch.empty(0, dtype=torch.int64)
 
@@ -66,7 +64,7 @@ class ClassSampler:
         return torch.cat([positives, others[:wanted]]).sort().values
 
     def _random_classes(self, excluded: Tensor, wanted: int, step: int) -> Tensor:
-        """At least `wanted` distinct classes in random order, none of them excluded; there are so many."""
+        """At least `wanted` distinct classes in random order, none of them excluded; so many exist."""
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
         if 2 * (wanted + len(excluded)) > self.num_instances:
             drawn = torch.randperm(self.num_instances, generator=generator)
@@ -79,7 +77,7 @@ class ClassSampler:
 
 
 def _first_of_each(values: Tensor) -> Tensor:
-    """The values without repetition, in order of their first place: a sample without replacement from one with."""
+    """Unique values in order of first appearance: makes a sample without replacement of one with replacement."""
     unique, inverse = values.unique(return_inverse=True)
     places = torch.arange(len(values))
     first = torch.full_like(unique, len(values)).scatter_reduce_(0, inverse, places, "amin")
@@ -87,16 +85,16 @@ def _first_of_each(values: Tensor) -> Tensor:
 
 
 class RowClock:
-    """Which optimizer steps each row has seen, and the map that brings a row up to date.
+    """Tracks the optimizer steps that each row has seen, and the maps that bring rows up to date.
 
     Args:
-        weight_nD: (n, D) rows, brought up to date in place.
-        momentum_nD: (n, D) their momentum.
+        weight_nD: (n, D) rows, updated in place.
+        momentum_nD: (n, D) their momentum, updated in place.
 
     Attributes:
-        seen_n: (n,) int64, which of the maps each row has yet to follow.
-        maps: (S + 1, 2, 2) float64; entry s takes (w, m) from before step s to now; the last one, the identity, is for
-            rows that are up to date.
+        seen_n: (n,) int64, index of the map that each row still needs.
+        maps: (S + 1, 2, 2) float64; entry s takes (w, m) from before step s to now. The last one, the identity, belongs
+            to rows that are up to date.
     """
 
     def __init__(self, weight_nD: Tensor, momentum_nD: Tensor) -> None:
@@ -105,9 +103,11 @@ class RowClock:
         self.maps = torch.eye(2, dtype=torch.float64)[None]
 
     def settle(self, rows: Tensor | None, seed: int) -> None:
-        """Brings these rows (int64), or all, to now, as dense SGD with zero gradients would have.
+        """Brings rows up to date, as dense SGD with zero gradients would have.
 
-        `seed` is that of the stochastic rounding of bfloat16 rows.
+        Args:
+            rows: (r,) int64; None: all.
+            seed: of the stochastic rounding of bfloat16 rows.
         """
         steps = self.maps.shape[0] - 1
         if steps == 0:
@@ -126,13 +126,13 @@ class RowClock:
         self.seen_n[rows] = steps
 
     def settle_all(self, seed: int) -> None:
-        """Brings all rows to now and forgets the maps."""
+        """Brings all rows up to date and drops the maps."""
         self.settle(None, seed)
         self.seen_n.zero_()
         self.maps = self.maps[-1:]
 
     def advance(self, stepped: Tensor, update: RowUpdate) -> None:
-        """Counts one optimizer step, which the rows `stepped` (int64, settled before) have already made."""
+        """Adds one optimizer step that the rows `stepped` (int64, up to date before it) have already taken."""
         eta, mu, decay = update.learning_rate, update.momentum, update.weight_decay
         step_map = torch.tensor([[1 - eta * decay, -eta * mu], [decay, mu]], dtype=torch.float64)
         self.maps = torch.cat([step_map @ self.maps, torch.eye(2, dtype=torch.float64)[None]])

@@ -1,30 +1,26 @@
-"""`ClassifierShard`: this rank's rows of W, their momentum, and their part of the eight steps.
+"""`ClassifierShard`: this rank's rows of W, their momentum, and their part of the paper's eight steps.
 
 Gradient contract: J is the mean over the rows of the whole optimizer step (all ranks, all micro-batches). `forward`
-returns the exact ∂J/∂x of this rank's own rows; the encoder's gradients are therefore *summed* over ranks, never
-averaged. `step` applies the complete ∂J/∂w of this rank's own classes. No factor of the world size is hidden anywhere.
+returns the exact ∂J/∂x of local rows; the encoder's gradients are therefore *summed* over ranks, never averaged. `step`
+applies the complete ∂J/∂w of local classes. No factor of the world size is hidden anywhere.
 
 Layout: a `group` of G ranks holds W once, in shards; the T/G `replicas` of a shard hold the same rows. With one group,
-the default, ∂J/∂w is complete where it is and is never reduced. With several, each group's features meet its own copy
-of W, and ∂J/∂w is summed over the replicas block by block, so that all copies stay equal to the bit; G = 1 is the
-replicated classifier that the paper's Table 1 compares with.
+the default, ∂J/∂w is already complete on its owner and never reduced. With several, ∂J/∂w is summed over the replicas
+block by block, and all copies stay equal to the bit. G = 1 is the replicated classifier of the paper's Table 1.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from instance_ssl.classifier import torch_passes, triton_passes
-from instance_ssl.classifier.accumulated_step import PendingRows, SampledRows
 from instance_ssl.classifier.excluded_classes import LeftOutClasses
 from instance_ssl.classifier.hard_classes import find_hard_classes, search_bytes
-from instance_ssl.classifier.kept_terms import KeptTerms
 from instance_ssl.classifier.sampling import ClassSampler, RowClock
 from instance_ssl.classifier.softmax import (
+    Passes,
     RowUpdate,
     SmoothedLabels,
     SoftmaxOptions,
@@ -45,8 +41,8 @@ class ShardOutput:
     Attributes:
         loss: this micro-batch's part of J, a scalar equal on all ranks; the parts of a step's micro-batches add up.
         log_z: mean of log Z over the micro-batch's rows, equal on all ranks.
-        num_zero_features: rows of the micro-batch, over all ranks, that have no direction; their gradient is 0.
-        feature_gradient_bD: ∂J/∂x of this rank's own rows.
+        num_zero_features: rows of the micro-batch, over all ranks, without direction; their gradient is 0.
+        feature_gradient_bD: (b, D) ∂J/∂x of local rows.
     """
 
     loss: Tensor
@@ -55,25 +51,48 @@ class ShardOutput:
     feature_gradient_bD: Tensor
 
 
+@dataclass(frozen=True)
+class _PendingRows:
+    """What the second pass needs of a micro-batch until `step`."""
+
+    unit_x_BD: Tensor
+    z_B: Tensor
+    y_B: Tensor
+    labels: SmoothedLabels
+    total_rows: int
+
+
+@dataclass(frozen=True)
+class _SampledRows:
+    """The local rows that take part in this step, copied out of W: their ascending indices, and their contents."""
+
+    places: Tensor
+    weight: Tensor
+    momentum: Tensor
+
+
 class ClassifierShard:
-    """Own rows [start, stop) of the N x D classifier, contiguous and uneven over the ranks of a group.
+    """Local rows [start, stop) of the N x D classifier, contiguous and uneven over the ranks of a group.
 
     The rows live outside the DeepSpeed engine, which would broadcast and average them.
 
     Args:
-        num_instances: N, at least the number of ranks of the group.
+        num_instances: N, at least the size of the group.
         embedding_dim: D.
         group: ranks that hold W together, a shard each.
-        replicas: ranks that hold this same shard, this one included; None: there are no others.
+        replicas: all ranks that hold this shard, including this one; None: only this one.
         options: temperature, loss form, block memory, precision, kernels.
         smoothing_factor: α of Eq. 2; 0 is Eq. 1.
         momentum: μ of SGD.
         weight_decay: λ of SGD.
-        learning_rate_multiplier: times the rate that `step` is given.
-        row_dtype: of the rows: float32, or bfloat16 with stochastic rounding of every update.
-        momentum_dtype: of their momentum: float32 or bfloat16.
-        sampler: chooses the classes of each step; None: all N. Not with smoothing, whose classes it would leave out.
+        learning_rate_multiplier: factor on the rate given to `step`.
+        row_dtype: float32, or bfloat16 with stochastic rounding of every update.
+        momentum_dtype: float32 or bfloat16.
+        sampler: chooses the classes of each step; None: all N. Excludes smoothing.
         seed: of the stochastic rounding.
+
+    Raises:
+        ValueError: for fewer classes than ranks, or a sampler together with smoothing.
     """
 
     def __init__(
@@ -115,10 +134,9 @@ class ClassifierShard:
         self.steps_taken = 0
         self._compute_dtype = torch.promote_types(row_dtype, torch.float32)
         self._clock = None if sampler is None else RowClock(self.weight, self.momentum_buffer)
-        self._sampled: SampledRows | None = None
-        self._pending: list[PendingRows] = []
+        self._sampled: _SampledRows | None = None
+        self._pending: list[_PendingRows] = []
         self._copies: dict[str, Tensor | None] = {}
-        self._kept: KeptTerms | None = None
 
     @property
     def num_replicas(self) -> int:
@@ -132,7 +150,7 @@ class ClassifierShard:
 
     @torch.no_grad()
     def begin_step(self, positives: Tensor) -> None:
-        """Draws the step's classes; call it before the first micro-batch's `forward`. Nothing to do without sampling.
+        """Draws the step's classes; call before the first micro-batch's `forward`. Does nothing without sampling.
 
         Args:
             positives: instance ids of the whole global batch, over all ranks and micro-batches, int64 on the CPU.
@@ -142,17 +160,17 @@ class ClassifierShard:
         drawn = self.sampler.draw(positives, self.steps_taken)
         places = (drawn[(drawn >= self.start) & (drawn < self.stop)] - self.start).to(self.weight.device)
         self._clock.settle(places, self._rounding_seed)
-        self._sampled = SampledRows(places, self.weight[places], self.momentum_buffer[places])
+        self._sampled = _SampledRows(places, self.weight[places], self.momentum_buffer[places])
 
     @torch.no_grad()
     def forward(
         self, x_bD: Tensor, instance_id_b: Tensor, *, total_rows: int, row_counts: Sequence[int] | None = None
     ) -> ShardOutput:
-        """Loss and ∂J/∂x of a micro-batch (steps 2 to 7 of the paper's eight); owes the weights their gradient.
+        """Loss and ∂J/∂x of a micro-batch (steps 2 to 7 of the paper); the weight gradient is deferred to `step`.
 
         Args:
-            x_bD: (b, D) embeddings of own rows; b may differ between ranks when `row_counts` says so.
-            instance_id_b: (b,) int64; ids may repeat, as they do with several views.
+            x_bD: (b, D) embeddings of local rows; b may differ between ranks if `row_counts` is given.
+            instance_id_b: (b,) int64; ids may repeat, as with several views.
             total_rows: rows of the whole optimizer step over all ranks and micro-batches, the B of the mean.
             row_counts: b of every rank of the group; None when all are equal.
         """
@@ -161,13 +179,12 @@ class ClassifierShard:
         labels_B = self.group.all_gather_rows(instance_id_b, row_counts)
         labels = self._own_labels(labels_B)
         weight = self.weight if self._sampled is None else self._sampled.weight
-        kept = self._kept_terms(len(unit_x_BD), len(weight))
-        sums = self._passes.softmax_sums(unit_x_BD, weight, labels, self.options, **_given(kept=kept))
+        sums = self._passes.softmax_sums(unit_x_BD, weight, labels, self.options)
         own_z_B = sums.z_B - self.left_out.num_own if self._sampled is None else sums.z_B
         z_B, y_B = self.group.all_reduce_sum_(torch.stack([own_z_B, sums.y_B]))
         gradient_BD = unit_feature_gradient(sums, z_B, y_B, self.options, total_rows)
         gradient_bD = self.group.reduce_scatter_rows(gradient_BD, row_counts)
-        self._pending.append(PendingRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows, kept))
+        self._pending.append(_PendingRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows))
         loss = row_losses(z_B, y_B, self.options.form).sum()
         num_zero_features = (torch.linalg.vector_norm(unit_x_BD, dim=1) == 0).sum()
         figures = self._sum_over_replicas(torch.stack([loss, z_B.log().mean(), num_zero_features.to(loss.dtype)]))
@@ -180,11 +197,10 @@ class ClassifierShard:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """One SGD step of own rows for all rows seen since the last one; call it only when their loss is finite.
+        """One SGD step of local rows for all micro-batches since the last step; call only if their loss is finite.
 
-        The whole step's ∂J/∂w is computed here, in one pass over W, rather than micro-batch by micro-batch: it costs
-        the same arithmetic, reads W once, and until now nothing has been touched that a bad micro-batch could spoil.
-        What it keeps for that is B x D embeddings.
+        ∂J/∂w of the whole step is computed here in one pass over W. That costs the same arithmetic as micro-batch by
+        micro-batch, reads W once, and leaves W untouched by a bad micro-batch, for the memory of B x D embeddings.
         """
         rate = learning_rate * self.learning_rate_multiplier
         update = RowUpdate(rate, self.momentum, self.weight_decay, self._rounding_seed)
@@ -193,11 +209,8 @@ class ClassifierShard:
         weight, momentum = self.weight, self.momentum_buffer
         if sampled is not None:
             weight, momentum = sampled.weight, sampled.momentum
-        # Copies of W must agree on a gradient, which only the passes in PyTorch ever hold.
-        passes = self._passes if self.replicas is None else torch_passes
         sum_over_ = None if self.replicas is None else self.replicas.all_reduce_sum_
-        kept = pending[0].kept if len(pending) == 1 else None  # of more, each has only its own rows' terms
-        passes.update_rows(
+        self._passes.update_rows(
             torch.cat([p.unit_x_BD for p in pending]),
             torch.cat([p.z_B for p in pending]),
             torch.cat([p.y_B for p in pending]),
@@ -207,7 +220,7 @@ class ClassifierShard:
             self.options,
             update,
             total_rows=pending[0].total_rows,
-            **_given(sum_gradient_=sum_over_, kept=kept),
+            sum_gradient_=sum_over_,
         )
         if sampled is not None and self._clock is not None:
             self.weight[sampled.places], self.momentum_buffer[sampled.places] = weight, momentum
@@ -215,14 +228,14 @@ class ClassifierShard:
         self.steps_taken += 1
 
     def discard(self) -> None:
-        """In place of `step`: forgets the rows seen since the last one; W and its momentum stay as they are."""
+        """In place of `step`: forgets the micro-batches since the last step and changes neither W nor its momentum."""
         self._pending = []
         self._sampled = None
         self.steps_taken += 1
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Brings rows that were not sampled to now; call it before all of W is read. Nothing to do without sampling."""
+        """Brings rows that were not sampled up to date; call before reading all of W. Does nothing without sampling."""
         if self._clock is not None:
             self._clock.settle_all(self._rounding_seed)
 
@@ -233,7 +246,7 @@ class ClassifierShard:
         on_block: Callable[[int, int], None] | None = None,
         on_not_finite: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Finds the K hardest classes of every own class anew; K = 0 turns smoothing off."""
+        """Searches the K hardest classes of every local class; K = 0 turns smoothing off."""
         if num_hard_classes == 0 or self.smoothing_factor == 0:
             self.hard_classes = None
             return
@@ -269,15 +282,15 @@ class ClassifierShard:
 
     @torch.no_grad()
     def assign(self, x_BD: Tensor, instance_id_B: Tensor) -> None:
-        """Writes w_i ← x_i for those of the gathered rows that this rank owns."""
+        """Writes w_i ← x_i for the gathered rows that this rank owns; (B, D) and (B,) int64."""
         own_B = self._owns(instance_id_B)
         self.weight[instance_id_B[own_B] - self.start] = x_BD[own_B].to(self.weight.dtype)
 
     def own_state(self) -> dict[str, Tensor | None]:
-        """Own rows and what belongs to each of them, copied to the CPU: what `restore_rows` takes.
+        """Local rows and their state, copied to the CPU, for `restore_rows`.
 
-        The copy is the same memory each time (to touch new memory takes longer than to copy), so one call's result
-        lasts until the next call.
+        Each call reuses the memory of the last one, because touching new memory takes longer than copying: a result is
+        valid until the next call.
         """
         clock = None if self._clock is None else self._clock.seen_n
         values = {
@@ -295,7 +308,7 @@ class ClassifierShard:
         return dict(self._copies)
 
     def restore_rows(self, first: int, last: int, state: dict[str, Tensor | None]) -> int:
-        """Takes over those of the rows first … last - 1 that are own ones, from any shard's `own_state`; how many."""
+        """Restores the local ones of rows first … last - 1 from any shard's `own_state`; returns how many."""
         start, stop = max(first, self.start), min(last, self.stop)
         theirs, own = slice(start - first, stop - first), slice(start - self.start, stop - self.start)
         weight, momentum, hard, seen = (state[name] for name in ("weight", "momentum", "hard_classes", "steps_seen"))
@@ -313,13 +326,13 @@ class ClassifierShard:
         return stop - start
 
     def sampling_state(self) -> dict[str, Tensor]:
-        """What sampled classification remembers beside the rows, equal on all ranks; nothing without sampling."""
+        """State of sampling beside the rows, equal on all ranks; empty without sampling."""
         if self.sampler is None or self._clock is None:
             return {}
         return {"recent_classes": self.sampler.recent_classes.clone(), "clock_maps": self._clock.maps.clone()}
 
     def restore_sampling(self, state: dict[str, Tensor]) -> None:
-        """Takes over a `sampling_state`."""
+        """Restores a `sampling_state`."""
         if self.sampler is not None and self._clock is not None:
             self.sampler.recent_classes = state["recent_classes"].clone()
             self._clock.maps = state["clock_maps"].clone()
@@ -329,7 +342,7 @@ class ClassifierShard:
         """Instance accuracy (top-1 against all N classes, a fraction) and mean positive cosine of a batch.
 
         Args:
-            x_bD: (b, D) embeddings, equally many on all ranks.
+            x_bD: (b, D) embeddings, b equal on all ranks.
             instance_id_b: (b,) int64.
         """
         self.settle()
@@ -349,25 +362,13 @@ class ClassifierShard:
         figures = self._sum_over_replicas(torch.stack([correct, positive / labels_B.shape[0]])) / self.num_replicas
         return figures[0].item(), figures[1].item()
 
-    def _kept_terms(self, num_rows: int, num_classes: int) -> KeptTerms | None:
-        """Room for the terms of a step's only micro-batch; the same memory each time (new memory is slow to touch)."""
-        if self.options.kept_bytes == 0 or self._pending:
-            return None
-        if self._kept is None or self._kept.shape != (num_rows, num_classes):
-            self._kept = None  # released before there is another
-            self._kept = KeptTerms(
-                self.options.kept_bytes, num_rows, num_classes, self.options.matmul_dtype, self.weight.device
-            )
-        return self._kept
-
     @property
-    def _passes(self) -> ModuleType:
-        """The module that has both passes."""
+    def _passes(self) -> Passes:
         return torch_passes if self.options.kernels == "torch" else triton_passes
 
     @property
     def _rounding_seed(self) -> int:
-        """Equal on the replicas of a shard, another one for each step and shard."""
+        """Equal on the replicas of a shard, different for each step and shard."""
         return ((self.seed * 1_000_003 + self.steps_taken) * 1_000_003 + self.group.rank) % 2**64
 
     def _sum_over_replicas(self, figures: Tensor) -> Tensor:
@@ -386,14 +387,9 @@ class ClassifierShard:
         return replace(labels, classes=torch.searchsorted(self._sampled.places, labels.classes))
 
     def _hard_classes_of(self, labels_B: Tensor) -> Tensor | None:
-        """(B, K) hardest classes of each row's instance: each owner fills in its own, the sum brings them together."""
+        """(B, K) hardest classes of each row's instance: each owner fills in its rows, an all-reduce combines them."""
         if self.hard_classes is None:
             return None
-        # Not by a mask as an index, whose count the host of a GPU would wait for.
+        # Indexing with a mask would make the host wait for the GPU's count.
         places_B = (labels_B - self.start).clamp(0, len(self.hard_classes) - 1)
         return self.group.all_reduce_sum_(self.hard_classes[places_B] * self._owns(labels_B)[:, None])
-
-
-def _given(**options: object) -> dict[str, Any]:
-    """Those that are not None: Triton's kernels know neither replicas nor kept terms."""
-    return {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Cosine softmax over a shard of the classes (Eq. 1 and Eq. 3): the maths and what its two passes share.
+"""Cosine softmax over a shard of the classes (Eq. 1 and Eq. 3): the maths, and what its two passes share.
 
 For row i of the global batch with label t(i), embedding x_i and class weights w_j:
 
@@ -12,21 +12,23 @@ y has K+1 entries a row (Eq. 2), so Y and q are sparse; Z is dense. Two passes o
 1. `softmax_sums`: Z, Y and the numerators A_i = Σ_j exp(s_ij) ŵ_j, C_i = Σ_j y_ij exp(s_ij) ŵ_j of this shard. Once
    Z and Y are summed over the ranks, ∂J/∂x̂_i = (A_i/Z_i - C_i/Y_i)/(τB): the gradient of the features needs no
    second look at the weights (it is attention with queries x̂ and keys = values = ŵ).
-2. `update_rows`: recomputes exp(s) block by block (but for what a budget lets live on), forms that block's ∂J/∂w and
-   applies it at once to the block's momentum and rows. No ∂W exists.
+2. `update_rows`: recomputes exp(s) block by block, forms that block's ∂J/∂w and applies it at once to the block's
+   momentum and rows. No ∂W exists.
 
-`torch_passes.py` has both passes in PyTorch, for every device; `triton_passes.py` has them for CUDA.
+`torch_passes.py` has both passes in PyTorch for every device, `triton_passes.py` as Triton kernels for CUDA.
 
 No maximum is subtracted. |s| ≤ 1/τ, so for τ ≥ 0.03 exp(s) lies in [3e-15, 3e14], and 30 million of them sum to at
 most 1e22: float32 holds all of it at full relative precision. A smaller τ is refused (`MIN_TEMPERATURE`).
 
-A row shorter than `NORM_EPSILON` has no direction: its cosines are 0 and so is its gradient, which is divided by the
-row's norm. What has no such gradient, the search for the hardest classes say, knows the direction of any row but 0.
+A row shorter than `NORM_EPSILON` has no direction: its cosines are 0, and so is its gradient, which would be divided by
+the row's norm. Code without such a gradient, like the search for hard classes, uses `directions`, where only 0 has
+none.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,16 +40,14 @@ NORM_EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class SoftmaxOptions:
-    """What both passes need to know.
+    """Options of both passes.
 
     Attributes:
         temperature: τ ≥ `MIN_TEMPERATURE`.
         form: `mixture` is Eq. 3 (with one-hot labels Eq. 1), `cross_entropy` the usual smoothed form.
         matmul_dtype: precision of the matrix products: float32, bfloat16, or float64 with float64 rows.
-        block_bytes: memory for everything that a block of classes needs; None lets the passes choose by the cache.
-        kernels: which implementation of the two passes.
-        kept_bytes: budget for terms exp(s_ij) that live from the first pass to the second (`kept_terms.py`), in the
-            PyTorch passes alone.
+        block_bytes: memory for all buffers of a block of classes; None: chosen by the cache.
+        kernels: implementation of the two passes.
     """
 
     temperature: float
@@ -55,7 +55,6 @@ class SoftmaxOptions:
     matmul_dtype: torch.dtype
     block_bytes: int | None = None
     kernels: Kernels = "torch"
-    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class RowUpdate:
         learning_rate: η.
         momentum: μ.
         weight_decay: λ.
-        seed: of the stochastic rounding of bfloat16 rows; float32 rows do not use it.
+        seed: of the stochastic rounding of bfloat16 rows.
     """
 
     learning_rate: float
@@ -83,7 +82,7 @@ class SmoothedLabels:
         rows: (P,) int64, row i of the global batch.
         classes: (P,) int64, class j counted from the shard's first row, ascending.
         values: (P,) y_ij.
-        exp: (P,) exp(s_ij), for the second pass, where the first has found them.
+        exp: (P,) exp(s_ij) from the first pass, for the second; None: not computed yet.
     """
 
     rows: Tensor
@@ -93,7 +92,7 @@ class SmoothedLabels:
 
     @staticmethod
     def concatenate(parts: Sequence["SmoothedLabels"], row_counts: Sequence[int]) -> "SmoothedLabels":
-        """The labels of several batches of rows as those of one, in the same order of rows."""
+        """The labels of several batches as those of one, rows in the same order."""
         if len(parts) == 1:
             return parts[0]
         firsts = [0, *itertools.accumulate(row_counts)]
@@ -109,11 +108,11 @@ class SoftmaxSums:
     """What one shard contributes to the softmax of B rows.
 
     Attributes:
-        z_B: Σ exp(s_ij) over own classes.
-        y_B: Σ y_ij exp(s_ij) over own classes (cross_entropy: Σ y_ij s_ij).
+        z_B: Σ exp(s_ij) over local classes.
+        y_B: Σ y_ij exp(s_ij) over local classes (cross_entropy: Σ y_ij s_ij).
         dense_BD: A_i = Σ exp(s_ij) ŵ_j.
         sparse_BD: C_i = Σ y_ij exp(s_ij) ŵ_j (cross_entropy: Σ y_ij ŵ_j).
-        entry_exp_P: exp(s_ij) of the entries of y, in their order; None where they were not kept apart.
+        entry_exp_P: exp(s_ij) of the entries of y, in their order; None if they were not kept.
     """
 
     z_B: Tensor
@@ -121,6 +120,48 @@ class SoftmaxSums:
     dense_BD: Tensor
     sparse_BD: Tensor
     entry_exp_P: Tensor | None = None
+
+
+class Passes(Protocol):
+    """The two passes over a shard. `torch_passes` and `triton_passes` are modules of this type."""
+
+    def softmax_sums(
+        self, unit_x_BD: Tensor, weight_nD: Tensor, labels: SmoothedLabels, options: SoftmaxOptions
+    ) -> SoftmaxSums:
+        """First pass: this shard's part of Z and Y and of the numerators of ∂J/∂x̂.
+
+        Args:
+            unit_x_BD: (B, D) normalised embeddings of the global batch.
+            weight_nD: (n, D) local rows of W, not normalised.
+            labels: the entries of y in this shard.
+        """
+
+    def update_rows(
+        self,
+        unit_x_BD: Tensor,
+        z_B: Tensor,
+        y_B: Tensor,
+        labels: SmoothedLabels,
+        weight_nD: Tensor,
+        momentum_nD: Tensor,
+        options: SoftmaxOptions,
+        update: RowUpdate,
+        *,
+        total_rows: int | None = None,
+        sum_gradient_: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        """Second pass: ∂J/∂w and the SGD step of every row, in place.
+
+        Args:
+            unit_x_BD: (B, D) normalised embeddings of the whole optimizer step (all micro-batches).
+            z_B: (B,) Z summed over all shards.
+            y_B: (B,) Y summed over all shards.
+            labels: the entries of y in this shard.
+            weight_nD: (n, D) local rows, updated.
+            momentum_nD: (n, D) their momentum, updated.
+            total_rows: rows that J is the mean over; None: B.
+            sum_gradient_: sums a block's gradient over the replicas of this shard, in place; None: one replica.
+        """
 
 
 def own_labels(
@@ -147,10 +188,10 @@ def own_labels(
 
 
 def inverse_norms(rows_mD: Tensor, out: Tensor | None = None) -> Tensor:
-    """1/‖w‖ of each row, (m, 1); 0 for a row without direction, and for one that holds an infinity.
+    """1/‖w‖ of each row, (m, 1); 0 for a row without direction or with an infinity.
 
-    The squares of a row beyond 1.8e19 overflow float32: such rows take their norm from a sum in float64. On a CPU the
-    others do not, so as to stay the same bits; on a GPU the host would have to wait for the answer, and all rows do.
+    The squares of a row longer than 1.8e19 overflow float32, so its norm is summed in float64. On a CPU the other rows
+    keep their bits. On a GPU all rows are summed in float64, because the host would have to wait to tell them apart.
     """
     norms_m1 = torch.linalg.vector_norm(rows_mD, dim=1, keepdim=True, out=out)
     if rows_mD.device.type == "cpu" and float(norms_m1.sum()) < torch.inf:
@@ -168,7 +209,7 @@ def _reciprocal(norms_m1: Tensor, out: Tensor | None) -> Tensor:
 
 
 def normalise_rows(rows_mD: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows (m, D) and inverse norms (m, 1); both are 0 for a row without direction."""
+    """Unit rows (m, D) and inverse norms (m, 1), both 0 for a row without direction."""
     inverse_m1 = inverse_norms(rows_mD)
     return rows_mD * inverse_m1, inverse_m1
 
@@ -182,9 +223,9 @@ def finite_rows(rows_mD: Tensor) -> Tensor:
 
 
 def scaled_rows(rows_mD: Tensor) -> Tensor:
-    """Finite rows (m, D), float32, whose squares neither overflow nor underflow: times powers of two where needed.
+    """Finite rows (m, D), float32, scaled by powers of two where squares would overflow or underflow.
 
-    That changes no bit of what is computed of their directions.
+    The scaling changes no bit of their directions.
     """
     rows_mD = rows_mD.float()
     norms_m = torch.linalg.vector_norm(rows_mD, dim=1)
@@ -195,9 +236,9 @@ def scaled_rows(rows_mD: Tensor) -> Tensor:
 
 
 def directions(rows_mD: Tensor) -> Tensor:
-    """Unit rows (m, D), float32, of finite rows however long or short; 0 for a row of zeros.
+    """Unit rows (m, D), float32, of finite rows of any length; 0 for a row of zeros.
 
-    For what divides no gradient by ‖w‖.
+    For code that divides no gradient by ‖w‖.
     """
     return normalise_rows(scaled_rows(rows_mD))[0]
 
@@ -225,3 +266,17 @@ def unit_feature_gradient(
     """
     sparse_BD = sums.sparse_BD / y_B[:, None] if options.form == "mixture" else sums.sparse_BD
     return (sums.dense_BD / z_B[:, None] - sparse_BD) / (options.temperature * total_rows)
+
+
+def round_stochastically_(values: Tensor, bits: Tensor, generator: torch.Generator) -> Tensor:
+    """Rounds float32 values to one of their two bfloat16 neighbours, in place, so that the expectation is exact.
+
+    A step of SGD is far below half a unit in bfloat16's last place. Rounding to nearest would always lose it; this
+    keeps it on average. Random low bits are added, then the low half of the float32 is cut off.
+
+    Args:
+        bits: int32 buffer of the same shape.
+    """
+    as_bits = values.view(torch.int32)
+    as_bits.add_(bits.random_(0, 1 << 16, generator=generator)).bitwise_and_(-(1 << 16))
+    return values

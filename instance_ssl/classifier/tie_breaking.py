@@ -1,6 +1,6 @@
-"""A total order of (score, id): equal scores are settled by the lower id, whatever the block or the rank.
+"""A total order of (score, id): of equal scores the lower id wins, whatever the block or the rank.
 
-`torch.topk` leaves open which of several equal values it takes. Packed into one int64, no two candidates are equal.
+`torch.topk` may return any of several equal values. Packed into one int64, no two candidates are equal.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 _ALL_ONES = 0xFFFFFFFF
 _MAGNITUDE = 0x7FFFFFFF
 
-# Orders below every packed score: a place that is still empty.
+# Below every packed score: an empty column.
 LOWEST_KEY = torch.iinfo(torch.int64).min
 
 
@@ -24,7 +24,7 @@ def pack_scores(scores_qm: Tensor, first_id: int) -> Tensor:
 
 
 def pack_pairs(scores: Tensor, ids: Tensor) -> Tensor:
-    """`pack_scores` where every score has its own id; the shapes of both are broadcast."""
+    """`pack_scores` with an id for each score; shapes are broadcast."""
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: equal scores, equal bits
     # Of two negative IEEE 754 numbers the one with the smaller magnitude bits is the larger: flip all but the sign.
     ordered = torch.where(bits < 0, bits ^ _MAGNITUDE, bits)
@@ -32,7 +32,7 @@ def pack_pairs(scores: Tensor, ids: Tensor) -> Tensor:
 
 
 def unpack_scores(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores, float32, and ids, int64, of `pack_scores`' keys."""
+    """Inverse of `pack_scores`: float32 scores and int64 ids."""
     ordered = (keys >> 32).int()
     scores = torch.where(ordered < 0, ordered ^ _MAGNITUDE, ordered).view(torch.float32)
     return scores, _ALL_ONES - (keys & _ALL_ONES)

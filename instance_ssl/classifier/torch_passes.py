@@ -1,18 +1,17 @@
-"""Both passes over the shard (see `softmax.py`) in PyTorch, one block of classes after another.
+"""Both passes over the shard (see `softmax.py`) in PyTorch, block by block of classes.
 
-The readable reference of the Triton kernels, and what runs on CPUs. Every buffer is made before the loop over blocks
-and reused in it, and the loop allocates nothing but the few numbers of the entries of y that fall into the block. No
-tensor of B x n (rows x own classes) exists, unless a budget is given for one (`kept_terms.py`), which saves one of the
-four matrix products and the second exp of the classes that fit.
+The readable reference for the Triton kernels, and the implementation for CPUs. Every buffer is allocated before the
+loop over blocks and reused in it; the loop allocates only the indices of the entries of y that fall into the block. No
+tensor of B x n (rows x local classes) exists.
 
-Most of the time goes into the four matrix products; the rest is kept to as few passes over a block as there can be:
+Most of the time goes into the four matrix products; the rest makes as few passes over a block as possible:
 
 - exp(s) is 2^(s/ln 2), the factor in the embeddings that the products take: torch's `exp2` is three times as fast as
   its `exp` in float32, which it hands to MKL.
-- The entries of y are taken apart from the dense products, many blocks' at once, before the loop (`label_terms.py`).
-  In it their logits become -inf, which adds nothing to any sum.
+- The entries of y are computed apart from the dense products, for many blocks at once, before the loop
+  (`label_terms.py`). In the loop their logits become -inf, which adds nothing to any sum.
 
-Precision: the matrix products take and give `matmul_dtype`. The first pass widens bfloat16 logits before exp, so that
+Precision: the matrix products read and write `matmul_dtype`. The first pass widens bfloat16 logits before exp, so that
 Z is a float32 sum of float32 terms; the entries of y, sums over blocks, Y, the gradient's projection and the update are
 in the embeddings' precision (float32; float64 in the tests).
 """
@@ -24,27 +23,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.kept_terms import KeptTerms
 from instance_ssl.classifier.label_terms import entry_exp, entry_sums, gradient_terms
 from instance_ssl.classifier.matmul_rates import cache_bytes, fast_float32_products
-from instance_ssl.classifier.rounding import round_stochastically_
 from instance_ssl.classifier.softmax import (
     RowUpdate,
     SmoothedLabels,
     SoftmaxOptions,
     SoftmaxSums,
     inverse_norms,
+    round_stochastically_,
 )
 
-# A block chosen by the cache: a shorter one spends its time between operations and in small products, a longer one
-# leaves the cache. Ten of a core's second-level caches were as fast as any size with one thread and with two
+# A block chosen by the cache: shorter ones spend their time between operations and in small products, longer ones leave
+# the cache. Ten second-level caches of a core were as fast as any size with one thread and with two
 # (runners/results/classifier_cpu_202611.md).
 _CACHES_A_BLOCK = 10
 _FEWEST_CLASSES, _MOST_CLASSES = 256, 8192
 
 
 def block_classes(options: SoftmaxOptions, num_rows: int, embedding_dim: int) -> int:
-    """Classes in one block when the batch has `num_rows` rows: what fits the memory budget, or else the cache."""
+    """Classes in a block for a batch of `num_rows`: as many as fit the memory budget, or else the cache."""
     size = block_bytes(options, 1, num_rows, embedding_dim)
     if options.block_bytes is not None:
         return max(1, options.block_bytes // size)
@@ -52,13 +50,13 @@ def block_classes(options: SoftmaxOptions, num_rows: int, embedding_dim: int) ->
 
 
 def block_bytes(options: SoftmaxOptions, num_classes: int, num_rows: int, embedding_dim: int) -> int:
-    """Memory of the buffers of a block, the larger of the two passes, for float32 embeddings and rows."""
+    """Bytes of the buffers of a block in the larger of the two passes, for float32 embeddings and rows."""
     shape = (num_classes, num_rows, embedding_dim)
     return max(sums_block_bytes(options, *shape), update_block_bytes(options, *shape))
 
 
 def sums_block_bytes(options: SoftmaxOptions, num_classes: int, num_rows: int, embedding_dim: int) -> int:
-    """The same of `softmax_sums` alone."""
+    """Bytes of the buffers of a block in `softmax_sums`."""
     wide, narrow = _widths(options)
     return num_classes * ((num_rows + embedding_dim) * (wide + narrow) + 2 * wide + 1)
 
@@ -72,16 +70,16 @@ def update_block_bytes(
     row_dtype: torch.dtype = torch.float32,
     momentum_dtype: torch.dtype = torch.float32,
 ) -> int:
-    """The same of `update_rows` alone."""
+    """Bytes of the buffers of a block in `update_rows`."""
     wide, narrow = _widths(options)
-    # Narrow rows are updated in a float32 copy and rounded by random bits, narrow momentum in a copy.
+    # Narrow rows need a float32 copy and random bits, narrow momentum a copy.
     copies = (8 if row_dtype.itemsize < 4 else 0) + (4 if momentum_dtype.itemsize < 4 else 0)
     row = num_rows * (narrow or wide) + embedding_dim * (2 * wide + 2 * narrow + copies)
     return num_classes * (row + 2 * wide + 1)
 
 
 def _widths(options: SoftmaxOptions) -> tuple[int, int]:
-    """Bytes of a number of the embeddings' precision, and of one in `matmul_dtype` where that is another one."""
+    """Bytes of a number in the embeddings' precision, and in `matmul_dtype` if that is a narrower one, else 0."""
     size = options.matmul_dtype.itemsize
     return max(4, size), 0 if size >= 4 else size
 
@@ -91,16 +89,8 @@ def softmax_sums(
     weight_nD: Tensor,
     labels: SmoothedLabels,
     options: SoftmaxOptions,
-    kept: KeptTerms | None = None,
 ) -> SoftmaxSums:
-    """First pass over the shard: its part of Z and Y and of the numerators of ∂J/∂x̂.
-
-    Args:
-        unit_x_BD: (B, D) normalised embeddings of the global batch.
-        weight_nD: (n, D) own rows of W, not normalised.
-        labels: the entries of y in this shard.
-        kept: filled with exp(s) of the classes that it has room for.
-    """
+    """First pass over the shard, see `softmax.Passes`."""
     num_rows = unit_x_BD.shape[0]
     logit_x_BD = _logit_embeddings(unit_x_BD, options)
     block = _UnitBlock(weight_nD, unit_x_BD, options)
@@ -112,10 +102,7 @@ def softmax_sums(
         for (start, stop), (first, last) in zip(block.bounds(), _entry_bounds(labels, block), strict=True):
             unit_mD = block.load(start, stop)
             shape = (num_rows, stop - start)
-            place = None if kept is None else kept.block(start, stop)
-            logit_Bm = _shaped(narrow, shape) if place is None else place[0]
-            if place is not None:
-                place[1].copy_(block.inverse_norms_m1)
+            logit_Bm = _shaped(narrow, shape)
             exp_Bm = logit_Bm if narrow is wide else _shaped(wide, shape)
             torch.mm(logit_x_BD, unit_mD.T, out=logit_Bm)
             places_p = labels.classes[first:last].sub(start).add_(labels.rows[first:last], alpha=stop - start)
@@ -138,20 +125,8 @@ def update_rows(
     *,
     total_rows: int | None = None,
     sum_gradient_: Callable[[Tensor], object] | None = None,
-    kept: KeptTerms | None = None,
 ) -> None:
-    """Second pass: each block's ∂J/∂w goes straight into its momentum, then its rows move. In place.
-
-    Args:
-        unit_x_BD: (B, D) normalised embeddings of the whole optimizer step (all micro-batches).
-        z_B: Z of all shards.
-        y_B: Y of all shards.
-        weight_nD: (n, D) own rows, updated.
-        momentum_nD: (n, D) their momentum, updated.
-        total_rows: rows that J is the mean over; None: B.
-        sum_gradient_: adds up a block's gradient over the replicas of this shard, in place; None: there is one.
-        kept: what the first pass over these very rows has filled; overwritten.
-    """
+    """Second pass over the shard, see `softmax.Passes`: each block's ∂J/∂w goes straight into its momentum."""
     num_rows = unit_x_BD.shape[0]
     at_once = block_classes(options, *unit_x_BD.shape)
     labels = replace(labels, exp=entry_exp(labels, weight_nD, unit_x_BD, options, at_once))
@@ -166,18 +141,10 @@ def update_rows(
     rows = _UpdatedRows(weight_nD, momentum_nD, block.length, update)
     with fast_float32_products(options.matmul_dtype):
         for (start, stop), (first, last) in zip(block.bounds(), _entry_bounds(labels, block), strict=True):
-            place = None if kept is None else kept.block(start, stop)
-            if place is None:
-                exp_mB = _shaped(buffer, (stop - start, num_rows))
-                torch.mm(block.load(start, stop), logit_x_DB, out=exp_mB).exp2_()
-                places_p = labels.classes[first:last].sub(start).mul_(num_rows).add_(labels.rows[first:last])
-                exp_mB.view(-1).index_copy_(0, places_p, term_P[first:last])
-            else:
-                exp_Bm, inverse_norms_m1 = place
-                block.recall(inverse_norms_m1)
-                exp_mB = exp_Bm.T
-                places_p = labels.classes[first:last].sub(start).add_(labels.rows[first:last], alpha=stop - start)
-                exp_Bm.view(-1).index_copy_(0, places_p, term_P[first:last])
+            exp_mB = _shaped(buffer, (stop - start, num_rows))
+            torch.mm(block.load(start, stop), logit_x_DB, out=exp_mB).exp2_()
+            places_p = labels.classes[first:last].sub(start).mul_(num_rows).add_(labels.rows[first:last])
+            exp_mB.view(-1).index_copy_(0, places_p, term_P[first:last])
             shape = torch.Size((stop - start, unit_x_BD.shape[1]))
             gradient_mD = _cast(torch.mm(exp_mB, scaled_x_BD, out=_shaped(narrow, shape)), _shaped(wide, shape))
             if sum_gradient_ is not None:
@@ -215,7 +182,7 @@ def best_classes(
 
 
 class _UnitBlock:
-    """The normalised rows of one block of classes after another, in buffers that are filled anew by each `load`."""
+    """The normalised rows of the current block of classes, in buffers that each `load` refills."""
 
     def __init__(self, weight_nD: Tensor, unit_x_BD: Tensor, options: SoftmaxOptions) -> None:
         num_classes, embedding_dim = weight_nD.shape
@@ -240,11 +207,6 @@ class _UnitBlock:
         torch.mul(rows_mD, self.inverse_norms_m1, out=self.unit_mD)
         return _cast(self.unit_mD, self._matmul[: self._size])
 
-    def recall(self, inverse_norms_m1: Tensor) -> None:
-        """In place of `load` where only the norms are needed, and are known."""
-        self._size = len(inverse_norms_m1)
-        self.inverse_norms_m1.copy_(inverse_norms_m1)
-
     @property
     def unit_mD(self) -> Tensor:
         """The loaded unit rows in the embeddings' precision."""
@@ -256,13 +218,13 @@ class _UnitBlock:
         return self._inverse_norms[: self._size]
 
     def along(self, rows_mD: Tensor, gradient_mD: Tensor) -> Tensor:
-        """ŵᵀg of each row, (m, 1). The unit rows are gone then."""
+        """ŵᵀg of each row, (m, 1). Overwrites the unit rows."""
         products_mD = torch.mul(rows_mD, gradient_mD, out=self.unit_mD)
         return torch.sum(products_mD, dim=1, keepdim=True, out=self._along[: self._size]).mul_(self.inverse_norms_m1)
 
 
 class _UpdatedRows:
-    """SGD of one block of rows after another: float32 arithmetic, whatever the rows and momentum are stored in."""
+    """SGD of the current block of rows: float32 arithmetic, whatever the dtypes of rows and momentum."""
 
     def __init__(self, weight_nD: Tensor, momentum_nD: Tensor, length: int, update: RowUpdate) -> None:
         self._weight_nD, self._momentum_nD, self._update = weight_nD, momentum_nD, update
@@ -277,9 +239,9 @@ class _UpdatedRows:
             self._momentum = momentum_nD.new_empty(shape, dtype=wide)
 
     def step(self, start: int, stop: int, gradient_mD: Tensor, block: _UnitBlock) -> None:
-        """Moves rows start … stop - 1, which `block` holds, by ∂J/∂ŵ (m, D), which is overwritten.
+        """Moves rows start … stop - 1, which `block` holds, by ∂J/∂ŵ (m, D), and overwrites that.
 
-        (I - ŵŵᵀ)/‖w‖ g + λ w is put together as g/‖w‖ + c w with c = λ - ŵᵀg/‖w‖²: two passes over the block, not four.
+        (I - ŵŵᵀ)/‖w‖ g + λ w is computed as g/‖w‖ + c w with c = λ - ŵᵀg/‖w‖²: two passes over the block, not four.
         """
         update, size = self._update, stop - start
         stored_rows, stored_momentum = self._weight_nD[start:stop], self._momentum_nD[start:stop]
@@ -297,7 +259,7 @@ class _UpdatedRows:
 
 
 def _logit_embeddings(unit_x_BD: Tensor, options: SoftmaxOptions) -> Tensor:
-    """What gives s / ln 2 when multiplied with unit rows, in matmul_dtype."""
+    """Embeddings scaled so that their product with unit rows is s / ln 2, in matmul_dtype."""
     return (unit_x_BD / (options.temperature * math.log(2))).to(options.matmul_dtype)
 
 
@@ -309,12 +271,12 @@ def _entry_bounds(labels: SmoothedLabels, block: _UnitBlock) -> Iterator[tuple[i
 
 
 def _narrow(wide: Tensor, options: SoftmaxOptions) -> Tensor:
-    """A buffer like `wide` in matmul_dtype; `wide` itself where that is its dtype."""
+    """A buffer like `wide` in matmul_dtype; `wide` itself if it has that dtype."""
     return wide if wide.dtype == options.matmul_dtype else torch.empty_like(wide, dtype=options.matmul_dtype)
 
 
 def _cast(source: Tensor, out: Tensor) -> Tensor:
-    """`source` in the dtype of `out`: copied there, or itself where nothing need be done."""
+    """`source` in the dtype of `out`: itself if it has that dtype, otherwise copied into `out`."""
     return source if source.dtype == out.dtype else out.copy_(source)
 
 

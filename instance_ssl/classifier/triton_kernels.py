@@ -1,7 +1,7 @@
-"""The programs that `triton_passes` starts on a GPU; the maths and its notation are `softmax`'s.
+"""The kernels that `triton_passes` launches; maths and notation are those of `softmax`.
 
 Both passes are flash attention (Dao et al. 2022, "FlashAttention", Algorithm 1) without its running maximum, which
-bounded logits make needless: a tile of exp(s) lives in registers only. Forward: queries x̂, keys = values = ŵ. Update:
+bounded logits do not need: a tile of exp(s) lives in registers only. Forward: queries x̂, keys = values = ŵ. Update:
 queries ŵ, keys = values = x̂; the gradient of a tile of classes ends in the registers of the program that owns the
 tile, so it goes into momentum and rows right there.
 
@@ -10,15 +10,15 @@ products come zero-padded to whole tiles and to a power of two of at least 16 co
 masks: whatever exp(s) is for a padding row, it multiplies zeros. exp(s) is exp2(dot · log2(e)/τ), scaled in float32
 after the product, where rounding has already happened. Offsets into W are 64-bit: n · D passes 2³¹ at 17 million.
 
-Precision. Z sums exp(s) in float32, before it is rounded for the second product, and over many classes the roundings
-in A = Σ exp(s) ŵ average out. They do not where one class has most of the mass, which is always a labelled one: there
-p - q is the small difference of two large numbers. So p - q comes from outside, formed of the very exp(s) that Y has
+Precision. Z sums exp(s) in float32, before it is rounded for the second product, and over many classes the roundings in
+A = Σ exp(s) ŵ average out. They do not if one class has most of the mass, always a labelled one: there p - q is the
+small difference of two large numbers. So p - q is computed outside from the same exp(s) as Y
 (`label_terms.gradient_terms`), and the programs for the entries put it in the place of what the dense part has added
-for them, exactly as it was rounded there. That is not enough where p - q is smaller than the rounding of a float32 sum
-that p ≈ 1 has gone through: APART keeps each row's strongest entry out of the dense part altogether, of Z and A as of
-∂W. Products of bfloat16 at a τ that leaves p away from 1 lose more elsewhere, and are spared the comparison.
+for them, exactly as it was rounded there. That is not enough if p - q is smaller than the rounding of a float32 sum
+that contains p ≈ 1: APART keeps each row's strongest entry out of the dense part altogether, in Z, A and ∂W. bfloat16
+products at a τ that keeps p away from 1 lose more elsewhere and skip the comparison.
 
-This module needs triton; only `triton_passes` imports it, when a kernel is about to run.
+This module needs triton; `triton_passes` imports it when a kernel is about to run.
 """
 
 import triton
@@ -151,11 +151,11 @@ def sparse_sums_kernel(
     MIXTURE: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Y, C and exp(s) of one row's entries, and what rounding takes from A for them. One program a row.
+    """Y, C and exp(s) of one row's entries, and what rounding loses of A for them. One program a row.
 
-    Sums differ in their last bits by the order in which they are taken, and log Z - log Y of a row that knows its class
-    is all last bits. So the cosines come from the same matrix product as those of the dense part, though it takes no
-    fewer than 16 rows: here they are 16 times the same. Reading the rows of W remains the whole cost.
+    Sums differ in their last bits with their order, and log Z - log Y of a row that knows its class is all last bits.
+    So the cosines come from the same matrix product as in the dense part. It needs at least 16 rows: here 16 copies of
+    one. Reading the rows of W is still the whole cost.
     """
     row = tl.program_id(0)
     dims_D = tl.arange(0, PADDED_DIM)
@@ -205,7 +205,7 @@ def _dense_gradient(
 ) -> tl.tensor:
     """Σ_i p_ij x̂_i of a tile of classes (C, D): -log2 Z in the exponent makes exp2 give p itself.
 
-    The multiply-add is spelt out because Triton means to stop fusing by default.
+    The multiply-add is explicit because Triton plans to stop fusing by default.
     """
     rows_M = tl.arange(0, ROWS)
     x_ptrs_MD = x_ptr + rows_M[:, None] * D + tl.arange(0, D)[None, :]

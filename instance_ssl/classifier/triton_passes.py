@@ -1,21 +1,22 @@
-"""`softmax_sums` and `update_rows` of `torch_passes` as fused Triton kernels: same contract, same maths, for GPUs.
+"""Both passes over the shard (see `softmax.py`) as fused Triton kernels for GPUs: the contract of `torch_passes`.
 
-Nothing of B x n exists, not even a block of it: tiles of exp(s) stay in registers. Of the normalised rows there is
-only a chunk that fits into the L2 cache; of ∂J/∂w only the tile a program is working on. The one workspace besides is
-the sums of the forward pass, (splits, B, D) float32: two splits when B = 8192, and more for smaller batches, up to one
-tile of rows for every multiprocessor.
+Not even a block of B x n exists: tiles of exp(s) stay in registers. Normalised rows exist as one chunk that fits the L2
+cache, ∂J/∂w as the tile a program is working on. The only other workspace is the sums of the forward pass, (splits, B,
+D) float32: two splits at B = 8192, and more for smaller batches, up to one tile of rows for every multiprocessor.
 
-Rows and momentum may be bfloat16 as well as float32. Momentum is rounded to nearest. Rows are rounded stochastically:
-a step of less than half a unit in the last place would otherwise be lost every time.
+Rows and momentum may be float32 or bfloat16. Momentum is rounded to nearest, rows stochastically: a step of less than
+half a unit in the last place would otherwise always be lost.
 """
 
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from instance_ssl.classifier import torch_passes
 from instance_ssl.classifier.label_terms import entry_exp, gradient_terms
 from instance_ssl.classifier.softmax import (
     RowUpdate,
@@ -28,11 +29,11 @@ from instance_ssl.classifier.softmax import (
 # A chunk of unit rows: a larger one would not stay in the L2 cache (50 MB on an H100, shared with all the rest).
 _CHUNK_BYTES = 16 * 2**20
 
-# The chunk's normalisation and the label entries: small against the dense part, so not worth tuning.
+# The chunk's normalisation and the label entries are small beside the dense part, so not worth tuning.
 _UNIT_ROWS_AT_ONCE = 32
 _ENTRIES_AT_ONCE = 32
 
-# Entries whose rows of W are gathered at once where the forward pass has not kept their exp(s).
+# Entries whose rows of W are gathered at once if the forward pass has not kept their exp(s).
 _TERMS_AT_ONCE = 2**16
 
 # float32 products as three TF32 products each, about float32's precision; plain float32 would miss the matrix units.
@@ -40,7 +41,6 @@ _PRECISION = "tf32x3"
 
 # Cost of starting and ending a program of `dense_sums_kernel`, in tiles of classes: it reads and writes its sums.
 _PROGRAM_OVERHEAD_TILES = 2
-
 
 # Below it p - q can be smaller than what bfloat16 products lose of p ≈ 1.
 _SATURATING_TEMPERATURE = 0.1
@@ -64,8 +64,8 @@ class Tile:
 
 
 # Shapes for `softmax_sums` by type of the products and largest padded D; `update_rows` takes them with rows and classes
-# exchanged. Chosen for sm_90 because the compiler then spills no register in a dense loop (float32 at D = 256: a few)
-# and two or three stages fit into shared memory. Not measured on a GPU yet.
+# exchanged. Chosen for sm_90: the compiler then spills no register in a dense loop (float32 at D = 256: a few), and two
+# or three stages fit into shared memory. Not measured on a GPU yet.
 _TILES = (
     (torch.bfloat16, 128, Tile(rows=128, classes=128, num_warps=8, num_stages=3)),
     (torch.bfloat16, 256, Tile(rows=64, classes=64, num_warps=8, num_stages=2)),
@@ -91,9 +91,7 @@ def update_tile(embedding_dim: int, matmul_dtype: torch.dtype) -> Tile:
 
 
 def available(device: torch.device, embedding_dim: int = 128, matmul_dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the kernels run on `device`: an NVIDIA GPU from sm_80, with Triton and what it compiles with, or any
-    device under its interpreter.
-    """
+    """Whether the kernels run on `device`: an NVIDIA GPU from sm_80 with Triton and a compiler, or its interpreter."""
     if importlib.util.find_spec("triton") is None:  # CPU-only builds of PyTorch come without it
         return False
     if not any(dtype == matmul_dtype and embedding_dim <= dim for dtype, dim, _ in _TILES):
@@ -119,13 +117,10 @@ def softmax_sums(
     *,
     tile: Tile | None = None,
 ) -> SoftmaxSums:
-    """First pass over the shard; see `torch_passes.softmax_sums`.
+    """First pass over the shard, see `softmax.Passes`; float32 embeddings, float32 or bfloat16 rows.
 
     Args:
-        unit_x_BD: (B, D) float32, normalised embeddings of the global batch.
-        weight_nD: (n, D) float32 or bfloat16, own rows of W, not normalised.
-        labels: the entries of y in this shard.
-        tile: block shape, for benchmarks.
+        tile: block shape, for tests; None: `forward_tile`.
     """
     from instance_ssl.classifier import triton_kernels as programs
 
@@ -161,9 +156,9 @@ def softmax_sums(
 def _dense_sums(
     x_PD: Tensor, weight_nD: Tensor, apart_P: Tensor, options: SoftmaxOptions, tile: Tile
 ) -> tuple[Tensor, Tensor]:
-    """Z (S, P) and A (S, P, D) of padded rows in S parts that are still to be added up.
+    """Z (S, P) and A (S, P, D) of padded rows, in S parts to be summed.
 
-    Where `_keeps_apart`, one class of each row is left out, `apart_P` (P,).
+    If `_keeps_apart`, the class `apart_P` (P,) of each row is not added.
     """
     from instance_ssl.classifier import triton_kernels as programs
 
@@ -202,20 +197,20 @@ def update_rows(
     update: RowUpdate,
     *,
     total_rows: int | None = None,
+    sum_gradient_: Callable[[Tensor], object] | None = None,
     tile: Tile | None = None,
 ) -> None:
-    """Second pass over the shard, in place; see `torch_passes.update_rows`.
+    """Second pass over the shard, see `softmax.Passes`; float32 embeddings, float32 or bfloat16 rows and momentum.
+
+    The kernel never writes the gradient to memory. Replicas, which have to sum it, take the PyTorch pass.
 
     Args:
-        unit_x_BD: (B, D) float32, normalised embeddings of the whole optimizer step.
-        z_B: Z of all shards.
-        y_B: Y of all shards.
-        labels: the entries of y in this shard.
-        weight_nD: (n, D) float32 or bfloat16 own rows, updated.
-        momentum_nD: (n, D) float32 or bfloat16, updated.
-        total_rows: rows that J is the mean over; None: B.
-        tile: block shape, for benchmarks.
+        tile: block shape, for tests; None: `update_tile`.
     """
+    if sum_gradient_ is not None:
+        arguments = unit_x_BD, z_B, y_B, labels, weight_nD, momentum_nD, options, update
+        torch_passes.update_rows(*arguments, total_rows=total_rows, sum_gradient_=sum_gradient_)
+        return
     from instance_ssl.classifier import triton_kernels as programs
 
     num_classes, dim = weight_nD.shape
@@ -242,7 +237,7 @@ def update_rows(
 
 
 def _check_rows(rows_nD: Tensor) -> None:
-    """The kernels know two formats and no strides."""
+    """Raises ValueError for rows that the kernels cannot read: they know two dtypes and no strides."""
     if rows_nD.dtype not in (torch.float32, torch.bfloat16) or not rows_nD.is_contiguous():
         raise ValueError(f"rows and momentum must be contiguous float32 or bfloat16, not {rows_nD.dtype}")
 
@@ -268,7 +263,7 @@ def _padded_minus_log2(sums_B: Tensor, padded_rows: int) -> Tensor:
 
 
 def _keeps_apart(options: SoftmaxOptions) -> bool:
-    """Whether each row's strongest entry stays out of the dense sums (see `triton_kernels`)."""
+    """Whether each row's strongest entry is kept out of the dense sums (see `triton_kernels`)."""
     return options.matmul_dtype == torch.float32 or options.temperature < _SATURATING_TEMPERATURE
 
 
@@ -288,7 +283,7 @@ def _entries_by_row(labels: SmoothedLabels, num_rows: int) -> tuple[Tensor, Tens
 
 
 def _chunk_rows(options: SoftmaxOptions, padded_dim: int, tile_classes: int) -> int:
-    """Classes that are normalised at once: whole tiles of them in `block_bytes`, at least one tile."""
+    """Classes normalised at once: as many whole tiles as fit `block_bytes`, at least one."""
     rows = min(options.block_bytes or _CHUNK_BYTES, _CHUNK_BYTES) // (padded_dim * options.matmul_dtype.itemsize)
     return max(1, rows // tile_classes) * tile_classes
 
@@ -301,7 +296,7 @@ def _program_slots(device: torch.device, tile: Tile) -> int:
 
 
 def _splits(row_tiles: int, class_tiles: int, slots: int) -> int:
-    """Splits of a chunk's classes that end it soonest: waves of programs x tiles of classes that each must do."""
+    """Splits of a chunk's classes that finish first: waves of programs x tiles of classes in each."""
 
     def duration(splits: int) -> int:
         return _tiles(row_tiles * splits, slots) * (_tiles(class_tiles, splits) + _PROGRAM_OVERHEAD_TILES)

@@ -50,8 +50,6 @@ class InstanceClassifierSection(BaseModel):
 
     Attributes:
         block_mib: workspace of one block of classes; `auto`: ten L2 caches of a core on a CPU, 256 MiB on a GPU.
-        keep_mib: memory for terms of the softmax that live from the first pass over W to the second, which then need
-            not be computed again; with one micro-batch a step and the kernels `torch`.
         matmul_dtype: precision of the logits' matrix products; `auto`: bfloat16 under bfloat16 autocast, unless float32
             measures faster on this CPU. `float16` is not offered: exp(cos/τ) spans more than its range.
         row_dtype: precision of the rows of W; bfloat16 rows are rounded stochastically at each update.
@@ -63,7 +61,6 @@ class InstanceClassifierSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     block_mib: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "auto"
-    keep_mib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
     matmul_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     row_dtype: Literal["float32", "bfloat16"] = "float32"
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -108,11 +105,6 @@ class DeepSpeedSettings:
         return None if self.classifier.block_mib == "auto" else int(self.classifier.block_mib * 2**20)
 
     @property
-    def kept_bytes(self) -> int:
-        """Memory of terms that are kept between the classifier's two passes."""
-        return int(self.classifier.keep_mib * 2**20)
-
-    @property
     def row_dtype(self) -> torch.dtype:
         """Of the rows of W."""
         return _DTYPES[self.classifier.row_dtype]
@@ -145,7 +137,8 @@ def load_ds_config(
     values = _read_json(path)
     _check_keys(values, path)
     try:
-        classifier = InstanceClassifierSection.model_validate(values.pop(OWN_DEEPSPEED_KEY, {}))
+        section = _without_keep_mib(values.pop(OWN_DEEPSPEED_KEY, {}), path)
+        classifier = InstanceClassifierSection.model_validate(section)
     except ValidationError as error:
         raise UserError(
             f"{path}: {describe_validation_error(error, InstanceClassifierSection, OWN_DEEPSPEED_KEY)}"
@@ -167,7 +160,6 @@ def load_ds_config(
         raise UserError(
             f"{path}: instance_classifier.group_size {classifier.group_size} does not divide the {world_size} ranks"
         )
-    _check_keep(classifier, accumulation_steps, path)
     zero_stage = _zero_stage(values.get("zero_optimization", {}), path)
     engine = {
         "steps_per_print": 2**31,  # the progress bar is ours
@@ -233,17 +225,15 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: unknown key '{key}'{nearest(key, (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY))}")
 
 
-def _check_keep(classifier: InstanceClassifierSection, accumulation_steps: int, path: Path) -> None:
-    if classifier.keep_mib > 0 and classifier.kernels != "torch":
+def _without_keep_mib(section: Any, path: Path) -> Any:
+    """The section without a `keep_mib` of 0, its default, which earlier versions wrote into every run directory."""
+    if not isinstance(section, dict) or "keep_mib" not in section:
+        return section
+    if section["keep_mib"] != 0:
         raise UserError(
-            f"{path}: instance_classifier.keep_mib needs instance_classifier.kernels torch: Triton's keep logits in "
-            "registers and write none"
+            f"{path}: remove instance_classifier.keep_mib: no terms of the softmax are kept between its two passes"
         )
-    if classifier.keep_mib > 0 and accumulation_steps > 1:
-        raise UserError(
-            f"{path}: instance_classifier.keep_mib needs one micro-batch a step, and there are {accumulation_steps}: "
-            "raise train_micro_batch_size_per_gpu or remove it"
-        )
+    return {key: value for key, value in section.items() if key != "keep_mib"}
 
 
 def _zero_stage(section: Any, path: Path) -> int:

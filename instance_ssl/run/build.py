@@ -5,8 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.kernel_selection import choose_block_bytes, choose_kernels
-from instance_ssl.classifier.kernel_self_test import disagreement
+from instance_ssl.classifier.kernel_selection import choose_block_bytes, choose_kernels, disagreement
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
@@ -81,7 +80,6 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
         kernels=choose_kernels(
             stage.ds.classifier.kernels, stage.world.device, stage.config.model.embedding_dim, stage.ds.matmul_dtype
         ),
-        kept_bytes=stage.ds.kept_bytes,
     )
     if stage.world.device.type == "cuda":
         options = _with_tried_kernels(stage, options)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from instance_ssl.classifier.footprint import ClassifierSize
 from instance_ssl.classifier.kernel_selection import choose_block_bytes
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
@@ -18,6 +17,7 @@ from instance_ssl.run.build import describe_encoder, describe_stem_cost, seeded_
 from instance_ssl.run.checks import check_size
 from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
 from instance_ssl.training import engine
+from instance_ssl.training.classifier_cost import ClassifierSize
 from instance_ssl.training.memory_plan import (
     LAYOUTS,
     EncoderCost,
@@ -177,7 +177,6 @@ def _training(
         classifier.loss_form,
         ds.matmul_dtype,
         choose_block_bytes(ds.block_bytes, _PLANNED),
-        kept_bytes=ds.kept_bytes,
     )
     size = ClassifierSize(
         num_instances=num_instances,

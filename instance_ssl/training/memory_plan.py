@@ -1,8 +1,8 @@
-"""What a training step takes: bytes by part, bytes on the wire, FLOPs, and the most classes that fit.
+"""Plans a training step: bytes by part, bytes sent, FLOPs, and the most classes that fit.
 
-Nothing is allocated. The encoder is built and run once on torch's fake tensors (meta tensors that know their device,
-and so follow autocast), the classifier is counted by `classifier/footprint.py`. What is not in the figures: the CUDA
-context (about 0.5 GiB), the libraries' workspaces, and what the caching allocator loses between blocks.
+The encoder is built and run once on torch's fake tensors (meta tensors that know their device, and so follow autocast);
+the classifier is run by `classifier_cost.py`. The figures leave out the CUDA context (about 0.5 GiB), the workspaces of
+libraries, and what the caching allocator loses between blocks.
 """
 
 import math
@@ -11,22 +11,20 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
-from weakref import finalize
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from instance_ssl.classifier.footprint import (
+from instance_ssl.distributed.comm import ring_bytes
+from instance_ssl.training.classifier_cost import (
     ClassifierSize,
     classifier_flops,
     classifier_memory,
     classifier_traffic,
 )
-from instance_ssl.distributed.comm import ring_bytes
+from instance_ssl.training.live_bytes import LiveBytes
 
 Layout = Literal["sharded", "replicated", "sharded, dense", "replicated, dense"]
 LAYOUTS: tuple[Layout, ...] = ("sharded", "replicated", "sharded, dense", "replicated, dense")
@@ -179,41 +177,13 @@ def _live_bytes(
 ) -> tuple[int, int]:
     """Bytes between forward and backward pass, and the most there were; gradients count when this call makes them."""
     gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
-    with _LiveBytes([*encoder.parameters(), *encoder.buffers(), *gradients]) as counted:
+    with LiveBytes([*encoder.parameters(), *encoder.buffers(), *gradients]) as counted:
         images = torch.empty(num_views, 3, image_size, image_size, memory_format=torch.channels_last)
         with torch.autocast("cpu", autocast_dtype) if autocast_dtype else nullcontext():
             embeddings = encoder(images)
         kept = counted.live
         embeddings.backward(torch.empty_like(embeddings))
     return kept, counted.peak
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations make and takes off those that are released; `known` ones do not count."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._storages = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._add(value.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._storages:
-            return
-        self._storages.add(storage._cdata)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        finalize(storage, self._remove, storage._cdata, storage.nbytes())
-
-    def _remove(self, key: int, size: int) -> None:
-        self._storages.discard(key)
-        self.live -= size
 
 
 def engine_size(
@@ -318,8 +288,7 @@ def plan_layout(layout: Layout, cost: EncoderCost, engine: EngineSize, classifie
             "momentum of W": memory.momentum,
             "hard-class table": memory.hard_classes,
         }
-        | ({"clock of sampled rows": memory.clock} if memory.clock else {})
-        | ({"terms kept between passes": memory.kept_terms} if memory.kept_terms else {}),
+        | ({"clock of sampled rows": memory.clock} if memory.clock else {}),
         phases={phase: parts for phase, parts in phases.items() if any(parts.values())},
         sent={"encoder": encoder_traffic(cost, engine), "classifier": classifier_traffic(classifier)},
         flops={"encoder": cost.flops * steps, "classifier": classifier_flops(classifier)},
@@ -331,7 +300,7 @@ def _dense_plan(encoder: EncoderMemory, classifier: ClassifierSize) -> Plan:
 
     DDP's buckets hold a second copy of the gradient (`gradient_as_bucket_view` is off by default).
     """
-    n, width = classifier.own_classes, classifier.embedding_dim
+    n, width = classifier.local_classes, classifier.embedding_dim
     rows, table = n * width * _FLOAT, n * classifier.num_hard_classes * _FLOAT
     resident = {
         "encoder weights": encoder.weights,

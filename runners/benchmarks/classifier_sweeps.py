@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from classifier_variants import VARIANTS, Problem, Running, gradient_error
-from instance_ssl.classifier.footprint import step_flops
 from instance_ssl.classifier.matmul_rates import matmul_rate
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
+from instance_ssl.training.classifier_cost import step_flops
 from measure import Timing, peak_bytes, time_interleaved
 
 Row = dict[str, Any]

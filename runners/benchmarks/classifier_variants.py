@@ -106,7 +106,6 @@ def streamed(
     row_dtype: torch.dtype = torch.float32,
     momentum_dtype: torch.dtype = torch.float32,
     block_mib: int | None = None,
-    keep_mib: int = 0,
 ) -> Builder:
     """Builds this project's classifier.
 
@@ -122,7 +121,7 @@ def streamed(
             choose_block_bytes(block_mib and block_mib * 2**20, world.device),
             choose_kernels(kernels, world.device, problem.x_BD.shape[1], matmul_dtype),
         )
-        options = SoftmaxOptions(TEMPERATURE, "mixture", matmul_dtype, block_bytes, chosen, keep_mib * 2**20)
+        options = SoftmaxOptions(TEMPERATURE, "mixture", matmul_dtype, block_bytes, chosen)
         shard = ClassifierShard(
             problem.num_classes,
             problem.x_BD.shape[1],
@@ -266,8 +265,6 @@ VARIANTS: dict[str, Builder] = {
     "streamed-bfloat16-rows": streamed(torch.bfloat16, momentum_dtype=torch.bfloat16, row_dtype=torch.bfloat16),
     "streamed-bfloat16-1-mib": streamed(torch.bfloat16, block_mib=1),
     "streamed-bfloat16-64-mib": streamed(torch.bfloat16, block_mib=64),
-    "streamed-kept": streamed(torch.float32, kernels="torch", keep_mib=64),
-    "streamed-bfloat16-kept": streamed(torch.bfloat16, kernels="torch", keep_mib=32),
     "replicated-streamed": streamed(torch.float32, group_size=1),
 }
 

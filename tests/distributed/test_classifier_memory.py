@@ -11,12 +11,12 @@ from memory import measure_allocations
 from ranks import run_ranks
 
 from instance_ssl.classifier import matmul_rates
-from instance_ssl.classifier.footprint import ClassifierSize, classifier_memory, classifier_traffic
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
+from instance_ssl.training.classifier_cost import ClassifierSize, classifier_memory, classifier_traffic
 
 REPEATS = 10
 FLOAT32 = SoftmaxOptions(0.15, "mixture", torch.float32, 2**20)
@@ -36,10 +36,6 @@ CASES = {
     "small blocks, many hard classes": (
         1,
         replace(PLAIN, num_instances=2048, num_hard_classes=100, options=replace(FLOAT32, block_bytes=2**17)),
-    ),
-    "half of the terms kept": (
-        2,
-        replace(PLAIN, num_instances=8001, group_size=2, options=replace(BFLOAT16, kept_bytes=2**20)),
     ),
     "no smoothing": (2, replace(PLAIN, group_size=2, num_hard_classes=0)),
     "many features": (1, replace(PLAIN, num_instances=3000, rows_per_rank=1024)),
@@ -95,9 +91,6 @@ def train(world: Group, size: ClassifierSize) -> dict[str, Any]:
     before = sum(kept for _, kept in passes)
     first_pass = before - passes[-1][1] + passes[-1][0]
     resident = built + table
-    if size.kept_classes:  # made by the first step, and still there in those after it
-        kept_terms = measured[0][0][1] - passes[0][1]
-        resident, built = resident + kept_terms, built + kept_terms
     figures = {"resident": resident, "first_pass": resident + first_pass, "pending": resident + before}
     figures |= {"update": resident + before + update, "refresh": built + refresh, "sent": sent}
     return figures

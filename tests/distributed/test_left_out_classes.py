@@ -39,7 +39,6 @@ def make_shard(
     world: Group,
     group_size: int,
     form: LossForm = "mixture",
-    kept_bytes: int = 0,
     mode: str = "full",
     dtype: torch.dtype = torch.float64,
 ) -> ClassifierShard:
@@ -49,7 +48,7 @@ def make_shard(
         N,
         D,
         group,
-        SoftmaxOptions(TAU, form, products, 4000, kept_bytes=kept_bytes),
+        SoftmaxOptions(TAU, form, products, 4000),
         replicas=replicas,
         smoothing_factor=ALPHA if mode == "full" else 0.0,
         momentum=MOMENTUM,
@@ -62,9 +61,9 @@ def make_shard(
     return shard
 
 
-def train(world: Group, group_size: int, form: LossForm, kept_bytes: int, mode: str, dtype: torch.dtype):
+def train(world: Group, group_size: int, form: LossForm, mode: str, dtype: torch.dtype):
     """What every step gives (loss, own feature gradients), and the rows and momentum at the end."""
-    shard = make_shard(world, group_size, form, kept_bytes, mode, dtype)
+    shard = make_shard(world, group_size, form, mode, dtype)
     shard.leave_out(FIRST)
     shard.refresh_hard_classes(K)
     steps = []
@@ -114,21 +113,21 @@ def train_densely(form: LossForm, mode: str):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "group_size", "form", "kept_bytes", "mode"),
+    ("world_size", "group_size", "form", "mode"),
     [
-        (1, 1, "mixture", 0, "full"),
-        (3, 3, "mixture", 0, "full"),
-        (2, 2, "cross_entropy", 8 * 12 * 20, "full"),  # some of the terms are kept for the second pass
-        (2, 1, "mixture", 0, "full"),  # copies of W
-        (3, 3, "mixture", 0, "random"),
-        (2, 2, "mixture", 0, "recent"),
+        (1, 1, "mixture", "full"),
+        (3, 3, "mixture", "full"),
+        (2, 2, "cross_entropy", "full"),
+        (2, 1, "mixture", "full"),  # copies of W
+        (3, 3, "mixture", "random"),
+        (2, 2, "mixture", "recent"),
     ],
 )
 def test_values_and_gradients_are_those_without_the_columns(
-    world_size: int, group_size: int, form: LossForm, kept_bytes: int, mode: str
+    world_size: int, group_size: int, form: LossForm, mode: str
 ) -> None:
     steps, weight_ND, buffer_ND = train_densely(form, mode)
-    results = run_ranks(train, world_size, group_size, form, kept_bytes, mode, torch.float64)
+    results = run_ranks(train, world_size, group_size, form, mode, torch.float64)
     for step, (loss, grad_x) in enumerate(steps):
         for result in results:
             torch.testing.assert_close(result[1][step][0], loss, rtol=1e-11, atol=0)
@@ -146,7 +145,7 @@ def test_values_and_gradients_are_those_without_the_columns(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_any_precision_stay_zero(dtype: torch.dtype) -> None:
     steps, weight_ND, _ = train_densely("mixture", "full")
-    results = run_ranks(train, 2, 2, "mixture", 0, "full", dtype)
+    results = run_ranks(train, 2, 2, "mixture", "full", dtype)
     weight = torch.cat([result[2] for result in results])
     assert not weight[ALL].any()
     assert weight.isfinite().all()

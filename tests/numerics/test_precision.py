@@ -10,13 +10,13 @@ from torch import Tensor
 
 from instance_ssl.classifier import torch_passes
 from instance_ssl.classifier.matmul_rates import fast_float32_products, float32_precision
-from instance_ssl.classifier.rounding import round_stochastically_
 from instance_ssl.classifier.softmax import (
     RowUpdate,
     SoftmaxOptions,
     normalise_rows,
     own_labels,
     project_gradient,
+    round_stochastically_,
     row_losses,
     unit_feature_gradient,
 )

@@ -17,7 +17,6 @@ def test_sampled_classes_over_copies_of_w(tmp_path: Path) -> None:
         "activation_checkpointing": {},
         "instance_classifier": {
             "block_mib": 0.5,
-            "keep_mib": 0.1,
             "group_size": 1,
             "row_dtype": "bfloat16",
             "momentum_dtype": "bfloat16",

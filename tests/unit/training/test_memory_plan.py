@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from instance_ssl.classifier import footprint
-from instance_ssl.classifier.footprint import ClassifierSize, classifier_flops, classifier_memory
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.models.encoder import build_encoder
 from instance_ssl.run.build import describe_stem_cost
 from instance_ssl.stages.plan import Training
+from instance_ssl.training import classifier_cost
+from instance_ssl.training.classifier_cost import ClassifierSize, classifier_flops, classifier_memory
 from instance_ssl.training.memory_plan import LAYOUTS, EncoderCost, EngineSize, measure_encoder, plan_layout
 from paper_tables import table_1
 
@@ -104,16 +104,16 @@ def test_narrow_rows_halve_w() -> None:
 
 
 def test_a_workspace_is_counted_where_onednn_makes_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = replace(SIZE.options, matmul_dtype=torch.bfloat16, kept_bytes=2**20)
+    options = replace(SIZE.options, matmul_dtype=torch.bfloat16)
     size = replace(SIZE, options=options, device=torch.device("cpu"), num_hard_classes=0)
     plans = []
     for available in (True, False):
-        monkeypatch.setattr(footprint, "onednn_multiplies_bfloat16", lambda available=available: available)
+        monkeypatch.setattr(classifier_cost, "onednn_multiplies_bfloat16", lambda available=available: available)
         plans.append(classifier_memory(size))
     with_onednn, without = plans
     features = size.gathered_rows * size.embedding_dim * 4
     assert with_onednn.first_pass - without.first_pass == features
-    assert with_onednn.update - without.update == features + 2 * 128 * size.gathered_rows * 2
+    assert with_onednn.update - without.update == features
     assert with_onednn.resident == without.resident
 
 

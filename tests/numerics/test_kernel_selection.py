@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier import kernel_self_test, triton_passes
+from instance_ssl.classifier import kernel_selection, triton_passes
 from instance_ssl.classifier.softmax import SmoothedLabels, SoftmaxOptions, SoftmaxSums
 from instance_ssl.errors import UserError
 from instance_ssl.run import build
@@ -25,7 +25,7 @@ MIXED = (torch.bfloat16, torch.float32, torch.bfloat16)
 
 def verdict(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], form: Any = "mixture") -> str | None:
     matmul_dtype, *formats = dtypes
-    return kernel_self_test.disagreement(CPU, 64, SoftmaxOptions(0.15, form, matmul_dtype), *formats)
+    return kernel_selection.disagreement(CPU, 64, SoftmaxOptions(0.15, form, matmul_dtype), *formats)
 
 
 def first_640(labels: SmoothedLabels) -> SmoothedLabels:
@@ -82,7 +82,7 @@ def test_what_the_compiler_says_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_device_that_is_broken_by_it_ends_the_run_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_passes, "softmax_sums", fail)
-    monkeypatch.setattr(kernel_self_test, "_works", lambda _: False)
+    monkeypatch.setattr(kernel_selection, "_works", lambda _: False)
     with pytest.raises(UserError, match=r"no such instruction.*instance_classifier\.kernels torch"):
         verdict(SINGLE)
 
