@@ -11,7 +11,7 @@ from instance_ssl.classifier.matmul_rates import (
     quick_convolution_rate,
     quick_matmul_rate,
 )
-from instance_ssl.config.deepspeed import DeepSpeedSettings
+from instance_ssl.config.deepspeed import DeepSpeedSettings, DtypeName
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.log import RunLog
 
@@ -41,9 +41,10 @@ def settle(ds: DeepSpeedSettings, world: Group, log: RunLog) -> DeepSpeedSetting
     if ds.matmul_dtype != torch.bfloat16:
         return ds
     if ds.classifier.matmul_dtype == "auto":
-        chosen, measured = auto_matmul_dtype(world)
-        log.say(f"classifier: matmul_dtype auto takes {describe(chosen)}: products run at {measured}")
-        return replace(ds, auto_dtype=chosen)
+        dtype, measured = auto_matmul_dtype(world)
+        chosen: DtypeName = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        log.say(f"classifier: matmul_dtype auto takes {chosen}: products run at {measured}")
+        return replace(ds, auto_matmul=chosen)
     rates = agreed_rates(quick_matmul_rate, world)
     if rates.faster == torch.float32:
         log.say(

@@ -185,7 +185,6 @@ def _open(
         max_grad_norm=config.optimization.max_grad_norm,
         world_size=comm.launched_world_size(),
     )
-    engine.check_zero_section(ds)
     if needs_labels:
         checks.check_labels(config)
     run_directory = (arguments.run_dir or Path("runs") / arguments.config.stem).resolve()

@@ -18,7 +18,6 @@ from instance_ssl.run.arguments import add_config_arguments
 from instance_ssl.run.build import describe_encoder, describe_stem_cost, seeded_encoder
 from instance_ssl.run.checks import check_size
 from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
-from instance_ssl.training import engine
 from instance_ssl.training.memory_plan import LAYOUTS, EncoderCost, Layout, Plan, engine_size, measure_encoder
 from instance_ssl.training.paper_tables import PAPER_GIB, Training, draw_figure_3, table_1
 
@@ -52,7 +51,6 @@ def _plan(arguments: argparse.Namespace) -> None:
     num_instances = count_images(config.data) if arguments.num_instances is None else arguments.num_instances
     ds = _settings(arguments, config, world_size)
     check_size(config, num_instances, ds.micro_batch_size, world_size, arguments.deepspeed_config)
-    engine.check_zero_section(ds)
     # The micro-batch is the JSON's, whatever the number of ranks: one measurement serves all of them.
     cost = measure_encoder(
         lambda: seeded_encoder(config, recompute_stages=ds.recompute_stages),
