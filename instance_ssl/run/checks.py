@@ -7,7 +7,7 @@ from typing import Literal
 
 import psutil
 
-from instance_ssl.checkpoint.directory import MANIFEST, committed_directories, newest_sound_directory
+from instance_ssl.checkpoint.committed import MANIFEST, committed_directories, newest_sound_directory
 from instance_ssl.checkpoint.weights import split_choice
 from instance_ssl.config.deepspeed import micro_batch_advice
 from instance_ssl.config.experiment import DataConfig, EvaluationConfig, ExperimentConfig

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.checkpoint.directory import newest_sound_directory, step_of
+from instance_ssl.checkpoint.committed import newest_sound_directory, step_of
 from instance_ssl.config.experiment import ExperimentConfig, flatten, load_config, read_yaml
 from instance_ssl.errors import UserError
 from instance_ssl.run.directory import read_json
