@@ -11,8 +11,8 @@ from instance_ssl.benchmarks.classifier import VARIANTS
 from instance_ssl.benchmarks.measure import describe_machine, format_table, write_csv
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
+from instance_ssl.run.main import run_measurement
 from instance_ssl.run.shutdown import leave
-from instance_ssl.run.stage import run_measurement
 
 _DEFAULT = ["replicated-dense", "sharded-dense", "streamed", "streamed-bfloat16"]
 

@@ -7,8 +7,8 @@ python runners/benchmark_peers.py --stages simclr --config F --deepspeed_config 
 from functools import partial
 
 from instance_ssl.benchmarks.peers import PEERS
+from instance_ssl.run.main import StageSpec, run_stages
 from instance_ssl.run.shutdown import leave
-from instance_ssl.run.stage import StageSpec, run_stages
 from instance_ssl.stages import benchmark_peers, initialize_classifier
 
 OWN = [

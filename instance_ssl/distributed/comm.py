@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from instance_ssl.distributed import launched
 from instance_ssl.distributed.clock import AwakeClock
 from instance_ssl.errors import AbsentPeersError, RankError, UserError
 
@@ -176,21 +177,6 @@ class Transfer:
         return self.tensor
 
 
-def launched_rank() -> int:
-    """Rank given by the launcher, 0 when run bare; usable before any group exists."""
-    return int(os.environ.get("RANK") or 0)
-
-
-def launched_beside_rank_0() -> bool:
-    """Whether rank 0 is another process that was started on the same machine."""
-    return 0 < launched_rank() == int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def launched_world_size() -> int:
-    """World size given by the launcher, 1 when run bare; usable before any group exists."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
 def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
     """Joins the launcher's world (or a world of one when run bare) and returns it as a group.
 
@@ -205,8 +191,8 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
     """
     use_cuda = torch.cuda.is_available()
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launched.local_size()))
+    device = torch.device("cuda", launched.local_rank()) if use_cuda else torch.device("cpu")
     if use_cuda:
         if device.index >= torch.cuda.device_count():
             raise UserError(
@@ -222,8 +208,8 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
             )
         # bfloat16 products are summed in float32 throughout: the hard-class search relies on their error bound.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    if launched_world_size() > 1:
-        return _join("env://", launched_rank(), launched_world_size(), device, seconds=join_seconds)
+    if launched.world_size() > 1:
+        return _join("env://", launched.rank(), launched.world_size(), device, seconds=join_seconds)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
     return _join(None, 0, 1, device, store=dist.HashStore())
 

@@ -6,9 +6,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from instance_ssl import errors
+from instance_ssl.distributed import launched
 from instance_ssl.errors import EXIT_USER_ERROR, UserError
 
 
@@ -29,11 +30,20 @@ def heard_or_not(stream: TextIO) -> Iterator[None]:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose complaints show what was given without letting it act on the terminal."""
+    """A parser whose complaints are errors like all others: one line, from rank 0, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints the usage and the message, and exits with code 2."""
-        super().error(errors.printable(message))
+        """Raises the message.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message} (--help lists the flags)")
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints the help on rank 0."""
+        if launched.rank() == 0:
+            super().print_help(file)
 
 
 def printable(text: str, encoding: str | None) -> str:

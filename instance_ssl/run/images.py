@@ -1,12 +1,18 @@
-"""Opens the images that a section `data` of the configuration names."""
+"""Opens the images that a section `data` of the configuration names, the same on all ranks."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from instance_ssl.config.data import DataConfig
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.decode import Rendering
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.unreadable_images import OnBroken
+from instance_ssl.distributed.comm import Group
+from instance_ssl.errors import UserError
+from instance_ssl.run.agreement import on_rank_0, share_images
+from instance_ssl.run.log import RunLog
 
 
 def open_split(data: DataConfig, split: Literal["train", "test"]) -> ImageSource:
@@ -25,6 +31,75 @@ def open_split(data: DataConfig, split: Literal["train", "test"]) -> ImageSource
         on_broken=broken_policy(data),
         rendering=rendering_of(data),
     )
+
+
+def open_images(
+    data: DataConfig,
+    split: Literal["train", "test"],
+    world: Group,
+    log: RunLog,
+    arrange: Callable[[ImageSource], ImageSource] = lambda images: images,
+) -> ImageSource:
+    """The images of a split, opened by rank 0 and sent to all: every rank sees the same list.
+
+    Args:
+        log: is told that it takes long.
+        arrange: what rank 0 does with them first.
+
+    Raises:
+        UserError: for what cannot be opened, or where another rank's disk does not hold the same files.
+    """
+
+    def open_all() -> ImageSource | UserError:
+        try:
+            return arrange(open_split(data, split))
+        except UserError as error:
+            return UserError(str(error))
+
+    def say(seconds: float) -> None:
+        log.on_progress()
+        log.say(f"{split} images: rank 0 looks at every file or shard, {seconds:.0f} s so far")
+
+    images = share_images(on_rank_0(open_all, world, say), world)
+    for remark in images.remarks:
+        log.say(f"{split} images: {remark}")
+    problem = images.missing_here()
+    problems = [f"rank {rank}: {text}" for rank, text in enumerate(world.all_gather_objects(problem)) if text]
+    if problems:
+        raise UserError(f"data.root: {problems[0]}; every node needs the same images at the same path")
+    return images
+
+
+def open_evaluation(
+    config: ExperimentConfig, source: ImageSource, world: Group, log: RunLog
+) -> tuple[ImageSource, ImageSource]:
+    """Opens what evaluation will read, so that its mistakes show before the training and not after it."""
+    data = config.evaluation.data or config.data
+    if data.image_size != config.data.image_size:
+        raise UserError(
+            f"evaluation.data.image_size {data.image_size} differs from data.image_size {config.data.image_size}, "
+            "which the encoder is trained at: set both alike"
+        )
+    try:
+        train = source if config.evaluation.data is None else open_images(data, "train", world, log)
+        test = open_images(data, "test", world, log)
+    except UserError as mistake:
+        if config.evaluation.data is None:
+            raise
+        raise UserError(f"evaluation.data: {mistake}") from None
+    if train.labels is None or test.labels is None:
+        raise UserError(
+            f"data.kind {data.kind}: these images have no labels to evaluate with (.cls files beside them in the "
+            "tar): point evaluation.data at a labelled set"
+        )
+    largest = max(config.evaluation.knn.neighbours)
+    if largest > len(train):
+        fitting = ",".join(str(k) for k in dict.fromkeys(min(k, len(train)) for k in config.evaluation.knn.neighbours))
+        raise UserError(
+            f"evaluation.knn.neighbours asks for {largest} of {len(train)} training images: "
+            f"set evaluation.knn.neighbours=[{fitting}]"
+        )
+    return train, test
 
 
 def broken_policy(data: DataConfig) -> OnBroken:

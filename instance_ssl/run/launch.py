@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspeed.launcher.runner import DLTS_HOSTFILE, parse_args
-
 from instance_ssl.errors import UserError
 
 _HOST_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=([1-9][0-9]*)")
@@ -21,6 +19,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]*")
 # Beginnings of the names that DeepSpeed exports to the nodes, besides what .deepspeed_env names.
 _EXPORTED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 _ENVIRONMENT_FILE = ".deepspeed_env"
+# The hostfile that `deepspeed` reads where none is given.
+_DEFAULT_HOSTFILE = Path("/job/hostfile")
 # What a launcher tells each rank, and what MPI's launchers say instead: how many processes they have started.
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -64,15 +64,24 @@ def take_apart(command: Sequence[str]) -> Launch:
     """
     if not command or Path(command[0]).name != "deepspeed":
         raise UserError("give the whole command that starts the run: supervise.py … deepspeed … runners/pretrain.py …")
-    arguments = parse_args(list(command[1:]))  # a mistake in the launcher's own flags ends here, with its usage
-    hostfile = Path(arguments.hostfile)
-    is_default = arguments.hostfile == DLTS_HOSTFILE and not hostfile.exists()
-    return Launch(
-        command,
-        hostfile=None if is_default else hostfile,
-        uses_ssh=not arguments.no_ssh,
-        script=[arguments.user_script, *arguments.user_args],
-    )
+    place = next((place for place, word in enumerate(command) if word.endswith(".py")), None)
+    if place is None:
+        raise UserError(f"the command names no runner, a file that ends in .py: {' '.join(command)}")
+    flags = command[1:place]
+    hostfile = given_hostfile(flags) or (_DEFAULT_HOSTFILE if _DEFAULT_HOSTFILE.exists() else None)
+    return Launch(command, hostfile=hostfile, uses_ssh="--no_ssh" not in flags, script=command[place:])
+
+
+def given_hostfile(flags: Sequence[str]) -> Path | None:
+    """Returns the last hostfile that the launcher's flags give, spelled in any way that argparse accepts."""
+    found = None
+    for flag, following in zip(flags, (*flags[1:], ""), strict=False):
+        name, equals, value = flag.partition("=")
+        if len(name) >= len("--ho") and "--hostfile".startswith(name):
+            found = value if equals else following
+        elif flag.startswith("-H"):
+            found = flag[2:] or following
+    return None if found is None else Path(found)
 
 
 def check_launch(launch: Launch, environment: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ _ADDRESS_SPACE_BYTES = 1 << 30
 _SIGNS = {
     "open files": ("Too many open files",),
     "threads or processes": ("can't start new thread", "Resource temporarily unavailable"),
-    "memory": ("Cannot allocate memory", "can't allocate memory", "bad_alloc"),
+    "memory": ("Cannot allocate memory", "can't allocate memory", "bad_alloc", "failed to map segment"),
 }
 _ERRNOS = {errno.EMFILE: "open files", errno.ENFILE: "open files", errno.ENOMEM: "memory"}
 
@@ -55,7 +55,7 @@ def _lacks(error: BaseException) -> str | None:
         return "memory"
     if isinstance(error, OSError) and error.errno in _ERRNOS:
         return _ERRNOS[error.errno]
-    if not isinstance(error, (OSError, RuntimeError)):
+    if not isinstance(error, (OSError, RuntimeError, ImportError)):
         return None
     return next((what for what, signs in _SIGNS.items() if any(sign in str(error) for sign in signs)), None)
 

@@ -5,15 +5,18 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from instance_ssl.distributed import comm
-from instance_ssl.distributed.comm import Group
+from instance_ssl.distributed import launched
 from instance_ssl.errors import EXIT_USER_ERROR, AbsentPeersError, RankError, UserError
 from instance_ssl.run import limits
 from instance_ssl.run.console import complain, show_traceback
 from instance_ssl.run.directory import State, end_status, read_state
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.watchdog import EXIT_LOST_PEER, Guard, Stopped, own_process_id
+
+if TYPE_CHECKING:
+    from instance_ssl.distributed.comm import Group
 
 EXIT_FAILURE = 1
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on
@@ -28,13 +31,13 @@ class Process:
     """
 
     def __init__(self) -> None:
-        self.rank = comm.launched_rank()
+        self.rank = launched.rank()
         self.guard = Guard(self.rank, on_end=lambda line: self.end("failed", line))
         self.log = RunLog(is_main=self.rank == 0, on_progress=self.guard.beat)
         self.run: str | None = None
         self.directory: Path | None = None
 
-    def meet(self, world: Group) -> None:
+    def meet(self, world: "Group") -> None:
         """Names the run, and tells the guard which processes of this machine are the other ranks. Collective."""
         self.run = world.broadcast_object(secrets.token_hex(8))
         peers = world.all_gather_objects((socket.gethostname(), own_process_id()))
@@ -42,6 +45,13 @@ class Process:
         self.guard.local_peers = {
             rank: process for rank, (host, process) in enumerate(peers) if host == here and rank != self.rank
         }
+
+    def leave_world(self) -> None:
+        """Leaves the world, if this process has met the other ranks."""
+        if self.run is not None:
+            from instance_ssl.distributed import comm
+
+            comm.finalize()
 
     def end(self, state: State, reason: str) -> None:
         """Says in the stage's status.json how the run ended, where no other rank has."""
@@ -62,7 +72,7 @@ def exit_code(work: Callable[[], None], process: Process) -> int:
     """0 when the work is done; a user's mistake is one line and exit code 2, a lost peer and a stop have their own."""
     try:
         work()
-        comm.finalize()
+        process.leave_world()
     except UserError as error:
         if (shortage := limits.describe_shortage(error)) is not None:
             return _fail(shortage, process)
@@ -70,8 +80,8 @@ def exit_code(work: Callable[[], None], process: Process) -> int:
             complain(f"error: {error}")
             process.end("failed", str(error))
         if not isinstance(error, RankError):  # then all ranks are here, and leave together
-            comm.finalize()
-            if process.guard.is_launched and comm.launched_beside_rank_0():
+            process.leave_world()
+            if process.guard.is_launched and launched.is_beside_rank_0():
                 # A launcher ends all at the first exit it sees, and rank 0, which says it, may have to start up yet.
                 process.guard.await_end(seconds=60)
         return EXIT_LOST_PEER if isinstance(error, AbsentPeersError) else EXIT_USER_ERROR
@@ -86,7 +96,7 @@ def exit_code(work: Callable[[], None], process: Process) -> int:
             complain(reason := f"rank {process.rank}: a loader process was killed; {cure} ({error})")
             process.end("failed", reason)
             return EXIT_FAILURE
-        if not comm.lost_peer(error):
+        if not _lost_peer(error):
             return _fault(error, process)
         time.sleep(1)  # what has died may still be there for a moment
         reason = process.describe_loss()
@@ -100,6 +110,12 @@ def exit_code(work: Callable[[], None], process: Process) -> int:
     except Exception as error:
         return _fault(error, process)
     return 0
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    from instance_ssl.distributed import comm
+
+    return comm.lost_peer(error)
 
 
 def _fault(error: Exception, process: Process) -> int:

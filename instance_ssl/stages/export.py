@@ -33,10 +33,10 @@ from instance_ssl.evaluation.frozen_encoder import Representation, represent
 from instance_ssl.files.disk_space import find_no_space, saving, why_not_written
 from instance_ssl.models.backbones import choose_stem
 from instance_ssl.models.encoder import Encoder
-from instance_ssl.run import checks
 from instance_ssl.run.agreement import on_rank_0
 from instance_ssl.run.build import describe_encoder
 from instance_ssl.run.directory import read_json, write_json
+from instance_ssl.run.images import open_images
 from instance_ssl.run.stage import Stage
 
 _BACKBONE_FILES = ("backbone.pth", "backbone.safetensors", "features.onnx", "detectron2.pkl")
@@ -174,7 +174,7 @@ def _open_folder(stage: Stage, root: Path) -> ImageSource:
     try:
         own = stage.config.data
         data = DataConfig(kind="folder", root=root, exif=own.exif, alpha=own.alpha)
-        return checks.open_images(data, "train", stage.world, stage.log)
+        return open_images(data, "train", stage.world, stage.log)
     except UserError as error:
         raise UserError(str(error).replace("data.root", "export.images")) from None
 

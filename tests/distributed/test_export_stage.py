@@ -16,8 +16,8 @@ from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.frozen_encoder import load_backbone, represent
-from instance_ssl.run import checks
 from instance_ssl.run.directory import write_json
+from instance_ssl.run.images import open_images
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.watchdog import Guard
@@ -39,7 +39,7 @@ def make_stage(group: Group, name: str, run_directory: Path, **sections: dict[st
         }
     )
     ds = load_ds_config(DS, global_batch_size=64, max_grad_norm=0.0, world_size=1)
-    source = checks.open_images(config.data, "train", group, RunLog(is_main=False))
+    source = open_images(config.data, "train", group, RunLog(is_main=False))
     stage = Stage(name, run_directory, config, ds, group, RunLog(is_main=group.rank == 0), Guard(group.rank), source)
     if group.rank == 0:
         stage.directory.mkdir(parents=True, exist_ok=True)

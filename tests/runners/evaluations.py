@@ -1,7 +1,7 @@
 """A runner of the tests' own: a short training and the evaluations of `test_evaluations.py`, in one process group."""
 
+from instance_ssl.run.main import StageSpec, run_stages
 from instance_ssl.run.shutdown import leave
-from instance_ssl.run.stage import StageSpec, run_stages
 from instance_ssl.stages import (
     evaluate_checkpoints,
     evaluate_knn,

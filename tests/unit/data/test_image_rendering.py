@@ -24,7 +24,7 @@ from instance_ssl.data.pack import Packing, pack_images
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError
-from instance_ssl.run import checks, identity
+from instance_ssl.run import identity
 from instance_ssl.run.images import open_split
 from instance_ssl.stages import export as export_stage
 
@@ -301,7 +301,7 @@ def test_the_digest_of_a_configuration_from_before_the_keys_is_the_same() -> Non
 
 def test_an_export_s_folder_is_read_as_the_run_s_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[DataConfig] = []
-    monkeypatch.setattr(checks, "open_images", lambda data, *_: given.append(data))
+    monkeypatch.setattr(export_stage, "open_images", lambda data, *_: given.append(data))
     stage: Any = SimpleNamespace(config=config_of(exif="stored", alpha="drop"), world=None, log=None)
     export_stage._open_folder(stage, tmp_path)
     assert (given[0].exif, given[0].alpha) == ("stored", "drop")

@@ -9,8 +9,7 @@ import pytest
 
 from instance_ssl.ablation.settings import read_ablation
 from instance_ssl.ablation.table import _records
-from instance_ssl.checkpoint.committed import MANIFEST, POSITION
-from instance_ssl.checkpoint.directory import _read_manifest
+from instance_ssl.checkpoint.committed import MANIFEST, POSITION, _read_manifest
 from instance_ssl.config.deepspeed import load_ds_config
 from instance_ssl.config.experiment import load_config
 from instance_ssl.data.named_sets import find_inaturalist2018
