@@ -1,8 +1,7 @@
-"""The planner: from the command line to a printed plan, and Table 1 and Figure 3. Starts no process group."""
+"""The planner: prints what a training takes on every rank, and Table 1 and Figure 3. Starts no process group."""
 
-import argparse
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,47 +9,39 @@ import torch
 from instance_ssl.classifier.footprint import ClassifierSize
 from instance_ssl.classifier.kernel_selection import choose_block_bytes
 from instance_ssl.classifier.softmax import SoftmaxOptions
-from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
-from instance_ssl.config.experiment import DataConfig, ExperimentConfig, load_config
-from instance_ssl.data.datasets import open_source
+from instance_ssl.config.deepspeed import DeepSpeedSettings
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.errors import UserError
-from instance_ssl.run.arguments import add_config_arguments
 from instance_ssl.run.build import describe_encoder, describe_stem_cost, seeded_encoder
-from instance_ssl.run.checks import check_size
-from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
+from instance_ssl.run.console import tell
 from instance_ssl.training.memory_plan import LAYOUTS, EncoderCost, Layout, Plan, engine_size, measure_encoder
-from instance_ssl.training.paper_tables import PAPER_GIB, Training, draw_figure_3, table_1
+from instance_ssl.training.paper_tables import Training, draw_figure_3, table_1
 
-_CIFAR_IMAGES = 50_000
 _PLANNED = torch.device("cuda")
 _WORLD_SIZES = tuple(2**exponent for exponent in range(11))  # of the picture
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Prints the plan and returns the process's exit code; `words` are the command line's, or None for its own."""
-    return exit_code_of(lambda: _plan(_parse_arguments(words)))
+def print_plan(
+    config: ExperimentConfig,
+    settings_at: Callable[[int], DeepSpeedSettings],
+    *,
+    world_size: int,
+    num_instances: int,
+    gib: float,
+    output: Path | None,
+) -> None:
+    """Prints what a training takes on every rank.
 
+    Args:
+        settings_at: world size → the resolved DeepSpeed JSON.
+        num_instances: N.
+        gib: memory of one rank, for the largest N.
+        output: directory for figure3.png; None: no picture.
 
-def _parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_config_arguments(parser)
-    parser.add_argument("--world-size", type=int, required=True, metavar="T", help="ranks to plan for")
-    parser.add_argument("--num-instances", type=int, metavar="N", help="images (default: those of the config's data)")
-    parser.add_argument("--gpu-memory-gib", type=float, default=PAPER_GIB, metavar="G", help="memory of one rank")
-    parser.add_argument("--output", type=Path, help="directory for figure3.png")
-    return parser.parse_args(words)
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    world_size, gib = arguments.world_size, arguments.gpu_memory_gib
-    if world_size < 1:
-        raise UserError(f"--world-size {world_size}: give at least one rank")
-    if gib <= 0:
-        raise UserError(f"--gpu-memory-gib {gib}: give a positive number")
-    config = load_config(arguments.config, arguments.set)
-    num_instances = count_images(config.data) if arguments.num_instances is None else arguments.num_instances
-    ds = _settings(arguments, config, world_size)
-    check_size(config, num_instances, ds.micro_batch_size, world_size, arguments.deepspeed_config)
+    Raises:
+        UserError: where the picture cannot be drawn.
+    """
+    ds = settings_at(world_size)
     # The micro-batch is the JSON's, whatever the number of ranks: one measurement serves all of them.
     cost = measure_encoder(
         lambda: seeded_encoder(config, recompute_stages=ds.recompute_stages),
@@ -79,34 +70,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     if training.is_the_papers:
         tell("\nTable 1 and Figure 3 (memory; the paper's times depend on its network and data loading, not on this)")
         _show(table_1(training, gib))
-    if arguments.output is not None:
-        path = arguments.output / "figure3.png"
-        draw_figure_3(path, functools.partial(_training_at, arguments, config, cost), world_size, _WORLD_SIZES, gib)
+    if output is not None:
+        path = output / "figure3.png"
+        draw_figure_3(path, functools.partial(_training_at, settings_at, config, cost), world_size, _WORLD_SIZES, gib)
         tell(f"picture: {path}")
-
-
-def count_images(data: DataConfig) -> int:
-    """N where it takes no look at every image.
-
-    Raises:
-        UserError: where it would.
-    """
-    if data.limit_train is not None:
-        return data.limit_train
-    if data.kind == "digits":
-        return len(open_source("digits", "train", root=None, list_file=None, limit=None))
-    if data.kind in ("cifar10", "cifar100"):
-        return _CIFAR_IMAGES
-    raise UserError(f"data.kind {data.kind} is not counted here: give the number of images with --num-instances")
-
-
-def _settings(arguments: argparse.Namespace, config: ExperimentConfig, world_size: int) -> DeepSpeedSettings:
-    return load_ds_config(
-        arguments.deepspeed_config,
-        global_batch_size=config.optimization.global_batch_size,
-        max_grad_norm=config.optimization.max_grad_norm,
-        world_size=world_size,
-    )
 
 
 def _training(
@@ -144,10 +111,10 @@ def _training(
 
 
 def _training_at(
-    arguments: argparse.Namespace, config: ExperimentConfig, cost: EncoderCost, world_size: int
+    settings_at: Callable[[int], DeepSpeedSettings], config: ExperimentConfig, cost: EncoderCost, world_size: int
 ) -> Training | None:
     try:
-        return _training(config, _settings(arguments, config, world_size), cost, world_size, world_size)
+        return _training(config, settings_at(world_size), cost, world_size, world_size)
     except UserError:  # this batch, or the JSON's group, cannot be divided over so many ranks
         return None
 

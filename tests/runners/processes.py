@@ -1,9 +1,11 @@
 """Starts runners the way a user does: bare, or under the deepspeed launcher."""
 
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -12,6 +14,17 @@ ROOT = Path(__file__).parents[2]
 def run_bare(runner: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`python runners/<runner>.py …`"""
     return _run([sys.executable, str(ROOT / "runners" / f"{runner}.py"), *arguments], cwd)
+
+
+def main_of(runner: str) -> Callable[[Sequence[str]], int]:
+    """The `main` of a runner that starts no process group, to be called with words in this process."""
+    spec = importlib.util.spec_from_file_location(f"runner_{runner}", ROOT / "runners" / f"{runner}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    main: Callable[[Sequence[str]], int] = module.main
+    return main
 
 
 def run_launched(runner: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:

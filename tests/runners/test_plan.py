@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from processes import ROOT, run_bare
-
-from instance_ssl.stages import plan
+from processes import ROOT, main_of, run_bare
 
 PAPER = ["--config", str(ROOT / "runners/configs/pipeline_imagenet_resnet50.yaml")]
 PAPER += ["--deepspeed_config", str(ROOT / "ds_configs/v100_fp16.json"), "--world-size", "64"]
@@ -31,7 +29,7 @@ def test_the_papers_setting_is_planned_and_drawn(tmp_path: Path) -> None:
 
 
 def test_images_of_the_demo_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["--world-size", "2"]) == 0
+    assert main_of("plan")(["--world-size", "2"]) == 0
     output = capsys.readouterr().out
     assert "1,437 images" in output
     assert "Table 1" not in output
@@ -49,7 +47,7 @@ def test_images_of_the_demo_are_counted(capsys: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(arguments) == 2
+    assert main_of("plan")(arguments) == 2
     printed = capsys.readouterr()
     assert not printed.out
     assert len(printed.err.strip().splitlines()) == 1
@@ -60,6 +58,6 @@ def test_a_picture_without_matplotlib_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert plan.main(["--world-size", "2", "--output", str(tmp_path / "plan")]) == 2
+    assert main_of("plan")(["--world-size", "2", "--output", str(tmp_path / "plan")]) == 2
     assert 'pip install -e ".[plots]"' in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "plan").exists()
