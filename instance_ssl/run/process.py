@@ -81,8 +81,8 @@ def exit_code(work: Callable[[], None], process: Process) -> int:
             process.end("failed", str(error))
         if not isinstance(error, RankError):  # then all ranks are here, and leave together
             process.leave_world()
-            if process.guard.is_launched and launched.is_beside_rank_0():
-                # A launcher ends all at the first exit it sees, and rank 0, which says it, may have to start up yet.
+            if (process.guard.is_launched or launched.is_by_torchrun()) and launched.is_beside_rank_0():
+                # A launcher ends all ranks at the first exit it sees, and rank 0, which prints it, may still start up.
                 process.guard.await_end(seconds=60)
         return EXIT_LOST_PEER if isinstance(error, AbsentPeersError) else EXIT_USER_ERROR
     except Stopped as stop:
