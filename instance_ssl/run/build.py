@@ -11,7 +11,8 @@ from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.config.choices import StemName
-from instance_ssl.config.experiment import AugmentationConfig, DataConfig, ExperimentConfig
+from instance_ssl.config.data import DataConfig
+from instance_ssl.config.experiment import AugmentationConfig, ExperimentConfig
 from instance_ssl.data.augmentations import Transform, digit_view, simclr_view
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.sampler import LazyBatches, Shards

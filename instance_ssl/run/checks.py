@@ -8,7 +8,8 @@ import psutil
 from instance_ssl.checkpoint.committed import MANIFEST, committed_directories, newest_sound_directory
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.deepspeed import micro_batch_advice
-from instance_ssl.config.experiment import EvaluationConfig, ExperimentConfig
+from instance_ssl.config.evaluation import EvaluationConfig
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.data.folders import existing_root
 from instance_ssl.errors import UserError, tried
 from instance_ssl.files.named_part import split_part

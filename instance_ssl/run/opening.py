@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from instance_ssl.config.experiment import EvaluationConfig
+from instance_ssl.config.evaluation import EvaluationConfig
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group

@@ -20,7 +20,7 @@ from instance_ssl.checkpoint.export import (
     write_pth,
     write_safetensors,
 )
-from instance_ssl.config.experiment import DataConfig
+from instance_ssl.config.data import DataConfig
 from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD, centre_view
 from instance_ssl.data.image_sources import ImageSource, write_instances
 from instance_ssl.data.loaders import image_loader

@@ -13,7 +13,7 @@ import numpy as np
 from image_files import encoded
 from ranks import run_ranks
 
-from instance_ssl.config.experiment import DataConfig
+from instance_ssl.config.data import DataConfig
 from instance_ssl.data.columns import Columns, Place
 from instance_ssl.data.image_sources import ArrayImages, ImageSource
 from instance_ssl.distributed import comm

@@ -27,7 +27,7 @@ from two_nodes import (
     write_hostfile,
 )
 
-from instance_ssl.config.experiment import DataConfig
+from instance_ssl.config.data import DataConfig
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run.images import open_images

@@ -16,7 +16,8 @@ import yaml
 from image_files import chunk, encoded
 from PIL import ExifTags, Image, ImageOps
 
-from instance_ssl.config.experiment import DataConfig, ExperimentConfig, flatten
+from instance_ssl.config.data import DataConfig
+from instance_ssl.config.experiment import ExperimentConfig, flatten
 from instance_ssl.data.augmentations import simclr_view
 from instance_ssl.data.decode import AS_SHOWN, AS_STORED, Rendering, decode_pixels
 from instance_ssl.data.image_sources import EncodedImages
