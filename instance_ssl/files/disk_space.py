@@ -1,4 +1,4 @@
-"""Room on a disk: what a save needs is compared with what is free before it begins, and said when it runs out."""
+"""Disk space: checks it before a save begins and reports when it runs out."""
 
 import errno
 import shutil
@@ -12,12 +12,12 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def find_no_space(directory: Path, needed: int) -> str | None:
-    """What is said where fewer than `needed` bytes are free for a directory, which need not be there yet."""
+    """Returns an error line where fewer than `needed` bytes are free for a directory; it need not exist."""
     return None if _free(directory) >= needed else _no_space(directory, needed)
 
 
 def why_not_written(error: Exception, directory: Path, needed: int) -> str:
-    """Why a file of about `needed` bytes could not be written, in one line. Some libraries raise no OSError."""
+    """Returns in one line why a file of about `needed` bytes could not be written. Some libraries raise no `OSError`."""
     if error.errno in _FULL if isinstance(error, OSError) else is_full(directory):
         return _no_space(directory, needed)
     return reason(error)
@@ -25,10 +25,10 @@ def why_not_written(error: Exception, directory: Path, needed: int) -> str:
 
 @contextmanager
 def saving(path: Path, needed: int = 0) -> Iterator[None]:
-    """Around writing a file of about so many bytes, by one rank or all.
+    """Wraps the writing of a file of about `needed` bytes, by one rank or by all.
 
     Raises:
-        UserError: when it could not be written, before it is begun where there is no room.
+        UserError: when the file cannot be written; before writing begins where the space is too small.
     """
     if problem := find_no_space(path.parent, needed):
         raise UserError(f"{escape(str(path))} could not be written: {problem}")
@@ -42,12 +42,12 @@ def saving(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 def is_full(directory: Path) -> bool:
-    """Whether a disk has no room for anything worth writing."""
+    """Whether less than 1 MiB is free."""
     return _free(directory) < 2**20
 
 
 def in_mib(size: int) -> str:
-    """A number of bytes as people read it, in MiB or GiB."""
+    """Formats a number of bytes in MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
