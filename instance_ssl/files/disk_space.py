@@ -17,7 +17,7 @@ def find_no_space(directory: Path, needed: int) -> str | None:
 
 
 def why_not_written(error: Exception, directory: Path, needed: int) -> str:
-    """Returns in one line why a file of about `needed` bytes could not be written. Some libraries raise no `OSError`."""
+    """Returns in one line why a file of about `needed` bytes was not written. Some libraries raise no `OSError`."""
     if error.errno in _FULL if isinstance(error, OSError) else is_full(directory):
         return _no_space(directory, needed)
     return reason(error)

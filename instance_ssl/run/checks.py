@@ -17,9 +17,9 @@ from instance_ssl.run.identity import BOUND_STAGES
 from instance_ssl.run.launch import given_hostfile
 from instance_ssl.run.watchdog import launchers_of
 
-# Stages that begin with a checkpoint whatever `evaluation.sources` says.
+# Stages that start from a checkpoint whatever `evaluation.sources` says.
 _READERS = {"pretrain": ["initialize_classifier"], "evaluate_checkpoints": ["pretrain"]}
-# They read an encoder alone: neither the training's batch nor W has to fit the images or the ranks.
+# Stages that only read an encoder: neither the batch nor W has to fit the images or the ranks.
 READING_STAGES = ("export", "evaluate_knn", "evaluate_linear", "evaluate_retrieval")
 
 
@@ -43,12 +43,16 @@ def check_hostfile() -> None:
 
 
 def check_labels(config: ExperimentConfig) -> None:
-    """Refuses to evaluate with images that have no labels."""
+    """Refuses to evaluate with images that have no labels.
+
+    Raises:
+        UserError: naming the kind of data.
+    """
     kind = (config.evaluation.data or config.data).kind
     if kind in ("folder", "list"):
         raise UserError(
             f"data.kind {kind} has no labels to evaluate with: point evaluation.data at a labelled set (kind tree), "
-            "or leave the evaluations out: runners/pipeline.py --stages initialize_classifier pretrain"
+            "or skip the evaluations: runners/pipeline.py --stages initialize_classifier pretrain"
         )
 
 
@@ -111,16 +115,16 @@ def check_made_before(config: ExperimentConfig, run_directory: Path, stages: Seq
 
 
 def absent_checkpoint(run_directory: Path, maker: str) -> str:
-    """That a run directory lacks the checkpoint of a stage, and how to come by one."""
+    """Returns the message that a run directory lacks a stage's checkpoint, and how to get one."""
     what = {"initialize_classifier": "initialised classifier", "pretrain": "trained encoder"}[maker]
     return (
         f"{run_directory} has no {what}: run runners/{maker}.py first with the same --config and --run-dir, or "
-        "runners/pipeline.py for all stages, or give the --run-dir of the run that is meant"
+        "runners/pipeline.py for all stages, or give the right --run-dir"
     )
 
 
 def _checkpoints_read(config: ExperimentConfig, stage: str) -> list[str]:
-    """The stages whose checkpoints a stage begins with; what trains whole networks makes its random one itself."""
+    """Returns whose checkpoints a stage starts from; stages that train whole networks create their random one."""
     if stage in _READERS:
         return _READERS[stage]
     sources = (config.export.source,) if stage == "export" else config.evaluation.sources
@@ -148,7 +152,7 @@ def check_run_to_export(config: ExperimentConfig, run_directory: Path) -> None:
 
 
 def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> str | None:
-    """What an evaluation is of: it is done again when training has gone on since, or a file given has changed."""
+    """Identifies what is evaluated, so that an evaluation is repeated after more training or with another file."""
     newest = newest_sound_directory(own_checkpoints)
     names = [] if newest is None else [newest.name]
     if evaluation.checkpoint is not None:
@@ -161,10 +165,13 @@ def what_is_evaluated(evaluation: EvaluationConfig, own_checkpoints: Path) -> st
 
 
 def check_size(config: ExperimentConfig, num_images: int, micro_batch_size: int, world_size: int, path: Path) -> None:
-    """Refuses what this many images are too few for, naming settings that fit them.
+    """Refuses settings that need more images than there are, naming settings that fit.
 
     Args:
-        path: the DeepSpeed JSON, whose micro-batch may have to shrink too.
+        path: of the DeepSpeed JSON, whose micro-batch may have to shrink too.
+
+    Raises:
+        UserError: naming the keys and values that fit.
     """
     if num_images < max(2, world_size):
         raise UserError(
@@ -192,7 +199,7 @@ def check_size(config: ExperimentConfig, num_images: int, micro_batch_size: int,
 
 
 def _batch_that_fits(num_images: int, micro_batch_size: int, world_size: int) -> tuple[int, int]:
-    """Global batch and micro-batch for a small set: two steps an epoch or more, and no more than 512 images each."""
+    """Returns a global batch and a micro-batch for a small set: at least two steps an epoch, at most 512 images."""
     half = num_images // 2
     if micro_batch_size * world_size > half:
         micro_batch_size = 2 ** (max(1, half // world_size).bit_length() - 1)
@@ -201,6 +208,6 @@ def _batch_that_fits(num_images: int, micro_batch_size: int, world_size: int) ->
 
 
 def check_micro_batch(config: ExperimentConfig, micro_batch_size: int) -> None:
-    """Refuses a micro-batch that the head's batch norm has no variance of."""
+    """Refuses a micro-batch of one view, which has no variance for the head's batch norm."""
     if config.model.projection == "mlp_bn" and micro_batch_size * config.augmentation.num_views == 1:
         raise UserError("model.projection mlp_bn needs two views a micro-batch: raise train_micro_batch_size_per_gpu")

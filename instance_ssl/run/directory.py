@@ -1,7 +1,8 @@
-"""Who works in a stage's directory, and how that ended: a lock that no crash leaves behind, and status.json.
+"""Lock and status of a stage directory.
 
-A launcher's exit code proves little (DeepSpeed's is 0 when its ranks were orphaned); `status.json` says what came of
-it: `running`, `complete`, `stopped` (the same command goes on) or `failed`, with the reason.
+The lock ends with its process, whatever happens. A launcher's exit code proves little (DeepSpeed's is 0 when its ranks
+were orphaned), so `status.json` says how a run ended: `running`, `complete`, `stopped` (the same command resumes) or
+`failed`, with the reason.
 """
 
 import contextlib
@@ -19,22 +20,22 @@ from instance_ssl.errors import UserError
 from instance_ssl.files import structured
 from instance_ssl.files.disk_space import find_no_space, in_mib
 
-# At most 12 bytes a character, as JSON writes it, and some for the rest.
+# JSON takes at most 12 bytes a character, and the other keys some more.
 _ROOM, _ROOM_BYTES, _MAX_REASON = ".status.json.room", 2**14, 1200
 State = Literal["running", "complete", "stopped", "failed"]
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds a directory for one process: an advisory lock on a file in it, which ends with the process in any case.
+    """Locks a directory for one process by an advisory lock on a file in it.
 
     Raises:
-        UserError: when another process holds it, naming that one.
+        UserError: another process holds the lock; names it.
     """
     path = directory / "lock"
     with path.open("a+") as file:
         try:
-            # A record lock, which loader processes forked from this one do not share: it dies with this process alone.
+            # A record lock: forked loader processes do not inherit it, so it ends with this process.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # EAGAIN, or EACCES on some systems
             file.seek(0)
@@ -47,12 +48,12 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def write_status(directory: Path, state: State, reason: str | None = None, run: str | None = None) -> None:
-    """Writes status.json, whole; a directory that cannot be written to is not what ends a run.
+    """Writes status.json atomically. A directory that cannot be written to does not end a run.
 
-    From "running" on, room is kept in the directory for one more status, which so finds its way onto a full disk.
+    From "running" on, a reserve file keeps space for one more status, so that it can be written to a full disk.
 
     Args:
-        run: names this start of the run, for `end_status`.
+        run: identifies this start of the run, for `end_status`.
     """
     if reason is not None and len(reason) > _MAX_REASON:
         reason = reason[:_MAX_REASON] + "…"
@@ -66,7 +67,7 @@ def write_status(directory: Path, state: State, reason: str | None = None, run: 
     }
     path, room = directory / "status.json", directory / _ROOM
     with contextlib.suppress(OSError):
-        # Written over the blocks that are kept for it, and renamed: that takes no room, however full the disk is.
+        # Overwrites the reserved blocks and renames: that needs no free space.
         _write_over(room, (json.dumps(status, indent=2) + "\n").encode())
         os.replace(room, path)
         if state == "running":
@@ -74,7 +75,7 @@ def write_status(directory: Path, state: State, reason: str | None = None, run: 
 
 
 def _write_over(path: Path, content: bytes) -> None:
-    """Writes a file in the blocks that it has, and through to the disk."""
+    """Overwrites a file in place and syncs it to the disk."""
     with path.open("r+b" if path.exists() else "wb") as file:
         file.truncate(file.write(content))
         file.flush()
@@ -82,9 +83,9 @@ def _write_over(path: Path, content: bytes) -> None:
 
 
 def end_status(directory: Path, state: State, reason: str, run: str | None) -> None:
-    """Writes how a run ended, unless status.json says so already: the first reason is the true one.
+    """Writes how a run ended unless status.json already says so: the first reason is the cause.
 
-    Nor does a rank that was stopped, and woke when its run was long over, speak for the next one.
+    A rank that was suspended and wakes after its run does not overwrite the next run's status.
     """
     told = read_json(directory / "status.json")
     if told is None or (told.get("run") == run and told.get("state") == "running"):
@@ -92,13 +93,13 @@ def end_status(directory: Path, state: State, reason: str, run: str | None) -> N
 
 
 def read_state(directory: Path, run: str | None) -> str | None:
-    """The state that status.json tells of a run, if it is of this one and can be read."""
+    """Returns this run's state from status.json; None if it is another run's or cannot be read."""
     told = read_json(directory / "status.json") or {}
     return str(told["state"]) if told.get("run") == run and "state" in told else None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """An object from a JSON file; None where it is not there, or not whole."""
+    """Reads an object from a JSON file; None where it is missing or damaged."""
     try:
         return structured.read_json(path)
     except (OSError, ValueError):
@@ -106,12 +107,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file atomically."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also where the power fails."""
+    """Writes a file atomically and durably, even if the power fails."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -121,12 +122,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def require_space(directory: Path, checkpoint_bytes: int, keep: int) -> None:
-    """Refuses a disk on which the checkpoints of a run will not find room.
+    """Refuses a disk without space for the checkpoints of a run.
 
     Args:
-        directory: where they go; those already in it will make room for new ones.
-        checkpoint_bytes: of one of them.
-        keep: how many stay; one more is written before the oldest goes.
+        directory: of the checkpoints; existing ones count as reusable space.
+        checkpoint_bytes: size of one.
+        keep: how many stay; one more is written before the oldest is removed.
 
     Raises:
         UserError: saying how much is missing.

@@ -1,4 +1,4 @@
-"""What a run directory has recorded: whether it is of this very experiment, and whether a stage of it is complete."""
+"""Whether a run directory belongs to this experiment, and whether a stage in it is complete."""
 
 import hashlib
 import json
@@ -11,38 +11,38 @@ from instance_ssl.errors import UserError
 from instance_ssl.run.directory import read_json
 from instance_ssl.run.log import RunLog
 
-# Keys that may change while a run goes on: they do not touch what was learned. All others are bound.
+# Keys that may change within a run: they do not affect what was learned. All others are bound.
 FREE_KEYS = (
     *("evaluation", "export", "log", "checkpoint", "safety"),
     *("data.num_workers", "data.augment_on", "data.limit_test", "data.root", "data.shards"),
     *("data.on_broken", "data.max_broken_share", "data.allow_lost"),
 )
-# What the result.json of every stage holds.
+# Keys in every stage's result.json.
 _RESULT_KEYS = {"stage", "newest_checkpoint", "data", "seconds", "date", "world_size"}
-# What became of files before these keys existed, and the kinds that have no files.
+# How images were read before these keys existed, and the kinds that have no files.
 _AS_BEFORE = {"data.exif": "stored", "data.alpha": "drop"}
 _IN_MEMORY = ("digits", "cifar10", "cifar100")
 BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 
 def config_digest(config: ExperimentConfig) -> str:
-    """SHA-256 of all keys that a run is bound to."""
+    """Returns the SHA-256 of all keys that a run is bound to."""
     # Runs from before the keys of `_AS_BEFORE` keep their digest.
     bound = {key: value for key, value in _bound(config).items() if (key, value) not in _AS_BEFORE.items()}
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
 def _bound(config: ExperimentConfig) -> dict[str, Any]:
-    """The keys, dotted, that a run is bound to."""
+    """Returns the keys, dotted, and values that a run is bound to."""
     free = FREE_KEYS if config.data.kind not in _IN_MEMORY else (*FREE_KEYS, *_AS_BEFORE)
     return {key: value for key, value in flatten(config).items() if not key.startswith(free)}
 
 
 def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
-    """A run directory belongs to one experiment; what was learned under another is not mixed in.
+    """Refuses a run directory that belongs to another experiment.
 
     Raises:
-        UserError: naming the first key that differs, and what may.
+        UserError: naming the first key that differs, and the keys that may.
     """
     for stage in BOUND_STAGES:
         path = run_directory / stage / "config.yaml"
@@ -53,7 +53,7 @@ def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
         if changed and set(changed) <= set(_AS_BEFORE):
             cure = " ".join(f"{key}={then[key]}" for key in changed)
             raise UserError(
-                f"{run_directory} holds a run with other {' and '.join(changed)}: go on with --set {cure}, or give "
+                f"{run_directory} holds a run with other {' and '.join(changed)}: resume with --set {cure}, or give "
                 "another --run-dir"
             )
         if changed:
@@ -66,20 +66,20 @@ def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
 
 
 def sound_result(directory: Path) -> dict[str, Any] | None:
-    """A stage's result.json, where it is there and holds what every stage writes at its end."""
+    """Reads a stage's result.json; None where it is missing or incomplete."""
     result = read_json(directory / "result.json")
     is_sound = result is not None and result.keys() >= _RESULT_KEYS and result["stage"] == directory.name
     return result if is_sound else None
 
 
 def is_complete(directory: Path, config: ExperimentConfig, newest_checkpoint: str | None, log: RunLog) -> bool:
-    """Whether a stage's own record says that it is complete, and agrees with what it is a record of.
+    """Whether a stage's record says that it is complete and agrees with the configuration and checkpoints.
 
     Args:
-        newest_checkpoint: what an evaluation would be of now (`what_is_evaluated`).
+        newest_checkpoint: what would be evaluated now (`what_is_evaluated`).
 
     Raises:
-        UserError: when the stage's config.yaml cannot be read, or a training is complete but its checkpoints are gone.
+        UserError: the stage's config.yaml cannot be read, or a training is complete but its checkpoints are gone.
     """
     result, config_path = sound_result(directory), directory / "config.yaml"
     if result is None:
@@ -87,27 +87,27 @@ def is_complete(directory: Path, config: ExperimentConfig, newest_checkpoint: st
     if directory.name not in BOUND_STAGES:
         if not config_path.exists():
             return False
-        recorded = load_recorded(config_path, "remove it, and the evaluation is done again")
+        recorded = load_recorded(config_path, "remove it to repeat the evaluation")
         return flatten(recorded) == flatten(config) and result["newest_checkpoint"] == newest_checkpoint
     steps, newest = result.get("steps", 0), newest_sound_directory(directory / "checkpoints")
     if newest is None:
         raise UserError(
-            f"{directory / 'result.json'} says complete, but {directory / 'checkpoints'} holds no whole checkpoint: "
+            f"{directory / 'result.json'} says complete, but {directory / 'checkpoints'} holds no intact checkpoint: "
             "restore it, or remove result.json to have the stage run again"
         )
     if step_of(newest) != steps:
         log.say(
-            f"{directory.name}: result.json says {steps} steps, but the newest whole checkpoint is {newest.name}: not "
+            f"{directory.name}: result.json says {steps} steps, but the newest intact checkpoint is {newest.name}: not "
             "complete"
         )
     return step_of(newest) == steps
 
 
 def load_recorded(path: Path, cure: str) -> ExperimentConfig:
-    """The configuration that a stage has recorded, with the images as they were taken where that is not in it.
+    """Loads the configuration that a stage recorded; older ones get the image keys of their time.
 
     Args:
-        cure: for the error, what to do where the record is damaged.
+        cure: what to do where the record is damaged, for the message.
 
     Raises:
         UserError: as `load_config`.

@@ -16,7 +16,7 @@ from instance_ssl.run.log import RunLog
 
 
 def open_split(data: DataConfig, split: Literal["train", "test"]) -> ImageSource:
-    """The training or the test images.
+    """Opens the training or the test images.
 
     Raises:
         UserError: one line that names the key and the path at fault.
@@ -40,14 +40,14 @@ def open_images(
     log: RunLog,
     arrange: Callable[[ImageSource], ImageSource] = lambda images: images,
 ) -> ImageSource:
-    """The images of a split, opened by rank 0 and sent to all: every rank sees the same list.
+    """Opens a split on rank 0 and shares it, so that every rank sees the same list. Collective.
 
     Args:
-        log: is told that it takes long.
-        arrange: what rank 0 does with them first.
+        log: reports when it takes long.
+        arrange: applied by rank 0 first.
 
     Raises:
-        UserError: for what cannot be opened, or where another rank's disk does not hold the same files.
+        UserError: the images cannot be opened, or another rank's disk does not hold the same files.
     """
 
     def open_all() -> ImageSource | UserError:
@@ -58,7 +58,7 @@ def open_images(
 
     def say(seconds: float) -> None:
         log.on_progress()
-        log.say(f"{split} images: rank 0 looks at every file or shard, {seconds:.0f} s so far")
+        log.say(f"{split} images: rank 0 is reading every file or shard, {seconds:.0f} s so far")
 
     images = share_images(on_rank_0(open_all, world, say), world)
     for remark in images.remarks:
@@ -73,12 +73,16 @@ def open_images(
 def open_evaluation(
     config: ExperimentConfig, source: ImageSource, world: Group, log: RunLog
 ) -> tuple[ImageSource, ImageSource]:
-    """Opens what evaluation will read, so that its mistakes show before the training and not after it."""
+    """Opens the images that evaluations read, so that mistakes show before the training. Collective.
+
+    Raises:
+        UserError: naming the key.
+    """
     data = config.evaluation.data or config.data
     if data.image_size != config.data.image_size:
         raise UserError(
             f"evaluation.data.image_size {data.image_size} differs from data.image_size {config.data.image_size}, "
-            "which the encoder is trained at: set both alike"
+            "which the encoder is trained at: set both to the same"
         )
     try:
         train = source if config.evaluation.data is None else open_images(data, "train", world, log)
@@ -103,10 +107,10 @@ def open_evaluation(
 
 
 def broken_policy(data: DataConfig) -> OnBroken:
-    """What becomes of files that cannot be read."""
+    """Returns how unreadable files are treated."""
     return OnBroken(data.on_broken == "skip", data.max_broken_share)
 
 
 def rendering_of(data: DataConfig) -> Rendering:
-    """What becomes of orientation and transparency."""
+    """Returns how orientation and transparency are treated."""
     return Rendering(upright=data.exif == "upright", on_white=data.alpha == "white")

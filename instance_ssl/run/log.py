@@ -1,4 +1,4 @@
-"""What a run writes as it goes: console (rank 0), metrics.jsonl, TensorBoard, and a progress bar."""
+"""What a run logs: console lines (rank 0), metrics.jsonl, TensorBoard and progress."""
 
 import json
 import os
@@ -19,14 +19,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class RunLog:
-    """Console lines of rank 0, and the run directory's metrics once there is one. Other ranks stay silent.
+    """Logs console lines, and metrics once there is a directory for them, on rank 0; other ranks stay silent.
 
-    Lines go through tqdm, so that they never break into a progress bar. Metrics that cannot be written (a full disk,
-    say) are said once and left out: they never end a run.
+    Lines go through tqdm, so that they do not break a progress bar. Metrics that cannot be written (a full disk, say)
+    give one warning and are dropped; they never end a run.
 
     Args:
         is_main: whether this is rank 0.
-        on_progress: called on every rank whenever its work moves on.
+        on_progress: called on every rank whenever its work advances.
     """
 
     def __init__(self, *, is_main: bool, on_progress: Callable[[], None] = lambda: None) -> None:
@@ -38,14 +38,14 @@ class RunLog:
         self._complained = False
 
     def say(self, line: str) -> None:
-        """One line on standard output."""
+        """Logs one line on standard output."""
         if self.is_main:
             with heard_or_not(sys.stdout):
                 tqdm.write(one_line(line, sys.stdout.encoding), file=sys.stdout)
 
     @contextmanager
     def metrics_in(self, directory: Path) -> Iterator[None]:
-        """Metrics go to `directory`/metrics.jsonl and `directory`/tensorboard while this lasts."""
+        """Sends metrics to `directory`/metrics.jsonl and `directory`/tensorboard within this context."""
         self._directory = directory if self.is_main else None
         try:
             yield
@@ -55,7 +55,7 @@ class RunLog:
             self._directory = self._resumed_at = self._scalars = None
 
     def forget_after(self, step: int) -> None:
-        """Drops the metrics of steps that a resumed run does again."""
+        """Drops the metrics of steps that a resumed run repeats."""
         if self._directory is None:
             return
         self._resumed_at = step
@@ -64,13 +64,13 @@ class RunLog:
             self._unless_broken(lambda: self._cut_metrics(path, step))
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Appends the values that are there to metrics.jsonl and TensorBoard."""
+        """Appends the values that are not None to metrics.jsonl and TensorBoard."""
         if self._directory is not None:
             known = {name: value for name, value in values.items() if value is not None}
             self._unless_broken(lambda: self._write(step, known))
 
     def progress(self, label: str, total: int, unit: str, initial: int = 0) -> "Progress":
-        """A bar on a terminal, a plain line now and then elsewhere; nothing on ranks other than 0."""
+        """Shows a bar on a terminal and plain lines elsewhere; nothing on ranks other than 0."""
         return Progress(self, label, total, unit, initial)
 
     def _write(self, step: int, known: dict[str, float]) -> None:
@@ -101,12 +101,12 @@ class RunLog:
 
 
 class _ScalarFile:
-    """TensorBoard's file of scalars, written by whoever calls.
+    """TensorBoard's file of scalars, written synchronously.
 
     torch's `SummaryWriter` writes from a thread of its own, where a full disk is a traceback that nobody catches.
 
     Args:
-        resumed_at: later steps of earlier files count no more; None for a run that begins.
+        resumed_at: TensorBoard drops later steps of earlier files; None for a new run.
     """
 
     def __init__(self, directory: Path, resumed_at: int | None) -> None:
@@ -123,12 +123,12 @@ class _ScalarFile:
             self._append(step=resumed_at + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one step's values, by tag."""
+        """Appends one step's values, by tag."""
         summary = {"value": [{"tag": name, "simple_value": value} for name, value in values.items()]}
         self._append(step=step, summary=summary)
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         self._records.close()
 
     def _append(self, **fields: Any) -> None:
@@ -137,7 +137,7 @@ class _ScalarFile:
 
 
 class Progress:
-    """Progress with rate and time left, on rank 0."""
+    """Progress with rate and remaining time, on rank 0."""
 
     def __init__(self, log: RunLog, label: str, total: int, unit: str, initial: int) -> None:
         self._log, self._label, self._total, self._unit = log, label, total, unit
@@ -155,7 +155,7 @@ class Progress:
         self._bar.close()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Adds `count` done units; `note` stands beside the rate."""
+        """Adds `count` finished units; `note` is shown beside the rate."""
         self._log.on_progress()
         self._done += count
         self._note = note
@@ -168,13 +168,13 @@ class Progress:
             self._log.say(self._line())
 
     def set(self, done: int, total: int) -> None:
-        """Moves to `done` of `total`, for work whose size is only known once it has begun."""
+        """Moves to `done` of `total`, for work whose size is known only once it has started."""
         self._total = self._bar.total = total
         self.advance(done - self._done)
 
     @property
     def rate(self) -> float:
-        """Units a second since the start."""
+        """Units per second since the start."""
         return (self._done - self._initial) / max(1e-9, time.perf_counter() - self._started)
 
     def _line(self) -> str:

@@ -24,7 +24,7 @@ class Stage:
     """What a stage gets: where it runs, on what, and where its files go.
 
     Attributes:
-        source: the images to train on.
+        source: the training images.
         evaluation_sources: labelled images, train and test; None where no stage of the run needs them.
     """
 
@@ -40,15 +40,15 @@ class Stage:
 
     @property
     def directory(self) -> Path:
-        """The stage's own directory."""
+        """The stage's directory."""
         return self.run_directory / self.name
 
     def checkpoints_of(self, stage: str) -> Path:
-        """Where a stage of this run keeps its checkpoints."""
+        """Returns where a stage of this run keeps its checkpoints."""
         return self.run_directory / stage / "checkpoints"
 
     def check_together(self) -> None:
-        """For work of all ranks in step: ends it on all of them when any was asked to end. Collective.
+        """Stops all ranks if any was asked to stop; for work that all ranks do in step. Collective.
 
         Raises:
             Stopped: on all ranks.
@@ -59,7 +59,7 @@ class Stage:
             self.stop_together()
 
     def stop_together(self) -> NoReturn:
-        """Ends the work on all ranks, for the reason that one of them has. Collective.
+        """Stops all ranks, with the reason given by any rank. Collective.
 
         Raises:
             Stopped: always.
@@ -68,7 +68,7 @@ class Stage:
         raise Stopped(reasons[0])
 
     def together(self, load: Callable[[], _T]) -> _T:
-        """Does what may fail on one rank alone (reading its own file, say), and fails on all if it does. Collective.
+        """Does work that may fail on one rank alone, and fails on all if it does (`agreement.together`). Collective.
 
         Raises:
             UserError: on all ranks, with the first one's reason.
@@ -76,7 +76,7 @@ class Stage:
         return agreement.together(load, self.world)
 
     def on_rank_0(self, work: Callable[[], _T]) -> _T:
-        """What rank 0 alone does: its (picklable) result on all ranks, or its failure. Collective.
+        """Does work on rank 0, and returns its (picklable) result or raises its failure on all. Collective.
 
         Raises:
             UserError: on all ranks.
@@ -84,6 +84,6 @@ class Stage:
         return agreement.rank_0_alone(work, self.world)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """The JSON's precision, for forward passes outside the engine."""
+        """Returns the JSON's autocast, for forward passes outside the engine."""
         dtype = self.ds.autocast_dtype
         return torch.autocast(self.world.device.type, dtype) if dtype else contextlib.nullcontext()

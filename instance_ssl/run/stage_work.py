@@ -35,7 +35,7 @@ def run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], process
         held.enter_context(process.guard.hangs_after(stage.config.safety.hang_seconds, stage.directory))
         held.enter_context(stage.log.metrics_in(stage.directory))
         started = time.perf_counter()
-        # Before the work: a training that goes on beside an evaluation may commit a newer one meanwhile.
+        # Before the work: a training that runs beside an evaluation may commit a newer one meanwhile.
         newest = _newest_checkpoint(stage)
         figures = function(stage)
         if stage.name in identity.BOUND_STAGES:
@@ -63,17 +63,17 @@ def _newest_checkpoint(stage: Stage) -> str | None:
 
 
 def _enter(stage: Stage, run: str | None, held: contextlib.ExitStack) -> None:
-    """Takes the stage's directory for this run and writes down what is run there.
+    """Locks the stage's directory and records what is run in it.
 
     Raises:
-        UserError: when another run has it, or it cannot be written to.
+        UserError: another run has locked it, or it cannot be written to.
     """
 
     def enter() -> None:
         try:
             stage.directory.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(stage.directory))
-            # It is of what config.yaml says: of another configuration there is none until it is done.
+            # A result belongs to config.yaml, which is about to change.
             (stage.directory / "result.json").unlink(missing_ok=True)
             config = yaml.safe_dump(stage.config.model_dump(mode="json"), sort_keys=False)
             write_text(stage.directory / "config.yaml", config)
@@ -99,7 +99,7 @@ def _environment(world: Group) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with `+` when files differ from it; None outside a checkout."""
+    """Returns the checkout's commit, with `+` if files differ from it; None outside a checkout."""
     root = str(Path(__file__).resolve().parents[2])
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""What surrounds the steps of a training: figures, checkpoints, requests to end, and steps that went wrong."""
+"""Per-step bookkeeping of a training: logs, checkpoints, stops, skipped steps."""
 
 import contextlib
 import os
@@ -26,16 +26,16 @@ from instance_ssl.training.meters import InputWatch, LossLevel, TrainingMeter
 from instance_ssl.training.schedules import EpochClock
 from instance_ssl.training.step import StepReport
 
-# A rank is named when its own work takes so many times the median's, and so many seconds a step more.
+# A rank is a straggler if its own work takes this many times the median's, and this many seconds a step more.
 _STRAGGLER_RATIO, _STRAGGLER_SECONDS = 1.5, 0.01
 _NAMED = 3
 
 
 class Rollback(Exception):
-    """The training goes back to its newest checkpoint, and leaves out one step.
+    """The training returns to its newest checkpoint and skips one step.
 
     Attributes:
-        step: the one that is left out, counted over the whole training.
+        step: the skipped one, counted over the whole training.
     """
 
     def __init__(self, step: int) -> None:
@@ -44,9 +44,9 @@ class Rollback(Exception):
 
 
 class TrainingSession:
-    """One process's view of a training from where it starts: told of every step, it decides what follows.
+    """Takes every step's report and decides what follows: log, save, stop or roll back.
 
-    Every rank calls the same methods in the same order. What ranks decide together is either equal on all of them (the
+    Every rank calls the same methods in the same order. Decisions depend on values that are equal on all ranks (the
     loss) or agreed on once a step, in one small all-reduce.
 
     Args:
@@ -91,13 +91,13 @@ class TrainingSession:
         )
 
     def after_step(self, step: int, report: StepReport | None) -> None:
-        """Takes the report of a step of this epoch (None: it was left out); saves and logs where that is due.
+        """Takes the report of a step of this epoch (None: it was skipped); saves and logs where that is due.
 
         Raises:
-            Stopped: when an end was asked for on any rank; the state has been saved.
-            Rollback: at a spike of the loss, where the configuration says so.
-            UserError: when too many steps in a row were skipped, too many saves failed, or too many images cannot be
-                read (then the state has been saved).
+            Stopped: a stop was requested on any rank; the state has been saved.
+            Rollback: the loss spiked, and `safety.rollback` is set.
+            UserError: too many steps in a row were skipped, too many saves failed, or too many images cannot be read
+                (then the state has been saved).
         """
         if self.step == self._first_step:
             self._start_seconds = time.time() - psutil.Process().create_time()
@@ -119,7 +119,7 @@ class TrainingSession:
             self.save()
 
     def save(self) -> None:
-        """Begins a checkpoint of the state as it is; the files are written while training goes on."""
+        """Starts a checkpoint of the current state; its files are written while training continues."""
         if self._writer.is_busy:
             self._commit()
         started = time.perf_counter()
@@ -144,10 +144,10 @@ class TrainingSession:
         self._pause_seconds = time.perf_counter() - started
 
     def finish(self) -> None:
-        """Waits until the state is on the disk; what cannot be written now is lost, so a failure ends the run.
+        """Waits until the state is on the disk. A failure ends the run, because the state would be lost.
 
         Raises:
-            UserError: when it could not be written.
+            UserError: the state cannot be written.
         """
         self._failed_saves = self._checkpoint.tolerated_failures
         if self._writer.is_busy:
@@ -157,16 +157,16 @@ class TrainingSession:
             self._commit()
 
     def check_together(self) -> None:
-        """Between steps, for long work that is not training (the search for the hardest classes).
+        """Checks for stops during long work between steps (the search for the hardest classes). Collective.
 
         Raises:
-            Stopped: when an end was asked for on any rank; the state has been saved.
+            Stopped: a stop was requested on any rank; the state has been saved.
         """
         self._stage.guard.beat()
         self._look_around()
 
     def _look_around(self) -> None:
-        """One all-reduce: is an end asked for anywhere, is anyone still writing, has anyone met what is unreadable?"""
+        """Agrees in one all-reduce: was a stop requested, is a rank still writing, did one meet an unreadable image?"""
         flags = [self._stage.guard.reason is not None, self._writer.is_writing, self._left_out.has_news]
         agreed = torch.tensor(flags, dtype=torch.int64, device=self._stage.world.device)
         stop, writing, news = self._stage.world.all_reduce_max_(agreed).tolist()
@@ -201,7 +201,7 @@ class TrainingSession:
             self._saved_step = -1
             if self._failed_saves > self._checkpoint.tolerated_failures:
                 raise
-            self._stage.log.say(f"warning: {error}; training goes on and tries again")
+            self._stage.log.say(f"warning: {error}; training continues and retries")
 
     def _is_due(self, is_last: bool) -> bool:
         every_steps = self._checkpoint.every_steps
@@ -217,7 +217,7 @@ class TrainingSession:
         if not report.applied:
             self._skipped_in_a_row += 1
             self._stage.log.say(
-                f"warning: step {self.step} has numbers that are not finite: skipped, nothing has moved"
+                f"warning: step {self.step} has numbers that are not finite: skipped, nothing was updated"
             )
             if self._skipped_in_a_row >= self._safety.max_skipped_steps:
                 self._give_up(report)
@@ -235,18 +235,18 @@ class TrainingSession:
         self._was_spike = is_spike
 
     def _give_up(self, report: StepReport) -> None:
-        """Writes down the batch that cannot be trained on, and ends the run."""
+        """Saves the batch that cannot be trained on, and ends the run."""
         rank = self._stage.world.rank
         path = self._stage.directory / f"not_finite_step_{self.step:09d}_rank_{rank:05d}.pt"
         if report.embeddings is not None:
             embeddings, ids = report.embeddings
-            with contextlib.suppress(OSError, RuntimeError):  # a full disk must not hide what the run ends of
+            with contextlib.suppress(OSError, RuntimeError):  # a full disk must not hide why the run ends
                 torch.save({"embeddings": embeddings.cpu(), "instance_ids": ids.cpu()}, path)
         if self._writer.is_busy:
             self._commit()
         raise UserError(
             f"{self._skipped_in_a_row} steps in a row had numbers that are not finite; neither the encoder nor the "
-            f"classifier has moved, and the last batch lies in {path.parent}/not_finite_*. Lower "
+            f"classifier was updated, and the last batch is in {path.parent}/not_finite_*. Lower "
             "optimization.learning_rate or lengthen optimization.warmup_epochs, with another --run-dir"
         )
 
@@ -273,7 +273,7 @@ class TrainingSession:
         self._stage.log.metrics(self.step, figures)
 
     def _judge_waiting(self, shares: list[tuple[float, str]]) -> float:
-        """The largest share of the time that a rank waited for images; says aloud when it is large."""
+        """Returns the largest share of time that a rank waited for images; warns where it is large."""
         rank = max(range(len(shares)), key=lambda rank: shares[rank][0])
         share, host = shares[rank]
         if self._input.is_worth_a_word(share):
@@ -293,7 +293,7 @@ class TrainingSession:
         return cures + ["pack the images (runners/pack_dataset.py)"] * isinstance(self._stage.source, FileImages)
 
     def _epoch_figures(self) -> dict[str, float | None]:
-        """The epoch's means, by plain name; says aloud what should not have been."""
+        """Returns the epoch's means by plain name; warns about embeddings of 0."""
         figures = self._epoch.read(self._stage.world.device)
         if figures["train/zero_features"]:
             self._stage.log.say(
@@ -303,7 +303,7 @@ class TrainingSession:
 
 
 def run_digests(stage: Stage) -> dict[str, str]:
-    """What a checkpoint is bound to."""
+    """Returns the digests that a checkpoint is bound to."""
     return {"configuration": config_digest(stage.config), "images": stage.source.digest}
 
 
@@ -311,7 +311,7 @@ def require_same_run(checkpoint: Checkpoint, stage: Stage) -> None:
     """Refuses a checkpoint of another run.
 
     Raises:
-        UserError: saying which of configuration and images differs.
+        UserError: naming which of configuration and images differs.
     """
     expected, num_images = run_digests(stage), checkpoint.position.num_instances
     if num_images < len(stage.source):

@@ -120,4 +120,4 @@ def test_a_list_that_takes_longer_to_make_than_a_collective_may_reaches_all(tmp_
     for count, said in run_ranks(open_slowly, 2, tmp_path):
         assert count == 1
         assert len(said) >= 4
-        assert re.fullmatch(r"train images: rank 0 looks at every file or shard, \d+ s so far", said[0])
+        assert re.fullmatch(r"train images: rank 0 is reading every file or shard, \d+ s so far", said[0])
