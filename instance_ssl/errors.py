@@ -1,12 +1,12 @@
-"""Errors meant for the user: one line that says what is wrong, where, and what to do; and names that may be printed."""
+"""Errors for the user: one line that says what is wrong, where, what to do. Escapes names for printing."""
 
 import re
 from pathlib import Path
 
 EXIT_USER_ERROR = 2
 
-# What moves a terminal's cursor or changes its state (C0, C1), ends a line, hides or turns text round (zero-width
-# characters, marks of direction, tags), and half characters, which stand for bytes of a name that are no text.
+# Characters that move a terminal's cursor or change its state (C0, C1), end a line, hide or reverse text (zero-width
+# characters, direction marks, tags), and surrogates, which stand for bytes of a name that are not text.
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -15,36 +15,36 @@ _ESCAPED = re.compile(r"\\(?:\\|n|r|t|x[0-9a-f]{2}|u[0-9a-f]{4}|U000[0-9a-f]{5}|
 
 
 class UserError(Exception):
-    """A mistake the user can mend, known to every rank alike; rank 0 prints it and all exit with code 2."""
+    """A mistake that the user can fix and that every rank finds alike: rank 0 prints it and all exit with code 2."""
 
 
 class RankError(UserError):
-    """A `UserError` met by one rank alone (a file that cannot be decoded, say): that rank prints it."""
+    """A `UserError` that one rank finds alone (an image that cannot be decoded, say): that rank prints it."""
 
 
 class LoaderFault(Exception):
-    """A fault of the program while an image was loaded, in one line that names the image; a note has the traceback."""
+    """A bug met while loading an image: one line that names the image. The traceback is in a note."""
 
 
 class AbsentPeersError(RankError):
-    """The other ranks did not come: no mistake of this one's, and another start may find them."""
+    """The other ranks did not join. This rank is not at fault, and another start may succeed."""
 
 
 def escape(name: str) -> str:
-    r"""A name from outside (of a file, a class, a key) in one line that may be printed; `unescape` takes it back.
+    r"""Returns an untrusted name (of a file, a class, a key) as one printable line; `unescape` reverses it.
 
-    Backslashes are doubled; newlines become \n, other characters that would not show as they are \x1b or \u202e.
+    Doubles backslashes. Writes newlines as \n and other characters that would not show as \x1b or \u202e.
     """
     return printable(name.replace("\\", "\\\\"))
 
 
 def unescape(line: str) -> str:
-    """The name that `escape` was given."""
+    """Returns the name that `escape` was given."""
     return _ESCAPED.sub(lambda found: found.group().encode().decode("unicode_escape"), line)
 
 
 def printable(text: str, kept: str = "") -> str:
-    """The text with what would not show as it is as escapes, but for the characters of `kept`. Backslashes stay."""
+    """Escapes the characters that would not show, except those in `kept`. Backslashes stay single."""
     return _UNPRINTABLE.sub(lambda found: found.group() if found.group() in kept else _as_escape(found.group()), text)
 
 
@@ -53,23 +53,23 @@ def _as_escape(character: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line; of one of the file system, without the file's name."""
+    """Returns an error's message in one line; for an `OSError`, without the file's name."""
     return error.strerror if isinstance(error, OSError) and error.strerror else in_one_line(error)
 
 
 def shorten(text: str) -> str:
-    """The text, cut where it is too long for a message."""
+    """Truncates a text to 80 characters for a message."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def in_one_line(error: BaseException) -> str:
-    """The whole text of an error in one line."""
+    """Returns the whole text of an error in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def tried(path: Path) -> str:
-    """A path for a message: a relative one with the absolute path that was tried."""
+    """Formats a path for a message; a relative one is followed by the absolute path that was tried."""
     if path.is_absolute():
         return str(path)
-    drive = "; a path with a drive letter is Windows'" if re.match(r"[A-Za-z]:", str(path)) else ""
+    drive = "; a drive letter is a Windows path" if re.match(r"[A-Za-z]:", str(path)) else ""
     return f"{path} (tried {path.absolute()}{drive})"

@@ -3,9 +3,8 @@
 python runners/evaluate_retrieval.py --config F --deepspeed_config F --run-dir D --set key=value …
 """
 
+from instance_ssl.run.main import StageSpec, run_stages
 from instance_ssl.run.shutdown import leave
-from instance_ssl.run.stage import StageSpec, run_stages
-from instance_ssl.stages import evaluate_retrieval
 
 if __name__ == "__main__":
-    leave(run_stages([StageSpec("evaluate_retrieval", evaluate_retrieval.run, needs_labels=True)]))
+    leave(run_stages([StageSpec("evaluate_retrieval", needs_labels=True)]))

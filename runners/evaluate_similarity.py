@@ -3,9 +3,8 @@
 python runners/evaluate_similarity.py --config F --deepspeed_config F --run-dir D --set key=value …
 """
 
+from instance_ssl.run.main import StageSpec, run_stages
 from instance_ssl.run.shutdown import leave
-from instance_ssl.run.stage import StageSpec, run_stages
-from instance_ssl.stages import evaluate_similarity
 
 if __name__ == "__main__":
-    leave(run_stages([StageSpec("evaluate_similarity", evaluate_similarity.run)]))
+    leave(run_stages([StageSpec("evaluate_similarity")]))

@@ -3,9 +3,8 @@
 python runners/pretrain.py --config F --deepspeed_config F --run-dir D --set key=value …
 """
 
+from instance_ssl.run.main import StageSpec, run_stages
 from instance_ssl.run.shutdown import leave
-from instance_ssl.run.stage import StageSpec, run_stages
-from instance_ssl.stages import pretrain
 
 if __name__ == "__main__":
-    leave(run_stages([StageSpec("pretrain", pretrain.run)]))
+    leave(run_stages([StageSpec("pretrain")]))

@@ -4,12 +4,14 @@ A start of Python takes seven CPU seconds and a launch of two ranks twenty: only
 the launcher use `run_python` and `run_launched`.
 """
 
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fork_server import start_script
@@ -24,6 +26,17 @@ _PATIENCE_SECONDS = 900  # for what hangs: on a machine that is busy a launch al
 def run_bare(runner: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """What `python runners/<runner>.py …` does, in a forked process; an absolute path names another script."""
     return _start_and_wait(runner, arguments, cwd, [{}])
+
+
+def main_of(runner: str) -> Callable[[Sequence[str]], int]:
+    """The `main` of a runner that starts no process group, to be called with words in this process."""
+    spec = importlib.util.spec_from_file_location(f"runner_{runner}", _script(runner))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    main: Callable[[Sequence[str]], int] = module.main
+    return main
 
 
 def run_forked(runner: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,46 +7,36 @@ hashes guard against accidents, not against someone who can rewrite them; but no
 either way (`read_tensors`).
 """
 
-import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
 
+from instance_ssl.checkpoint.committed import (
+    MANIFEST,
+    FileRecord,
+    checksum,
+    committed_directories,
+    seems_whole,
+    step_of,
+)
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError, in_one_line, reason
+from instance_ssl.errors import UserError, in_one_line
 from instance_ssl.files.atomic import saved_file, sync_directory
 from instance_ssl.files.disk_space import find_no_space, why_not_written
 from instance_ssl.files.hashing import HashingFile
-from instance_ssl.files.structured import MalformedError, read_json
 
-MANIFEST = "MANIFEST.json"
 _REMOVED = ".removed-"
 _TEMPORARY = ".writing-"
-# Where a directory has this file, its "step" is the step in the directory's name.
-POSITION = "training.json"
-_COMMITTED_NAME = re.compile(r"step_[0-9]{9,}")
-# Names that only this project writes; other files in a checkpoint do no harm.
-_OURS = re.compile(rf"(rows|rank)_.*\.pt|encoder\.pt|sampling\.pt|{re.escape(POSITION)}")
-
 # A file's content: tensors and plain values for `torch.save`, or text.
 Content = dict[str, Any] | str
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size and SHA-256, in hexadecimal, of one file."""
-
-    bytes: int
-    sha256: str
 
 
 class DirectoryWriter:
@@ -226,57 +216,13 @@ def read_tensors(path: Path, *, mapped: bool = True) -> dict[str, Any]:
     return content
 
 
-def committed_directories(parent: Path) -> list[Path]:
-    """Directories named like a committed one, newest first, whole or not; everything else is left alone."""
-    named = [path for path in parent.glob("step_*") if _COMMITTED_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(named, key=step_of, reverse=True)
-
-
-def step_of(directory: Path) -> int:
-    """The step in the name of a committed directory."""
-    return int(directory.name.removeprefix("step_"))
-
-
-def newest_sound_directory(parent: Path) -> Path | None:
-    """The newest committed directory that matches its manifest by file size; nothing is hashed."""
-    return next(filter(_seems_whole, committed_directories(parent)), None)
-
-
-def foreign_files(directory: Path) -> list[str]:
-    """Names of the files in a committed directory that this project did not write."""
-    records = _read_manifest(directory)
-    known = {MANIFEST} if isinstance(records, str) else {MANIFEST, *records}
-    others = {path.name for path in directory.iterdir()} - known
-    return sorted(name for name in others if not _OURS.fullmatch(name))
-
-
-def verify(directory: Path, group: Group, names: tuple[str, ...] | None = None) -> str | None:
-    """Returns how a directory differs from its manifest, or None. Collective; the ranks share the hashing.
-
-    The step in its name must be that of its content. Foreign files are not a problem (`foreign_files`).
-
-    Args:
-        names: the only files to check; None checks all, and allows no further file of this project.
-    """
-    outcome = _look_at(directory, all_files=names is None) if group.rank == 0 else None
-    outcome = group.broadcast_object(outcome)
-    if isinstance(outcome, str):
-        return outcome
-    assert outcome is not None
-    chosen = sorted(name for name in outcome if names is None or name in names)
-    problem = None
-    for name in chosen[group.rank :: group.size]:
-        problem = problem or _compare(directory / name, outcome[name])
-    return next((text for text in group.all_gather_objects(problem) if text is not None), None)
-
-
 def retain(parent: Path, keep: int, is_permanent: Callable[[int], bool]) -> None:
     """Removes all directories but the newest `keep` intact ones and the permanent ones.
 
     Damaged directories are neither counted nor removed. Damage is judged by file size: hashing all would take longer
     than the save.
     """
-    intact = [directory for directory in committed_directories(parent) if _seems_whole(directory)]
+    intact = [directory for directory in committed_directories(parent) if seems_whole(directory)]
     for directory in intact[keep:]:
         if not is_permanent(step_of(directory)):
             remove_directory(directory)
@@ -299,64 +245,4 @@ def clear_leftovers(parent: Path) -> None:
 
 def _manifest_text(records: dict[str, FileRecord]) -> str:
     files = {name: asdict(records[name]) for name in sorted(records)}
-    return json.dumps({"files": files, "checksum": _checksum(files)}, indent=2) + "\n"
-
-
-def _checksum(files: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _read_manifest(directory: Path) -> dict[str, FileRecord] | str:
-    """The manifest's records, or what is wrong with it."""
-    try:
-        manifest = read_json(directory / MANIFEST)
-        files = manifest["files"]
-        if manifest["checksum"] != _checksum(files):
-            return f"{MANIFEST} has changed since it was written"
-        records = {name: FileRecord(**record) for name, record in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST}: {in_one_line(error)}"
-    if any(Path(name).name != name for name in records):
-        return f"{MANIFEST} names files outside its directory"
-    return records
-
-
-def _look_at(directory: Path, *, all_files: bool) -> dict[str, FileRecord] | str:
-    """The manifest's records, or what is wrong with the directory before any file is hashed."""
-    records = _read_manifest(directory)
-    if isinstance(records, str):
-        return records
-    unknown = [path.name for path in directory.iterdir() if path.name not in records and _OURS.fullmatch(path.name)]
-    if unknown and all_files:
-        return f"{min(unknown)} is not in {MANIFEST}"
-    return find_other_step(directory) or records
-
-
-def find_other_step(directory: Path) -> str | None:
-    """How a directory's name contradicts its content, or None: it may be a copy under another name."""
-    if not _COMMITTED_NAME.fullmatch(directory.name) or not (directory / POSITION).exists():
-        return None
-    try:
-        step = read_json(directory / POSITION).get("step")
-    except (OSError, MalformedError) as error:
-        return f"{POSITION}: {reason(error)}"
-    return None if step == step_of(directory) else f"its name says step {step_of(directory)}, {POSITION} says {step}"
-
-
-def _compare(path: Path, expected: FileRecord) -> str | None:
-    try:
-        with path.open("rb") as file:
-            found = FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-    except OSError as error:
-        return f"{path.name}: {error.strerror}"
-    return None if found == expected else f"{path.name} has changed since it was written"
-
-
-def _seems_whole(directory: Path) -> bool:
-    records = _look_at(directory, all_files=False)
-    if isinstance(records, str):
-        return False
-    try:
-        return all((directory / name).stat().st_size == record.bytes for name, record in records.items())
-    except OSError:
-        return False
+    return json.dumps({"files": files, "checksum": checksum(files)}, indent=2) + "\n"

@@ -23,15 +23,8 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from instance_ssl.checkpoint.directory import (
-    POSITION,
-    Content,
-    DirectoryWriter,
-    committed_directories,
-    foreign_files,
-    read_tensors,
-    verify,
-)
+from instance_ssl.checkpoint.committed import POSITION, committed_directories, foreign_files, verify
+from instance_ssl.checkpoint.directory import Content, DirectoryWriter, read_tensors
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, reason

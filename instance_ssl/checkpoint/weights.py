@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from instance_ssl.checkpoint.directory import read_tensors
 from instance_ssl.errors import UserError, escape, in_one_line, tried
+from instance_ssl.files.named_part import split_part
 from instance_ssl.models.backbones import ResNet, SmallCnn
 
 _SHOWN = 3
@@ -53,12 +54,6 @@ class Weights(NamedTuple):
     aside: tuple[str, ...] = ()
 
 
-def split_choice(path: Path) -> tuple[Path, str | None]:
-    """The file, and which of its networks is asked for by `file.pth#prefix`; None: none is."""
-    file, mark, choice = str(path).rpartition("#")
-    return (Path(file), choice.strip(".")) if mark and not path.exists() else (path, None)
-
-
 def read_weights(path: Path) -> Weights:
     """Reads a backbone from a file of safetensors or of `torch.save`, by its content: named tensors, however nested.
 
@@ -70,7 +65,7 @@ def read_weights(path: Path) -> Weights:
         UserError: the file is absent, damaged, holds code, no named tensors or several backbones, or a number in it is
             not finite.
     """
-    path, choice = split_choice(path)
+    path, choice = split_part(path)
     try:
         with path.open("rb") as file:
             start = file.read(9)

@@ -1,22 +1,25 @@
 """The DeepSpeed JSON: who owns which key, what is derived, and our own section in it.
 
-DeepSpeed ignores unknown top-level keys and overrides some known ones in silence, clips gradients to norm 1 when no
-one says otherwise, and averages gradients where this project sums them. So the file is held to a closed list, and
-the keys that follow from the experiment are injected here.
+DeepSpeed ignores unknown top-level keys, silently overrides some known ones, clips gradients to norm 1 by default, and
+averages gradients where this project sums them. So only a closed list of keys is accepted, and the keys that follow
+from the experiment are injected here.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.config.messages import DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY, describe_validation_error, nearest
+from instance_ssl.config.types import NonNegativeInt, Section
 from instance_ssl.errors import UserError, reason, tried
 from instance_ssl.files.structured import MalformedError, read_json
+
+if TYPE_CHECKING:
+    import torch
 
 _DERIVED = {
     "train_batch_size": "optimization.global_batch_size",
@@ -32,8 +35,8 @@ _REFUSED = {
     "fp16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype float16",
     "steps_per_print": "the progress bar is ours",
 }
-# DeepSpeed's keys of this section say how its own checkpointing function, for transformers, keeps activations; nothing
-# here calls it, so each of them would be ignored.
+# DeepSpeed's keys of this section configure its own checkpointing function for transformers. Nothing here calls it, so
+# each of them would be ignored.
 _REFUSED_ACTIVATION_CHECKPOINTING = {
     "partition_activations": "it divides activations over model-parallel ranks, and every rank has the whole encoder",
     "contiguous_memory_optimization": "it needs partition_activations",
@@ -42,7 +45,27 @@ _REFUSED_ACTIVATION_CHECKPOINTING = {
     "synchronize_checkpoint_boundary": "it times DeepSpeed's own checkpointing function, which is not used",
     "profile": "it times DeepSpeed's own checkpointing function, which is not used",
 }
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+class ZeroSection(Section):
+    """The keys of `zero_optimization` that ZeRO stages 0 to 2 read, with DeepSpeed's defaults.
+
+    The rest of DeepSpeed's keys belong to stage 3, to offloading or to its own checkpoints, and nothing would read
+    them. Checked here, because DeepSpeed's own model takes seconds to import.
+    """
+
+    stage: Literal[0, 1, 2] = 0
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    reduce_bucket_size: NonNegativeInt = 500_000_000
+    use_multi_rank_bucket_allreduce: bool = True
+    allgather_partitions: bool = True
+    allgather_bucket_size: NonNegativeInt = 500_000_000
+    overlap_comm: bool | None = None
+    round_robin_gradients: bool = False
+    ignore_unused_parameters: bool = True
 
 
 class InstanceClassifierSection(BaseModel):
@@ -73,53 +96,57 @@ class DeepSpeedSettings:
     """A resolved DeepSpeed JSON.
 
     Attributes:
-        engine: what `deepspeed.initialize` gets.
+        engine: the configuration for `deepspeed.initialize`.
         classifier: our own section.
         micro_batch_size: images of one forward pass on one rank.
         accumulation_steps: micro-batches of one optimizer step on one rank.
-        autocast_dtype: of the encoder's forward pass; None is plain float32.
-        recompute_stages: whether `activation_checkpointing` is there: activations inside the backbone's stages are
-            computed again in the backward pass.
-        auto_dtype: what `matmul_dtype: auto` has been settled as on these ranks; None: as autocast.
+        autocast: dtype of the encoder's forward pass; None is plain float32.
+        recompute_stages: whether `activation_checkpointing` is given: activations inside the backbone's stages are
+            recomputed in the backward pass.
+        auto_matmul: what `matmul_dtype: auto` was resolved to on these ranks; None follows autocast.
     """
 
     engine: dict[str, Any]
     classifier: InstanceClassifierSection
     micro_batch_size: int
     accumulation_steps: int
-    autocast_dtype: torch.dtype | None
+    autocast: DtypeName | None
     recompute_stages: bool = False
-    auto_dtype: torch.dtype | None = None
+    auto_matmul: DtypeName | None = None
 
     @property
-    def matmul_dtype(self) -> torch.dtype:
+    def autocast_dtype(self) -> "torch.dtype | None":
+        """Precision of the encoder's forward pass; None is plain float32."""
+        return None if self.autocast is None else _dtype(self.autocast)
+
+    @property
+    def matmul_dtype(self) -> "torch.dtype":
         """Precision of the classifier's matrix products."""
-        if self.classifier.matmul_dtype == "auto":
-            as_autocast = torch.bfloat16 if self.autocast_dtype == torch.bfloat16 else torch.float32
-            return self.auto_dtype or as_autocast
-        return _DTYPES[self.classifier.matmul_dtype]
+        if self.classifier.matmul_dtype != "auto":
+            return _dtype(self.classifier.matmul_dtype)
+        return _dtype(self.auto_matmul or ("bfloat16" if self.autocast == "bfloat16" else "float32"))
 
     @property
     def block_bytes(self) -> int | None:
-        """Memory of one block of classes; None leaves it to the device."""
+        """Memory of one block of classes; None: chosen by device."""
         return None if self.classifier.block_mib == "auto" else int(self.classifier.block_mib * 2**20)
 
     @property
-    def row_dtype(self) -> torch.dtype:
-        """Of the rows of W."""
-        return _DTYPES[self.classifier.row_dtype]
+    def row_dtype(self) -> "torch.dtype":
+        """Precision of the rows of W."""
+        return _dtype(self.classifier.row_dtype)
 
     @property
-    def momentum_dtype(self) -> torch.dtype:
-        """Of the rows' momentum."""
-        return _DTYPES[self.classifier.momentum_dtype]
+    def momentum_dtype(self) -> "torch.dtype":
+        """Precision of the rows' momentum."""
+        return _dtype(self.classifier.momentum_dtype)
 
     def describe(self) -> str:
-        """All of it, as JSON."""
+        """Returns all settings as JSON."""
         return json.dumps({**self.engine, OWN_DEEPSPEED_KEY: self.classifier.model_dump()}, sort_keys=True)
 
     def group_size(self, world_size: int) -> int:
-        """Ranks that hold W once between them."""
+        """Returns the number of ranks that share one copy of W."""
         return world_size if self.classifier.group_size == "world" else self.classifier.group_size
 
 
@@ -129,10 +156,10 @@ def load_ds_config(
     """Reads, checks and completes a DeepSpeed JSON.
 
     Args:
-        global_batch_size: images a step; None: nothing is trained, and neither a batch nor W is divided over ranks.
+        global_batch_size: images per step; None: nothing is trained, so neither a batch nor W is divided over ranks.
 
     Raises:
-        UserError: for a missing or malformed file, an unknown, owned or refused key, or a batch that does not divide.
+        UserError: the file is missing or malformed, a key is unknown, derived or refused, or the batch does not divide.
     """
     values = _read_json(path)
     _check_keys(values, path)
@@ -171,17 +198,17 @@ def load_ds_config(
     }
     if zero_stage > 0:
         engine["zero_allow_untested_optimizer"] = True
-    autocast_dtype = _autocast_dtype(values.get("torch_autocast", {}), path)
-    if zero_stage > 0 and autocast_dtype is not None:
-        _check_autocast_under_zero(values, autocast_dtype, path)
+    autocast = _autocast(values.get("torch_autocast", {}), path)
+    if zero_stage > 0 and autocast is not None:
+        _check_autocast_under_zero(values, autocast, path)
     recompute_stages = "activation_checkpointing" in values
     if recompute_stages:
         _check_activation_checkpointing(values["activation_checkpointing"], path)
-    return DeepSpeedSettings(engine, classifier, micro_batch_size, accumulation_steps, autocast_dtype, recompute_stages)
+    return DeepSpeedSettings(engine, classifier, micro_batch_size, accumulation_steps, autocast, recompute_stages)
 
 
 def _indivisible(global_batch_size: int, micro_batch_size: int, world_size: int, path: Path) -> str:
-    """That the batch does not divide, and two ways out: a smaller micro-batch, or the nearest batch that does."""
+    """Describes a batch that does not divide, with two fixes: a smaller micro-batch, or the nearest batch that does."""
     at_once = micro_batch_size * world_size
     batch = max(world_size, global_batch_size - global_batch_size % world_size)
     smaller = max(d for d in range(1, micro_batch_size + 1) if batch // world_size % d == 0)
@@ -189,13 +216,13 @@ def _indivisible(global_batch_size: int, micro_batch_size: int, world_size: int,
     return (
         f"optimization.global_batch_size {global_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
         f"{micro_batch_size} x {world_size} ranks ({path}): {kept} {micro_batch_advice(smaller, path)}; or set "
-        f"optimization.global_batch_size to a multiple, if there are so many images: the nearest is "
+        f"optimization.global_batch_size to a multiple, if there are enough images: the nearest is "
         f"{max(1, round(global_batch_size / at_once)) * at_once}"
     )
 
 
 def micro_batch_advice(micro_batch_size: int, path: Path) -> str:
-    """How to change the micro-batch, which no flag does."""
+    """Describes how to change the micro-batch, for which there is no flag."""
     return f'"train_micro_batch_size_per_gpu": {micro_batch_size} in a copy of {path}, given as --deepspeed_config'
 
 
@@ -248,10 +275,14 @@ def _zero_stage(section: Any, path: Path) -> int:
             raise UserError(
                 f"{path}: remove 'zero_optimization.{key}': DeepSpeed offloads only its own optimizers, not SGD"
             )
+    try:
+        ZeroSection.model_validate(section)
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe_validation_error(error, ZeroSection, 'zero_optimization')}") from None
     return int(stage)
 
 
-def _autocast_dtype(section: Any, path: Path) -> torch.dtype | None:
+def _autocast(section: Any, path: Path) -> DtypeName | None:
     known = ("enabled", "dtype", "lower_precision_safe_modules")
     if not isinstance(section, dict):
         raise UserError(f"{path}: torch_autocast must be an object with {', '.join(known)}")
@@ -260,14 +291,15 @@ def _autocast_dtype(section: Any, path: Path) -> torch.dtype | None:
             raise UserError(f"{path}: unknown key 'torch_autocast.{key}'{nearest(key, known)}")
     if not section.get("enabled", False):
         return None
-    if section.get("dtype") not in ("bfloat16", "float16"):
+    dtype: DtypeName | None = next((name for name in ("bfloat16", "float16") if section.get("dtype") == name), None)
+    if dtype is None:
         raise UserError(f"{path}: torch_autocast.dtype must be bfloat16 or float16")
-    return _DTYPES[section["dtype"]]
+    return dtype
 
 
-def _check_autocast_under_zero(values: dict[str, Any], autocast_dtype: torch.dtype, path: Path) -> None:
-    """What DeepSpeed does differently under ZeRO 1 and 2 when it also runs autocast."""
-    if autocast_dtype == torch.float16:
+def _check_autocast_under_zero(values: dict[str, Any], autocast: DtypeName, path: Path) -> None:
+    """Refuses what DeepSpeed does differently under ZeRO 1 and 2 when it also runs autocast."""
+    if autocast == "float16":
         raise UserError(
             f"{path}: torch_autocast.dtype float16 needs zero_optimization.stage 0: under ZeRO, DeepSpeed skips a step "
             "that overflows without lowering the loss scale, and so every later one"
@@ -281,9 +313,17 @@ def _check_autocast_under_zero(values: dict[str, Any], autocast_dtype: torch.dty
 
 
 def _check_activation_checkpointing(section: Any, path: Path) -> None:
-    """The section switches it on by being there; it has nothing to say beyond that."""
+    """Refuses keys in this section, whose presence alone switches recomputation on."""
     if not isinstance(section, dict):
-        raise UserError(f"{path}: activation_checkpointing must be {{}}, which switches it on, or left out")
+        raise UserError(f"{path}: activation_checkpointing must be {{}}, which switches it on, or be omitted")
     for key in section:
         reason = _REFUSED_ACTIVATION_CHECKPOINTING.get(key, "the section takes no keys; {} switches it on")
         raise UserError(f"{path}: remove 'activation_checkpointing.{key}': {reason}")
+
+
+def _dtype(name: DtypeName) -> "torch.dtype":
+    """The dtype of this name. torch is imported only once one is needed, after the configuration has been checked."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

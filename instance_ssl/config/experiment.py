@@ -1,12 +1,12 @@
-"""The experiment: everything that changes the mathematics, as frozen models with the paper's main setting as default.
+"""The experiment: everything that changes the mathematics. Defaults are the paper's main setting.
 
-A YAML file lists only what differs. What changes where and how it is computed, and what memory it takes, is the
-DeepSpeed JSON's (`config/deepspeed.py`).
+A YAML file lists only what differs. Where and how it is computed, and what memory it takes, is the DeepSpeed JSON's
+(`config/deepspeed.py`).
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -20,8 +20,7 @@ from instance_ssl.config.choices import (
     StemName,
 )
 from instance_ssl.config.data import DataConfig
-from instance_ssl.config.detection import DetectionConfig
-from instance_ssl.config.fine_tuning import FineTuneConfig, SemiSupervisedConfig
+from instance_ssl.config.evaluation import EvaluationConfig, ExportConfig
 from instance_ssl.config.messages import (
     DEEPSPEED_KEYS,
     OWN_DEEPSPEED_KEY,
@@ -29,12 +28,9 @@ from instance_ssl.config.messages import (
     fields_at,
     unknown_key,
 )
-from instance_ssl.config.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from instance_ssl.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from instance_ssl.errors import UserError, reason, shorten, tried
 from instance_ssl.files.structured import MalformedError, parse_yaml
-
-SourceName = Literal["pixels", "random", "trained", "weights"]
-ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
 
 
 class AugmentationConfig(Section):
@@ -138,123 +134,8 @@ class OptimizationConfig(Section):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The rate at the end of the warm-up."""
+        """The learning rate at the end of the warm-up."""
         return 0.48 * self.global_batch_size / 4096 if self.learning_rate is None else self.learning_rate
-
-
-class KnnConfig(Section):
-    """Weighted k-nearest-neighbour vote, every k with every temperature in one pass; the first pair is the headline.
-
-    k = 200 and T = 0.1 are what the field compares with (MoCo's and lightly's CIFAR-10 benchmarks).
-
-    Attributes:
-        neighbours: values of k.
-        temperatures: temperatures of the vote's weights.
-    """
-
-    neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (200, 100, 20, 10)
-    temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.1, 0.07, 0.2)
-
-
-class RetrievalConfig(Section):
-    """Retrieval among the training images, each excluded from its own ranking: recall@k, same-class top-1.
-
-    Attributes:
-        recall_at: values of k.
-    """
-
-    recall_at: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
-
-
-class SimilarityConfig(Section):
-    """Figure 4: intra- and inter-instance cosines of every initialisation.
-
-    Attributes:
-        modes: initialisations, in the picture's order.
-        num_images: size of the seeded sample of images (at most all).
-        num_views: random views per image.
-    """
-
-    modes: Annotated[tuple[InitializationMode, ...], Field(min_length=1)] = ("gaussian", "frozen", "batch", "running")
-    num_images: Annotated[int, Field(ge=2)] = 10_000
-    num_views: Annotated[int, Field(ge=2)] = 2
-
-
-class LinearConfig(Section):
-    """Linear evaluation of frozen features.
-
-    Attributes:
-        protocol: the paper's SGD on random views (`sgd`), or L-BFGS on features computed once (`cached`).
-        epochs: epochs of `sgd`.
-        global_batch_size: images per step of `sgd`.
-        learning_rate: initial learning rate of `sgd`, with a cosine schedule.
-        l2_penalties: penalties that `cached` compares on a tenth of the training images.
-    """
-
-    protocol: Literal["sgd", "cached"] = "sgd"
-    epochs: PositiveInt = 100
-    global_batch_size: PositiveInt = 2048
-    learning_rate: PositiveFloat = 40.0
-    l2_penalties: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-
-
-class EvaluationConfig(Section):
-    """What is evaluated, and on which labelled images: `data` lists what differs from the experiment's own `data`.
-
-    Attributes:
-        sources: what to evaluate: raw `pixels`, the `random` network, the `trained` one, a file of `weights`.
-        checkpoint: checkpoint of `trained`: a step_… directory or a run directory; null: this run's newest.
-        weights: file of `weights`: torchvision's keys, safetensors or torch.save; file.pth#prefix selects one network.
-        batch_size: images per batch of one rank in a pass over features.
-        data: other labelled images, listing what differs from `data`; null: those of `data`.
-    """
-
-    sources: Annotated[tuple[SourceName, ...], Field(min_length=1)] = ("trained",)
-    checkpoint: LocalPath | None = None
-    weights: LocalPath | None = None
-    batch_size: PositiveInt = 256
-    data: DataConfig | None = None
-    knn: KnnConfig = KnnConfig()
-    linear: LinearConfig = LinearConfig()
-    semi_supervised: SemiSupervisedConfig = SemiSupervisedConfig()
-    fine_tune: FineTuneConfig = FineTuneConfig()
-    detection: DetectionConfig = DetectionConfig()
-    retrieval: RetrievalConfig = RetrievalConfig()
-    similarity: SimilarityConfig = SimilarityConfig()
-
-    @model_validator(mode="after")
-    def _weights_have_a_file(self) -> "EvaluationConfig":
-        if "weights" in self.sources and self.weights is None:
-            raise ValueError("source 'weights' needs a file: set evaluation.weights")
-        return self
-
-
-class ExportConfig(Section):
-    """What runners/export.py writes.
-
-    Attributes:
-        source: backbone to export, as in `evaluation.sources`.
-        formats: files to write: four formats of the backbone, and `parquet` beside the .npy of features.
-        images: folder of images whose features and embeddings are written; null: none.
-    """
-
-    source: Literal["random", "trained", "weights"] = "trained"
-    formats: tuple[ExportFormat, ...] = ("pth", "safetensors", "detectron2", "onnx", "parquet")
-    images: LocalPath | None = None
-
-    @field_validator("formats", mode="before")
-    @classmethod
-    def _formats_are_of_the_backbone(cls, values: Any) -> Any:
-        known = get_args(ExportFormat)
-        if isinstance(values, str):
-            raise ValueError(f"expected a list: [{values}]")
-        unknown = [value for value in values if value not in known] if isinstance(values, list | tuple) else []
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]!r} is none of {', '.join(known)}: the first four are of the backbone, the last of the "
-                "features of the folder that export.images names, which are written as .npy in any case"
-            )
-        return values
 
 
 class LogConfig(Section):
@@ -344,7 +225,7 @@ class ExperimentConfig(Section):
         if warmup_epochs >= epochs:
             raise ValueError(
                 f"optimization.warmup_epochs {warmup_epochs} must be below optimization.epochs {epochs}: the cosine "
-                "would never begin; 0 is no warm-up"
+                "would never begin; 0 disables the warm-up"
             )
         return self
 
@@ -357,7 +238,7 @@ class ExperimentConfig(Section):
             )
         if self.classifier.smoothing_factor > 0 and self.classifier.sampling != "full":
             raise ValueError(
-                f"classifier.sampling {self.classifier.sampling} leaves out hardest classes that smoothing needs: "
+                f"classifier.sampling {self.classifier.sampling} excludes hardest classes that smoothing needs: "
                 "set classifier.smoothing_factor to 0, as Table 3 does"
             )
         return self
@@ -367,7 +248,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Reads a YAML file and applies `--set a.b=value` overrides, whose values are YAML too.
 
     Raises:
-        UserError: for a missing or malformed file, an unknown key or path, or a value out of range.
+        UserError: the file is missing or malformed, a key or path is unknown, or a value is out of range.
     """
     values = read_yaml(path)
     _refuse_deepspeed_json(values, path)
@@ -383,7 +264,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
 
 
 def _refuse_deepspeed_json(values: dict[str, Any], path: Path) -> None:
-    """JSON is YAML too, so that the two files can be swapped unnoticed until here."""
+    """Refuses a DeepSpeed JSON given as the experiment: JSON is YAML too."""
     found = [key for key in values if key in (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY)]
     if found and not any(key in ExperimentConfig.model_fields for key in values):
         raise UserError(
@@ -393,7 +274,7 @@ def _refuse_deepspeed_json(values: dict[str, Any], path: Path) -> None:
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
-    """Dotted keys and JSON values of a config."""
+    """Returns the dotted keys and JSON values of a config."""
 
     def walk(prefix: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -406,10 +287,10 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping of the file that `--config` names; an empty file has no keys.
+    """Reads the mapping in the file of `--config`; an empty file has no keys.
 
     Raises:
-        UserError: when it is missing, no YAML, or anything but a mapping.
+        UserError: it is missing, not YAML, or not a mapping.
     """
     try:
         values = parse_yaml(path.read_bytes())

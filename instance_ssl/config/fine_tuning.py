@@ -1,4 +1,4 @@
-"""The configuration of the protocols that train a whole network on labels: few labels, and other data sets."""
+"""The sections `evaluation.semi_supervised` and `evaluation.fine_tune`: protocols that train a whole network."""
 
 from typing import Annotated, Any, Literal
 
@@ -59,7 +59,7 @@ def _log_spaced(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(float(f"{first * (last / first) ** (place / (count - 1)):.4g}") for place in range(count))
 
 
-# Three rates without decay are compared, and the best is trained again on all images.
+# Compares three rates without decay, and trains the best again on all images.
 _SMALL: dict[str, Any] = {
     "steps": 500,
     "random_steps": 1000,

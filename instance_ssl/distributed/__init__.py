@@ -1,1 +1,1 @@
-"""Process groups and the integers that divide work over them."""
+"""Process groups, their collectives, and how work is divided over ranks."""

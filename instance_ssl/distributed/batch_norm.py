@@ -1,7 +1,7 @@
-"""Batch norm over the images of all ranks: the statistics, and their gradients, are those of the global batch.
+"""Batch norm over all ranks: statistics and gradients are those of the global batch.
 
-torch's own SyncBatchNorm runs on GPUs only. MoCo's `naiveSyncBN` averages the ranks' statistics, which is this where
-all ranks hold equally many positions; here they may differ, as the boxes of a detector's head do.
+torch's SyncBatchNorm runs on GPUs only. MoCo's `naiveSyncBN` averages the ranks' statistics, which is exact only where
+all ranks hold equally many positions. Here the counts may differ, as for the boxes of a detector's head.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from instance_ssl.distributed.comm import Group
 
 
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose training statistics are over all ranks; every rank calls it, with at least one image.
+    """`nn.BatchNorm2d` with training statistics over all ranks. Every rank calls it with at least one image.
 
     Args:
-        like: the layer whose parameters and buffers it takes over; their keys stay the same.
+        like: the layer whose parameters, buffers and keys it takes over.
     """
 
     def __init__(self, like: nn.BatchNorm2d, group: Group) -> None:
@@ -28,7 +28,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         self.training = like.training
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations (b, C, H, W)."""
+        """Normalises activations (b, C, H, W)."""
         if not self.training:
             return super().forward(input)
         mean_C, var_C, count = _statistics(input.detach(), self.group)
@@ -37,7 +37,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _follow(self, mean_C: Tensor, unbiased_C: Tensor) -> None:
-        """Moves the running averages; without a momentum they are the plain mean of all batches."""
+        """Updates the running averages; without a momentum they are the mean of all batches."""
         assert self.num_batches_tracked is not None
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -57,7 +57,7 @@ def synchronise_batch_norm(module: nn.Module, group: Group) -> None:
 
 
 def _statistics(input: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (C,) and biased variance (C,) over all ranks, and the number of positions: no GPU is waited for."""
+    """Returns mean (C,) and biased variance (C,) over all ranks, and the number of positions, without a device sync."""
     var_C, mean_C = torch.var_mean(input.float(), dim=(0, 2, 3), correction=0)
     count = input.numel() // input.shape[1]
     own = torch.cat([mean_C, var_C, mean_C.new_tensor([count])])

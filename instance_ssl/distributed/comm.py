@@ -1,7 +1,7 @@
-"""The collectives the project needs, and the only file that imports `torch.distributed`.
+"""Process groups and their collectives. The only file that imports `torch.distributed`.
 
-A `Group` is passed explicitly to everything that communicates. One process is a group of size 1
-that runs the same collectives; nothing here branches on it.
+Everything that communicates takes a `Group` explicitly. One process is a group of size 1 that runs the same
+collectives; nothing here branches on it.
 """
 
 import functools
@@ -17,26 +17,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from instance_ssl.distributed import launched
 from instance_ssl.distributed.clock import AwakeClock
 from instance_ssl.errors import AbsentPeersError, RankError, UserError
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
 
-# In effect none: a collective's own patience also runs out while the process is stopped. The guard ends one that hangs.
+# Effectively none: a collective's own timeout also runs while the process is stopped. The guard ends a hang instead.
 _TIMEOUT = timedelta(days=30)
 _JOIN_SECONDS = 600.0
 
-# Their names from torch 2.14 on, and before.
+# Names from torch 2.14 on, or before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
 
 def ring_bytes(collective: Collective, tensor_bytes: int, size: int) -> int:
-    """What one of `size` ranks puts on the wire when the collective runs as a ring.
+    """Returns the bytes that one of `size` ranks sends when the collective runs as a ring.
 
     Args:
-        tensor_bytes: of what one rank gives (all-gather), gets (reduce-scatter) or both (all-reduce, broadcast).
+        tensor_bytes: of one rank's input (all-gather), output (reduce-scatter) or both (all-reduce, broadcast).
     """
     times = {
         "all_gather": size - 1,
@@ -49,15 +50,15 @@ def ring_bytes(collective: Collective, tensor_bytes: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that work together. Tensors handed to its methods lie on the group's device.
+    """Ranks that communicate. Tensors passed to its methods are on the group's device.
 
     Attributes:
         handle: the `torch.distributed` process group.
         rank: this process's place in the group, 0 … size - 1.
         size: number of ranks T.
-        device: where the tensors of its collectives lie.
-        sent_bytes: by collective, what this rank has put on the wire so far if each runs as a ring (the algorithm of
-            NCCL and gloo for large tensors), counted from the tensors handed in. Small objects are not counted.
+        device: of the tensors of its collectives.
+        sent_bytes: by collective, the bytes this rank has sent so far if each runs as a ring (the algorithm of NCCL and
+            gloo for large tensors), computed from the tensors passed in. Small objects are not counted.
     """
 
     handle: Any
@@ -67,7 +68,7 @@ class Group:
     sent_bytes: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
     def row_counts(self, count: int) -> list[int]:
-        """Every rank's `count`, in order of rank (one small all-gather)."""
+        """Gathers every rank's `count`, in order of rank (one small all-gather)."""
         own = torch.tensor([count], dtype=torch.int64, device=self.device)
         out = torch.empty(self.size, dtype=torch.int64, device=self.device)
         _all_gather_single(out, own, group=self.handle)
@@ -77,7 +78,7 @@ class Group:
         """Concatenates every rank's rows, (b, …) → (B, …), in order of rank.
 
         Args:
-            counts: rows of each rank; None says that all ranks hold equally many.
+            counts: rows of each rank; None if all ranks hold equally many.
         """
         rows = rows.contiguous()
         if counts is None or len(set(counts)) == 1:
@@ -94,7 +95,7 @@ class Group:
         return torch.cat([out[r * longest : r * longest + count] for r, count in enumerate(counts)])
 
     def reduce_scatter_rows(self, rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """Sums (B, …) over the ranks and returns this rank's rows (b, …); the transpose of `all_gather_rows`."""
+        """Sums (B, …) over the ranks and returns the local rows (b, …): the transpose of `all_gather_rows`."""
         if counts is None or len(set(counts)) == 1:
             out = rows.new_empty((rows.shape[0] // self.size, *rows.shape[1:]))
             self._count("reduce_scatter", out)
@@ -115,12 +116,12 @@ class Group:
         return tensor
 
     def all_reduce_max_(self, tensor: Tensor) -> Tensor:
-        """Element-wise maximum over the ranks, in place."""
+        """Takes the element-wise maximum over the ranks, in place."""
         self._all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def all_reduce_min_(self, tensor: Tensor) -> Tensor:
-        """Element-wise minimum over the ranks, in place."""
+        """Takes the element-wise minimum over the ranks, in place."""
         self._all_reduce(tensor, dist.ReduceOp.MIN)
         return tensor
 
@@ -131,23 +132,23 @@ class Group:
         return tensor
 
     def start_broadcast_(self, tensor: Tensor, source: int) -> "Transfer":
-        """`broadcast_` that returns at once; nobody writes to the tensor, and no receiver reads it, before `wait`."""
+        """Starts a `broadcast_` and returns. No rank writes to the tensor, and no receiver reads it, before `wait`."""
         return Transfer(tensor, dist.broadcast(tensor, group=self.handle, group_src=source, async_op=True))
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's (picklable, small) object, in order of rank."""
+        """Gathers every rank's (picklable, small) object, in order of rank."""
         out: list[Any] = [None] * self.size
         dist.all_gather_object(out, value, group=self.handle)
         return out
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
-        """Rank `source`'s (picklable) object, on all ranks."""
+        """Broadcasts rank `source`'s (picklable) object."""
         box = [value]
         dist.broadcast_object_list(box, group=self.handle, group_src=source)
         return box[0]
 
     def barrier(self) -> None:
-        """Waits until every rank is here; reading the result back makes the host wait too, not only its GPU."""
+        """Waits until every rank is here. Reading the result makes the host wait too, not only its GPU."""
         self.all_reduce_sum_(torch.zeros(1, device=self.device)).item()
 
     def _all_reduce(self, tensor: Tensor, operation: Any) -> None:
@@ -160,10 +161,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A collective that is under way.
+    """A collective in flight.
 
     Attributes:
-        tensor: what arrives; kept alive until it has.
+        tensor: the received tensor, kept alive until it has arrived.
         work: the handle of `torch.distributed`.
     """
 
@@ -171,42 +172,27 @@ class Transfer:
     work: Any
 
     def wait(self) -> Tensor:
-        """The tensor, once it has arrived (on a GPU: once the work queued from here on may use it)."""
+        """Returns the tensor once it has arrived (on a GPU: once work queued from now on may use it)."""
         self.work.wait()
         return self.tensor
 
 
-def launched_rank() -> int:
-    """Rank given by the launcher, 0 when run bare; usable before any group exists."""
-    return int(os.environ.get("RANK") or 0)
-
-
-def launched_beside_rank_0() -> bool:
-    """Whether rank 0 is another process that was started on the same machine."""
-    return 0 < launched_rank() == int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def launched_world_size() -> int:
-    """World size given by the launcher, 1 when run bare; usable before any group exists."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
 def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
-    """Joins the launcher's world (or a world of one when run bare) and returns it as a group.
+    """Joins the launcher's world, or a world of one when run bare, and returns it as a group.
 
-    NCCL and one GPU a rank where CUDA is there, gloo on the CPU otherwise.
+    Uses NCCL and one GPU a rank where CUDA is available, gloo on the CPU otherwise.
 
     Args:
-        join_seconds: how long to wait in all for ranks that have not come yet.
+        join_seconds: total time to wait for the other ranks.
 
     Raises:
-        UserError: when more ranks were launched on this machine than it has GPUs.
-        RankError: when the ranks cannot meet, an `AbsentPeersError` where not all came.
+        UserError: more ranks were launched on this machine than it has GPUs, or torch has no code for its GPU.
+        RankError: the ranks cannot meet; an `AbsentPeersError` where some did not join.
     """
     use_cuda = torch.cuda.is_available()
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launched.local_size()))
+    device = torch.device("cuda", launched.local_rank()) if use_cuda else torch.device("cpu")
     if use_cuda:
         if device.index >= torch.cuda.device_count():
             raise UserError(
@@ -222,14 +208,14 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
             )
         # bfloat16 products are summed in float32 throughout: the hard-class search relies on their error bound.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    if launched_world_size() > 1:
-        return _join("env://", launched_rank(), launched_world_size(), device, seconds=join_seconds)
+    if launched.world_size() > 1:
+        return _join("env://", launched.rank(), launched.world_size(), device, seconds=join_seconds)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
     return _join(None, 0, 1, device, store=dist.HashStore())
 
 
 def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Whether a GPU runs one of these: code for its own generation (sm_86), or for any older one to compile anew."""
+    """Whether a GPU can run one of these: code for its own generation (sm_86), or older code that can be recompiled."""
     own = 10 * capability[0] + capability[1]
     for architecture in architectures:
         kind, _, number = architecture.partition("_")
@@ -240,7 +226,7 @@ def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> b
 
 
 def initialize_from_file(path: str, rank: int, size: int) -> Group:
-    """Joins a gloo world of `size` CPU ranks that meet in a file: no port, no launcher."""
+    """Joins a gloo world of `size` CPU ranks that rendezvous in a file, without port or launcher."""
     return _join(f"file://{path}", rank, size, torch.device("cpu"))
 
 
@@ -253,10 +239,10 @@ def _join(
     store: Any = None,
     seconds: float = _JOIN_SECONDS,
 ) -> Group:
-    """Meets the other ranks, for which all is waited no longer than `seconds` in sum.
+    """Meets the other ranks within `seconds` in total.
 
     Raises:
-        RankError: when the address is in use; an `AbsentPeersError` when a rank does not come, or leaves.
+        RankError: the address is in use; an `AbsentPeersError` where a rank does not join, or leaves.
     """
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
@@ -290,11 +276,12 @@ def _join(
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
-    """Does blocking work that has several time-outs, which add up, or none: a store's first answer is waited for
-    forever. So it is done on a thread, which is left behind when it takes too long: the process ends then.
+    """Does blocking work within a total time, on a thread that is abandoned when it takes too long.
+
+    The work has several timeouts that add up, or none: a store's first answer is awaited forever.
 
     Raises:
-        TimeoutError: when it takes longer.
+        TimeoutError: it took longer; the process exits then.
     """
     problems: list[BaseException] = []
 
@@ -314,12 +301,12 @@ def _within(seconds: float, work: Callable[[], None]) -> None:
         raise problems[0]
 
 
-@functools.cache  # a communicator takes half a gigabyte of a GPU, and is freed with the world alone
+@functools.cache  # a communicator takes half a gigabyte of a GPU and is freed only with the world
 def split(world: Group, group_size: int) -> tuple[Group, Group | None]:
-    """This rank's model-parallel group of `group_size` consecutive ranks, and its peers of equal place in the others.
+    """Returns this rank's group of `group_size` consecutive ranks, and the group of its peers in the other groups.
 
-    New groups even where the first is the whole world, so that their collectives never queue behind the engine's. With
-    one group there are no peers: None. `group_size` divides the world. Asked again, the same groups.
+    The groups are new even where the first is the whole world, so that their collectives never queue behind the
+    engine's. With one group there are no peers: None. `group_size` divides the world. Later calls return the same.
     """
     firsts = range(0, world.size, group_size)
     groups = [list(range(first, first + group_size)) for first in firsts]
@@ -330,13 +317,13 @@ def split(world: Group, group_size: int) -> tuple[Group, Group | None]:
 
 
 def first_ranks(world: Group, size: int) -> Group | None:
-    """A new group of ranks 0 … size - 1; None on the others, which call this too."""
+    """Returns a new group of ranks 0 … size - 1, None on the others. Collective over the world."""
     handle = dist.new_group(ranks=list(range(size)), timeout=_TIMEOUT)
     return Group(handle, world.rank, size, world.device) if world.rank < size else None
 
 
 def _new_group(world: Group, groups: list[list[int]]) -> Group:
-    """The one of these disjoint groups that this rank is in; every rank of the world makes all of them, in order."""
+    """Returns which of these disjoint groups holds this rank; every rank of the world creates all of them, in order."""
     mine: Group | None = None
     for ranks in groups:
         handle = dist.new_group(ranks=ranks, timeout=_TIMEOUT)
@@ -347,7 +334,7 @@ def _new_group(world: Group, groups: list[list[int]]) -> Group:
 
 
 def set_timeouts(seconds: float = _TIMEOUT.total_seconds()) -> None:
-    """Bounds the collectives of every group there is, those that DeepSpeed has made for itself included."""
+    """Sets the timeout of every group, including those that DeepSpeed created."""
     for group in list(dist.distributed_c10d._world.pg_map):
         _set_timeout(timedelta(seconds=seconds), group)
 
@@ -364,7 +351,7 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def finalize() -> None:
-    """Leaves the world, if this process has joined it."""
+    """Leaves the world if this process has joined it."""
     split.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()

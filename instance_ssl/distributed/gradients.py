@@ -1,4 +1,4 @@
-"""Gradients of a network that every rank holds, summed over the ranks."""
+"""Sums the gradients of a network that every rank holds."""
 
 from collections.abc import Iterable
 
@@ -10,9 +10,9 @@ from instance_ssl.distributed.comm import Group
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter], figures_k: Tensor, group: Group) -> Tensor:
-    """Replaces each parameter's gradient by its sum over the ranks, none counting as 0; the sum of the figures (k,).
+    """Replaces each parameter's gradient by its sum over the ranks; a missing one counts as 0.
 
-    One all-reduce for both. Collective.
+    Returns the sum of the metrics (k,), which travel in the same all-reduce. Collective.
     """
     parameters = list(parameters)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

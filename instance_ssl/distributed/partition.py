@@ -1,14 +1,14 @@
-"""Which rank holds which rows: contiguous, uneven, decided by integers alone."""
+"""Which rank holds which rows: contiguous parts that may be uneven."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Partition:
-    """`total` rows in `size` contiguous parts; the first `total % size` parts are one row longer.
+    """`total` rows in `size` contiguous parts; the first `total % size` parts have one row more.
 
     Raises:
-        ValueError: when `size` is not positive or `total` is negative.
+        ValueError: `size` is not positive, or `total` is negative.
     """
 
     total: int
@@ -19,7 +19,7 @@ class Partition:
             raise ValueError(f"cannot divide {self.total} rows into {self.size} parts")
 
     def bounds(self, rank: int) -> tuple[int, int]:
-        """First row of part `rank`, and the row after its last."""
+        """Returns the first row of part `rank` and the row after its last."""
         if not 0 <= rank < self.size:
             raise ValueError(f"part {rank} of {self.size} does not exist")
         quotient, remainder = divmod(self.total, self.size)
@@ -27,31 +27,31 @@ class Partition:
         return start, start + quotient + (rank < remainder)
 
     def count(self, rank: int) -> int:
-        """Number of rows of part `rank`."""
+        """Returns the number of rows of part `rank`."""
         start, stop = self.bounds(rank)
         return stop - start
 
     def counts(self) -> list[int]:
-        """Number of rows of every part, in order of rank."""
+        """Returns the number of rows of every part, in order of rank."""
         return [self.count(rank) for rank in range(self.size)]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Contiguous parts of any lengths, which may be 0: a `Partition` of which some rows have been taken out."""
+    """Contiguous parts of any length, 0 included: a `Partition` without some of its rows."""
 
     lengths: tuple[int, ...]
 
     @property
     def total(self) -> int:
-        """Rows of all parts."""
+        """Number of rows of all parts."""
         return sum(self.lengths)
 
     def bounds(self, rank: int) -> tuple[int, int]:
-        """First row of part `rank`, and the row after its last."""
+        """Returns the first row of part `rank` and the row after its last."""
         start = sum(self.lengths[:rank])
         return start, start + self.lengths[rank]
 
     def counts(self) -> list[int]:
-        """Number of rows of every part, in order of rank."""
+        """Returns the number of rows of every part, in order of rank."""
         return list(self.lengths)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from instance_ssl.checkpoint.state import ENCODER_FILES, Checkpoint, checkpoint_at, load_encoder, newest_checkpoint
 from instance_ssl.checkpoint.weights import backbone_network, load_state, read_weights
-from instance_ssl.config.experiment import DataConfig, KnnConfig
+from instance_ssl.config.data import DataConfig
+from instance_ssl.config.evaluation import KnnConfig
 from instance_ssl.data.augmentations import Transform, centre_view
 from instance_ssl.data.folders import escape
 from instance_ssl.data.image_sources import ImageSource

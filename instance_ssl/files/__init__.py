@@ -1,1 +1,1 @@
-"""Reading and writing files that anyone may have damaged: JSON, YAML, lists of names, and room on the disk."""
+"""Reads and writes files that may be damaged: JSON, YAML, lists of names. Checks for disk space."""

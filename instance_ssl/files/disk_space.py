@@ -17,7 +17,7 @@ def find_no_space(directory: Path, needed: int) -> str | None:
 
 
 def why_not_written(error: Exception, directory: Path, needed: int) -> str:
-    """Why a file of about `needed` bytes could not be written, in one line. Some libraries raise no OSError."""
+    """Returns in one line why a file of about `needed` bytes was not written. Some libraries raise no `OSError`."""
     if error.errno in _FULL if isinstance(error, OSError) else is_full(directory):
         return _no_space(directory, needed)
     return reason(error)
@@ -42,7 +42,7 @@ def saving(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 def is_full(directory: Path) -> bool:
-    """Whether a disk has no room for anything worth writing."""
+    """Whether less than 1 MiB is free."""
     return _free(directory) < 2**20
 
 

@@ -1,7 +1,7 @@
 r"""Reads and writes lists of names, one a line.
 
-A name may hold whatever a file's name may. Backslashes are doubled, and what would end a line, be stripped from it,
-make it a comment or not show becomes an escape, such as \n, \x20 or \u2028.
+A name may hold anything that a file name may. Backslashes are doubled. Characters that would end a line, be stripped,
+start a comment or not show are escaped, for example as \n, \x20 or \u2028.
 """
 
 import codecs
@@ -12,12 +12,12 @@ from pathlib import Path
 from instance_ssl.errors import escape, unescape
 from instance_ssl.files.atomic import write_lines
 
-# What a reader of lists would strip or take for a comment; what ends a line or does not show, `escape` has written out.
+# What a reader would strip or take for a comment. `escape` handles what ends a line or does not show.
 _UNSAFE = re.compile(r"^[#\s]|\s\Z")
 
 
 def list_line(name: str) -> str:
-    """The line that stands for a name, without its end; `unescape` takes it back."""
+    """Returns the line for a name, without its line end; `unescape` reverses it."""
     return _UNSAFE.sub(lambda found: _as_escape(found.group()), escape(name))
 
 
@@ -32,7 +32,7 @@ def write_names(names: Iterable[str], path: Path) -> None:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The names that `write_names` wrote, one for each line.
+    """Yields the names that `write_names` wrote.
 
     Raises:
         OSError: the file cannot be read.
@@ -43,19 +43,19 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def read_names(path: Path, is_known: Callable[[str], bool]) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and name of each line of a list that anyone may have written.
+    """Yields the number, from 1, and the name of each line of a list that anyone may have written.
 
-    The list is UTF-8 with or without a byte order mark, or UTF-16 with one; a line ends in LF or CR LF. Blank lines and
-    comments, which begin with #, are skipped. Lists made elsewhere have no escapes, and blanks around a name or in it.
-    So a line with blanks at its ends or a backslash is read in the first way that gives a known name: escapes resolved,
-    with the blanks and then without; and the same once more with backslashes as they stand.
+    The list is UTF-8 with or without a byte order mark, or UTF-16 with one. Lines end in LF or CR LF. Blank lines and
+    comments, which start with #, are skipped. Lists made elsewhere have no escapes, and may have blanks around names.
+    So a line with blanks at its ends or a backslash is read in the first way that gives a known name: with escapes
+    resolved, first with the blanks and then without; then the same with backslashes kept.
 
     Args:
-        is_known: whether there is something of this name. Only odd lines are asked about.
+        is_known: whether something has this name. Called for ambiguous lines only.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no such text, or a comment is a known name; the message begins with the line where it can.
+        ValueError: it is not such a text, or a comment is a known name. The message starts with the line if known.
     """
     with path.open("rb") as file:
         is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

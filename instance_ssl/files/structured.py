@@ -1,4 +1,4 @@
-"""Reads JSON and YAML that anyone may have written or damaged: whatever is wrong with it is one error of one line."""
+"""Reads JSON and YAML that may be damaged or hostile: whatever is wrong becomes one error of one line."""
 
 import json
 import math
@@ -14,21 +14,21 @@ _MAX_DEPTH, _MAX_VALUES, _MAX_INTEGER, _MAX_LINE = 100, 200_000, 2**63, 300
 
 
 class MalformedError(ValueError):
-    """What is wrong with a text, in one line that may be printed."""
+    """What is wrong with a text, in one printable line."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(printable(" ".join(problem[:_MAX_LINE].split())))
 
 
 def read_json(path: Path, *, by_hand: bool = False) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Args:
-        by_hand: refuses what a program would not write: a key that is given twice, a number that is not finite.
+        by_hand: also refuse what no program writes: a duplicate key, a number that is not finite.
 
     Raises:
-        OSError: when it cannot be read.
-        MalformedError: when it holds anything but one sound object.
+        OSError: the file cannot be read.
+        MalformedError: it does not hold exactly one valid object.
     """
     values = parse_json(path.read_bytes(), by_hand=by_hand)
     if not isinstance(values, dict):
@@ -37,10 +37,10 @@ def read_json(path: Path, *, by_hand: bool = False) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file that holds one a line, and how many other lines there are.
+    """Returns the objects of a file that holds one a line, and the number of broken lines.
 
     Raises:
-        OSError: when it cannot be read.
+        OSError: the file cannot be read.
     """
     lines = path.read_bytes().split(b"\n")
     ends_whole = not lines.pop()
@@ -58,13 +58,13 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def parse_json(text: str | bytes, *, by_hand: bool = False, is_large: bool = False) -> Any:
-    """Any JSON value.
+    """Parses any JSON value.
 
     Args:
-        is_large: does not look at every value, which would take longer than reading them.
+        is_large: skip the check of every value, which takes longer than parsing.
 
     Raises:
-        MalformedError: for what is none, nests more than 100 levels, or holds integers beyond 64 bits or broken text.
+        MalformedError: it is not JSON, nests more than 100 levels, or holds integers beyond 64 bits or broken text.
     """
     try:
         values = json.loads(text, object_pairs_hook=_without_repetition if by_hand else None)
@@ -80,10 +80,10 @@ def parse_json(text: str | bytes, *, by_hand: bool = False, is_large: bool = Fal
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Any value of safe YAML.
+    """Parses any value of safe YAML.
 
     Raises:
-        MalformedError: as `parse_json` does, and for a key that a mapping holds twice.
+        MalformedError: as in `parse_json`, and for a duplicate key.
     """
     try:
         loader = _Loader(text)
@@ -102,7 +102,7 @@ def parse_yaml(text: str | bytes) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses depth as it is met, for the scanner takes time by its square, and keys that stand twice."""
+    """Refuses deep nesting early, because the scanner takes quadratic time in depth, and duplicate keys."""
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         self._refuse_depth(self.flow_level)
@@ -140,7 +140,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(values: Any, *, finite: bool = False) -> None:
-    """Refuses what its readers would stumble over: depth, endless aliases, numbers and text that nothing can hold."""
+    """Refuses deep nesting, alias bombs, and numbers and text that no reader can hold."""
     left, count = [(values, 1)], 0
     while left:
         value, depth = left.pop()

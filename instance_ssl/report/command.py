@@ -6,7 +6,6 @@ from pathlib import Path
 from instance_ssl.errors import UserError
 from instance_ssl.files.atomic import write_text
 from instance_ssl.files.disk_space import why_not_written
-from instance_ssl.report.page import build_page
 from instance_ssl.report.runs import open_runs
 from instance_ssl.run.console import ArgumentParser, exit_code_of, printable, tell
 
@@ -16,12 +15,19 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description="One self-contained HTML page about runs, finished or not.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--output", type=Path, help="the page (default: report.html in the first run directory)")
-    arguments = parser.parse_args(words)
-    return exit_code_of(lambda: _write(arguments.runs, arguments.output or arguments.runs[0] / "report.html"))
+
+    def write() -> None:
+        arguments = parser.parse_args(words)
+        _write(arguments.runs, arguments.output or arguments.runs[0] / "report.html")
+
+    return exit_code_of(write)
 
 
 def _write(runs: Sequence[Path], output: Path) -> None:
-    page = printable(build_page(open_runs(runs)), "utf-8")
+    opened = open_runs(runs)
+    from instance_ssl.report.page import build_page  # late, for it imports torch
+
+    page = printable(build_page(opened), "utf-8")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, page)

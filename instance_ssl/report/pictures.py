@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from instance_ssl.checkpoint.directory import read_tensors
-from instance_ssl.config.experiment import DataConfig
+from instance_ssl.config.data import DataConfig
 from instance_ssl.data.image_sources import FileImages, ImageSource, label_column, read_instances
 from instance_ssl.data.list_changes import places_of
 from instance_ssl.data.name_table import pack_names, packed

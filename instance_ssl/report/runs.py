@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.checkpoint.directory import committed_directories, find_other_step
+from instance_ssl.checkpoint.committed import committed_directories, find_other_step
 from instance_ssl.config.experiment import ExperimentConfig, flatten
 from instance_ssl.errors import UserError
 from instance_ssl.files.structured import parse_yaml, read_json_lines

@@ -25,11 +25,10 @@ _SECONDS_BETWEEN_SIGNS = 30.0
 
 
 def together(work: Callable[[], _T], world: Group) -> _T:
-    """Does on every rank what may fail on one alone (reading its own file, say), and fails on all if it does.
-    Collective.
+    """Does work that may fail on one rank alone (reading its own file, say) and fails on all if it does. Collective.
 
     Raises:
-        UserError: on all ranks, with the first one's reason.
+        UserError: on all ranks, with the first rank's reason.
     """
     result, problem = None, None
     try:
@@ -43,7 +42,7 @@ def together(work: Callable[[], _T], world: Group) -> _T:
 
 
 def rank_0_alone(work: Callable[[], _T], world: Group) -> _T:
-    """What rank 0 alone does: its (picklable) result on all ranks, or its failure. Collective.
+    """Does work on rank 0 and returns its (picklable) result, or raises its failure, on all ranks. Collective.
 
     Raises:
         UserError: on all ranks.
@@ -52,11 +51,13 @@ def rank_0_alone(work: Callable[[], _T], world: Group) -> _T:
 
 
 def on_rank_0(work: Callable[[], _T], world: Group, on_wait: Callable[[float], None]) -> _T | None:
-    """What rank 0's `work` gives, None elsewhere, however long it takes: millions of files on a slow disk take longer
-    than a collective may. The others get a sign of life now and then. Collective.
+    """Does work on rank 0, however long it takes, and returns its result there and None elsewhere. Collective.
+
+    Listing millions of files on a slow disk takes longer than a collective may, so rank 0 reports now and then that it
+    is alive.
 
     Args:
-        on_wait: told the seconds so far, at every sign.
+        on_wait: called on every rank at each report, with the seconds so far.
     """
     started = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:

@@ -8,13 +8,13 @@ from instance_ssl.run.console import ArgumentParser
 
 
 def add_config_arguments(parser: ArgumentParser) -> None:
-    """The flags that say what an experiment is."""
+    """Adds the flags that define an experiment."""
     root = Path(__file__).resolve().parents[2]
     parser.add_argument(
         "--config",
         type=Path,
         default=root / "runners/configs/pipeline_digits.yaml",
-        help="experiment YAML: what changes the mathematics",
+        help="experiment YAML: everything that changes the mathematics",
     )
     parser.add_argument(
         "--deepspeed_config",
@@ -26,10 +26,10 @@ def add_config_arguments(parser: ArgumentParser) -> None:
 
 
 def parse_arguments(stages: Sequence[str]) -> argparse.Namespace:
-    """The command line of a runner that offers these stages."""
+    """Parses the command line of a runner that offers these stages."""
     parser = ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument("--stages", nargs="+", choices=stages, metavar="NAME", help="these instead, in this order")
-    parser.add_argument("--run-dir", type=Path, default=None, help="where the run lies (default: runs/<config name>)")
+    parser.add_argument("--stages", nargs="+", choices=stages, metavar="NAME", help="run these instead, in order")
+    parser.add_argument("--run-dir", type=Path, help="run directory (default: runs/<config name>)")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     return parser.parse_args()

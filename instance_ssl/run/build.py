@@ -1,4 +1,4 @@
-"""From the config to the objects that stages share."""
+"""Builds the objects that stages share from the configuration."""
 
 from dataclasses import replace
 
@@ -10,7 +10,8 @@ from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.config.choices import StemName
-from instance_ssl.config.experiment import AugmentationConfig, DataConfig, ExperimentConfig
+from instance_ssl.config.data import DataConfig
+from instance_ssl.config.experiment import AugmentationConfig, ExperimentConfig
 from instance_ssl.data.augmentations import Transform, digit_view, simclr_view
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.sampler import LazyBatches, Shards
@@ -26,7 +27,7 @@ from instance_ssl.training.memory_plan import EncoderCost, measure_encoder
 
 
 def seeded_encoder(config: ExperimentConfig, *, recompute_stages: bool = False) -> Encoder:
-    """The random encoder of the experiment's seed, the same on every rank."""
+    """Builds the randomly initialised encoder of the experiment's seed, equal on all ranks."""
     torch.manual_seed(config.seed)
     return build_encoder(
         backbone=config.model.backbone,
@@ -40,7 +41,7 @@ def seeded_encoder(config: ExperimentConfig, *, recompute_stages: bool = False) 
 
 
 def describe_encoder(config: ExperimentConfig) -> str:
-    """The choice of stem, said aloud: the wrong one for the image size costs several points."""
+    """Returns the log line that names the stem: the wrong one for the image size costs several points."""
     stem = choose_stem(config.model.backbone, config.model.stem, config.data.image_size)
     how = "chosen by image size" if config.model.stem == "auto" else "as configured"
     kind = {"small": "3x3 stem without max-pool", "imagenet": "ImageNet stem"}[stem]
@@ -49,7 +50,7 @@ def describe_encoder(config: ExperimentConfig) -> str:
 
 
 def describe_stem_cost(config: ExperimentConfig) -> str | None:
-    """What the 3x3 stem that `auto` has chosen costs beside the other one, counted; None where it was not a choice."""
+    """Returns what the 3x3 stem that `auto` chose costs against the ImageNet stem; None where it was not chosen so."""
     model, size = config.model, config.data.image_size
     if model.backbone == "small_cnn" or model.stem != "auto" or choose_stem(model.backbone, "auto", size) != "small":
         return None
@@ -64,12 +65,12 @@ def describe_stem_cost(config: ExperimentConfig) -> str | None:
     return (
         f"the 3x3 stem takes {small.flops / imagenet.flops:.1f} times the FLOPs and {small.kept / imagenet.kept:.1f} "
         f"times the activation memory of the ImageNet stem at {size} px, and sees small images better; "
-        "model.stem=imagenet takes that one, model.stem=small says that this one is meant"
+        "model.stem=imagenet selects that one, model.stem=small confirms this one"
     )
 
 
 def classifier_shard(stage: Stage) -> ClassifierShard:
-    """This rank's empty rows of W, in model-parallel groups of their own."""
+    """Builds this rank's shard of W, not yet initialised, in groups of its own."""
     classifier, optimization = stage.config.classifier, stage.config.optimization
     group, replicas = comm.split(stage.world, stage.ds.group_size(stage.world.size))
     options = SoftmaxOptions(
@@ -106,14 +107,14 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
 
 
 def _with_tried_kernels(stage: Stage, options: SoftmaxOptions) -> SoftmaxOptions:
-    """The options with Triton's kernels where they are right on every rank's GPU, or else with the PyTorch passes.
+    """Keeps the Triton kernels if their self-test passes on every rank's GPU, else selects the PyTorch passes.
 
     Raises:
-        UserError: where the DeepSpeed JSON insists on kernels that are not.
+        UserError: the DeepSpeed JSON asks for `kernels: triton`, and they fail.
     """
     if (wanted := stage.ds.classifier.kernels) == "torch":
         return options
-    problem: str | None = "they want a GPU from Ampere on, Triton, a C compiler and Python's headers"
+    problem: str | None = "they need a GPU from Ampere on, Triton, a C compiler and Python's headers"
     if options.kernels == "triton":
         shape = stage.world.device, stage.config.model.embedding_dim
         problem = disagreement(*shape, options, stage.ds.row_dtype, stage.ds.momentum_dtype)
@@ -122,13 +123,13 @@ def _with_tried_kernels(stage: Stage, options: SoftmaxOptions) -> SoftmaxOptions
     if found is None:
         return options
     if wanted == "triton":
-        raise UserError(f"instance_classifier.kernels triton cannot be had ({found}): use auto or torch")
-    stage.log.say(f"classifier: PyTorch's operations and not the Triton kernels ({found})")
+        raise UserError(f"instance_classifier.kernels: triton is not available ({found}): use auto or torch")
+    stage.log.say(f"classifier: using PyTorch's operations, not the Triton kernels ({found})")
     return replace(options, kernels="torch")
 
 
 def training_view(augmentation: AugmentationConfig, data: DataConfig) -> Transform:
-    """The random view of the config."""
+    """Builds the random view of the configuration."""
     if augmentation.view == "digit":
         return digit_view(data.image_size)
     return simclr_view(
@@ -140,7 +141,7 @@ def training_view(augmentation: AugmentationConfig, data: DataConfig) -> Transfo
 
 
 def training_views(config: ExperimentConfig, source: ImageSource) -> ViewDataset:
-    """The views that are trained on, finished or left to the device."""
+    """Builds the data set of training views; their colours are changed here or on the device."""
     return ViewDataset(
         source,
         training_view(config.augmentation, config.data),
@@ -151,7 +152,7 @@ def training_views(config: ExperimentConfig, source: ImageSource) -> ViewDataset
 
 
 def training_shards(stage: Stage) -> Shards | None:
-    """How the training images are shuffled where they lie in shards, said aloud; None: all at once."""
+    """Returns how training images in shards are shuffled, and logs it; None shuffles all at once."""
     starts, buffer = stage.source.shard_starts, stage.config.data.shuffle_buffer
     if starts is None or buffer == 0:
         return None
@@ -163,9 +164,9 @@ def training_shards(stage: Stage) -> Shards | None:
 
 
 def own_parts(order_N: Tensor, global_batch_size: int, world: Group) -> LazyBatches:
-    """This rank's part of every global batch of `order_N`; the last batch is short, and parts may then be empty.
+    """Returns this rank's part of every global batch of `order_N`.
 
-    The global batches are the same whatever the number of ranks.
+    The global batches do not depend on the number of ranks. The last one may be short, and its parts empty.
     """
 
     def part(number: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Lines for whoever watches, who may have gone: an ssh connection or a pipe can end before the run does."""
+"""Prints lines that are safe for a terminal, and survives a console that has gone: a pipe or an ssh connection."""
 
 import argparse
 import os
@@ -6,18 +6,19 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from instance_ssl import errors
+from instance_ssl.distributed import launched
 from instance_ssl.errors import EXIT_USER_ERROR, UserError
 
 
 @contextmanager
 def heard_or_not(stream: TextIO) -> Iterator[None]:
-    """Around writing to a console: that it cannot be read is not what ends a run, or keeps one from ending.
+    """Wraps writing to a console, whose failure must not end a run.
 
-    A pipe whose reader has gone leads nowhere from then on, so that neither later lines nor the interpreter's own flush
-    at its end fail. A full disk may have room again.
+    A pipe whose reader has gone is redirected to the null device, so that neither later lines nor the interpreter's
+    flush at its end fail. A full disk may have room again later.
     """
     try:
         yield
@@ -29,44 +30,53 @@ def heard_or_not(stream: TextIO) -> Iterator[None]:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose complaints show what was given without letting it act on the terminal."""
+    """A parser whose complaints are errors like all others: one line, from rank 0, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints the usage and the message, and exits with code 2."""
-        super().error(errors.printable(message))
+        """Raises the message.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message} (--help lists the flags)")
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints the help on rank 0."""
+        if launched.rank() == 0:
+            super().print_help(file)
 
 
 def printable(text: str, encoding: str | None) -> str:
-    """Lines with what this encoding lacks, and what would act on a terminal, as escapes: names need not be text."""
+    """Escapes what this encoding lacks and what would act on a terminal: names need not be text."""
     encoding = encoding or "utf-8"
     return errors.printable(text, kept="\n\t").encode(encoding, "backslashreplace").decode(encoding)
 
 
 def one_line(text: str, encoding: str | None) -> str:
-    """`printable`, with newlines and tabs as escapes too: a name must not begin a line that looks like ours."""
+    """Like `printable`, and escapes newlines and tabs: a name must not start a line that looks like ours."""
     return printable(errors.printable(text), encoding)
 
 
 def tell(text: str) -> None:
-    """Lines on standard output."""
+    """Prints lines on standard output."""
     with heard_or_not(sys.stdout):
         print(printable(text, sys.stdout.encoding), flush=True)
 
 
 def complain(line: str) -> None:
-    """One line on standard error."""
+    """Prints one line on standard error."""
     with heard_or_not(sys.stderr):
         print(one_line(line, sys.stderr.encoding), file=sys.stderr, flush=True)
 
 
 def show_traceback(error: BaseException) -> None:
-    """The error with its traceback on standard error."""
+    """Prints an error with its traceback on standard error."""
     with heard_or_not(sys.stderr):
         print(printable("".join(traceback.format_exception(error)), sys.stderr.encoding), file=sys.stderr, flush=True)
 
 
 def exit_code_of(tool: Callable[[], int | None]) -> int:
-    """What a command without a process group exits with: what it returns (None is 0), or 2 after a user's mistake."""
+    """Returns a tool's exit code: what it returns (None is 0), or 2 after a `UserError`, which it prints."""
     try:
         return tool() or 0
     except UserError as mistake:

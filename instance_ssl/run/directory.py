@@ -19,7 +19,7 @@ from instance_ssl.errors import UserError
 from instance_ssl.files import structured
 from instance_ssl.files.disk_space import find_no_space, in_mib
 
-# At most 12 bytes a character, as JSON writes it, and some for the rest.
+# JSON takes at most 12 bytes a character, and the other keys some more.
 _ROOM, _ROOM_BYTES, _MAX_REASON = ".status.json.room", 2**14, 1200
 State = Literal["running", "complete", "stopped", "failed"]
 
@@ -34,7 +34,7 @@ def locked(directory: Path) -> Iterator[None]:
     path = directory / "lock"
     with path.open("a+") as file:
         try:
-            # A record lock, which loader processes forked from this one do not share: it dies with this process alone.
+            # A record lock: forked loader processes do not inherit it, so it ends with this process.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # EAGAIN, or EACCES on some systems
             file.seek(0)

@@ -1,16 +1,23 @@
-"""Opens the images that a section `data` of the configuration names."""
+"""Opens the images that a section `data` of the configuration names, the same on all ranks."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from instance_ssl.config.data import DataConfig
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.decode import Rendering
+from instance_ssl.data.folders import missing_here
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.unreadable_images import OnBroken
+from instance_ssl.distributed.comm import Group
+from instance_ssl.errors import UserError
+from instance_ssl.run.agreement import on_rank_0, rank_0_alone, together
+from instance_ssl.run.log import RunLog
 
 
 def open_split(data: DataConfig, split: Literal["train", "test"]) -> ImageSource:
-    """The training or the test images.
+    """Opens the training or the test images.
 
     Raises:
         UserError: one line that names the key and the path at fault.
@@ -27,11 +34,91 @@ def open_split(data: DataConfig, split: Literal["train", "test"]) -> ImageSource
     )
 
 
+def open_images(
+    data: DataConfig,
+    split: Literal["train", "test"],
+    world: Group,
+    log: RunLog,
+    arrange: Callable[[ImageSource], ImageSource] = lambda images: images,
+) -> ImageSource | None:
+    """Opens a split on rank 0, for `agreement.share_images`; None on other ranks. Collective; writes nothing.
+
+    Args:
+        log: reports when it takes long.
+        arrange: applied by rank 0 first.
+
+    Raises:
+        UserError: on all ranks: the images cannot be opened, or another rank's disk does not hold the same files.
+    """
+
+    def say(seconds: float) -> None:
+        log.on_progress()
+        log.say(f"{split} images: rank 0 is reading every file or shard, {seconds:.0f} s so far")
+
+    images = together(lambda: on_rank_0(lambda: arrange(open_split(data, split)), world, say), world)
+    for remark in () if images is None else images.remarks:
+        log.say(f"{split} images: {remark}")
+    problem = missing_here(world.broadcast_object(None if images is None else images.probes()))
+    problems = [f"rank {rank}: {text}" for rank, text in enumerate(world.all_gather_objects(problem)) if text]
+    if problems:
+        raise UserError(f"data.root: {problems[0]}; every node needs the same images at the same path")
+    return images
+
+
+def open_evaluation(
+    config: ExperimentConfig, source: ImageSource | None, world: Group, log: RunLog
+) -> tuple[ImageSource | None, ImageSource | None]:
+    """Opens the images that evaluations read, so that mistakes show before the training. Collective.
+
+    Args:
+        source: the images to train on; None on all ranks but 0, as in what is returned.
+
+    Returns:
+        Training and test images.
+
+    Raises:
+        UserError: naming the key.
+    """
+    data = config.evaluation.data or config.data
+    if data.image_size != config.data.image_size:
+        raise UserError(
+            f"evaluation.data.image_size {data.image_size} differs from data.image_size {config.data.image_size}, "
+            "which the encoder is trained at: set both to the same"
+        )
+    try:
+        train = source if config.evaluation.data is None else open_images(data, "train", world, log)
+        test = open_images(data, "test", world, log)
+    except UserError as mistake:
+        if config.evaluation.data is None:
+            raise
+        raise UserError(f"evaluation.data: {mistake}") from None
+    rank_0_alone(lambda: _check_labelled(config, train, test), world)
+    return train, test
+
+
+def _check_labelled(config: ExperimentConfig, train: ImageSource | None, test: ImageSource | None) -> None:
+    assert train is not None
+    assert test is not None
+    if train.labels is None or test.labels is None:
+        kind = (config.evaluation.data or config.data).kind
+        raise UserError(
+            f"data.kind {kind}: these images have no labels to evaluate with (.cls files beside them in the tar): "
+            "point evaluation.data at a labelled set"
+        )
+    neighbours = config.evaluation.knn.neighbours
+    if max(neighbours) > len(train):
+        fitting = ",".join(str(k) for k in dict.fromkeys(min(k, len(train)) for k in neighbours))
+        raise UserError(
+            f"evaluation.knn.neighbours asks for {max(neighbours)} of {len(train)} training images: "
+            f"set evaluation.knn.neighbours=[{fitting}]"
+        )
+
+
 def broken_policy(data: DataConfig) -> OnBroken:
-    """What becomes of files that cannot be read."""
+    """Returns how unreadable files are treated."""
     return OnBroken(data.on_broken == "skip", data.max_broken_share)
 
 
 def rendering_of(data: DataConfig) -> Rendering:
-    """What becomes of orientation and transparency."""
+    """Returns how orientation and transparency are treated."""
     return Rendering(upright=data.exif == "upright", on_white=data.alpha == "white")

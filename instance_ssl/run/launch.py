@@ -1,7 +1,7 @@
-"""What is looked at before DeepSpeed's launcher starts anything, since it would start something wrong in silence.
+"""Checks a launch: the `deepspeed` command before it starts, and what a launcher told each rank.
 
-A hostfile that does not exist makes it train on this machine alone. Over ssh it puts arguments, exported variables and
-paths into a shell line on every node, unquoted: a value with a `;` in it would be run there. So both are checked here.
+With a hostfile that does not exist, DeepSpeed trains on this machine alone and says nothing. Over ssh it puts
+arguments, exported variables and paths into a shell line on every node, unquoted: a value with a `;` would be executed.
 """
 
 import os
@@ -11,32 +11,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspeed.launcher.runner import DLTS_HOSTFILE, parse_args
-
 from instance_ssl.errors import UserError
 
 _HOST_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=([1-9][0-9]*)")
-# What no shell gives a meaning to.
+# Characters without a meaning to any shell.
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]*")
-# Beginnings of the names that DeepSpeed exports to the nodes, besides what .deepspeed_env names.
+# Prefixes of the variables that DeepSpeed exports to the nodes, besides those in .deepspeed_env.
 _EXPORTED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 _ENVIRONMENT_FILE = ".deepspeed_env"
-# What a launcher tells each rank, and what MPI's launchers say instead: how many processes they have started.
+# The hostfile that `deepspeed` reads by default.
+_DEFAULT_HOSTFILE = Path("/job/hostfile")
+# What a launcher sets for each rank; MPI's launchers set the number of processes instead.
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-# Steps of Slurm's own from this number on: the batch script, and the shell of `salloc`.
+# From this number on, steps are Slurm's own: the batch script, and the shell of `salloc`.
 _SLURM_OWN_STEPS = 2**32 - 16
 _LAUNCH = "start the ranks with `deepspeed` or `torchrun`, which set these, or one process with none of them"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A `deepspeed` command, taken apart.
+    """A parsed `deepspeed` command.
 
     Attributes:
         command: as given.
-        hostfile: what follows --hostfile, or None.
-        uses_ssh: whether nodes are reached over ssh, were there several.
+        hostfile: the value of --hostfile, or None.
+        uses_ssh: whether other nodes, if any, are reached over ssh.
         script: the runner and its own arguments.
     """
 
@@ -47,7 +47,7 @@ class Launch:
 
     @property
     def run_directory(self) -> Path | None:
-        """What follows --run-dir, or None."""
+        """The value of --run-dir, or None."""
         for place, argument in enumerate(self.script):
             if argument == "--run-dir" and place + 1 < len(self.script):
                 return Path(self.script[place + 1])
@@ -57,26 +57,35 @@ class Launch:
 
 
 def take_apart(command: Sequence[str]) -> Launch:
-    """Reads a command line that begins with `deepspeed`.
+    """Parses a command line that starts with `deepspeed` and names a runner.
 
     Raises:
-        UserError: when it does not.
+        UserError: it does not.
     """
     if not command or Path(command[0]).name != "deepspeed":
         raise UserError("give the whole command that starts the run: supervise.py … deepspeed … runners/pretrain.py …")
-    arguments = parse_args(list(command[1:]))  # a mistake in the launcher's own flags ends here, with its usage
-    hostfile = Path(arguments.hostfile)
-    is_default = arguments.hostfile == DLTS_HOSTFILE and not hostfile.exists()
-    return Launch(
-        command,
-        hostfile=None if is_default else hostfile,
-        uses_ssh=not arguments.no_ssh,
-        script=[arguments.user_script, *arguments.user_args],
-    )
+    place = next((place for place, word in enumerate(command) if word.endswith(".py")), None)
+    if place is None:
+        raise UserError(f"the command names no runner, a file that ends in .py: {' '.join(command)}")
+    flags = command[1:place]
+    hostfile = given_hostfile(flags) or (_DEFAULT_HOSTFILE if _DEFAULT_HOSTFILE.exists() else None)
+    return Launch(command, hostfile=hostfile, uses_ssh="--no_ssh" not in flags, script=command[place:])
+
+
+def given_hostfile(flags: Sequence[str]) -> Path | None:
+    """Returns the last hostfile among the launcher's flags, in any spelling that argparse accepts."""
+    found = None
+    for flag, following in zip(flags, (*flags[1:], ""), strict=False):
+        name, equals, value = flag.partition("=")
+        if len(name) >= len("--ho") and "--hostfile".startswith(name):
+            found = value if equals else following
+        elif flag.startswith("-H"):
+            found = flag[2:] or following
+    return None if found is None else Path(found)
 
 
 def check_launch(launch: Launch, environment: Mapping[str, str]) -> None:
-    """Refuses a launch that would not do what was asked.
+    """Refuses a launch that would not do what the user asked.
 
     Raises:
         UserError: naming the hostfile's line, the argument or the variable.
@@ -107,7 +116,7 @@ def check_launch(launch: Launch, environment: Mapping[str, str]) -> None:
 
 
 def check_world(environment: Mapping[str, str]) -> None:
-    """Refuses a rank that was not told its place among the others: it would take itself for the only one.
+    """Refuses a rank that was not told its place among the others: it would run alone.
 
     Args:
         environment: of this process.
@@ -120,9 +129,9 @@ def check_world(environment: Mapping[str, str]) -> None:
         started = _started_together(environment)
         if started is not None:
             raise UserError(
-                f"{started}, but RANK and WORLD_SIZE are unset: each would be a run of its own in the same directory; "
-                "start one task a node, and in it `deepspeed --no_ssh …` (README, Several nodes) or `torchrun …`, or "
-                "one task alone"
+                f"{started}, but RANK and WORLD_SIZE are unset: each would start its own run in the same directory; "
+                "start one task a node, and in it `deepspeed --no_ssh …` or `torchrun …` (instance_ssl/run/README.md), "
+                "or one task alone"
             )
         return
     numbers = {"WORLD_SIZE": (1, 2**31), "RANK": (0, 2**31), "LOCAL_RANK": (0, 2**31), "MASTER_PORT": (1, 2**16)}
@@ -133,7 +142,7 @@ def check_world(environment: Mapping[str, str]) -> None:
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in place]
     if size == 1 and place.get("RANK", "0") == "0" and len({"MASTER_ADDR", "MASTER_PORT"} & set(place)) != 1:
-        missing = []  # one process meets nobody
+        missing = []  # one process meets no others
     if missing:
         known = ", ".join(f"{name}={value}" for name, value in place.items())
         verb = "is" if len(missing) == 1 else "are"
@@ -143,10 +152,10 @@ def check_world(environment: Mapping[str, str]) -> None:
 
 
 def _started_together(environment: Mapping[str, str]) -> str | None:
-    """How many processes Slurm or MPI has started as this one was; None for a process that was started alone.
+    """Returns how many processes Slurm or MPI started together with this one; None for a process on its own.
 
-    SLURM_NTASKS also stands in the shell of `salloc` and in a batch script, where a person starts one process: Slurm
-    gives a place to tasks alone, and to a batch script's only one.
+    SLURM_NTASKS is also set in the shell of `salloc` and in a batch script, where a person starts one process. Slurm
+    numbers tasks alone, and a batch script as its only one.
     """
     for name in _MPI_SIZES:
         if _count(environment.get(name)) > 1:
@@ -168,10 +177,10 @@ def _count(text: str | None) -> int:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Ranks by host.
+    """Reads the number of ranks of each host.
 
     Raises:
-        UserError: for a missing file or a line that is not `host slots=N`, naming the line.
+        UserError: the file is missing, or a line is not `host slots=N`; names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -187,7 +196,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise UserError(f"--hostfile {path}, line {number}: expected `host slots=N`, found {text!r}")
         host, slots = match.groups()
         if host in hosts:
-            raise UserError(f"--hostfile {path}, line {number}: {host} is there already")
+            raise UserError(f"--hostfile {path}, line {number}: duplicate host {host}")
         if len(slots) > 6:
             raise UserError(f"--hostfile {path}, line {number}: {slots[:12]} slots are too many")
         hosts[host] = int(slots)
@@ -204,6 +213,6 @@ def _require_plain(text: str, what: str) -> None:
     if _PLAIN.fullmatch(text) is None:
         strange = next(character for character in text if _PLAIN.fullmatch(character) is None)
         raise UserError(
-            f"{what} holds {strange!r}, which the nodes' shells would not take as it is, and DeepSpeed does not quote: "
+            f"{what} holds {strange!r}, which the nodes' shells would interpret, and DeepSpeed does not quote: "
             "put settings into the YAML file, and keep paths and variables plain"
         )

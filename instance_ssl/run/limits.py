@@ -1,4 +1,4 @@
-"""What the system grants a process: files, memory, threads. Too little of it looks like damage, or a missing peer."""
+"""System limits of a process: files, memory, threads. Running into one looks like damage, or like a missing peer."""
 
 import errno
 import resource
@@ -7,20 +7,20 @@ import psutil
 
 from instance_ssl.errors import RankError
 
-# Two dozen are open before the work begins; other ranks, loaders and their batches take the rest.
+# Two dozen are open before the work starts; other ranks, loaders and their batches need the rest.
 _OPEN_FILES = 256
 _ADDRESS_SPACE_BYTES = 1 << 30
-# What operating systems, Python, torch and gloo say, which raise errors of different classes.
+# Messages of operating systems, Python, torch and gloo, which raise errors of different classes.
 _SIGNS = {
     "open files": ("Too many open files",),
     "threads or processes": ("can't start new thread", "Resource temporarily unavailable"),
-    "memory": ("Cannot allocate memory", "can't allocate memory", "bad_alloc"),
+    "memory": ("Cannot allocate memory", "can't allocate memory", "bad_alloc", "failed to map segment"),
 }
 _ERRNOS = {errno.EMFILE: "open files", errno.ENFILE: "open files", errno.ENOMEM: "memory"}
 
 
 def check_limits() -> None:
-    """Refuses limits under which a run would fail in some place or other, and misread the failure.
+    """Refuses limits under which a run would fail somewhere and misreport the failure.
 
     Raises:
         RankError: naming the limit.
@@ -32,18 +32,18 @@ def check_limits() -> None:
     used = psutil.Process().memory_info().vms
     if 0 <= space < used + _ADDRESS_SPACE_BYTES:
         raise RankError(
-            f"the address space is limited to {space / 2**30:.1f} GiB, of which the libraries take "
+            f"the address space is limited to {space / 2**30:.1f} GiB, of which the process takes "
             f"{used / 2**30:.1f} GiB, and a run needs more: raise or lift the limit (`ulimit -v`)"
         )
 
 
 def describe_shortage(error: BaseException | None) -> str | None:
-    """One line about what a process ran out of, where an error, or one that it followed from, says so."""
+    """Returns one line about what a process ran out of, if an error or one of its causes says so."""
     first = error
     while error is not None:
         lacks = _lacks(error)
         if lacks == "threads or processes" and error is not first:
-            lacks = None  # a lock that is held says the same, and is dealt with
+            lacks = None  # a held lock raises the same message, and is handled
         if lacks is not None:
             return f"out of {lacks} ({_limits(lacks)}): {str(error).splitlines()[0] if str(error) else 'no more'}"
         error = error.__cause__ or error.__context__
@@ -55,13 +55,13 @@ def _lacks(error: BaseException) -> str | None:
         return "memory"
     if isinstance(error, OSError) and error.errno in _ERRNOS:
         return _ERRNOS[error.errno]
-    if not isinstance(error, (OSError, RuntimeError)):
+    if not isinstance(error, (OSError, RuntimeError, ImportError)):
         return None
     return next((what for what, signs in _SIGNS.items() if any(sign in str(error) for sign in signs)), None)
 
 
 def _limits(lacks: str) -> str:
-    """The limits that may be to blame, as the shell's `ulimit` names them."""
+    """Formats the limits that may be to blame as the shell's `ulimit` names them."""
     by_flag = {
         "open files": {"-n": resource.RLIMIT_NOFILE},
         "threads or processes": {"-u": resource.RLIMIT_NPROC, "-v": resource.RLIMIT_AS},

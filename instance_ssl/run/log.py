@@ -20,7 +20,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class RunLog:
-    """Console lines of rank 0, and the run directory's metrics once there is one. Other ranks stay silent.
+    """Logs console lines, and metrics once there is a directory for them, on rank 0; other ranks stay silent.
 
     Lines go through tqdm, so that they never break into a progress bar. Metrics that cannot be written (on a full
     disk, say) are dropped with one warning: they never end a run.
@@ -39,7 +39,7 @@ class RunLog:
         self._complained = False
 
     def say(self, line: str) -> None:
-        """One line on standard output."""
+        """Logs one line on standard output."""
         if self.is_main:
             with heard_or_not(sys.stdout):
                 tqdm.write(one_line(line, sys.stdout.encoding), file=sys.stdout)
@@ -122,12 +122,12 @@ class _ScalarFile:
             self._append(step=resumed_at + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one step's values, by tag."""
+        """Appends one step's values, by tag."""
         summary = {"value": [{"tag": name, "simple_value": value} for name, value in values.items()]}
         self._append(step=step, summary=summary)
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         self._records.close()
 
     def _append(self, **fields: Any) -> None:
@@ -173,7 +173,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second since the start."""
+        """Units per second since the start."""
         return (self._done - self._initial) / max(1e-9, time.perf_counter() - self._started)
 
     def _line(self) -> str:

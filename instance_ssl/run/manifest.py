@@ -21,8 +21,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from instance_ssl.checkpoint.directory import committed_directories
-from instance_ssl.config.experiment import DataConfig
+from instance_ssl.checkpoint.committed import committed_directories
+from instance_ssl.config.data import DataConfig
 from instance_ssl.data.folders import escape
 from instance_ssl.data.image_sources import ImageSource, read_instances, write_instances
 from instance_ssl.data.list_changes import places_of, rearranged

@@ -1,4 +1,4 @@
-"""Chooses the precision of the classifier's products, and warns where bfloat16 is slower than float32."""
+"""Resolves the precision of the classifier's products, and warns where bfloat16 is slower than float32."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from instance_ssl.classifier.matmul_rates import (
     quick_convolution_rate,
     quick_matmul_rate,
 )
-from instance_ssl.config.deepspeed import DeepSpeedSettings
+from instance_ssl.config.deepspeed import DeepSpeedSettings, DtypeName
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.log import RunLog
 
@@ -19,10 +19,10 @@ _INSTRUCTIONS = "bfloat16 is fast on CPUs with AMX or AVX512-BF16"
 
 
 def settle(ds: DeepSpeedSettings, world: Group, log: RunLog) -> DeepSpeedSettings:
-    """The settings with `matmul_dtype: auto` settled, the same on all ranks. Collective.
+    """Resolves `matmul_dtype: auto`, the same on all ranks. Collective.
 
-    A JSON that insists on bfloat16 keeps it, and one warning gives both rates; float16 on a CPU is warned of, too: a
-    step of a ResNet-18 took 9.0 s against 0.9 s (2-core AMD EPYC, 2026-11). GPUs are not measured.
+    A JSON that asks for bfloat16 keeps it, with a warning that gives both rates where it is slower. float16 on a CPU is
+    warned about, too: a step of a ResNet-18 took 9.0 s against 0.9 s (2-core AMD EPYC, 2026-11). GPUs are not measured.
     """
     if world.device.type != "cpu":
         return ds
@@ -41,9 +41,10 @@ def settle(ds: DeepSpeedSettings, world: Group, log: RunLog) -> DeepSpeedSetting
     if ds.matmul_dtype != torch.bfloat16:
         return ds
     if ds.classifier.matmul_dtype == "auto":
-        chosen, measured = auto_matmul_dtype(world)
-        log.say(f"classifier: matmul_dtype auto takes {describe(chosen)}: products run at {measured}")
-        return replace(ds, auto_dtype=chosen)
+        dtype, measured = auto_matmul_dtype(world)
+        chosen: DtypeName = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        log.say(f"classifier: matmul_dtype auto takes {chosen}: products run at {measured}")
+        return replace(ds, auto_matmul=chosen)
     rates = agreed_rates(quick_matmul_rate, world)
     if rates.faster == torch.float32:
         log.say(
@@ -54,15 +55,15 @@ def settle(ds: DeepSpeedSettings, world: Group, log: RunLog) -> DeepSpeedSetting
 
 
 def say_if_changed(start: Checkpoint, matmul_dtype: torch.dtype, log: RunLog) -> None:
-    """One line where a training resumes with products in another precision than its checkpoint was trained in."""
+    """Logs that a training resumes with products in another precision than its checkpoint was trained in."""
     before, now = start.position.matmul_dtype, describe(matmul_dtype)
     if before is not None and before != now:
         log.say(
-            f"classifier: products are in {now} from here on and were in {before} before: the training goes on, but "
-            "not to the bit as it would have"
+            f"classifier: products are in {now} from here on and were in {before} before: the training resumes, but "
+            "not bit for bit"
         )
 
 
 def describe(dtype: torch.dtype) -> str:
-    """The name that a JSON has for it."""
+    """Returns the dtype's name in the JSON."""
     return str(dtype).removeprefix("torch.")

@@ -1,13 +1,13 @@
-"""A process of a run from its start to its exit code: how it is watched, what it says of its end, and to whom."""
+"""A process of a run from its start to its exit code: guard, log, status and error messages."""
 
 import secrets
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from instance_ssl.distributed import comm
-from instance_ssl.distributed.comm import Group
+from instance_ssl.distributed import launched
 from instance_ssl.errors import EXIT_USER_ERROR, AbsentPeersError, RankError, UserError
 from instance_ssl.run import limits
 from instance_ssl.run.console import complain, show_traceback
@@ -15,27 +15,30 @@ from instance_ssl.run.directory import State, end_status, read_state
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.watchdog import EXIT_LOST_PEER, Guard, Stopped, own_process_id
 
+if TYPE_CHECKING:
+    from instance_ssl.distributed.comm import Group
+
 EXIT_FAILURE = 1
-EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on
+EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command resumes
 
 
 class Process:
-    """This process: how it is watched, and where it works now.
+    """This process: its guard, its log and its current stage directory.
 
     Attributes:
-        run: names this start of the run, on all ranks alike; None before they have met.
-        directory: the stage's that is worked in.
+        run: identifies this start of the run on all ranks; None before they have met.
+        directory: of the current stage; None between stages.
     """
 
     def __init__(self) -> None:
-        self.rank = comm.launched_rank()
+        self.rank = launched.rank()
         self.guard = Guard(self.rank, on_end=lambda line: self.end("failed", line))
         self.log = RunLog(is_main=self.rank == 0, on_progress=self.guard.beat)
         self.run: str | None = None
         self.directory: Path | None = None
 
-    def meet(self, world: Group) -> None:
-        """Names the run, and tells the guard which processes of this machine are the other ranks. Collective."""
+    def meet(self, world: "Group") -> None:
+        """Gives the run an identifier, and tells the guard which local processes are the other ranks. Collective."""
         self.run = world.broadcast_object(secrets.token_hex(8))
         peers = world.all_gather_objects((socket.gethostname(), own_process_id()))
         here = socket.gethostname()
@@ -43,55 +46,62 @@ class Process:
             rank: process for rank, (host, process) in enumerate(peers) if host == here and rank != self.rank
         }
 
+    def leave_world(self) -> None:
+        """Leaves the world, if this process has met the other ranks."""
+        if self.run is not None:
+            from instance_ssl.distributed import comm
+
+            comm.finalize()
+
     def end(self, state: State, reason: str) -> None:
-        """Says in the stage's status.json how the run ended, where no other rank has."""
+        """Writes to the stage's status.json how the run ended, unless another rank has."""
         if self.directory is not None:
             end_status(self.directory, state, reason, self.run)
 
     def told_state(self) -> str | None:
-        """The state in the stage's status.json, which another rank may have written."""
+        """Returns the state in the stage's status.json, which another rank may have written."""
         return None if self.directory is None else read_state(self.directory, self.run)
 
     def describe_loss(self) -> str:
-        """Which rank on this host has died, if one of them has."""
+        """Returns which local rank has died, if one has."""
         dead = self.guard.dead_peer()
         return "another rank has stopped" if dead is None else f"rank {dead} on {socket.gethostname()} has died"
 
 
 def exit_code(work: Callable[[], None], process: Process) -> int:
-    """0 when the work is done; a user's mistake is one line and exit code 2, a lost peer and a stop have their own."""
+    """Does the work and returns the exit code: 0, 1 (a bug), 2 (a `UserError`), 3 (a lost peer) or 75 (stopped)."""
     try:
         work()
-        comm.finalize()
+        process.leave_world()
     except UserError as error:
         if (shortage := limits.describe_shortage(error)) is not None:
             return _fail(shortage, process)
         if process.rank == 0 or isinstance(error, RankError):
             complain(f"error: {error}")
             process.end("failed", str(error))
-        if not isinstance(error, RankError):  # then all ranks are here, and leave together
-            comm.finalize()
-            if process.guard.is_launched and comm.launched_beside_rank_0():
-                # A launcher ends all at the first exit it sees, and rank 0, which says it, may have to start up yet.
+        if not isinstance(error, RankError):  # then all ranks are here and exit together
+            process.leave_world()
+            if (process.guard.is_launched or launched.is_by_torchrun()) and launched.is_beside_rank_0():
+                # A launcher ends all ranks at the first exit it sees, and rank 0, which prints it, may still start up.
                 process.guard.await_end(seconds=60)
         return EXIT_LOST_PEER if isinstance(error, AbsentPeersError) else EXIT_USER_ERROR
     except Stopped as stop:
-        process.log.say(f"stopped ({stop}); the same command goes on from here")
-        if process.rank == 0 or process.guard.reason is not None:  # in an evaluation, one rank may stop alone
+        process.log.say(f"stopped ({stop}); the same command resumes from here")
+        if process.rank == 0 or process.guard.reason is not None:  # in an evaluation one rank may stop alone
             process.end("stopped", str(stop))
         return EXIT_STOPPED
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
-            cure = "lower data.num_workers if it was for lack of memory"
+            cure = "lower data.num_workers if memory ran out"
             complain(reason := f"rank {process.rank}: a loader process was killed; {cure} ({error})")
             process.end("failed", reason)
             return EXIT_FAILURE
-        if not comm.lost_peer(error):
+        if not _lost_peer(error):
             return _fault(error, process)
-        time.sleep(1)  # what has died may still be there for a moment
+        time.sleep(1)  # a dying process may still exist for a moment
         reason = process.describe_loss()
         complain(f"rank {process.rank}: {reason}; stopping too")
-        # A signal may have come since: a launcher sends it to all when one rank dies. Only a rank that stopped says so.
+        # A launcher signals all ranks when one dies, so a signal proves no stop; a rank that stopped has written so.
         told = process.told_state()
         process.end("failed", reason)
         if process.guard.is_launched:
@@ -102,8 +112,14 @@ def exit_code(work: Callable[[], None], process: Process) -> int:
     return 0
 
 
+def _lost_peer(error: RuntimeError) -> bool:
+    from instance_ssl.distributed import comm
+
+    return comm.lost_peer(error)
+
+
 def _fault(error: Exception, process: Process) -> int:
-    """A shortage, or else an error of the program: the one end that shows a traceback."""
+    """Reports a shortage in one line, or else an unexpected error with its traceback, exit code 1."""
     if (shortage := limits.describe_shortage(error)) is not None:
         return _fail(shortage, process)
     process.end("failed", line := f"rank {process.rank}: {type(error).__name__}: {error}")
@@ -113,7 +129,7 @@ def _fault(error: Exception, process: Process) -> int:
 
 
 def _fail(shortage: str, process: Process) -> int:
-    """One line about this rank alone, whatever looked wrong for want of files or memory."""
+    """Reports what this rank ran out of, exit code 2."""
     complain(f"error: {(reason := f'rank {process.rank} on {socket.gethostname()}: {shortage}')}")
     process.end("failed", reason)
     return EXIT_USER_ERROR

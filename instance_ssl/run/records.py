@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.checkpoint.directory import newest_sound_directory, step_of
+from instance_ssl.checkpoint.committed import newest_sound_directory, step_of
 from instance_ssl.checkpoint.identity import FORMER_VALUES, KINDS_WITHOUT_FILES, require_same_keys
 from instance_ssl.config.experiment import ExperimentConfig, flatten, load_config, read_yaml
 from instance_ssl.errors import UserError

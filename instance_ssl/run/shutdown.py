@@ -1,4 +1,4 @@
-"""How a process that had joined a world ends."""
+"""Ends a process that had joined a world."""
 
 import atexit
 import os
@@ -10,11 +10,11 @@ from instance_ssl.run.console import heard_or_not
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process as `SystemExit` does, but without tearing the interpreter down.
+    """Exits as `SystemExit` does, but without tearing down the interpreter.
 
-    Threads of gloo and NCCL outlive `destroy_process_group` while anything refers to a group, and may free a tensor of
-    Python's just then. The interpreter ends a thread that asks for it in its last moments, which C++ does not allow: a
-    run that was done would abort, about once in a hundred ends on a busy machine (pytorch/pytorch#38228, #179291).
+    Threads of gloo and NCCL outlive `destroy_process_group` while anything refers to a group, and may free a Python
+    tensor during teardown. The interpreter then kills the thread, which C++ does not allow: a finished run aborted in
+    about one of a hundred exits on a busy machine (pytorch/pytorch#38228, #179291).
     """
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.current_thread():

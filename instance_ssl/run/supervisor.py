@@ -1,8 +1,8 @@
-"""Keeps a launched run going: passes signals on, waits for every process, starts again what has died.
+"""Keeps a launched run going: passes signals on, waits for every process, restarts a run that died.
 
-`deepspeed` itself passes no signal on to the ranks of one machine, leaves them behind when it is killed, and then exits
-with 0. So the signal goes to the ranks, orphans come back to this process (Linux hands them to the nearest
-"subreaper"), and what became of the run is read in its status.json files.
+`deepspeed` does not pass signals on to the ranks of one machine, leaves them behind when it is killed, and then exits
+with 0. So this process signals the ranks itself, adopts orphans (Linux hands them to the nearest "subreaper"), and
+reads the outcome from the run's status.json files.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ from instance_ssl.run.watchdog import descendants_of, is_launcher
 EXIT_DONE, EXIT_STOPPED = 0, 75
 _FAILED = 1
 _PR_SET_CHILD_SUBREAPER = 36
-# A run that lasted so long was not ended by its own beginning: attempts are counted anew.
+# A run that lasted this long did not fail at its start: the count of restarts begins again.
 _LONG_RUN_SECONDS = 600.0
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Supervisor:
-    """Runs one launch until it is done, cannot be done, or is told to end.
+    """Runs one launch until it is done, fails for good, or is told to stop.
 
     Args:
-        restarts: how often in a row it is started again after a failure.
+        restarts: how often in a row a failed run is restarted.
         pause_seconds: between a failure and the next start.
-        grace_seconds: from a signal, or from the launcher's end, until what is left is killed.
+        grace_seconds: from a signal, or the launcher's exit, until remaining processes are killed.
         say: prints a line.
     """
 
@@ -58,10 +58,10 @@ class Supervisor:
         self._before: dict[Path, _Status] = {}
         self._runner: subprocess.Popen[bytes] | None = None
         self._signal: int | None = None
-        self._clock = AwakeClock()  # a supervisor that was stopped itself must not kill ranks that had no time to save
+        self._clock = AwakeClock()  # a supervisor that was suspended must not kill ranks that had no time to save
 
     def run(self) -> int:
-        """The exit code of the last attempt: 0 only when every stage that began is complete."""
+        """Runs until the end and returns the last exit code: 0 only if every stage that began is complete."""
         _adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -82,7 +82,7 @@ class Supervisor:
 
     def _attempt(self) -> int:
         self._before = {status.path: status for status in _statuses(self._launch.run_directory)}
-        # A session of its own: a Ctrl-C in the terminal reaches this process alone, which passes it on once.
+        # Its own session: a Ctrl-C in the terminal reaches only this process, which passes it on once.
         self._runner = subprocess.Popen(self._launch.command, start_new_session=True)
         if self._signal is not None:
             self._pass_on()
@@ -94,7 +94,7 @@ class Supervisor:
                 told = now
                 self._pass_on()
             if told is not None and now - told > self._grace_seconds:
-                self._say(f"supervise: still there {self._grace_seconds:.0f} s after the signal: killing what is left")
+                self._say(f"supervise: still there {self._grace_seconds:.0f} s after the signal: killing the rest")
                 self._runner.kill()
                 break
         else:
@@ -117,7 +117,7 @@ class Supervisor:
         return code
 
     def _saved_elsewhere(self) -> bool:
-        """Whether the nodes' ranks save and leave: over ssh, a runner that is told to end exits before they have."""
+        """Whether the nodes' ranks saved and exited: over ssh, a runner that is told to stop exits before they have."""
 
         def states() -> set[str]:
             return {status.state for status in self._own_statuses()}
@@ -126,7 +126,7 @@ class Supervisor:
         return "stopped" in states() <= {"stopped", "complete"}
 
     def _own_statuses(self) -> list["_Status"]:
-        """Of the stages that this attempt has begun; where it has begun none, of the runner's own, or else of all.
+        """Returns the status of the stages that this attempt began; if none, of the runner's own stage, or else of all.
 
         A stage that failed some other day is not this attempt's failure.
         """
@@ -140,9 +140,9 @@ class Supervisor:
             self._signal = number
 
     def _pass_on(self) -> None:
-        """To this machine's ranks, which save and leave; over ssh to the runner, which passes it on itself."""
+        """Signals this machine's ranks, which save and exit; over ssh the runner, which passes it on itself."""
         ranks = _ranks()
-        self._say(f"supervise: {signal.Signals(self._signal or 0).name}: the run saves its state and ends")
+        self._say(f"supervise: {signal.Signals(self._signal or 0).name}: the run saves its state and exits")
         if not ranks and self._runner is not None:
             self._runner.terminate()
         for rank in ranks:
@@ -150,7 +150,7 @@ class Supervisor:
                 rank.send_signal(signal.SIGTERM)
 
     def _hang_up(self) -> None:
-        """Ends what a killed runner or pdsh leaves of the other: a node's ranks save when their connection ends."""
+        """Ends what a killed runner or pdsh leaves behind: a node's ranks save when their connection ends."""
         for process in _descendants():
             with contextlib.suppress(psutil.Error):
                 if process.name() in ("pdsh", "pdsh.bin", "ssh"):  # Debian's pdsh is a script around the program
@@ -173,7 +173,7 @@ class _Status(NamedTuple):
 
 
 def _statuses(run_directory: Path | None) -> list[_Status]:
-    """What each stage's status.json says."""
+    """Reads each stage's status.json."""
     found = []
     for path in sorted((run_directory or Path(os.devnull)).glob("*/status.json")):
         with contextlib.suppress(OSError):
@@ -185,7 +185,7 @@ def _statuses(run_directory: Path | None) -> list[_Status]:
 
 
 def _descendants() -> list[psutil.Process]:
-    """Processes below this one that still run, adopted ones included; those that have ended are buried."""
+    """Returns the running processes below this one, adopted ones included, and reaps finished ones."""
     alive = []
     for process in descendants_of(psutil.Process()):
         with contextlib.suppress(psutil.Error):
@@ -195,7 +195,7 @@ def _descendants() -> list[psutil.Process]:
 
 
 def _ranks() -> list[psutil.Process]:
-    """The children of launchers that are no launchers themselves."""
+    """Returns the children of launchers that are not launchers themselves."""
     found = []
     for process in _descendants():
         with contextlib.suppress(psutil.Error):
@@ -212,6 +212,6 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def _adopt_orphans() -> None:
-    """Processes whose parent dies become children of this one; without Linux they go their own way."""
+    """Makes this process the parent of orphaned descendants; Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -188,7 +188,7 @@ class TrainingSession:
             self._saved_step = -1
             if self._failed_saves > self._checkpoint.tolerated_failures:
                 raise
-            self._stage.log.say(f"warning: {error}; training goes on and tries again")
+            self._stage.log.say(f"warning: {error}; training continues and retries")
 
     def _is_due(self, is_last: bool) -> bool:
         every_steps = self._checkpoint.every_steps
@@ -205,7 +205,7 @@ class TrainingSession:
         if not report.applied:
             self._skipped_in_a_row += 1
             self._stage.log.say(
-                f"warning: step {self.step} has numbers that are not finite: skipped, nothing has moved"
+                f"warning: step {self.step} has numbers that are not finite: skipped, nothing was updated"
             )
             if self._skipped_in_a_row >= self._safety.max_skipped_steps:
                 self._give_up(report)
@@ -234,6 +234,6 @@ class TrainingSession:
             self._commit()
         raise UserError(
             f"{self._skipped_in_a_row} steps in a row had numbers that are not finite; neither the encoder nor the "
-            f"classifier has moved, and the last batch lies in {path.parent}/not_finite_*. Lower "
+            f"classifier was updated, and the last batch is in {path.parent}/not_finite_*. Lower "
             "optimization.learning_rate or lengthen optimization.warmup_epochs, with another --run-dir"
         )

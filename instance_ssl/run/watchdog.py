@@ -1,7 +1,7 @@
-"""What ends a run from outside: signals, a launcher that has died, and work that hangs.
+"""Watches for what ends a run from outside: signals, a dead launcher, and work that hangs.
 
-A signal or a dead launcher only leaves a request; whoever works asks for it between two pieces of work, when a
-checkpoint can be written. Only a hang is acted on here, for nothing else would.
+A signal or a dead launcher only leaves a request, which the work checks when a checkpoint can be written. A hang and a
+dead local rank end the process from here, because nothing else would.
 """
 
 import contextlib
@@ -26,24 +26,24 @@ from instance_ssl.run.console import complain
 EXIT_LOST_PEER, EXIT_HANG = 3, 4
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-# So long the main thread may take to notice by itself, in its next collective, that a rank beside it has died.
+# Time for the main thread to notice by itself, in its next collective, that a local rank has died.
 _SECONDS_TO_NOTICE = 10.0
 _SECONDS_FOR_WORDS = 10.0
-# A hang is common to all ranks: so long the first to notice stays, for the others would only lose a peer.
+# A hang is common to all ranks: the first to notice waits this long, or the others would only see a lost peer.
 _SECONDS_FOR_OTHERS = 1.5
 
 
 class Stopped(Exception):
-    """The run ends early on request, and goes on when the same command is given again."""
+    """The run ends early on request; the same command resumes it."""
 
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process of this machine: its number, which is used again, and when it began.
+    """A local process: its number, which the system reuses, and its start time.
 
     Attributes:
-        began: on Linux in clock ticks since the machine started, which no step of the system clock moves; elsewhere in
-            seconds since the epoch.
+        began: on Linux in clock ticks since boot, which setting the system clock does not change; elsewhere in seconds
+            since the epoch.
     """
 
     pid: int
@@ -51,11 +51,11 @@ class ProcessId:
 
     @staticmethod
     def of(process: psutil.Process) -> "ProcessId":
-        """Of a process that is there."""
+        """Identifies a running process."""
         return ProcessId(process.pid, _beginning(process))
 
     def is_alive(self) -> bool:
-        """Whether this very process still runs."""
+        """Whether this same process still runs."""
         try:
             process = psutil.Process(self.pid)
             return _beginning(process) == self.began and process.status() != psutil.STATUS_ZOMBIE
@@ -64,7 +64,7 @@ class ProcessId:
 
 
 def _beginning(process: psutil.Process) -> float:
-    """`ProcessId.began`. psutil's `create_time` adds the boot time, and moves with the system clock."""
+    """`ProcessId.began`. psutil's `create_time` adds the boot time, and changes with the system clock."""
     if sys.platform != "linux":
         return process.create_time()
     try:
@@ -76,18 +76,18 @@ def _beginning(process: psutil.Process) -> float:
 
 
 class Guard:
-    """Watches over this process from a thread of its own.
+    """Watches this process from a thread of its own.
 
-    DeepSpeed's launcher leaves its ranks behind when it is killed, or when its own parent is (on one machine no signal
-    reaches them), so each rank looks after the launchers above it itself, and on a node after the ssh connection that
-    its launcher was started over, which ends with the machine, or the `pdsh`, at its other end.
+    DeepSpeed's launcher leaves its ranks behind when it or its parent is killed (on one machine no signal reaches
+    them). So each rank watches the launchers above it, and on a node the ssh connection of its launcher, which ends
+    with the machine or the `pdsh` at its other end.
 
     Args:
         rank: for messages.
-        on_end: called with one line before the guard itself ends the process.
+        on_end: called with one line before the guard ends the process.
 
     Attributes:
-        reason: why an end was asked for; None while none was.
+        reason: why a stop was requested; None if none was.
         local_peers: the other ranks on this machine.
     """
 
@@ -104,7 +104,7 @@ class Guard:
         self._now = self._last_beat = 0.0
 
     def start(self) -> None:
-        """Installs the handlers and starts looking; call it once, from the main thread, in place of `watch`."""
+        """Installs the signal handlers and starts watching; call it once from the main thread, instead of `watch`."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         launchers = launchers_of(psutil.Process())
@@ -116,7 +116,7 @@ class Guard:
         self.watch()
 
     def watch(self) -> None:
-        """Starts looking, and leaves signals and launchers alone."""
+        """Starts watching for hangs and dead local ranks, without signals and launchers."""
         threading.Thread(target=self._look_on, name="guard", daemon=True).start()
 
     @property
@@ -125,40 +125,40 @@ class Guard:
         return bool(self._launchers)
 
     def dead_peer(self) -> int | None:
-        """A rank of this machine that has died, if any has."""
+        """Returns a local rank that has died, or None."""
         return next((rank for rank, peer in self.local_peers.items() if not peer.is_alive()), None)
 
     def request(self, reason: str) -> None:
-        """Asks for an end; the first reason stays."""
+        """Requests a stop; the first reason is kept."""
         if self.reason is None:
             self.reason = reason
 
     def check(self) -> None:
-        """For work that has nothing to save.
+        """Stops work that has nothing to save.
 
         Raises:
-            Stopped: when an end was asked for on this rank.
+            Stopped: a stop was requested on this rank.
         """
         self.beat()
         if self.reason is not None:
             raise Stopped(self.reason)
 
     def await_end(self, seconds: float) -> None:
-        """Waits until an end is asked for, so long at most."""
+        """Waits until a stop is requested, at most this long."""
         deadline = time.monotonic() + seconds
         while self.reason is None and time.monotonic() < deadline:
             time.sleep(0.1)
 
     def beat(self) -> None:
-        """Says that work goes on."""
+        """Records that work advances."""
         self._last_beat = self._now
 
     @contextmanager
     def hangs_after(self, seconds: float, directory: Path | None = None) -> Iterator[None]:
-        """While this lasts, a process without a beat for so long writes its stacks and exits.
+        """Within this context, a process without a beat for this long writes its stacks and exits.
 
         Args:
-            directory: where the stacks go; without one to standard error.
+            directory: of the stacks; None writes them to standard error.
         """
         self.beat()
         before = self._hang_seconds, self._stacks
@@ -196,13 +196,13 @@ class Guard:
             self._end(f"rank {self.rank}: {what}", EXIT_HANG)
 
     def _end_at_the_latest(self, code: int) -> None:
-        """Ends the process soon in any case: its last words can hang too, on a dead disk or a pipe nobody empties."""
+        """Ends the process soon in any case: reporting can hang too, on a dead disk or a full pipe."""
         timer = threading.Timer(_SECONDS_FOR_WORDS, os._exit, [code])
         timer.daemon = True
         timer.start()
 
     def _write_stacks(self) -> str:
-        """Writes the stacks of all threads, and says where they are."""
+        """Writes the stacks of all threads and returns where they are."""
         if self._stacks is not None:
             with contextlib.suppress(OSError), self._stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
@@ -211,19 +211,19 @@ class Guard:
         return "above"
 
     def _end(self, line: str, code: int) -> None:
-        """Ends the process from beside its main thread, which cannot be asked: it waits in a collective."""
+        """Ends the process from this thread: the main thread is blocked in a collective."""
         self._on_end(line)
         complain(line)
         os._exit(code)
 
 
 def launchers_of(process: psutil.Process) -> list[psutil.Process]:
-    """The DeepSpeed launchers above a process, nearest first; none when it was started bare."""
+    """Returns the DeepSpeed launchers above a process, nearest first; none if it was started bare."""
     return list(itertools.takewhile(is_launcher, _above(process)))
 
 
 def _above(process: psutil.Process) -> Iterator[psutil.Process]:
-    """A process's parent, its parent, and so on. psutil's `parents` is lost when the system clock steps meanwhile."""
+    """Yields a process's ancestors. psutil's `parents` fails when the system clock is set meanwhile."""
     with contextlib.suppress(psutil.Error):
         while parent := process.ppid():
             process = psutil.Process(parent)
@@ -231,22 +231,22 @@ def _above(process: psutil.Process) -> Iterator[psutil.Process]:
 
 
 def descendants_of(process: psutil.Process) -> list[psutil.Process]:
-    """All processes below one. psutil's `children` loses some when the system clock steps meanwhile."""
+    """Returns all descendants of a process. psutil's `children` misses some when the system clock is set meanwhile."""
     children: dict[int, list[psutil.Process]] = {}
     for pid in psutil.pids():
         with contextlib.suppress(psutil.Error):
             other = psutil.Process(pid)
             children.setdefault(other.ppid(), []).append(other)
     found = children.pop(process.pid, [])
-    for child in found:  # which grows as it is read
+    for child in found:  # grows as it is read
         found += children.pop(child.pid, [])
     return found
 
 
 def connection_of(launcher: psutil.Process) -> ProcessId | None:
-    """The sshd that holds the connection over which another machine started a launcher; None where none did.
+    """Returns the sshd of the connection over which another machine started a launcher, or None.
 
-    A person's own session is none: `deepspeed` typed there is a launcher too, and may outlive it.
+    A person's own session does not count: `deepspeed` typed there is a launcher too, and may outlive it.
     """
     if "deepspeed.launcher.launch" not in launcher.cmdline():
         return None
@@ -255,12 +255,12 @@ def connection_of(launcher: psutil.Process) -> ProcessId | None:
 
 
 def own_process_id() -> ProcessId:
-    """Of this process."""
+    """Identifies this process."""
     return ProcessId.of(psutil.Process())
 
 
 def is_launcher(process: psutil.Process) -> bool:
-    """Whether a process is DeepSpeed's launcher, one that starts it or one that it starts ranks from."""
+    """Whether a process is the `deepspeed` command or the launcher that it starts."""
     try:
         arguments = process.cmdline()
     except psutil.Error:

@@ -18,7 +18,7 @@ from instance_ssl.checkpoint.export import (
     write_pth,
     write_safetensors,
 )
-from instance_ssl.config.experiment import DataConfig
+from instance_ssl.config.data import DataConfig
 from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD, centre_view
 from instance_ssl.data.image_sources import ImageSource, write_instances
 from instance_ssl.data.loaders import image_loader
@@ -32,10 +32,10 @@ from instance_ssl.files.atomic import saved_file, write_json
 from instance_ssl.files.disk_space import find_no_space, saving, why_not_written
 from instance_ssl.models.backbones import choose_stem
 from instance_ssl.models.encoder import Encoder
-from instance_ssl.run import checks
 from instance_ssl.run.agreement import on_rank_0, share_images
 from instance_ssl.run.build import describe_encoder
 from instance_ssl.run.directory import read_json
+from instance_ssl.run.images import open_images
 from instance_ssl.run.stage import Stage
 
 _BACKBONE_FILES = ("backbone.pth", "backbone.safetensors", "features.onnx", "detectron2.pkl")
@@ -173,7 +173,7 @@ def _open_folder(stage: Stage, root: Path) -> ImageSource:
     try:
         own = stage.config.data
         data = DataConfig(kind="folder", root=root, exif=own.exif, alpha=own.alpha)
-        images = checks.open_images(data, "train", stage.world, stage.log)
+        images = open_images(data, "train", stage.world, stage.log)
         return share_images(images, stage.run_directory, stage.world)
     except UserError as error:
         raise UserError(str(error).replace("data.root", "export.images")) from None

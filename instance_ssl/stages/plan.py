@@ -1,6 +1,5 @@
-"""Plans a training: from the command line to a printed table of memory, traffic and FLOPs. Starts no process group."""
+"""Plans a training: a printed table of memory, traffic and FLOPs. Starts no process group."""
 
-import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -8,15 +7,11 @@ import torch
 
 from instance_ssl.classifier.kernel_selection import choose_block_bytes
 from instance_ssl.classifier.softmax import SoftmaxOptions
-from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
-from instance_ssl.config.experiment import DataConfig, ExperimentConfig, load_config
-from instance_ssl.data.datasets import open_source
-from instance_ssl.errors import UserError
-from instance_ssl.run.arguments import add_config_arguments
+from instance_ssl.config.deepspeed import DeepSpeedSettings
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.run.build import describe_encoder, describe_stem_cost, seeded_encoder
-from instance_ssl.run.checks import check_size
-from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
-from instance_ssl.training import engine
+from instance_ssl.run.console import tell
+from instance_ssl.run.plan_request import PlanRequest
 from instance_ssl.training.classifier_cost import ClassifierSize
 from instance_ssl.training.memory_plan import (
     LAYOUTS,
@@ -29,7 +24,6 @@ from instance_ssl.training.memory_plan import (
     plan_layout,
 )
 
-_CIFAR_IMAGES = 50_000
 _PLANNED = torch.device("cuda")
 
 
@@ -62,84 +56,40 @@ class Training:
 
 
 class Planner:
-    """Plans one configuration on any number of ranks; the encoder is measured once, on fake tensors.
+    """Plans one configuration on any number of ranks; the encoder is measured once, on fake tensors."""
 
-    Args:
-        arguments: the command line, as `add_arguments` defines it.
-        world_size: a number of ranks on which the configuration is checked as a run would check it.
-
-    Raises:
-        UserError: a mistake in the files, or a batch that these ranks cannot divide.
-    """
-
-    def __init__(self, arguments: argparse.Namespace, world_size: int) -> None:
-        if world_size < 1:
-            raise UserError(f"--world-size {world_size}: give at least one rank")
-        if arguments.gpu_memory_gib <= 0:
-            raise UserError(f"--gpu-memory-gib {arguments.gpu_memory_gib}: give a positive number")
-        self._arguments = arguments
-        self.config = load_config(arguments.config, arguments.set)
-        given = arguments.num_instances
-        self.num_instances = count_images(self.config.data) if given is None else given
-        ds = self.settings(world_size)
-        check_size(self.config, self.num_instances, ds.micro_batch_size, world_size, arguments.deepspeed_config)
-        engine.check_zero_section(ds)
+    def __init__(self, request: PlanRequest) -> None:
+        self._request = request
+        config, ds = request.config, request.settings(request.world_size)
         # The micro-batch is the JSON's, whatever the number of ranks: one measurement serves all of them.
         self.cost = measure_encoder(
-            lambda: seeded_encoder(self.config, recompute_stages=ds.recompute_stages),
-            image_size=self.config.data.image_size,
-            num_views=ds.micro_batch_size * self.config.augmentation.num_views,
+            lambda: seeded_encoder(config, recompute_stages=ds.recompute_stages),
+            image_size=config.data.image_size,
+            num_views=ds.micro_batch_size * config.augmentation.num_views,
             autocast_dtype=ds.autocast_dtype,
         )
 
-    def settings(self, world_size: int) -> DeepSpeedSettings:
-        """The DeepSpeed JSON on this many ranks.
+    def training(self, world_size: int) -> Training:
+        """Returns the training on this many ranks.
 
         Raises:
             UserError: the batch, or the JSON's group size, cannot be divided over them.
         """
-        return load_ds_config(
-            self._arguments.deepspeed_config,
-            global_batch_size=self.config.optimization.global_batch_size,
-            max_grad_norm=self.config.optimization.max_grad_norm,
-            world_size=world_size,
-        )
-
-    def training(self, world_size: int) -> Training:
-        """The training on this many ranks; raises UserError as `settings` does."""
-        return _training(self.config, self.settings(world_size), self.cost, world_size, self.num_instances)
+        request = self._request
+        return _training(request.config, request.settings(world_size), self.cost, world_size, request.num_instances)
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Prints the plan and returns the process's exit code; `words` are the command line's, or None for its own."""
-    return exit_code_of(lambda: _plan(_parse_arguments(words)))
-
-
-def add_arguments(parser: ArgumentParser, *, world_size: int | None = None) -> None:
-    """Adds what the planner needs to know; `world_size` is the default, without which --world-size is required."""
-    add_config_arguments(parser)
-    ranks = {"required": True} if world_size is None else {"default": world_size}
-    parser.add_argument("--world-size", type=int, metavar="T", help="ranks to plan for", **ranks)
-    parser.add_argument("--num-instances", type=int, metavar="N", help="images (default: those of the config's data)")
-    parser.add_argument("--gpu-memory-gib", type=float, default=32.0, metavar="G", help="memory of one rank")
-
-
-def _parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_arguments(parser)
-    return parser.parse_args(words)
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    world_size, gib = arguments.world_size, arguments.gpu_memory_gib
-    planner = Planner(arguments, world_size)
-    config, ds, training = planner.config, planner.settings(world_size), planner.training(world_size)
+def print_plan(request: PlanRequest) -> None:
+    """Prints what a training takes on every rank."""
+    config, world_size, gib = request.config, request.world_size, request.gpu_memory_gib
+    planner, ds = Planner(request), request.settings(world_size)
+    training = planner.training(world_size)
     tell(f"{describe_encoder(config)}, {planner.cost.num_parameters / 1e6:.1f} M parameters")
     if (stem_cost := describe_stem_cost(config)) is not None:
         tell(stem_cost)
     batch = f"{ds.micro_batch_size} images x {ds.accumulation_steps} micro-batches x {world_size} ranks"
     tell(
-        f"{planner.num_instances:,} images; global batch {config.optimization.global_batch_size} = {batch}, "
+        f"{request.num_instances:,} images; global batch {config.optimization.global_batch_size} = {batch}, "
         f"{config.augmentation.num_views} views each"
     )
     plans = {layout: training.plan(layout) for layout in LAYOUTS}
@@ -151,21 +101,6 @@ def _plan(arguments: argparse.Namespace) -> None:
         "Not counted: the CUDA context (about 0.5 GiB), library workspaces, allocator fragmentation. The dense\n"
         "layouts are not this code: two float32 copies of the logits, as DDP and the paper's own framework hold them."
     )
-
-
-def count_images(data: DataConfig) -> int:
-    """Number of training images N, where that needs no look at every file.
-
-    Raises:
-        UserError: for the kinds of data that would have to be opened.
-    """
-    if data.limit_train is not None:
-        return data.limit_train
-    if data.kind == "digits":
-        return len(open_source("digits", "train", root=None, list_file=None, limit=None))
-    if data.kind in ("cifar10", "cifar100"):
-        return _CIFAR_IMAGES
-    raise UserError(f"data.kind {data.kind} is not counted here: give the number of images with --num-instances")
 
 
 def _training(

@@ -7,31 +7,14 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from instance_ssl.config.deepspeed import DeepSpeedSettings
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError
-
-
-def check_zero_section(settings: DeepSpeedSettings) -> None:
-    """Lets DeepSpeed's own model judge the nested keys of `zero_optimization` before anything starts.
-
-    Raises:
-        UserError: naming the key.
-    """
-    try:
-        DeepSpeedZeroConfig(**settings.engine.get("zero_optimization", {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["zero_optimization", *(str(part) for part in first["loc"])])
-        raise UserError(f"--deepspeed_config: {key}: {first['msg']}") from None
 
 
 class Engine:

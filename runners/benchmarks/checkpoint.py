@@ -9,8 +9,8 @@ from pathlib import Path
 from checkpoint_times import measure_checkpoints
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
+from instance_ssl.run.main import run_measurement
 from instance_ssl.run.shutdown import leave
-from instance_ssl.run.stage import run_measurement
 from measure import describe_machine, format_table
 
 

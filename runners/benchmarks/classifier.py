@@ -10,8 +10,8 @@ import classifier_sweeps as sweeps
 from classifier_variants import VARIANTS
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
+from instance_ssl.run.main import run_measurement
 from instance_ssl.run.shutdown import leave
-from instance_ssl.run.stage import run_measurement
 from measure import describe_machine, format_table, write_csv
 
 _DEFAULT = ["replicated-dense", "sharded-dense", "streamed", "streamed-bfloat16"]

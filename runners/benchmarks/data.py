@@ -13,8 +13,8 @@ from instance_ssl.data.datasets import open_source
 from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
+from instance_ssl.run.main import run_measurement
 from instance_ssl.run.shutdown import leave
-from instance_ssl.run.stage import run_measurement
 from loader_rates import Settings, compare, compare_decoders, in_all_formats
 from measure import describe_machine, format_table, markdown_table
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from instance_ssl.errors import UserError
 from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
-from instance_ssl.stages.plan import Planner, Training, add_arguments, show
+from instance_ssl.run.plan_request import add_plan_arguments, read_plan_request
+from instance_ssl.stages.plan import Planner, Training, show
 from paper_tables import PAPER_RANKS, TABLE_1, draw_figure_3, is_the_papers, table_1
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +18,7 @@ _WORLD_SIZES = tuple(2**exponent for exponent in range(11))
 
 def _arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, world_size=PAPER_RANKS)
+    add_plan_arguments(parser, world_size=PAPER_RANKS)
     parser.set_defaults(
         config=_ROOT / "runners/configs/pipeline_imagenet_resnet50.yaml",
         deepspeed_config=_ROOT / "ds_configs/v100_fp16.json",
@@ -29,7 +30,7 @@ def _arguments() -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> None:
     ranks, gib = arguments.world_size, arguments.gpu_memory_gib
-    planner = Planner(arguments, ranks)
+    planner = Planner(read_plan_request(arguments))
     training = planner.training(ranks)
     if not is_the_papers(training):
         tell("not the paper's setting (64 ranks, 4096 images in two views): do not compare with its figures")

@@ -7,8 +7,8 @@ Without --stages it trains this project. runners/ablation/ablate.py with configs
 from functools import partial
 
 import peer_stages
+from instance_ssl.run.main import StageSpec, run_stages
 from instance_ssl.run.shutdown import leave
-from instance_ssl.run.stage import StageSpec, run_stages
 from instance_ssl.stages import initialize_classifier
 from peer_methods import PEERS
 

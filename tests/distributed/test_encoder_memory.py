@@ -12,7 +12,7 @@ from ranks import run_ranks
 from torch import nn
 
 from instance_ssl.config.choices import BackboneName
-from instance_ssl.config.deepspeed import DeepSpeedSettings, InstanceClassifierSection
+from instance_ssl.config.deepspeed import DeepSpeedSettings, DtypeName, InstanceClassifierSection
 from instance_ssl.distributed.comm import Group
 from instance_ssl.models.encoder import build_encoder
 from instance_ssl.training import memory_plan
@@ -52,9 +52,10 @@ def settings_of(zero_stage: int, accumulation: int, dtype: torch.dtype | None) -
     if zero_stage:
         engine["zero_allow_untested_optimizer"] = True
         engine["zero_optimization"] |= {"reduce_bucket_size": BUCKET, "overlap_comm": True}
-    if dtype is not None:
-        engine["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
-    return DeepSpeedSettings(engine, InstanceClassifierSection(), 1, accumulation, dtype)
+    autocast: DtypeName | None = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(dtype)
+    if autocast is not None:
+        engine["torch_autocast"] = {"enabled": True, "dtype": autocast}
+    return DeepSpeedSettings(engine, InstanceClassifierSection(), 1, accumulation, autocast)
 
 
 def count_calls() -> dict[str, int]:

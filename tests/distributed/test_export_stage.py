@@ -17,8 +17,8 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.frozen_encoder import load_backbone, represent
 from instance_ssl.files.atomic import write_json
-from instance_ssl.run import checks
 from instance_ssl.run.agreement import share_images
+from instance_ssl.run.images import open_images
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.watchdog import Guard
@@ -40,7 +40,7 @@ def make_stage(group: Group, name: str, run_directory: Path, **sections: dict[st
         }
     )
     ds = load_ds_config(DS, global_batch_size=64, max_grad_norm=0.0, world_size=1)
-    opened = checks.open_images(config.data, "train", group, RunLog(is_main=False))
+    opened = open_images(config.data, "train", group, RunLog(is_main=False))
     source = share_images(opened, None, group)
     stage = Stage(name, run_directory, config, ds, group, RunLog(is_main=group.rank == 0), Guard(group.rank), source)
     if group.rank == 0:

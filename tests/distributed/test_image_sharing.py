@@ -13,12 +13,13 @@ import pytest
 from image_files import encoded
 from ranks import run_ranks
 
-from instance_ssl.config.experiment import DataConfig
+from instance_ssl.config.data import DataConfig
 from instance_ssl.data.image_sources import ArrayImages, ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
-from instance_ssl.run import agreement, checks, manifest
+from instance_ssl.run import agreement, manifest
+from instance_ssl.run.images import open_images
 from instance_ssl.run.log import RunLog
 
 NAMES = [f"images/{i}/ü\n\udcff.jpg" for i in range(5000)]
@@ -98,10 +99,10 @@ def test_two_starts_of_a_run_do_not_touch_each_other_s_files(tmp_path: Path) -> 
 
 def open_with_broken_files(group: Group, root: Path, run: Path) -> tuple[list[str], str]:
     data = DataConfig(kind="folder", root=root, on_broken="skip", max_broken_share=0.5)
-    images = agreement.share_images(checks.open_images(data, "train", group, RunLog(is_main=False)), run, group)
+    images = agreement.share_images(open_images(data, "train", group, RunLog(is_main=False)), run, group)
     manifest.record(images, run, group)
     try:
-        checks.open_images(data.model_copy(update={"max_broken_share": 0.1}), "train", group, RunLog(is_main=False))
+        open_images(data.model_copy(update={"max_broken_share": 0.1}), "train", group, RunLog(is_main=False))
     except UserError as error:
         return list(images.names), str(error)
     return list(images.names), ""
@@ -131,7 +132,7 @@ def open_slowly(group: Group, root: Path) -> tuple[int, list[str]]:
         return images
 
     data = DataConfig(kind="folder", root=root)
-    return len(agreement.share_images(checks.open_images(data, "train", group, log, arrange), None, group)), said
+    return len(agreement.share_images(open_images(data, "train", group, log, arrange), None, group)), said
 
 
 def test_a_list_that_takes_longer_to_make_than_a_collective_may_reaches_all(tmp_path: Path) -> None:
@@ -139,4 +140,4 @@ def test_a_list_that_takes_longer_to_make_than_a_collective_may_reaches_all(tmp_
     for count, said in run_ranks(open_slowly, 2, tmp_path):
         assert count == 1
         assert len(said) >= 4
-        assert re.fullmatch(r"train images: rank 0 looks at every file or shard, \d+ s so far", said[0])
+        assert re.fullmatch(r"train images: rank 0 is reading every file or shard, \d+ s so far", said[0])

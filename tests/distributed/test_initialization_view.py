@@ -14,9 +14,9 @@ from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.distributed.comm import Group
-from instance_ssl.run import checks
 from instance_ssl.run.agreement import share_images
 from instance_ssl.run.build import classifier_shard, seeded_encoder, training_view
+from instance_ssl.run.images import open_images
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.watchdog import Guard
@@ -41,7 +41,7 @@ def initialise(group: Group, directory: Path, view: View) -> tuple[Tensor, Tenso
         }
     )
     ds = load_ds_config(DS, global_batch_size=IMAGES, max_grad_norm=0.0, world_size=group.size)
-    opened = checks.open_images(config.data, "train", group, RunLog(is_main=False))
+    opened = open_images(config.data, "train", group, RunLog(is_main=False))
     source = share_images(opened, None, group)
     log = RunLog(is_main=False)
     stage = Stage("initialize_classifier", directory, config, ds, group, log, Guard(group.rank), source)

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from instance_ssl.checkpoint.state import Checkpoint, TrainingPosition
 from instance_ssl.classifier import matmul_rates
 from instance_ssl.classifier.matmul_rates import Rates, agreed_rates
-from instance_ssl.config.deepspeed import DeepSpeedSettings, InstanceClassifierSection
+from instance_ssl.config.deepspeed import DeepSpeedSettings, DtypeName, InstanceClassifierSection
 from instance_ssl.distributed.comm import Group
 from instance_ssl.run import precision
 from instance_ssl.run.log import RunLog
@@ -82,15 +82,15 @@ SLOW, FAST = {0: (80.0, 150.0), 1: (70.0, 2.0)}, {0: (80.0, 150.0), 1: (70.0, 16
 @pytest.mark.parametrize(
     ("autocast", "wanted", "rates", "chosen", "said"),
     [
-        (torch.bfloat16, "auto", SLOW, torch.float32, ["warning: torch_autocast", "matmul_dtype auto takes float32"]),
-        (torch.bfloat16, "auto", FAST, torch.bfloat16, ["matmul_dtype auto takes bfloat16"]),
+        ("bfloat16", "auto", SLOW, torch.float32, ["warning: torch_autocast", "matmul_dtype auto takes float32"]),
+        ("bfloat16", "auto", FAST, torch.bfloat16, ["matmul_dtype auto takes bfloat16"]),
         (None, "auto", FAST, torch.float32, []),
         (None, "bfloat16", SLOW, torch.bfloat16, ["warning: instance_classifier.matmul_dtype bfloat16"]),
         (None, "bfloat16", FAST, torch.bfloat16, []),
     ],
 )
 def test_the_precision_that_a_json_leads_to(
-    autocast: torch.dtype | None,
+    autocast: DtypeName | None,
     wanted: Literal["auto", "bfloat16"],
     rates: dict[int, tuple[float, float]],
     chosen: torch.dtype,

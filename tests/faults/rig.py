@@ -184,7 +184,7 @@ def _one_rank(
     install()
     import importlib
 
-    from instance_ssl.run.stage import StageSpec, run_stages
+    from instance_ssl.run.main import StageSpec, run_stages
 
     module = importlib.import_module(f"instance_ssl.stages.{stage}")
     code = 1

@@ -93,7 +93,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_old_checkpoint(
 def test_a_failed_save_may_be_made_good_by_the_next(place: Path, clean: dict[str, str]) -> None:
     tolerant = run(place, fault="save.before:1:10:disk-full")
     assert tolerant.wait() == [0, 0], tolerant.text()
-    assert "training goes on and tries again" in tolerant.text()
+    assert "training continues and retries" in tolerant.text()
     assert digests(place) == clean
 
 
@@ -102,7 +102,7 @@ def test_a_write_that_the_system_cuts_short_is_no_checkpoint(place: Path) -> Non
     """One rank may write files of at most 3000 bytes, a real limit of the kernel: its rows are longer."""
     limited = run(place, file_limit={1: 3000}, settings={"checkpoint.tolerated_failures": 1})
     assert limited.wait() == [2, 2], limited.text()
-    assert limited.text().count("training goes on and tries again") == 1
+    assert limited.text().count("training continues and retries") == 1
     assert "rank 1" in limited.text()
     assert checkpoints(place) == []
 

@@ -58,7 +58,7 @@ def test_more_failed_saves_in_a_row_than_are_tolerated_end_the_run(place: Path) 
     """F6: two are said and tried again, the third is one too many; no rank waits for a time-out."""
     failing = run(place, fault="save.mid:1:*:disk-full", settings={"checkpoint.tolerated_failures": 2})
     assert failing.wait(30) == [2, 2], failing.text()
-    assert failing.text().count("training goes on and tries again") == 2
+    assert failing.text().count("training continues and retries") == 2
     assert failing.text().count("error: ") == 1
     assert checkpoints(place) == []
 

@@ -29,11 +29,11 @@ from two_nodes import (
     write_hostfile,
 )
 
-from instance_ssl.config.experiment import DataConfig
+from instance_ssl.config.data import DataConfig
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run.agreement import share_images
-from instance_ssl.run.checks import open_images
+from instance_ssl.run.images import open_images
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.watchdog import ProcessId
 
@@ -62,7 +62,7 @@ def nodes() -> Iterator[Nodes]:
 TRAIN = """
 from instance_ssl.stages import initialize_classifier, pretrain
 from instance_ssl.run.shutdown import leave
-from instance_ssl.run.stage import StageSpec, run_stages
+from instance_ssl.run.main import StageSpec, run_stages
 stages = [StageSpec("initialize_classifier", initialize_classifier.run), StageSpec("pretrain", pretrain.run)]
 leave(run_stages(stages))
 """

@@ -10,7 +10,7 @@ import sys
 import time
 from instance_ssl.data.image_sources import ArrayImages
 from instance_ssl.stages import initialize_classifier, pretrain
-from instance_ssl.run.stage import StageSpec, run_stages
+from instance_ssl.run.main import StageSpec, run_stages
 
 load = ArrayImages.load
 

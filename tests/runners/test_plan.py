@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from processes import ROOT, run_bare
+from processes import ROOT, main_of, run_bare
 
 import paper_memory
 from instance_ssl.run.console import exit_code_of
-from instance_ssl.stages import plan
 
 PAPER = ["--config", str(ROOT / "runners/configs/pipeline_imagenet_resnet50.yaml")]
 PAPER += ["--deepspeed_config", str(ROOT / "ds_configs/v100_fp16.json"), "--world-size", "64"]
@@ -23,7 +22,7 @@ def cells_of(output: str) -> dict[str, list[str]]:
 
 
 def test_the_papers_setting_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main([*PAPER, "--num-instances", "1281167"]) == 0
+    assert main_of("plan")([*PAPER, "--num-instances", "1281167"]) == 0
     cells = cells_of(capsys.readouterr().out)
     # 28 M float32 gradients in a ring of 64, and 24.3 GFLOP a view (NVIDIA's ResNet-50 and the head).
     assert cells["encoder: all_reduce, MB sent"] == ["220.24", "220.24"]
@@ -43,7 +42,7 @@ def test_table_1_and_figure_3_are_printed_and_drawn(tmp_path: Path) -> None:
 
 
 def test_images_of_the_demo_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["--world-size", "2"]) == 0
+    assert main_of("plan")(["--world-size", "2"]) == 0
     output = capsys.readouterr().out
     assert "1,437 images" in output
 
@@ -60,7 +59,7 @@ def test_images_of_the_demo_are_counted(capsys: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(arguments) == 2
+    assert main_of("plan")(arguments) == 2
     printed = capsys.readouterr()
     assert not printed.out
     assert len(printed.err.strip().splitlines()) == 1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import main_of
 
 from instance_ssl.config.experiment import load_config
 from instance_ssl.data.datasets import open_source
@@ -14,9 +15,9 @@ from instance_ssl.data.sampler import BatchKeys
 from instance_ssl.data.view_grid import pixels_of, view_grid
 from instance_ssl.run.build import training_views
 from instance_ssl.run.console import printable
-from instance_ssl.stages.show_views import main
 from instance_ssl.training.step import flatten_views
 
+main = main_of("show_views")
 CONFIG = Path(__file__).parents[2] / "runners/configs/pipeline_cifar10_resnet18.yaml"
 SIZE, NAMES = 96, ("a\nb.png", "b語.png", "c.png", "d.png")
 

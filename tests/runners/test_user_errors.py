@@ -136,7 +136,7 @@ def test_an_evaluation_before_its_training_says_so_before_images_are_opened(tmp_
     finished = run_bare("evaluate_knn", *arguments)
     assert finished.returncode == 2
     assert f"error: {tmp_path}/run has no" in finished.stderr
-    assert "--run-dir of the run that is meant" in finished.stderr
+    assert "or give the right --run-dir" in finished.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -8,7 +8,8 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from instance_ssl.config.experiment import DataConfig, ExperimentConfig
+from instance_ssl.config.data import DataConfig
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.data.augmentations import centre_view, simclr_view
 from instance_ssl.data.colour import (
     NORMALISE_MEAN,

@@ -17,7 +17,8 @@ from image_files import chunk, encoded
 from PIL import ExifTags, Image, ImageOps
 
 from instance_ssl.checkpoint.identity import FREE_KEYS, keys_digest
-from instance_ssl.config.experiment import DataConfig, ExperimentConfig, flatten
+from instance_ssl.config.data import DataConfig
+from instance_ssl.config.experiment import ExperimentConfig, flatten
 from instance_ssl.data.augmentations import simclr_view
 from instance_ssl.data.decode import AS_SHOWN, AS_STORED, Rendering, decode_pixels
 from instance_ssl.data.image_sources import EncodedImages
@@ -25,7 +26,7 @@ from instance_ssl.data.pack import Packing, pack_images
 from instance_ssl.data.unreadable_images import OnBroken
 from instance_ssl.data.views import ViewDataset
 from instance_ssl.errors import UserError
-from instance_ssl.run import checks, records
+from instance_ssl.run import records
 from instance_ssl.run.images import open_split
 from instance_ssl.stages import export as export_stage
 
@@ -302,7 +303,7 @@ def test_the_digest_of_a_configuration_from_before_the_keys_is_the_same() -> Non
 
 def test_an_export_s_folder_is_read_as_the_run_s_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[DataConfig] = []
-    monkeypatch.setattr(checks, "open_images", lambda data, *_: given.append(data))
+    monkeypatch.setattr(export_stage, "open_images", lambda data, *_: given.append(data))
     monkeypatch.setattr(export_stage, "share_images", lambda *_: None)
     stage: Any = SimpleNamespace(
         config=config_of(exif="stored", alpha="drop"), run_directory=tmp_path, world=None, log=None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from instance_ssl.config.experiment import DataConfig
+from instance_ssl.config.data import DataConfig
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.detection.voc import open_voc
 from instance_ssl.run.images import open_split

@@ -4,8 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-from instance_ssl.checkpoint.directory import MANIFEST, POSITION, _manifest_text, write_file
-from instance_ssl.config.experiment import EvaluationConfig
+from instance_ssl.checkpoint.committed import MANIFEST, POSITION
+from instance_ssl.checkpoint.directory import _manifest_text, write_file
+from instance_ssl.config.evaluation import EvaluationConfig
 from instance_ssl.run.checks import what_is_evaluated
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from instance_ssl.checkpoint.directory import MANIFEST, POSITION, _read_manifest
+from instance_ssl.checkpoint.committed import MANIFEST, POSITION, _read_manifest
 from instance_ssl.config.deepspeed import load_ds_config
 from instance_ssl.config.experiment import load_config
 from instance_ssl.data.named_sets import find_inaturalist2018

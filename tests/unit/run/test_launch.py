@@ -32,7 +32,7 @@ def test_a_hostfile_is_ranks_by_host(two_hosts: Path) -> None:
         ("node1 slots=8\nnode2\n", "line 2"),
         ("node1 slots=0\n", "line 1"),
         ("node1 slots=many\n", "line 1"),
-        ("node1 slots=8\nnode1 slots=8\n", "line 2: node1 is there already"),
+        ("node1 slots=8\nnode1 slots=8\n", "line 2: duplicate host node1"),
         ("node1;reboot slots=8\n", "line 1"),
         ("-oProxyCommand=x slots=8\n", "line 1"),
         ("# nothing\n", "names no host"),

@@ -12,9 +12,6 @@ from instance_ssl.errors import UserError
 from instance_ssl.run.checks import check_made_before, check_sources
 from instance_ssl.run.precision import settle
 
-ALONE: Any = SimpleNamespace(
-    rank=0, broadcast_object=lambda value: value, all_gather_objects=lambda value: [value], device=torch.device("cpu")
-)
 FROZEN = ("evaluate_knn", "evaluate_linear", "evaluate_retrieval", "export")
 PRIOR, TRAINING = "initialize_classifier", "pretrain"
 
@@ -23,7 +20,7 @@ def refusal(run: Path, *stages: str, **settings: Any) -> str | None:
     export = {"source": settings["sources"][-1]} if settings["sources"] != ["pixels"] else {}
     config = ExperimentConfig.model_validate({"evaluation": settings, "export": export})
     try:
-        check_made_before(config, run, stages, ALONE)
+        check_made_before(config, run, stages)
     except UserError as error:
         return str(error)
     return None
@@ -75,13 +72,16 @@ def test_a_checkpoint_that_is_none_is_refused_with_the_path_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for given, expected in (("run", "run (tried {d}/run) does not exist"), (".", "is no checkpoint: give a directory")):
+    for given, expected in (
+        ("run", "run (tried {d}/run) does not exist"),
+        (".", "is not a checkpoint: give"),
+    ):
         config = ExperimentConfig.model_validate({"evaluation": {"checkpoint": given}})
         with pytest.raises(UserError) as caught:
-            check_sources(config.evaluation, ALONE)
+            check_sources(config.evaluation)
         assert expected.format(d=tmp_path) in str(caught.value)
     (tmp_path / "pretrain/checkpoints/step_000000003").mkdir(parents=True)
-    check_sources(config.evaluation, ALONE)
+    check_sources(config.evaluation)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from instance_ssl.config.experiment import DataConfig
+from instance_ssl.config.data import DataConfig
 from instance_ssl.data.datasets import open_source
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.errors import UserError

@@ -1,0 +1,38 @@
+"""What the launcher told this process about its place among the ranks; readable before torch is imported."""
+
+import os
+
+
+def rank() -> int:
+    """Returns this process's rank in the world; 0 when it runs bare."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def world_size() -> int:
+    """Returns the number of ranks; 1 when this process runs bare."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def local_rank() -> int:
+    """Returns this process's place among the ranks of its machine, which is its GPU."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def local_size() -> int:
+    """Returns the number of ranks on this machine, as deepspeed and torchrun say it; 1 where nobody does."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def is_beside_rank_0() -> bool:
+    """Whether rank 0 is another process on the same machine."""
+    return 0 < rank() == local_rank()
+
+
+def is_by_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_on_one_machine() -> bool:
+    """Whether all ranks run on this machine, so that each sees the same files."""
+    return world_size() == local_size()

@@ -1,0 +1,124 @@
+"""Opens a run on all ranks: they meet, compare what they were asked, and open the images."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from instance_ssl.config.evaluation import EvaluationConfig
+from instance_ssl.data.image_sources import ImageSource
+from instance_ssl.distributed import comm
+from instance_ssl.distributed.comm import Group
+from instance_ssl.errors import UserError, shorten
+from instance_ssl.run import agreement, checks, images, manifest, precision
+from instance_ssl.run.log import RunLog
+from instance_ssl.run.process import Process
+from instance_ssl.run.request import Request
+from instance_ssl.run.stage import Stage
+from instance_ssl.training import engine
+
+# Outside a stage, opening millions of files reports progress only now and then.
+_LEAST_HANG_SECONDS = 1800.0
+_SHOWN_EXCLUDED = 10
+
+
+def open_run(request: Request, process: Process, held: contextlib.ExitStack) -> Stage:
+    """Joins the world and opens the images. Everything that can be refused is refused before a file is written.
+
+    Args:
+        held: ends with the work.
+
+    Returns:
+        What the stages share; `name` is still empty.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    config, ds, run_directory, log = request.config, request.ds, request.run_directory, process.log
+    world = comm.initialize(config.safety.join_seconds)
+    held.enter_context(process.guard.hangs_after(max(config.safety.hang_seconds, _LEAST_HANG_SECONDS)))
+    process.meet(world)
+    _check_ranks_agree(
+        {
+            "configuration (--config, --set)": config.model_dump_json(),
+            "DeepSpeed configuration": ds.describe(),
+            "run directory": str(run_directory),
+            "version": _versions_in_use(),
+        },
+        world,
+    )
+    _check_sources(config.evaluation, world)
+    agreement.rank_0_alone(request.check_run_directory, world)
+    opened = images.open_images(config.data, "train", world, log, manifest.as_known(run_directory, config.data))
+    num_images = agreement.rank_0_alone(lambda: len(opened or ()), world)
+    if request.trains:
+        checks.check_size(config, num_images, ds.micro_batch_size, world.size, request.ds_path)
+        checks.check_micro_batch(config, ds.micro_batch_size)
+    labelled = images.open_evaluation(config, opened, world, log) if request.needs_labels else None
+    source = agreement.share_images(opened, run_directory, world)
+    evaluation_sources = None
+    if labelled is not None:
+        shared = source if config.evaluation.data is None else agreement.share_images(labelled[0], run_directory, world)
+        evaluation_sources = shared, agreement.share_images(labelled[1], run_directory, world)
+    manifest.record(source, run_directory, world)
+    _log_excluded((source, *(evaluation_sources or ())), log)
+    batch = (
+        f"global batch {config.optimization.global_batch_size} = {ds.micro_batch_size} images x "
+        f"{ds.accumulation_steps} micro-batches x {world.size} ranks, {config.augmentation.num_views} views each; "
+    )
+    log.say(
+        f"{len(source):,} images, {world.size} x {world.device.type}; {batch if request.trains else ''}"
+        f"run in {run_directory}"
+    )
+    ds = precision.settle(ds, world, log)
+    return Stage("", run_directory, config, ds, world, log, process.guard, source, evaluation_sources)
+
+
+def _check_ranks_agree(fields: dict[str, str], world: Group) -> None:
+    """Refuses ranks that were started differently, such as a node with an old copy of the project. Collective.
+
+    Args:
+        fields: by name, what must be equal on all ranks.
+
+    Raises:
+        UserError: naming the field and the rank.
+    """
+    by_rank = world.all_gather_objects(fields)
+    for rank, theirs in enumerate(by_rank):
+        for name, value in theirs.items():
+            if value != by_rank[0][name]:
+                there, here = shorten(value), shorten(by_rank[0][name])
+                raise UserError(
+                    f"rank {rank} has another {name} than rank 0 ({there}, not {here}): start all "
+                    "ranks from the same files with the same flags"
+                )
+
+
+def _check_sources(evaluation: EvaluationConfig, world: Group) -> None:
+    """Refuses a file or checkpoint to evaluate that any rank lacks. Collective.
+
+    Raises:
+        UserError: naming the key, the path and the rank.
+    """
+    for rank, problem in enumerate(world.all_gather_objects(checks.absent_source(evaluation))):
+        if problem is not None:
+            raise UserError(problem + (f" where rank {rank} runs" if rank else ""))
+
+
+def _log_excluded(sources: Iterable[ImageSource], log: RunLog) -> None:
+    """Logs which images could not be read when the sources were opened: some by name, then how many more."""
+    for source in sources:
+        for line in source.left_out[:_SHOWN_EXCLUDED]:
+            log.say(f"left out, it cannot be read: {line}")
+        if len(source.left_out) > _SHOWN_EXCLUDED:
+            log.say(f"left out, they cannot be read: {len(source.left_out) - _SHOWN_EXCLUDED:,} more images")
+
+
+def _versions_in_use() -> str:
+    """Returns what must be alike on all nodes: the libraries, and this project's own code."""
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    libraries = ", ".join(f"{name} {version}" for name, version in engine.versions().items())
+    return f"{libraries}, instance_ssl {digest.hexdigest()[:12]}"

@@ -1,0 +1,86 @@
+"""What a process was asked to do: the command line and both files, read and checked before torch is imported."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
+from instance_ssl.config.experiment import ExperimentConfig, load_config
+from instance_ssl.distributed import launched
+from instance_ssl.run import checks, records
+
+
+@dataclass(frozen=True)
+class Request:
+    """The stages to run, and with what.
+
+    Attributes:
+        stages: names, in order.
+        ds_path: the DeepSpeed JSON, for messages.
+        run_directory: absolute; the user did not name it where `has_default_directory`.
+        needs_labels: whether a stage reads labelled images.
+    """
+
+    stages: tuple[str, ...]
+    config: ExperimentConfig
+    ds: DeepSpeedSettings
+    ds_path: Path
+    run_directory: Path
+    has_default_directory: bool
+    needs_labels: bool
+
+    @property
+    def trains(self) -> bool:
+        """Whether a stage needs the training's batch and W."""
+        return any(name not in checks.READING_STAGES for name in self.stages)
+
+    def check_run_directory(self) -> None:
+        """Refuses a run directory that belongs to another experiment or lacks what the stages start from.
+
+        Raises:
+            UserError: naming the key, or the stage to run first.
+        """
+        records.check_unchanged(self.config, self.run_directory)
+        if self.has_default_directory and self.stages == ("export",):
+            checks.check_run_to_export(self.config, self.run_directory)
+        checks.check_made_before(self.config, self.run_directory, self.stages)
+
+
+def read_request(arguments: argparse.Namespace, stages: Sequence[str], *, needs_labels: bool) -> Request:
+    """Reads and checks everything that can be refused before torch is imported.
+
+    Paths are checked here where all ranks run on one machine. Several machines may hold different files, so there the
+    ranks compare what they find once they have met (`opening.open_run`).
+
+    Args:
+        arguments: of `parse_arguments`.
+
+    Raises:
+        UserError: for a mistake that every rank finds alike.
+    """
+    checks.check_hostfile()
+    config = load_config(arguments.config, arguments.set)
+    optimization, trains = config.optimization, any(name not in checks.READING_STAGES for name in stages)
+    ds = load_ds_config(
+        arguments.deepspeed_config,
+        global_batch_size=optimization.global_batch_size if trains else None,
+        max_grad_norm=optimization.max_grad_norm,
+        world_size=launched.world_size(),
+    )
+    if needs_labels:
+        checks.check_labels(config)
+    request = Request(
+        tuple(stages),
+        config,
+        ds,
+        arguments.deepspeed_config,
+        (arguments.run_dir or Path("runs") / arguments.config.stem).resolve(),
+        has_default_directory=arguments.run_dir is None,
+        needs_labels=needs_labels,
+    )
+    if launched.is_on_one_machine():
+        checks.check_sources(config.evaluation)
+        request.check_run_directory()
+        checks.check_folders(config, needs_labels=needs_labels)
+    return request
