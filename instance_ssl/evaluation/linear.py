@@ -138,10 +138,10 @@ def train_linear_classifier(
     """
     theta = _initial_weights(data.num_classes, feature_dim, seed).to(group.device)
     optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=momentum)
-    steps = data.steps_per_epoch
+    steps_per_epoch = data.steps_per_epoch
 
     def train_epoch(epoch: int) -> float:
-        rates = [_cosine(learning_rate, epoch + step / steps, epochs) for step in range(steps)]
+        rates = [_cosine(learning_rate, epoch + step / steps_per_epoch, epochs) for step in range(steps_per_epoch)]
         parts = _labelled_parts(data.train_parts(epoch), features, feature_dim, data.labels, group.device)
         return _train_epoch(optimizer, theta, rates, parts, group)
 
