@@ -24,7 +24,7 @@ from instance_ssl.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Same-class top-1 and recall@k; `running_prior` is the paper's experiment, with no training at all."""
+    """Returns same-class top-1 and recall@k; `running_prior` is the paper's experiment, without any training."""
     images = open_labelled(stage)
     results = {"running_prior": _running_prior(stage, images)}
     _tell(stage, "random network, running batch norms", "running_prior", results["running_prior"])
@@ -33,11 +33,11 @@ def run(stage: Stage) -> dict[str, Any]:
         features_nF = cached_features(stage, representation, images.train, f"{TITLES[source]}: train features")
         results[source] = _retrieve(stage, images, representation, features_nF)
         _tell(stage, TITLES[source], source, results[source])
-    return {"images": "train, each left out of its own ranking", "figures": results}
+    return {"images": "train, each excluded from its own ranking", "figures": results}
 
 
 def _running_prior(stage: Stage, images: LabelledImages) -> dict[str, Any]:
-    """Features as they come out of the pass that initialises the classifier."""
+    """Evaluates the features of the pass that initialises the classifier."""
     encoder = seeded_encoder(stage.config).to(stage.world.device)
     features_nF = prior_rows(
         stage,
@@ -56,7 +56,7 @@ def _running_prior(stage: Stage, images: LabelledImages) -> dict[str, Any]:
 def _retrieve(
     stage: Stage, images: LabelledImages, representation: Representation, features_nF: Tensor
 ) -> dict[str, Any]:
-    """Figures of features and, where there is a projection, of embeddings."""
+    """Recall of features and, where there is a projection, of embeddings."""
 
     def recall(rows: Tensor, layer: str) -> dict[str, Any]:
         with search_progress(stage, "retrieval", len(images.train)) as on_chunk:
