@@ -50,7 +50,7 @@ def train_or_find(
             raise DivergedError(found["diverged"])
         return found
     directory.mkdir(parents=True, exist_ok=True)
-    state = _read_state(stage, state_path)
+    state = read_state(stage, state_path)
     if state is not None:
         stage.log.say(f"{title}: resuming after {state['epochs']} epochs")
     try:
@@ -71,8 +71,8 @@ def _conclude(stage: Stage, figures: dict[str, Any], figures_path: Path, state_p
     stage.on_rank_0(write)
 
 
-def _read_state(stage: Stage, path: Path) -> dict[str, Any] | None:
-    """Reads the state to resume from; a damaged file is logged and counts as missing. Collective."""
+def read_state(stage: Stage, path: Path) -> dict[str, Any] | None:
+    """Reads a training's saved state on all ranks; a damaged file is logged and counts as missing. Collective."""
     if not stage.world.broadcast_object(path.exists()):
         return None
     try:

@@ -55,6 +55,11 @@ class Representation:
     layer: str
     origin: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the features are, for result.json."""
+        return {"layer": self.layer, "epoch": self.epoch, "origin": self.origin}
+
 
 @dataclass(frozen=True)
 class LabelledImages:

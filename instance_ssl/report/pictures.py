@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -26,7 +27,7 @@ _VARIABLES = {
     _TEXT: "var(--pale)",
     _LINE: "var(--line)",
 }
-_STYLE = {
+_STYLE: Any = {  # matplotlib types its keys one by one
     "svg.fonttype": "none",
     "font.size": 8,
     "font.sans-serif": ["DejaVu Sans"],
@@ -82,7 +83,8 @@ def line_chart(lines: Sequence[Line], references: Mapping[str, float], y_name: s
 def scatter_map(points_n2: Tensor, colours: Sequence[str]) -> Markup:
     """Points in a plane whose axes mean nothing: square, without ticks."""
     with _drawing((3.6, 3.6)) as (figure, axes):
-        axes.scatter(*points_n2.nan_to_num(0, 0, 0).T.tolist(), s=14, c=list(colours), linewidths=0, alpha=0.8)
+        xs, ys = points_n2.nan_to_num(0, 0, 0).T.tolist()
+        axes.scatter(xs, ys, s=14, c=list(colours), linewidths=0, alpha=0.8)
         axes.axis("off")
         return _inline(figure)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from instance_ssl.checkpoint.directory import content_bytes, read_tensors, replace_file
+from instance_ssl.checkpoint.directory import content_bytes, replace_file
 from instance_ssl.config.detection import DetectionConfig
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
+from instance_ssl.evaluation.cached_training import read_state
 from instance_ssl.evaluation.detection.batches import DetectionBatch, Resizing, single_images, training_batches
 from instance_ssl.evaluation.detection.detector import Detector
 from instance_ssl.evaluation.detection.metrics import Detections, require_coco
@@ -227,11 +228,7 @@ def _save(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> N
 
 def _resume(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> None:
     """Resumes from the last state of the same recipe, backbone and images, if there is one. Collective."""
-    try:
-        state = stage.together(lambda: read_tensors(path) if path.exists() else None)
-    except UserError as error:
-        stage.log.say(f"warning: {error}; training starts again")
-        return
+    state = read_state(stage, path)
     if state is None:
         return
     if state.get("bound") != bound:

@@ -39,13 +39,11 @@ def run(stage: Stage) -> dict[str, Any]:
         title = TITLES[source]
         train_nF = cached_features(stage, representation, images.train, f"{title}: train features")
         test_mF = cached_features(stage, representation, images.test, f"{title}: test features")
-        epoch = representation.epoch
-        figures = {**_vote(stage, images, train_nF, test_mF), "layer": representation.layer, "epoch": epoch}
-        figures["origin"] = representation.origin
+        figures = {**_vote(stage, images, train_nF, test_mF), **representation.record}
         train_nD, test_mD = (embeddings_of(stage, representation, features) for features in (train_nF, test_mF))
         if train_nD is not None and test_mD is not None:
             votes = _vote(stage, images, train_nD, test_mD)
-            figures["embeddings"] = {**votes, "layer": "projection output", "epoch": epoch}
+            figures["embeddings"] = {**votes, "layer": "projection output", "epoch": representation.epoch}
         results[source] = figures
         neighbour_ids[source] = nearest_neighbours(
             train_nF, _rows_of_all(stage, test_mF, query_ids), stage.world, min(_PICTURE_NEIGHBOURS, len(images.train))

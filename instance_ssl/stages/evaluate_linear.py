@@ -40,9 +40,7 @@ def run(stage: Stage) -> dict[str, Any]:
             figures = _train(stage, representation, images, workload)
         if representation.encoder is not None and state_digest(representation.encoder) != before:
             raise RuntimeError("the frozen encoder has changed during linear evaluation")
-        results[source] = {
-            **figures, "layer": representation.layer, "epoch": representation.epoch, "origin": representation.origin
-        }  # fmt: skip
+        results[source] = {**figures, **representation.record}
         stage.log.say(f"linear ({linear.protocol}), {TITLES[source]}: {figures['top1']:.2f} %")
         stage.log.metrics(representation.epoch or 0, {f"linear/{source}_top1": figures["top1"]})
     return {"protocol": linear.protocol, "figures": results}

@@ -58,21 +58,20 @@ def _retrieve(
 ) -> dict[str, Any]:
     """Recall of features and, where there is a projection, of embeddings."""
 
-    def recall(rows: Tensor, layer: str) -> dict[str, Any]:
+    def recall(rows: Tensor) -> dict[str, Any]:
         with search_progress(stage, "retrieval", len(images.train)) as on_chunk:
-            figures = retrieval_recall(
+            return retrieval_recall(
                 rows,
                 labels_of_own_part(stage, images.train_labels),
                 stage.world,
                 recall_at=stage.config.evaluation.retrieval.recall_at,
                 on_chunk=on_chunk,
             )
-        return {**figures, "layer": layer, "epoch": representation.epoch, "origin": representation.origin}
 
-    figures = recall(features_nF, representation.layer)
+    figures: dict[str, Any] = {**recall(features_nF), **representation.record}
     embeddings_nD = embeddings_of(stage, representation, features_nF)
     if embeddings_nD is not None:
-        figures["embeddings"] = recall(embeddings_nD, "projection output")
+        figures["embeddings"] = {**recall(embeddings_nD), **representation.record, "layer": "projection output"}
     return figures
 
 
