@@ -241,9 +241,9 @@ def _in_fine_tuning() -> None:
 
     steps_per_epoch = 0
 
-    def note(*_: Any, **options: Any) -> None:
+    def note(_backbone: Any, data: Any, *_: Any, **__: Any) -> None:
         nonlocal steps_per_epoch
-        steps_per_epoch = options["steps_per_epoch"]
+        steps_per_epoch = data.steps_per_epoch
 
     _before(labelled_training, "fine_tune", note)
     original = PartLoader.epoch

@@ -1,1 +1,1 @@
-"""How good a representation is: functions from features and labels to figures."""
+"""Evaluations of representations: from features and labels to metrics."""

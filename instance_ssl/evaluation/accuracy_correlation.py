@@ -1,4 +1,4 @@
-"""How instance accuracy goes with semantic accuracy over checkpoints (Figure 1(b)): figures, and a picture of them."""
+"""Instance accuracy against semantic accuracy over checkpoints (Figure 1(b)): metrics, and a picture of them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,14 +20,14 @@ def instance_accuracy(
     embedding_dim: int,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> dict[str, float]:
-    """Share of images whose own class is the nearest of all N, equal cosines by the lower class. Collective.
+    """Measures the share of images whose own class is the nearest of all N, the lower of equal ones. Collective.
 
     Args:
         embed: images (b, 3, S, S) → embeddings (b, D), frozen.
         shard: the classifier's rows.
-        batches: this rank's (images, instance ids (b,)), equally many batches on all ranks, of any lengths; over all
-            ranks every image once.
-        on_batch: told the images of each batch over all ranks.
+        batches: this rank's (images, instance ids (b,)), as many on each rank, of any lengths; every image once over
+            all ranks.
+        on_batch: called with the number of images of each batch over all ranks.
 
     Returns:
         "instance_accuracy", a fraction, and "images".
@@ -35,7 +35,7 @@ def instance_accuracy(
     correct = images = 0
     for batch_images, id_b in batches:
         counts = world.row_counts(len(id_b))
-        # The shard takes equally many rows of each rank; a row of zeros with no image's id is never correct.
+        # The shard takes equally many rows from each rank; a padding row of zeros, with id -1, is never correct.
         x_bD = torch.zeros(max(counts), embedding_dim, device=world.device)
         padded_b = torch.full((max(counts),), -1, dtype=torch.int64, device=world.device)
         if len(id_b):
@@ -49,7 +49,7 @@ def instance_accuracy(
 
 
 def correlations(x: Sequence[float], y: Sequence[float]) -> dict[str, float | None]:
-    """Pearson's r and Spearman's ρ (of ranks, equal values sharing theirs); None where a side does not vary.
+    """Pearson's r and Spearman's ρ (ties share their mean rank); None where a side does not vary.
 
     Raises:
         ValueError: for fewer than two pairs, or sides of different lengths.
@@ -59,12 +59,10 @@ def correlations(x: Sequence[float], y: Sequence[float]) -> dict[str, float | No
     return {"pearson": _pearson(x, y), "spearman": _pearson(_ranks(x), _ranks(y))}
 
 
-def draw_correlation(path: Path, points: Sequence[Mapping[str, float]], x: str, y: str, note: str) -> bool:
-    """Writes Figure 1(b) as a PNG: a point a checkpoint, coloured by epoch; False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw_correlation(path: Path, points: Sequence[Mapping[str, float]], x: str, y: str, note: str) -> None:
+    """Writes Figure 1(b) as a PNG: a point for each checkpoint, coloured by epoch."""
+    from matplotlib.figure import Figure  # half a second, and one rank of one stage draws
+
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axes = figure.subplots()
     xs, ys = [point[x] for point in points], [point[y] for point in points]
@@ -75,7 +73,6 @@ def draw_correlation(path: Path, points: Sequence[Mapping[str, float]], x: str, 
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
-    return True
 
 
 def _pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -88,7 +85,7 @@ def _pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Mean place of each value among all, from 0."""
+    """Rank of each value from 0; ties share their mean rank."""
     column = torch.tensor(values, dtype=torch.float64)
     below_n = (column[:, None] > column).sum(dim=1)
     equal_n = (column[:, None] == column).sum(dim=1)

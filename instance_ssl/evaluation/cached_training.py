@@ -1,8 +1,7 @@
-"""A training of an evaluation: done once, and gone on with where it stopped.
+"""Caches and resumes the trainings that evaluations run.
 
-Each has a name that is the digest of all that decides its outcome. Below D/<stage>/trainings, its figures lie in
-<name>.json once it has ended, and its state in <name>.pt until then; what the same command, or one with further
-fractions or grid points, finds there is not done again.
+A training's name is the digest of all that decides its outcome. D/<stage>/trainings holds its state, <name>.pt, until
+it ends, and then its metrics, <name>.json. The same command, or one with further fractions or grid points, reuses them.
 """
 
 import hashlib
@@ -20,9 +19,9 @@ from instance_ssl.files.disk_space import saving
 from instance_ssl.run.directory import read_json
 from instance_ssl.run.stage import Stage
 
-# A state is written at the end of an epoch, but no more than this share of the time is spent on it.
+# A state is written at the end of an epoch, unless that would take more than this share of the time.
 _SAVING_SHARE = 0.05
-# Figures that every training gives.
+# Metrics that every training returns.
 _ALWAYS_THERE = ("top1", "train_loss", "epochs")
 
 
@@ -32,14 +31,14 @@ def train_or_find(
     decisive: dict[str, Any],
     train: Callable[[dict[str, Any] | None, Callable[[Progress], None]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """What a training gives, or what it gave before. Collective.
+    """Returns the cached result, or trains. Collective.
 
     Args:
-        decisive: all that decides its outcome, but for the number of ranks.
-        train: takes the state to go on from, if any, and what every epoch's progress is offered to.
+        decisive: all that decides the outcome, except the number of ranks.
+        train: takes the state to resume from, if any, and a function to call with each epoch's progress.
 
     Raises:
-        DivergedError: when the loss is no longer a number.
+        DivergedError: when the loss is not finite, now or in the cached training.
     """
     directory = stage.directory / "trainings"
     name = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
@@ -52,12 +51,12 @@ def train_or_find(
             raise DivergedError(found["diverged"])
         return found
     directory.mkdir(parents=True, exist_ok=True)
-    state = _read_state(stage, state_path)
+    state = read_state(stage, state_path)
     if state is not None:
-        stage.log.say(f"{title}: going on after {state['epochs']} epochs")
+        stage.log.say(f"{title}: resuming after {state['epochs']} epochs")
     try:
         figures = train(state, _Saver(stage, state_path).offer)
-    except DivergedError as error:  # on all ranks, and so it would another time
+    except DivergedError as error:  # on all ranks, and it would diverge again
         _conclude(stage, {"diverged": str(error)}, figures_path, state_path)
         raise
     _conclude(stage, figures, figures_path, state_path)
@@ -73,26 +72,26 @@ def _conclude(stage: Stage, figures: dict[str, Any], figures_path: Path, state_p
     stage.on_rank_0(write)
 
 
-def _read_state(stage: Stage, path: Path) -> dict[str, Any] | None:
-    """The state to go on from; a damaged file counts as missing, and is said. Collective."""
+def read_state(stage: Stage, path: Path) -> dict[str, Any] | None:
+    """Reads a training's saved state on all ranks; a damaged file is logged and counts as missing. Collective."""
     if not stage.world.broadcast_object(path.exists()):
         return None
     try:
         return stage.together(lambda: read_tensors(path))
     except UserError as error:
-        stage.log.say(f"warning: {error}; this training begins again")
+        stage.log.say(f"warning: {error}; this training starts again")
         return None
 
 
 class _Saver:
-    """Writes states, whole or not at all, and not so often that it would show."""
+    """Writes states atomically, and seldom enough to cost little time."""
 
     def __init__(self, stage: Stage, path: Path) -> None:
         self._stage, self._path = stage, path
         self._not_before = 0.0
 
     def offer(self, done: Progress) -> None:
-        """A state that may be written."""
+        """Writes this state, or skips it where the last one is recent or the disk is full."""
         began = time.monotonic()
         if self._stage.world.rank != 0 or began < self._not_before:
             return
@@ -105,7 +104,7 @@ class _Saver:
 
 
 def _read_figures(path: Path) -> dict[str, Any] | None:
-    """Figures of a training that has ended; a damaged file counts as missing."""
+    """Reads the metrics of a finished training; a damaged file counts as missing."""
     figures = read_json(path)
     if figures is None or isinstance(figures.get("diverged"), str):
         return figures

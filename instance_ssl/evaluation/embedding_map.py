@@ -1,4 +1,4 @@
-"""Features in few dimensions, for a picture: principal components, and t-SNE of them where scikit-learn is there."""
+"""Features in two dimensions, for a picture: principal components, or t-SNE of them where scikit-learn is installed."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from torch import Tensor
 def principal_components(features_nF: Tensor, num_components: int) -> Tensor:
     """Scores (n, c), float32, of the L2-normalised features along their directions of most variance.
 
-    c is `num_components`, or as many as n and F allow. By the eigenvectors of the n x n matrix of inner products: n is
-    small where F is large (raw pixels). The score of largest size in each column is positive.
+    c is `num_components`, or as many as n and F allow. Uses the eigenvectors of the n x n Gram matrix, as n is small
+    where F is large (raw pixels). The score of largest magnitude in each column is positive.
     """
     unit_nF = torch.nn.functional.normalize(features_nF.double(), dim=1, eps=1e-300)
     unit_nF -= unit_nF.mean(dim=0)
@@ -20,9 +20,9 @@ def principal_components(features_nF: Tensor, num_components: int) -> Tensor:
 
 
 def plane(components_nc: Tensor, seed: int = 0) -> tuple[Tensor, str]:
-    """Points (n, 2) of a picture and the method's name: t-SNE of principal components, or else the first two.
+    """Returns points (n, 2) and the method's name: t-SNE of principal components, or else the first two of them.
 
-    t-SNE (van der Maaten and Hinton 2008) as scikit-learn has it: perplexity 30, or less for few points.
+    t-SNE (van der Maaten and Hinton 2008) is scikit-learn's: perplexity 30, or less for few points.
     """
     count = components_nc.shape[0]
     if components_nc.shape[1] < 2:

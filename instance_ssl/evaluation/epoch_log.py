@@ -1,7 +1,7 @@
-"""What a training of an evaluation tells after each epoch, and how it ends where there is nothing to tell."""
+"""Epochs of the trainings that evaluations run: their batches, their progress, and how they diverge."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +9,42 @@ from torch import Tensor
 
 from instance_ssl.errors import UserError
 
+Batches = Iterable[tuple[Tensor, Tensor]]
+
 
 class DivergedError(UserError):
-    """The loss is no longer a number, on all ranks alike."""
+    """The loss is not finite, on all ranks alike."""
+
+
+@dataclass(frozen=True)
+class LabelledBatches:
+    """Training and test images with labels, as this rank meets them.
+
+    Attributes:
+        train_parts: for an epoch 0, 1, … this rank's part of each global batch that is trained on, itself as many
+            (images, ids) as it likes, which make one step; parts may be uneven or empty.
+        test_batches: this rank's (images, ids) of the test set, as many as it likes.
+        labels, test_labels: classes 0 … C - 1 of all training and of all test images, by id.
+        num_classes: C.
+        steps_per_epoch: global batches of a whole epoch, the same on all ranks.
+    """
+
+    train_parts: Callable[[int], Iterable[Batches]]
+    test_batches: Callable[[], Batches]
+    labels: Tensor
+    test_labels: Tensor
+    num_classes: int
+    steps_per_epoch: int
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is told at the end of an epoch.
+    """Where a training is at the end of an epoch.
 
     Attributes:
         epochs: finished so far.
-        train_loss: mean of the last, nats.
-        state: all that going on from here needs: tensors and plain values, equal on all ranks.
+        train_loss: mean of the last epoch, nats.
+        state: captures what resuming from here needs: tensors and plain values, equal on all ranks.
     """
 
     epochs: int
@@ -38,13 +61,13 @@ def train_epochs(
     state: dict[str, Any] | None,
     on_epoch: Callable[[Progress], None] | None,
 ) -> float:
-    """Trains the epochs that are not behind `state`; the mean loss of the last, nats.
+    """Trains the epochs that `state` does not cover and returns the mean loss of the last, nats.
 
     Args:
-        train_epoch: trains epoch 0 … epochs - 1 and gives its mean loss.
-        capture, restore: what is trained and its optimizer, as tensors and plain values.
-        state: of an earlier training's `Progress`, to go on from.
-        on_epoch: told at the end of every epoch.
+        train_epoch: trains epoch 0 … epochs - 1 and returns its mean loss.
+        capture, restore: the model and its optimizer, as tensors and plain values.
+        state: of an earlier training's `Progress`, to resume from.
+        on_epoch: called at the end of every epoch.
     """
     epochs_done, train_loss = 0, math.nan
     if state is not None:
@@ -63,10 +86,10 @@ def train_epochs(
 
 
 def mean_loss(totals: Tensor, training: str, remedy: str) -> float:
-    """The mean loss of an epoch's images, from their summed loss and their number, (2,).
+    """Returns the mean loss of an epoch's images from `totals`, (2,): their summed loss and their number.
 
     Raises:
-        DivergedError: naming the training, with what to do, when it is no number.
+        DivergedError: when it is not finite; names the training and the remedy.
         ValueError: when there are no images.
     """
     loss_sum, images = totals.tolist()

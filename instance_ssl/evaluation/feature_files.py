@@ -1,7 +1,7 @@
-"""Features of many images as files: never more of them in memory than a batch, and a stopped rank goes on.
+"""Writes features of many images to files, a batch at a time in memory; a stopped rank resumes.
 
-Every rank appends the rows of its contiguous part of the images to a file of its own, plain float32; once all are
-through, one rank joins the parts, in order of rank and so of the images.
+Every rank appends the rows of its contiguous part of the images to a file of its own, plain float32; at the end one
+rank joins the parts in order of rank, which is the order of the images.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ _CHUNK_BYTES = 2**24
 
 
 def keep_whole_rows(part: Path, width: int) -> int:
-    """Rows (of `width` numbers) that a part holds; what an interruption has left of one more is cut off."""
+    """Counts the rows of `width` numbers in a part and cuts off one that an interruption left incomplete."""
     if not part.exists():
         return 0
     row = width * _DTYPE.itemsize
@@ -41,10 +41,10 @@ def append_features(
     """Appends the rows (width,) of each batch's images to `part`, batch by batch.
 
     Args:
-        part: made where it is not there.
+        part: created where it is missing.
         model: images (b, 3, S, S) to rows (b, width).
-        batches: (images, ids) of those whose rows `part` does not hold yet, in order.
-        on_batch: told the number of images of each batch that is written.
+        batches: (images, ids) whose rows `part` does not hold yet, in order.
+        on_batch: called with the number of images of each batch written.
     """
     with part.open("ab") as file:
         for images, _ in batches:
@@ -55,7 +55,7 @@ def append_features(
 
 
 def join_parts(parts: Sequence[Path], width: int, columns: slice, path: Path) -> None:
-    """Writes columns of the rows of all parts, one part after another, to a .npy file: (N, columns), float32."""
+    """Concatenates some columns of all parts into a .npy file: (N, columns), float32."""
     rows = sum(part.stat().st_size for part in parts) // (width * _DTYPE.itemsize)
     shape = (rows, len(range(*columns.indices(width))))
     with path.open("wb") as file:
@@ -68,9 +68,9 @@ def join_parts(parts: Sequence[Path], width: int, columns: slice, path: Path) ->
 
 
 def write_parquet(names: Sequence[str], arrays: Mapping[str, Path], path: Path) -> None:
-    """A table with a row an image: `name`, and a list of float32 for each .npy file of `arrays`, by its column's name.
+    """Writes a row for each image: `name`, and for each column of `arrays` the row of that .npy file, float32.
 
-    Bytes of a name that are not UTF-8 stand as their escapes.
+    Bytes of a name that are not UTF-8 are escaped.
     """
     import pyarrow
     import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder, each rank those of its own images."""
+"""Features of a frozen encoder, each rank computing those of its local images."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,14 +16,14 @@ def extract_features(
     *,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features of this rank's images, in the order of its batches.
+    """Computes the features of this rank's images, in the order of its batches.
 
     Args:
-        model: images (b, …) to features (b, F); a module runs in evaluation mode and is given back as it was.
+        model: images (b, …) to features (b, F); a module runs in evaluation mode, its own mode is restored after.
         batches: this rank's (images, ids (b,)), possibly none.
         feature_dim: F.
-        device: where the model runs and where the result lies.
-        on_batch: told the number of images of each finished batch.
+        device: of the model and the result.
+        on_batch: called with the number of images of each finished batch.
 
     Returns:
         Features (n, F), float32, and image ids (n,), int64.
@@ -39,13 +39,13 @@ def extract_features(
             ids.append(batch_ids.to(device))
             if on_batch is not None:
                 on_batch(batch_images.shape[0])
-    # Concatenated outside inference mode, so that callers get ordinary tensors they may train on or write to.
+    # Outside inference mode, so that callers get ordinary tensors that they may train on or write to.
     return torch.cat(features), torch.cat(ids)
 
 
 @torch.inference_mode()
 def forward_frozen(model: Callable[[Tensor], Tensor], images: Tensor, feature_dim: int, device: torch.device) -> Tensor:
-    """Features (b, F), float32, of images (b, …), without gradients; no images need no model.
+    """Features (b, F), float32, of images (b, …), without gradients; without images the model is not called.
 
     Raises:
         ValueError: when the model's features are not (b, F).
@@ -60,7 +60,7 @@ def forward_frozen(model: Callable[[Tensor], Tensor], images: Tensor, feature_di
 
 @contextmanager
 def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Puts a module in evaluation mode and restores every submodule's own flag; leaves other callables alone."""
+    """Puts a module in evaluation mode, then restores every submodule's flag; ignores other callables."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     flags = [module.training for module in modules]
     for module in modules:
@@ -73,7 +73,7 @@ def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 
 def state_digest(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers: equal exactly when they are."""
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,7 +1,7 @@
-"""Supervised training of a whole network, backbone and linear classifier, on images that are divided over the ranks.
+"""Supervised training of a backbone and a linear classifier on it, the images divided over the ranks.
 
-Each rank holds the network; gradients are summed over all of them, so that a step is that of the mean loss of the
-global batch, however unevenly it lies on the ranks. Batch norm sees the images of its own rank.
+Every rank holds the network. Gradients are summed over the ranks, so that a step follows the mean loss of the global
+batch however unevenly the ranks share it. Batch norm sees the images of its own rank.
 """
 
 import math
@@ -17,12 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.gradients import sum_gradients
-from instance_ssl.evaluation.epoch_log import Progress, mean_loss, train_epochs
+from instance_ssl.evaluation.epoch_log import Batches, LabelledBatches, Progress, mean_loss, train_epochs
 from instance_ssl.evaluation.features import evaluation_mode
 from instance_ssl.evaluation.linear import places
-
-Parts = Callable[[int], Iterable[Iterable[tuple[Tensor, Tensor]]]]
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,13 @@ class TrainingOptions:
     """SGD of backbone and classifier.
 
     Attributes:
-        steps: global batches in all; the last epoch ends where they do.
+        steps: global batches in all; the last epoch may be cut short.
         backbone_learning_rate, classifier_learning_rate: of the first step.
-        global_batch_size: only reported; the gradient is the mean over the images a batch really has.
-        schedule: what both rates are multiplied by: half a cosine to 0, or `decay_factor` at each of the milestones.
+        global_batch_size: only reported; the gradient is the mean over the images that a batch really has.
+        schedule: of both rates: half a cosine to 0, or multiplied by `decay_factor` at each milestone.
         milestones: in epochs, for `milestones`.
         momentum, nesterov: of SGD.
-        weight_decay: of all parameters but batch norm's (SimCLR's model_util.py).
+        weight_decay: of all parameters except batch norm's (SimCLR's model_util.py).
         batch_norm_rule: running statistics keep max(1 - 10/s, 0.9) of what they were, s the steps of an epoch
             (SimCLR, arXiv:2002.05709, B.8.1); else torch's 0.9.
     """
@@ -54,7 +51,7 @@ class TrainingOptions:
     batch_norm_rule: bool = False
 
     def rate_factor(self, step: int, steps_per_epoch: int) -> float:
-        """What both learning rates are multiplied by at step 0 … steps - 1."""
+        """The factor of both learning rates at step 0 … steps - 1."""
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.decay_factor ** sum(step >= milestone * steps_per_epoch for milestone in self.milestones)
@@ -62,59 +59,50 @@ class TrainingOptions:
 
 def fine_tune(
     backbone: nn.Module,
-    train_parts: Parts,
-    test_batches: Batches,
+    data: LabelledBatches,
     group: Group,
     options: TrainingOptions,
     *,
     feature_dim: int,
-    num_classes: int,
-    labels: Tensor,
-    test_labels: Tensor,
-    steps_per_epoch: int,
     seed: int,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     state: dict[str, Any] | None = None,
     on_epoch: Callable[[Progress], None] | None = None,
 ) -> dict[str, float]:
-    """Trains the backbone and a linear classifier on it, and classifies each test image once.
+    """Trains the backbone and a linear classifier on it, then classifies each test image once.
 
     After every epoch, batch norm's running statistics become their mean over the ranks.
 
     Args:
-        backbone: images (b, …) to features (b, F); trained where it is, on the group's device.
-        train_parts: for an epoch 0, 1, … this rank's part of each of its global batches, as many as are trained on,
-            itself as many (images, ids) as it likes, whose gradients make one step; parts may be uneven or empty.
-        test_batches: this rank's (images, ids) of the test set, as many batches as it likes.
-        feature_dim, num_classes: F and C.
-        labels, test_labels: classes 0 … C - 1 of the images, by id.
-        steps_per_epoch: global batches of a whole epoch, the same on all ranks.
+        backbone: images (b, …) to features (b, F), on the group's device; trained in place. F is `feature_dim`.
+        data: its epochs hold no more parts than `options.steps` asks for.
         seed: of the classifier's weights, ~ N(0, 0.01²) with bias 0 (as in the linear protocol).
         autocast: precision of the forward pass.
-        state: of an earlier training's `Progress`, to go on from.
-        on_epoch: told at the end of every epoch.
+        state: of an earlier training's `Progress`, to resume from.
+        on_epoch: called at the end of every epoch.
 
     Returns:
-        "top1", "top5" and "mean_per_class" (mean over the classes that have test images of their top-1) in per cent,
-        "train_loss" (mean of the last epoch, nats), "epochs" (the last may be cut), "test_images". The same on all
-        ranks.
+        "top1", "top5" and "mean_per_class" (top-1 averaged over the classes that have test images) in per cent,
+        "train_loss" (mean of the last epoch, nats), "epochs" (the last may be cut short), "test_images". The same on
+        all ranks.
 
     Raises:
-        DivergedError: when the loss is no longer a number.
+        DivergedError: when the loss is not finite.
         ValueError: when an epoch has no training images or there are no test images.
     """
-    network = _Network(backbone, feature_dim, num_classes, seed).to(group.device).requires_grad_(True).train()
+    steps_per_epoch, labels = data.steps_per_epoch, data.labels.long().to(group.device)
+    network = _Network(backbone, feature_dim, data.num_classes, seed).to(group.device).requires_grad_(True).train()
     if options.batch_norm_rule:
         for module in _batch_norms(network):
             module.momentum = 1 - max(1 - 10 / steps_per_epoch, 0.9)
     optimizer = _optimizer(network, options)
-    labels, epochs = labels.long().to(group.device), math.ceil(options.steps / steps_per_epoch)
+    epochs = math.ceil(options.steps / steps_per_epoch)
 
     def train_epoch(epoch: int) -> float:
         first = epoch * steps_per_epoch
         steps = range(first, min(first + steps_per_epoch, options.steps))
         factors = [options.rate_factor(step, steps_per_epoch) for step in steps]
-        loss = _train_epoch(network, optimizer, factors, train_parts(epoch), labels, group, autocast)
+        loss = _train_epoch(network, optimizer, factors, data.train_parts(epoch), labels, group, autocast)
         _average_statistics(network, group)
         return loss
 
@@ -126,12 +114,13 @@ def fine_tune(
         optimizer.load_state_dict(state["optimizer"])
 
     train_loss = train_epochs(train_epoch, epochs, capture=capture, restore=restore, state=state, on_epoch=on_epoch)
-    accuracy = _accuracy(network, test_batches(), test_labels.long().to(group.device), num_classes, group, autocast)
+    test_labels = data.test_labels.long().to(group.device)
+    accuracy = _accuracy(network, data.test_batches(), test_labels, data.num_classes, group, autocast)
     return {**accuracy, "train_loss": train_loss, "epochs": epochs}
 
 
 def recipe(options: TrainingOptions) -> dict[str, Any]:
-    """The options as plain values, for a record."""
+    """The options as plain values, for result.json."""
     return {**asdict(options), "milestones": list(options.milestones)}
 
 
@@ -175,12 +164,12 @@ def _train_epoch(
     network: _Network,
     optimizer: torch.optim.SGD,
     factors: list[float],
-    parts: Iterable[Iterable[tuple[Tensor, Tensor]]],
+    parts: Iterable[Batches],
     labels: Tensor,
     group: Group,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> float:
-    """One step per factor; the mean loss of the epoch's images."""
+    """Takes one step per factor and returns the mean loss of the epoch's images."""
     totals = torch.zeros(2, dtype=torch.float64, device=group.device)
     for factor, part in zip(factors, parts, strict=True):
         for entry in optimizer.param_groups:
@@ -215,14 +204,14 @@ def _average_statistics(network: _Network, group: Group) -> None:
 @torch.inference_mode()
 def _accuracy(
     network: _Network,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     labels: Tensor,
     num_classes: int,
     group: Group,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> dict[str, float]:
-    """Accuracies in per cent over the images of all ranks, which may be unevenly many."""
-    # Of each class: its images, those with it as the best, and those with it among the best 5.
+    """Accuracies in per cent over the images of all ranks, any number on each."""
+    # For each class: its images, those correct at top-1, and those correct at top-5.
     counts_3C = torch.zeros(3, num_classes, dtype=torch.int64, device=group.device)
     with evaluation_mode(network):
         for images, ids in batches:

@@ -1,4 +1,4 @@
-"""What is evaluated: pixels, the random network, a trained one or a weights file, as a function images → features."""
+"""The representations that are evaluated: pixels, the random or trained network, or a file of weights."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -41,10 +41,10 @@ class Representation:
         source: pixels, random, trained or weights.
         features: the map.
         feature_dim: F.
-        encoder: the network behind it, if any.
-        epoch: epochs it was trained; None for pixels and weights.
-        layer: what the features are, for result.json.
-        origin: the checkpoint or file that the encoder is of, for result.json.
+        encoder: its network, None for pixels.
+        epoch: epochs that it was trained; None for pixels and weights.
+        layer: names the features in result.json.
+        origin: the encoder's checkpoint or file, for result.json.
     """
 
     source: str
@@ -55,10 +55,15 @@ class Representation:
     layer: str
     origin: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the features are, for result.json."""
+        return {"layer": self.layer, "epoch": self.epoch, "origin": self.origin}
+
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Train and test images with labels, and how their classes are counted."""
+    """Train and test images with their labels, 0 … num_classes - 1."""
 
     train: ImageSource
     test: ImageSource
@@ -68,13 +73,13 @@ class LabelledImages:
 
     @property
     def label_digest(self) -> str:
-        """Of all labels; the images' own digests are of names and sizes."""
+        """SHA-256 of all labels; the images' digests cover their names and sizes."""
         labels = torch.cat([self.train_labels, self.test_labels]).cpu()
         return hashlib.sha256(labels.numpy().tobytes()).hexdigest()
 
 
 def open_labelled(stage: Stage) -> LabelledImages:
-    """The labelled images that `evaluation.data` (or else `data`) names."""
+    """Returns the labelled images that `evaluation.data` (by default `data`) names."""
     assert stage.evaluation_sources is not None  # opened at the start for stages that need labels
     train, test = stage.evaluation_sources
     assert train.labels is not None  # kinds without labels were refused at the start
@@ -85,15 +90,15 @@ def open_labelled(stage: Stage) -> LabelledImages:
 
 
 def evaluation_data(stage: Stage) -> DataConfig:
-    """The data section that evaluation reads."""
+    """The section of the configuration that evaluations read their images by."""
     return stage.config.evaluation.data or stage.config.data
 
 
 def represent(stage: Stage, source: str) -> Representation:
-    """The representation of one of `evaluation.sources`. Collective.
+    """Loads the representation of one of `evaluation.sources`. Collective.
 
     Raises:
-        UserError: when the stage that makes it has not been run, or the file or checkpoint given does not fit.
+        UserError: when the stage that makes it has not run, or the given file or checkpoint does not fit.
     """
     if source == "pixels":
         feature_dim = 3 * evaluation_data(stage).image_size ** 2
@@ -102,7 +107,7 @@ def represent(stage: Stage, source: str) -> Representation:
 
 
 def represent_checkpoint(stage: Stage, source: str, checkpoint: Checkpoint) -> Representation:
-    """The representation by a checkpoint's encoder. Collective.
+    """Loads the representation of a checkpoint's encoder. Collective.
 
     Raises:
         UserError: when it does not fit.
@@ -111,16 +116,16 @@ def represent_checkpoint(stage: Stage, source: str, checkpoint: Checkpoint) -> R
 
 
 def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
-    """An encoder to be trained further, and the epochs it was trained: 0 when random, None when of a file. Collective.
+    """Loads an encoder to train further, and its epochs: 0 when random, None for a file of weights. Collective.
 
-    In training mode, unfrozen, on the stage's device. Its projection is the random one for `weights`.
+    It is in training mode, unfrozen, on the stage's device. The projection of `weights` is random.
 
     Args:
-        source: `random` is the network of the experiment's seed as it is made, from scratch: no stage has to be run
-            before, and batch norm's running statistics are 0 and 1. `trained` and `weights` as for `represent`.
+        source: `random` is the untrained network of the experiment's seed: it needs no earlier stage, and batch norm's
+            running statistics are 0 and 1. `trained` and `weights` as for `represent`.
 
     Raises:
-        UserError: when training has not been run, or the file or checkpoint given does not fit.
+        UserError: when training has not run, or the given file or checkpoint does not fit.
         ValueError: for pixels, which have no encoder.
     """
     if source == "pixels":
@@ -132,9 +137,9 @@ def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
 
 
 def own_batches(stage: Stage, images: ImageSource, view: Transform) -> Iterable[Batch]:
-    """This rank's contiguous part of the images, in batches; nothing dropped, nothing twice.
+    """This rank's contiguous part of the images, in batches, each image once.
 
-    An image that cannot be read is an error whatever `data.on_broken` says: figures are of all images or of none.
+    An unreadable image is an error whatever `data.on_broken` says: metrics cover all images or none.
     """
     start, stop = Partition(len(images), stage.world.size).bounds(stage.world.rank)
     size = stage.config.evaluation.batch_size
@@ -143,12 +148,12 @@ def own_batches(stage: Stage, images: ImageSource, view: Transform) -> Iterable[
 
 
 def cached_features(stage: Stage, representation: Representation, images: ImageSource, label: str) -> Tensor:
-    """Features (n, F) of this rank's contiguous part of the images, of the evaluation view."""
+    """Features (n, F) of this rank's contiguous part of the images, in the evaluation view."""
     batches = own_batches(stage, images, centre_view(evaluation_data(stage).image_size))
     with stage.log.progress(label, len(images), "images") as progress:
 
         def on_batch(count: int) -> None:
-            progress.advance(count * stage.world.size)  # rank 0 speaks for all: the others are as far as it is
+            progress.advance(count * stage.world.size)  # rank 0 logs for all, which progress alike
             stage.guard.check()
 
         features_nF, _ = extract_features(
@@ -158,9 +163,9 @@ def cached_features(stage: Stage, representation: Representation, images: ImageS
 
 
 def embeddings_of(stage: Stage, representation: Representation, features_nF: Tensor) -> Tensor | None:
-    """The projection's output (n, D), float32, of cached features; None where no projection belongs to them."""
+    """Projects cached features to (n, D), float32; None where the representation has no projection."""
     encoder = representation.encoder
-    if encoder is None or representation.source == "weights":  # a file of weights has none
+    if encoder is None or representation.source == "weights":  # its projection is random
         return None
     with torch.inference_mode(), stage.autocast():
         blocks = [encoder.projection(block_bF).float() for block_bF in features_nF.split(_PROJECTED_ROWS)]
@@ -169,7 +174,7 @@ def embeddings_of(stage: Stage, representation: Representation, features_nF: Ten
 
 @contextmanager
 def search_progress(stage: Stage, label: str, num_queries: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar of a search by all ranks together; what it yields is told of each chunk of queries. Collective."""
+    """Shows the progress of a search by all ranks; yields a function to call with each chunk's size. Collective."""
     with stage.log.progress(label, num_queries, "queries") as progress:
 
         def on_chunk(count: int) -> None:
@@ -182,7 +187,7 @@ def search_progress(stage: Stage, label: str, num_queries: int) -> Iterator[Call
 def vote(
     stage: Stage, images: LabelledImages, train_nF: Tensor, test_mF: Tensor, knn: KnnConfig, label: str
 ) -> dict[tuple[int, float], dict[str, float]]:
-    """k-NN accuracies by (k, temperature) of this rank's features of the labelled images. Collective."""
+    """k-NN accuracies by (k, temperature) from this rank's features of the labelled images. Collective."""
     with search_progress(stage, label, len(images.test)) as on_chunk:
         return knn_accuracy(
             train_nF,
@@ -198,7 +203,7 @@ def vote(
 
 
 def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:
-    """The labels of this rank's contiguous part."""
+    """Labels of this rank's contiguous part of the images."""
     start, stop = Partition(len(labels_N), stage.world.size).bounds(stage.world.rank)
     return labels_N[start:stop]
 
@@ -214,7 +219,7 @@ def _frozen(stage: Stage, source: str, encoder: Encoder, epoch: int | None, orig
 
 
 def _load(stage: Stage, source: str) -> tuple[Encoder, int | None, dict[str, Any]]:
-    """Encoder, epoch and origin of random (of the prior's pass), trained or weights."""
+    """Encoder, epoch and origin of a source; `random` is the network after the prior's pass."""
     if source == "weights":
         encoder, origin = _load_weights(stage)
         return encoder, None, origin
@@ -235,7 +240,7 @@ def _load_checkpoint(stage: Stage, checkpoint: Checkpoint) -> tuple[Encoder, int
 
 
 def _checkpoint(stage: Stage, source: str) -> Checkpoint:
-    """The checkpoint that `random` or `trained` means."""
+    """The checkpoint of the source `random` or `trained`."""
     made_by = {"random": "initialize_classifier", "trained": "pretrain"}[source]
     other = stage.config.evaluation.checkpoint
     if source == "trained" and other is not None:
@@ -251,7 +256,7 @@ def _checkpoint(stage: Stage, source: str) -> Checkpoint:
 
 
 def _load_weights(stage: Stage) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder with the backbone of `evaluation.weights`, which every rank reads for itself, and the file's hash."""
+    """The encoder with the backbone of `evaluation.weights`, read by every rank, and the file's hash."""
     path = stage.config.evaluation.weights
     if path is None:
         raise UserError("source 'weights' needs a file: set evaluation.weights")
@@ -260,7 +265,7 @@ def _load_weights(stage: Stage) -> tuple[Encoder, dict[str, Any]]:
         raise UserError(f"evaluation.weights {path} is not the same file on all nodes")
     encoder = seeded_encoder(stage.config)
     stage.together(lambda: load_state(backbone_network(encoder.backbone), weights.state, f"evaluation.weights {path}"))
-    aside = f"; left aside: {escape(', '.join(weights.aside[:_NAMED]))}" if weights.aside else ""
+    aside = f"; ignored: {escape(', '.join(weights.aside[:_NAMED]))}" if weights.aside else ""
     more = f" and {len(weights.aside) - _NAMED} more" if len(weights.aside) > _NAMED else ""
     prefix = f" ({escape(weights.prefix)}*)" if weights.prefix else ""
     stage.log.say(f"weights: {path}{prefix}, sha256 {weights.sha256[:12]}{aside}{more}")
@@ -268,5 +273,5 @@ def _load_weights(stage: Stage) -> tuple[Encoder, dict[str, Any]]:
 
 
 def _pixels(images: Tensor) -> Tensor:
-    """Pixels as the encoder sees them, normalised by channel: raw ones in [0, 1] compare little but brightness."""
+    """Pixels normalised by channel, as the encoder sees them; raw ones in [0, 1] would compare mostly brightness."""
     return images.flatten(1)

@@ -1,7 +1,7 @@
-"""Weighted k-nearest-neighbour classification over a bank that stays divided over the ranks.
+"""Weighted k-nearest-neighbour classification over a bank that is sharded over the ranks.
 
-The vote is that of Wu et al. 2018 (arXiv:1805.01978, section 3.4): neighbour i of cosine similarity
-s_i votes for its class with weight exp(s_i / T).
+The vote is that of Wu et al. 2018 (arXiv:1805.01978, section 3.4): neighbour i of cosine similarity s_i votes for its
+class with weight exp(s_i / T).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +17,13 @@ from instance_ssl.evaluation.linear import count_correct
 
 
 class ShardedBank:
-    """L2-normalised features of N images, rank r holding a contiguous part, searched by all ranks together.
+    """L2-normalised features of N images, a contiguous part on each rank, searched by all ranks together.
 
     Args:
-        bank_nF: this rank's features, normalised here; rows of zeros stay zeros, and rows that are not finite are
-            behind all others.
+        bank_nF: this rank's features, normalised here; rows of zeros stay zeros, rows that are not finite rank last.
         group: the ranks that hold the bank.
-        block_rows: bank rows compared at once; beyond the normalised copy of the own part, the memory is bounded by a
-            few (queries, block_rows) and (block_rows, F) matrices.
+        block_rows: bank rows compared at once; besides the normalised copy of the local part, the memory is bounded by
+            a few (queries, block_rows) and (block_rows, F) matrices.
     """
 
     def __init__(self, bank_nF: Tensor, group: Group, block_rows: int = 16384) -> None:
@@ -40,17 +39,17 @@ class ShardedBank:
         self._block_rows = block_rows
 
     def search(self, queries_qF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest bank images of each query; every rank calls this with the same queries.
+        """Finds the k nearest bank images of each query; every rank calls this with the same queries.
 
-        Equal similarities are ordered by image id, lowest first, so the result does not depend on
-        how the bank is divided.
+        Equal similarities are ordered by image id, lowest first, so that the result does not depend on how the bank is
+        divided.
 
         Args:
             queries_qF: the same on all ranks, of any length.
             k: 1 … N.
 
         Returns:
-            Cosine similarities (q, k), float32, falling, and global image ids (q, k), int64.
+            Cosine similarities (q, k), float32, descending, and global image ids (q, k), int64.
         """
         if not 1 <= k <= self.total:
             raise ValueError(f"{k} neighbours of {self.total} images")
@@ -60,7 +59,7 @@ class ShardedBank:
         return unpack_scores(every_Tqk.transpose(0, 1).reshape(queries, -1).topk(k).values)
 
     def _search_own(self, queries_qF: Tensor, k: int) -> Tensor:
-        """The packed k best of this rank's rows, (q, k), below all others where it has fewer than k."""
+        """The packed k best of the local rows, (q, k), padded with the lowest key where there are fewer than k."""
         queries_qF = queries_qF.double()
         best_qk = torch.full((queries_qF.shape[0], k), LOWEST_KEY, dtype=torch.int64, device=queries_qF.device)
         for start in range(0, self._bank_nF.shape[0], self._block_rows):
@@ -88,22 +87,18 @@ def knn_accuracy(
     chunk_rows: int = 1024,
     on_chunk: Callable[[int], object] = lambda count: None,
 ) -> dict[tuple[int, float], dict[str, float]]:
-    """Accuracy of the weighted vote for every (k, T), in one pass over the bank.
+    """Measures the accuracy of the weighted vote for every (k, T), in one pass over the bank.
 
     Args:
-        bank_nF: this rank's part of the training images' features, of any length.
-        bank_labels_n: their classes, 0 … num_classes - 1.
-        queries_mF: this rank's part of the test images' features.
-        query_labels_m: their classes.
-        group: the ranks that hold bank and queries.
+        bank_nF, bank_labels_n: this rank's training features, any number, and their classes 0 … num_classes - 1.
+        queries_mF, query_labels_m: the same of the test images.
         neighbours: the values of k.
         temperatures: the values of T, above 0.
-        num_classes: C.
         chunk_rows: queries searched at once.
-        on_chunk: told the queries of each finished chunk, all ranks' in turn, on all ranks.
+        on_chunk: called on all ranks with the number of queries of each finished chunk, all ranks' in turn.
 
     Returns:
-        {(k, T): {"top1": …, "top5": …}} in per cent, the same on all ranks. Equal votes go to the lower class.
+        {(k, T): {"top1": …, "top5": …}} in per cent, the same on all ranks. The lower class wins ties.
 
     Raises:
         UserError: when a k is below 1 or above the number of bank images.
@@ -138,7 +133,7 @@ def query_chunks(
     group: Group,
     chunk_rows: int,
 ) -> Iterator[tuple[int, slice, Tensor]]:
-    """Every rank's queries in turn, on all ranks: the owner, its rows, and the queries (q, F)."""
+    """Broadcasts every rank's queries in turn: yields the owner, its rows, and the queries (q, F)."""
     for owner, count in enumerate(counts):
         for start in range(0, count, chunk_rows):
             rows = slice(start, min(start + chunk_rows, count))
@@ -150,16 +145,16 @@ def query_chunks(
 
 
 def _vote(scores_qk: Tensor, labels_qk: Tensor, temperature: float, num_classes: int) -> Tensor:
-    """Votes (q, C), float32, relative to the nearest neighbour's: no temperature overflows or silences all."""
+    """Votes (q, C), float32, relative to the nearest neighbour's, so that no temperature over- or underflows them."""
     scores_qk = scores_qk.double()
     weights_qk = torch.exp((scores_qk - scores_qk[:, :1]) / temperature)
     votes_qC = weights_qk.new_zeros(scores_qk.shape[0], num_classes).scatter_add_(1, labels_qk, weights_qk)
-    # Summed in float64 and rounded: classes with equal weights tie in whatever order these were added.
+    # Summed in float64 and rounded: equal weights tie whatever the order of the additions.
     return votes_qC.float()
 
 
 def _normalise(features_nF: Tensor, block_rows: int = 16384) -> Tensor:
-    """Rows of length 1, float32, by blocks; rows of zeros stay zeros."""
+    """Scales rows to length 1, float32, by blocks; rows of zeros stay zeros."""
     unit_nF = torch.empty(features_nF.shape, dtype=torch.float32, device=features_nF.device)
     for start in range(0, features_nF.shape[0], block_rows):
         block_bF = scaled_rows(features_nF[start : start + block_rows])

@@ -1,4 +1,4 @@
-"""Which few training images have labels: lists of file names, as SimCLR publishes them, or a balanced draw.
+"""Chooses the labelled training images: from lists of file names, as SimCLR publishes them, or by a balanced draw.
 
 SimCLR's lists for ImageNet are imagenet_subsets/1percent.txt and 10percent.txt of google-research/simclr: a file name
 a line (n01440764_10026.JPEG), without its folder.
@@ -16,15 +16,14 @@ from instance_ssl.files.name_lists import read_names, write_names
 
 
 def read_label_list(path: Path, names: Sequence[str]) -> Tensor:
-    """Ids (n,), int64 and ascending, of the images that a list names.
+    """Reads the ids (n,), int64 and ascending, of the images that a list names.
 
     Args:
         path: one name a line (see name_lists.py): of the file alone, or as in `names`.
         names: of all training images, by id; folders are separated by "/".
 
     Raises:
-        UserError: when the list cannot be read, names nothing, names an image twice, or one that is not there or that
-            several folders hold.
+        UserError: when the list cannot be read, is empty, or names an image that is repeated, missing or ambiguous.
     """
     shown = f"label list {escape(tried(path))}"
     ids_of: dict[str, list[int]] = {}
@@ -58,9 +57,9 @@ def read_label_list(path: Path, names: Sequence[str]) -> Tensor:
 
 
 def draw_balanced(labels: Tensor, count: int, seed: int) -> Tensor:
-    """`count` ids (n,), int64 and ascending, with as many of each class as can be (the classes of one more are drawn).
+    """Draws `count` ids, int64 and ascending, equally many of each class (which classes give one more is drawn).
 
-    A class with fewer images than that gives all it has, and the others give more.
+    A class with too few images gives all of them, and the others give more.
 
     Args:
         labels: classes of all images, by id.
@@ -77,7 +76,7 @@ def draw_balanced(labels: Tensor, count: int, seed: int) -> Tensor:
 
 
 def write_label_list(path: Path, names: Sequence[str], ids: Tensor) -> None:
-    """Writes the names of images to a list that `read_label_list` reads: of the files, where no two are alike."""
+    """Writes a list that `read_label_list` reads: file names, or full names where two files share theirs."""
     files = [_file_name(name) for name in names]
     kept = files if len(set(files)) == len(files) else list(names)
     write_names((kept[index] for index in ids.tolist()), path)

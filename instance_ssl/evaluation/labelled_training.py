@@ -1,4 +1,4 @@
-"""What the stages share that train whole networks on labels."""
+"""What the evaluations share that train on labelled images: the linear layer by SGD, and whole networks."""
 
 import contextlib
 import copy
@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from instance_ssl.data.sampler import LazyBatches, consecutive_batches, epoch_or
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.cached_training import train_or_find
-from instance_ssl.evaluation.epoch_log import Progress
+from instance_ssl.evaluation.epoch_log import LabelledBatches, Progress
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.fine_tuning import TrainingOptions, fine_tune, recipe
 from instance_ssl.evaluation.frozen_encoder import LabelledImages, evaluation_data
@@ -44,7 +44,7 @@ class Subset:
     labels: Tensor
 
     def describe(self) -> list[str]:
-        """What tells it from other subsets, in few words."""
+        """Digests of the source and of the ids with their labels."""
         rows = torch.stack([self.ids, self.labels.cpu()[self.ids]])
         return [self.images.digest, hashlib.sha256(rows.numpy().tobytes()).hexdigest()]
 
@@ -54,33 +54,37 @@ class Training:
     """One training and its test.
 
     Attributes:
-        title: for the console; `tag` for TensorBoard.
-        encoder: whose backbone it begins with, and leaves as it is.
-        train, test: the images.
+        title: for the console.
+        loss_tag: of the train loss in the metrics.
         num_classes: C.
+        global_batch_size: images of a step; an epoch's last step takes what is left.
+        steps: global batches in all; the last epoch may be cut short.
     """
 
     title: str
-    tag: str
-    encoder: Encoder
-    options: TrainingOptions
+    loss_tag: str
     train: Subset
     test: Subset
     num_classes: int
+    global_batch_size: int
+    steps: int
 
-    def decisive(self, stage: Stage) -> dict[str, Any]:
-        """All that decides what comes of it, but for the number of ranks."""
-        return {
-            "backbone": state_digest(self.encoder.backbone),
-            "options": recipe(self.options),
-            "train": self.train.describe(),
-            "test": self.test.describe(),
-            "num_classes": self.num_classes,
-            "image_size": evaluation_data(stage).image_size,
-            "batch_size": stage.config.evaluation.batch_size,  # a larger part is normalised piece by piece
-            "seed": stage.config.seed,
-            "precision": str(stage.ds.autocast_dtype),
-        }
+
+class Fit(Protocol):
+    """Trains on batches and tests; see `fine_tune` and `train_linear_classifier`."""
+
+    def __call__(
+        self, data: LabelledBatches, *, state: dict[str, Any] | None, on_epoch: Callable[[Progress], None]
+    ) -> dict[str, float]:
+        """Returns the metrics."""
+
+
+def whole_sets(images: LabelledImages) -> tuple[Subset, Subset]:
+    """All training and all test images."""
+    return (
+        Subset(images.train, torch.arange(len(images.train)), images.train_labels),
+        Subset(images.test, torch.arange(len(images.test)), images.test_labels),
+    )
 
 
 def tunable_sources(stage: Stage) -> list[str]:
@@ -101,82 +105,128 @@ def describe_images(stage: Stage, images: LabelledImages) -> dict[str, Any]:
     return {"kind": evaluation_data(stage).kind, "num_classes": images.num_classes, **digests}
 
 
-def train_once(stage: Stage, training: Training, workload: Workload) -> dict[str, Any]:
-    """Trains and tests, or finds that it has been done. Collective.
+def fine_tune_once(
+    stage: Stage,
+    encoder: Encoder,
+    options: TrainingOptions,
+    workload: Workload,
+    *,
+    title: str,
+    tag: str,
+    train: Subset,
+    test: Subset,
+    num_classes: int,
+) -> dict[str, Any]:
+    """Fine-tunes a copy of the encoder's backbone and tests it, or finds that this has been done. Collective.
 
     Args:
-        workload: what it is part of.
+        title: for the console.
+        tag: of the metrics.
+        num_classes: C.
 
     Returns:
         What `fine_tune` returns, with "train_images".
 
     Raises:
-        DivergedError: when the loss is no longer a number.
+        DivergedError: when the loss is not finite.
     """
-    with workload.training(training.options.steps):
-        return train_or_find(
-            stage,
-            training.title,
-            training.decisive(stage),
-            lambda state, offer: _train(stage, training, workload, state, offer),
-        )
+    decisive = {
+        "backbone": state_digest(encoder.backbone),
+        "options": recipe(options),
+        "train": train.describe(),
+        "test": test.describe(),
+        "num_classes": num_classes,
+        "image_size": evaluation_data(stage).image_size,
+        "batch_size": stage.config.evaluation.batch_size,  # a larger part is normalised piece by piece
+        "seed": stage.config.seed,
+        "precision": str(stage.ds.autocast_dtype),
+    }
 
-
-def _train(
-    stage: Stage,
-    training: Training,
-    workload: Workload,
-    state: dict[str, Any] | None,
-    offer: Callable[[Progress], None],
-) -> dict[str, Any]:
-    options, train, test = training.options, training.train, training.test
-    steps_per_epoch = math.ceil(len(train.ids) / options.global_batch_size)
-    steps_done = 0 if state is None else min(state["epochs"] * steps_per_epoch, options.steps)
-    workload.advance(steps_done, done_before=True)
-    with stage.log.progress(training.title, options.steps, "steps", initial=steps_done) as progress:
-        loader = PartLoader(
-            train.images,
-            probe_view(evaluation_data(stage).image_size),
-            evaluation_data(stage).num_workers,
-            seed=stage.config.seed,
-            max_batch_size=stage.config.evaluation.batch_size,
-        )
-
-        def train_parts(epoch: int) -> Iterator[Iterable[Batch]]:
-            first = epoch * steps_per_epoch
-            order = train.ids[epoch_order(len(train.ids), stage.config.seed, epoch)]
-            parts = own_parts(order, options.global_batch_size, stage.world)[: options.steps - first]
-            for part in loader.epoch(epoch, parts):
-                stage.check_together()
-                yield part
-                progress.advance()
-                workload.advance()
-
-        def on_epoch(done: Progress) -> None:
-            stage.log.metrics(done.epochs, {f"{training.tag}/train_loss": done.train_loss})
-            offer(done)
-
+    def fit(
+        data: LabelledBatches, *, state: dict[str, Any] | None, on_epoch: Callable[[Progress], None]
+    ) -> dict[str, Any]:
         figures = fine_tune(
-            copy.deepcopy(training.encoder.backbone),
-            train_parts,
-            lambda: _own_test_batches(stage, test),
+            copy.deepcopy(encoder.backbone),
+            data,
             stage.world,
             options,
-            feature_dim=training.encoder.feature_dim,
-            num_classes=training.num_classes,
-            labels=train.labels,
-            test_labels=test.labels,
-            steps_per_epoch=steps_per_epoch,
+            feature_dim=encoder.feature_dim,
             seed=stage.config.seed,
             autocast=lambda: _autocast(stage),
             state=state,
             on_epoch=on_epoch,
         )
-    return {"train_images": len(train.ids), **figures}
+        return {"train_images": len(train.ids), **figures}
+
+    training = Training(title, f"{tag}/train_loss", train, test, num_classes, options.global_batch_size, options.steps)
+    return train_once(stage, training, decisive, fit, workload)
+
+
+def train_once(
+    stage: Stage, training: Training, decisive: dict[str, Any], fit: Fit, workload: Workload
+) -> dict[str, Any]:
+    """Trains and tests, or finds that this has been done; resumes a training that was stopped. Collective.
+
+    Args:
+        decisive: all that decides the outcome, except the number of ranks.
+        fit: the training.
+        workload: what it is part of.
+
+    Raises:
+        DivergedError: when the loss is not finite.
+    """
+    steps_per_epoch = math.ceil(len(training.train.ids) / training.global_batch_size)
+
+    def train(state: dict[str, Any] | None, offer: Callable[[Progress], None]) -> dict[str, Any]:
+        steps_done = 0 if state is None else min(state["epochs"] * steps_per_epoch, training.steps)
+        workload.advance(steps_done, done_before=True)
+        with stage.log.progress(training.title, training.steps, "steps", initial=steps_done) as progress:
+
+            def on_step() -> None:
+                progress.advance()
+                workload.advance()
+
+            def on_epoch(done: Progress) -> None:
+                stage.log.metrics(done.epochs, {training.loss_tag: done.train_loss})
+                offer(done)
+
+            return fit(_batches(stage, training, steps_per_epoch, on_step), state=state, on_epoch=on_epoch)
+
+    with workload.training(training.steps):
+        return train_or_find(stage, training.title, decisive, train)
+
+
+def _batches(stage: Stage, training: Training, steps_per_epoch: int, on_step: Callable[[], None]) -> LabelledBatches:
+    data, train, test = evaluation_data(stage), training.train, training.test
+    loader = PartLoader(
+        train.images,
+        probe_view(data.image_size),
+        data.num_workers,
+        seed=stage.config.seed,
+        max_batch_size=stage.config.evaluation.batch_size,
+    )
+
+    def train_parts(epoch: int) -> Iterator[Iterable[Batch]]:
+        first = epoch * steps_per_epoch
+        order = train.ids[epoch_order(len(train.ids), stage.config.seed, epoch)]
+        parts = own_parts(order, training.global_batch_size, stage.world)[: training.steps - first]
+        for part in loader.epoch(epoch, parts):
+            stage.check_together()
+            yield part
+            on_step()
+
+    return LabelledBatches(
+        train_parts,
+        lambda: _own_test_batches(stage, test),
+        train.labels,
+        test.labels,
+        training.num_classes,
+        steps_per_epoch,
+    )
 
 
 def _own_test_batches(stage: Stage, test: Subset) -> Iterator[Batch]:
-    """This rank's contiguous part of the subset, in batches; nothing dropped, nothing twice."""
+    """This rank's contiguous part of the subset, in batches, each image once."""
     data = evaluation_data(stage)
     own = test.ids[slice(*Partition(len(test.ids), stage.world.size).bounds(stage.world.rank))]
     pieces = consecutive_batches(0, len(own), stage.config.evaluation.batch_size)

@@ -1,7 +1,7 @@
 """Linear classifiers on a frozen encoder: logistic regression on cached features, and the papers' SGD protocol.
 
-Both keep weights and bias as one replicated matrix (C, F + 1) and sum the loss and its gradient over
-the ranks, so that all ranks walk the same path.
+Both keep weights and bias as one replicated matrix (C, F + 1) and sum the loss and its gradient over the ranks, so that
+all ranks take the same steps.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
-from instance_ssl.evaluation.epoch_log import Progress, mean_loss, train_epochs
+from instance_ssl.evaluation.epoch_log import Batches, LabelledBatches, Progress, mean_loss, train_epochs
 from instance_ssl.evaluation.features import evaluation_mode, extract_features
 
 _BLOCK_ROWS = 65536
@@ -22,9 +22,9 @@ _HISTORY = 10
 
 
 def places(scores_nC: Tensor, labels_n: Tensor) -> Tensor:
-    """How many classes are before each row's own: int64 (n,), 0 when it is the best.
+    """Counts the classes that rank above each row's own: int64 (n,), 0 for a correct row.
 
-    Equal scores rank the lower class first; a NaN is behind all others.
+    Equal scores rank the lower class first; a NaN ranks last.
     """
     own_n1 = scores_nC.gather(1, labels_n[:, None])
     classes = torch.arange(scores_nC.shape[1], device=scores_nC.device)
@@ -33,9 +33,9 @@ def places(scores_nC: Tensor, labels_n: Tensor) -> Tensor:
 
 
 def count_correct(scores_nC: Tensor, labels_n: Tensor) -> Tensor:
-    """Rows whose class is the best, and among the best 5: int64 (2,).
+    """Counts the rows that are correct at top-1 and at top-5: int64 (2,).
 
-    Equal scores rank the lower class first; NaN is never correct. With fewer than 5 classes all are among the 5.
+    Equal scores rank the lower class first; NaN is never correct. Fewer than 5 classes are all in the top 5.
     """
     places_n = places(scores_nC, labels_n)
     return torch.stack([(places_n == 0).sum(), (places_n < 5).sum()])
@@ -55,27 +55,24 @@ def probe_cached_features(
     max_iterations: int = 200,
     on_evaluation: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Multinomial logistic regression on cached features, the penalty chosen on held-out training images.
+    """Fits multinomial logistic regression on cached features, its penalty chosen on held-out training images.
 
-    Minimises mean cross-entropy + penalty / 2 · ‖weights‖² (bias free) by full-batch L-BFGS in
-    float64, from the strongest penalty to the weakest, each from the solution before; the best
-    penalty (the stronger of equals) is then fitted to all training images. Features are standardised
-    by mean and standard deviation of the whole training set, held-out part included, over all ranks.
-    L-BFGS without augmentation is SimCLR's protocol for small sets (arXiv:2002.05709, B.8).
+    Minimises mean cross-entropy + penalty / 2 · ‖weights‖² (bias free) by full-batch L-BFGS in float64, from the
+    strongest penalty to the weakest, each from the previous solution; the best penalty (the stronger of equals) is then
+    fitted to all training images. Features are standardised over the whole training set, held-out part included. L-BFGS
+    without augmentation is SimCLR's protocol for small sets (arXiv:2002.05709, B.8).
 
     Args:
         train_nF, train_labels_n: this rank's features, any number, and their classes 0 … num_classes - 1.
         test_mF, test_labels_m: the same of the test images.
-        num_classes: C.
-        l2_penalties: candidates, in any order.
-        held_out_fraction: share of the training images the penalty is chosen on, at least one image.
+        held_out_fraction: share of the training images that the penalty is chosen on, at least one image.
         seed: decides which images those are, whatever the number of ranks.
         max_iterations: L-BFGS iterations of each fit.
         on_evaluation: called on all ranks before each evaluation of the objective.
 
     Returns:
-        "top1", "top5" and "held_out_top1" in per cent; "l2_penalty" chosen; "iterations" of the last
-        fit; "max_iterations", "train_images", "test_images". The same on all ranks.
+        "top1", "top5" and "held_out_top1" in per cent; "l2_penalty" chosen; "iterations" of the last fit;
+        "max_iterations", "train_images", "test_images". The same on all ranks.
 
     Raises:
         UserError: when there are fewer than 2 training images; ValueError: when there are no test images.
@@ -106,15 +103,10 @@ def probe_cached_features(
 
 def train_linear_classifier(
     features: Callable[[Tensor], Tensor],
-    train_parts: Callable[[int], Iterable[Iterable[tuple[Tensor, Tensor]]]],
-    test_batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    data: LabelledBatches,
     group: Group,
     *,
     feature_dim: int,
-    num_classes: int,
-    labels: Tensor,
-    test_labels: Tensor,
-    steps_per_epoch: int,
     epochs: int = 100,
     learning_rate: float = 40.0,
     momentum: float = 0.9,
@@ -123,40 +115,34 @@ def train_linear_classifier(
     state: dict[str, Any] | None = None,
     on_epoch: Callable[[Progress], None] | None = None,
 ) -> dict[str, float]:
-    """A linear layer trained by SGD on features of augmented images, the encoder frozen in evaluation mode.
+    """Trains a linear layer by SGD on features of augmented images, the encoder frozen in evaluation mode.
 
-    Liu et al. give batch 2048, learning rate 40 and the cosine; 100 epochs, no weight decay, weights
-    ~ N(0, 0.01²) and bias 0 are MoCo's (facebookresearch/moco, main_lincls.py).
+    Liu et al. give batch 2048, learning rate 40 and the cosine; 100 epochs, no weight decay, weights ~ N(0, 0.01²) and
+    bias 0 are MoCo's (facebookresearch/moco, main_lincls.py).
 
     Args:
-        features: images (b, …) to features (b, F), never given gradients.
-        train_parts: for an epoch 0, 1, … this rank's part of each of the `steps_per_epoch` global batches, itself as
-            many (images, ids) as it likes, whose features make one step; parts may be uneven or empty.
-        test_batches: this rank's (images, ids) of the test set, as many batches as it likes.
-        feature_dim, num_classes: F and C.
-        labels, test_labels: classes of all training and of all test images, by id.
-        steps_per_epoch: global batches of an epoch, the same on all ranks.
-        epochs, momentum: of SGD.
+        features: images (b, …) to features (b, F), without gradients; F is `feature_dim`.
         learning_rate: of the first step; falls to 0 along a cosine, step by step.
-        global_batch_size: only reported; the gradient is the mean over the images a batch really has.
+        global_batch_size: only reported; the gradient is the mean over the images that a batch really has.
         seed: of the weights.
-        state: of an earlier training's `Progress`, to go on from.
-        on_epoch: told at the end of every epoch.
+        state: of an earlier training's `Progress`, to resume from.
+        on_epoch: called at the end of every epoch.
 
     Returns:
-        "top1" and "top5" in per cent, "train_loss" (mean of the last epoch, nats), "epochs",
-        "learning_rate", "global_batch_size", "test_images". The same on all ranks.
+        "top1" and "top5" in per cent, "train_loss" (mean of the last epoch, nats), "epochs", "learning_rate",
+        "global_batch_size", "test_images". The same on all ranks.
 
     Raises:
-        DivergedError: when the loss is no longer a number.
+        DivergedError: when the loss is not finite.
         ValueError: when an epoch has no training images or there are no test images.
     """
-    theta = _initial_weights(num_classes, feature_dim, seed).to(group.device)
+    theta = _initial_weights(data.num_classes, feature_dim, seed).to(group.device)
     optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=momentum)
+    steps_per_epoch = data.steps_per_epoch
 
     def train_epoch(epoch: int) -> float:
         rates = [_cosine(learning_rate, epoch + step / steps_per_epoch, epochs) for step in range(steps_per_epoch)]
-        parts = _labelled_parts(train_parts(epoch), features, feature_dim, labels, group.device)
+        parts = _labelled_parts(data.train_parts(epoch), features, feature_dim, data.labels, group.device)
         return _train_epoch(optimizer, theta, rates, parts, group)
 
     def capture() -> dict[str, Any]:
@@ -168,8 +154,8 @@ def train_linear_classifier(
 
     with evaluation_mode(features):
         train_loss = train_epochs(train_epoch, epochs, capture=capture, restore=restore, state=state, on_epoch=on_epoch)
-        one_by_one = ([batch] for batch in test_batches())
-        rows = _labelled_parts(one_by_one, features, feature_dim, test_labels, group.device)
+        one_by_one = ([batch] for batch in data.test_batches())
+        rows = _labelled_parts(one_by_one, features, feature_dim, data.test_labels, group.device)
         accuracy = _accuracy(theta, rows, group)
     settings = {"epochs": epochs, "learning_rate": learning_rate, "global_batch_size": global_batch_size}
     return {**accuracy, "train_loss": train_loss, **settings}
@@ -177,7 +163,7 @@ def train_linear_classifier(
 
 @dataclass(frozen=True)
 class _Rows:
-    """This rank's features and classes, standardised a block at a time so that no second copy is kept."""
+    """This rank's features and classes, standardised a block at a time to avoid a second copy."""
 
     features_nF: Tensor
     labels_n: Tensor
@@ -195,7 +181,7 @@ class _Rows:
 
 
 def _draw_held_out(counts: Sequence[int], fraction: float, seed: int) -> Sequence[Tensor]:
-    """Each rank's mask of held-out images, drawn among all images by their place in order of rank."""
+    """Draws the held-out images among all images, in order of rank: a mask for each rank."""
     total = sum(counts)
     if total < 2:
         raise UserError(f"linear probe: {total} training images, too few to hold some out; give at least 2")
@@ -207,7 +193,7 @@ def _draw_held_out(counts: Sequence[int], fraction: float, seed: int) -> Sequenc
 
 
 def _moments(features_nF: Tensor, total: int, group: Group) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (F,), float64, over all ranks; 1 for features that do not vary."""
+    """Mean and standard deviation (F,), float64, over all ranks; a constant feature gets the deviation 1."""
     sums_F = features_nF.new_zeros(features_nF.shape[1], dtype=torch.float64)
     for block_bF in features_nF.split(_BLOCK_ROWS):
         sums_F += block_bF.double().sum(dim=0)
@@ -228,7 +214,7 @@ def _fit(
     max_iterations: int,
     on_evaluation: Callable[[], None],
 ) -> tuple[Tensor, int]:
-    """The minimum found from `start_theta`, and the iterations it took."""
+    """Returns the minimum found from `start_theta` and the number of iterations."""
     theta = start_theta.clone()
     total = sum(group.row_counts(rows.labels_n.shape[0]))
     optimizer = torch.optim.LBFGS(
@@ -256,7 +242,7 @@ def _logits(theta: Tensor, rows_bF: Tensor) -> Tensor:
 
 
 def _loss_and_gradient(theta: Tensor, rows_bF: Tensor, labels_b: Tensor) -> Tensor:
-    """Cross-entropy summed over the rows, and its gradient by theta, in one vector for one all-reduce."""
+    """Cross-entropy summed over the rows, and its gradient, in one vector for one all-reduce."""
     log_probabilities_bC = torch.log_softmax(_logits(theta, rows_bF), dim=1)
     targets_b1 = labels_b[:, None]
     loss = -log_probabilities_bC.gather(1, targets_b1).sum()
@@ -266,7 +252,7 @@ def _loss_and_gradient(theta: Tensor, rows_bF: Tensor, labels_b: Tensor) -> Tens
 
 
 def _initial_weights(num_classes: int, feature_dim: int, seed: int) -> Tensor:
-    """Weights ~ N(0, 0.01²) and bias 0, (C, F + 1), drawn on the CPU: the same for every rank and device."""
+    """Weights ~ N(0, 0.01²) and bias 0, (C, F + 1), drawn on the CPU to be the same on every rank and device."""
     weights_CF = torch.empty(num_classes, feature_dim).normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
     return torch.cat([weights_CF, torch.zeros(num_classes, 1)], dim=1)
 
@@ -276,13 +262,13 @@ def _cosine(learning_rate: float, epochs_done: float, epochs: int) -> float:
 
 
 def _labelled_parts(
-    parts: Iterable[Iterable[tuple[Tensor, Tensor]]],
+    parts: Iterable[Batches],
     features: Callable[[Tensor], Tensor],
     feature_dim: int,
     labels: Tensor,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features (n, F) and classes (n,) of each part; small beside its images, they are put together."""
+    """Features (n, F) and classes (n,) of each part, concatenated over its batches."""
     labels = labels.long().to(device)
     for batches in parts:
         features_nF, ids_n = extract_features(features, batches, feature_dim, device)
@@ -296,7 +282,7 @@ def _train_epoch(
     parts: Iterator[tuple[Tensor, Tensor]],
     group: Group,
 ) -> float:
-    """One step per learning rate; the mean loss of the epoch's images."""
+    """Takes one step per learning rate and returns the mean loss of the epoch's images."""
     totals = torch.zeros(2, dtype=torch.float64, device=theta.device)
     for rate, (rows_bF, labels_b) in zip(rates, parts, strict=True):
         optimizer.param_groups[0]["lr"] = rate
@@ -306,7 +292,7 @@ def _train_epoch(
 
 @torch.no_grad()
 def _step(optimizer: torch.optim.SGD, theta: Tensor, rows_bF: Tensor, labels_b: Tensor, group: Group) -> Tensor:
-    """One step along the mean gradient of the global batch; its summed loss and number of images, (2,)."""
+    """Steps along the mean gradient of the global batch; returns its summed loss and number of images, (2,)."""
     images = torch.full((1,), labels_b.shape[0], dtype=theta.dtype, device=theta.device)
     packed = group.all_reduce_sum_(torch.cat([images, _loss_and_gradient(theta, rows_bF, labels_b)]))
     theta.grad = (packed[2:] / packed[0].clamp_min(1)).view_as(theta)
@@ -315,7 +301,7 @@ def _step(optimizer: torch.optim.SGD, theta: Tensor, rows_bF: Tensor, labels_b: 
 
 
 def _accuracy(theta: Tensor, rows: Iterable[tuple[Tensor, Tensor]], group: Group) -> dict[str, float]:
-    """Accuracies in per cent over the (features, classes) of all ranks, which may be unevenly many."""
+    """Accuracies in per cent over the (features, classes) of all ranks, any number on each."""
     counts = torch.zeros(3, dtype=torch.int64, device=theta.device)
     for rows_bF, labels_b in rows:
         counts[:2] += count_correct(_logits(theta, rows_bF), labels_b)

@@ -1,4 +1,4 @@
-"""Nearest training images of a few queries, found over all ranks and drawn for a person to judge."""
+"""Nearest training images of a few queries: a search over all ranks, and a picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ _FRAME, _GAP, _COLUMN_GAP = 3, 4, 26
 
 @dataclass(frozen=True)
 class NeighbourRow:
-    """One line of the picture.
+    """One row of the picture.
 
     Attributes:
-        query: the image whose neighbours these are.
-        neighbours: for every representation, by the name in its header, the nearest training images, nearest
-            first, and whether each is of the query's class (None: no labels). All rows have the same names.
+        query: the image.
+        neighbours: for every representation, by the name in its header, the nearest training images, nearest first,
+            and whether each has the query's class (None: no labels). All rows have the same names.
     """
 
     query: Image.Image
@@ -41,12 +41,11 @@ class NeighbourRow:
 
 
 def nearest_neighbours(bank_nF: Tensor, queries_qF: Tensor, group: Group, k: int) -> Tensor:
-    """Global ids (q, k) of the bank images of highest cosine similarity, nearest first, equals by lower id.
+    """Global ids (q, k) of the bank images of highest cosine similarity, nearest first, ties by lower id.
 
     Args:
         bank_nF: this rank's part of the bank, numbered in order of rank.
         queries_qF: a handful of queries, the same on all ranks.
-        group: the ranks that hold the bank.
         k: neighbours of each query.
 
     Raises:
@@ -59,7 +58,7 @@ def nearest_neighbours(bank_nF: Tensor, queries_qF: Tensor, group: Group, k: int
 
 
 def percentage_correct(rows: Sequence[NeighbourRow], name: str) -> float | None:
-    """Share in per cent of representation `name`'s labelled neighbours that are of their query's class."""
+    """Per cent of representation `name`'s labelled neighbours that have their query's class; None without labels."""
     verdicts = [verdict for row in rows for _, verdict in row.neighbours[name] if verdict is not None]
     return 100 * sum(verdicts) / len(verdicts) if verdicts else None
 
@@ -71,10 +70,10 @@ def draw_neighbours(
     title: str = "Nearest training images",
     thumbnail_pixels: int = 48,
 ) -> None:
-    """Writes a PNG: each query at the left, then its neighbours under each representation side by side.
+    """Writes a PNG: each query at the left, then its neighbours under each representation.
 
-    Neighbours of the query's class are framed green, others red, without labels grey; the header gives
-    each representation's share of green ones.
+    Neighbours of the query's class have green frames, others red ones, unlabelled ones grey; the header gives each
+    representation's share of green ones.
 
     Args:
         path: the PNG.
@@ -109,7 +108,7 @@ def draw_neighbours(
 
 @dataclass(frozen=True)
 class _Column:
-    """A header and, for every line of the picture, framed images."""
+    """A header and, for every row of the picture, images with the colours of their frames."""
 
     name: str
     note: str
@@ -147,7 +146,7 @@ def _text_width(text: str, size: int) -> int:
 
 
 def _fit_square(image: Image.Image, side: int) -> Image.Image:
-    """The whole image in a square: enlarged by whole pixels first, so that small images keep even, sharp ones."""
+    """Fits the whole image into a square; small images are first enlarged by a whole factor to keep sharp pixels."""
     image = image.convert("RGB")
     factor = -(-side // max(image.size))
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

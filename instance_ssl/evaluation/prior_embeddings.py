@@ -1,4 +1,4 @@
-"""The pass of the contrastive prior over any images: what the random network says of them, by mode."""
+"""The pass of the contrastive prior over any images: outputs of the random network, by mode."""
 
 from collections.abc import Iterator
 
@@ -30,14 +30,14 @@ def prior_rows(
     num_views: int = 1,
     batches_done: int = 0,
 ) -> Tensor:
-    """Outputs (n, V, width), float32, for this rank's contiguous part of the chosen images. Collective.
+    """Outputs (n, V, width), float32, of this rank's contiguous part of the chosen images. Collective.
 
-    The same shuffled batches as those of the initialisation, whatever the number of ranks.
+    The batches are shuffled as in the initialisation, whatever the number of ranks.
 
     Args:
         network: images (b, 3, S, S) → (b, width); its batch-norm statistics end as the pass left them.
         ids_N: images of the source, ascending.
-        view: of which `num_views` are drawn an image.
+        view: drawn `num_views` times for each image.
         label: of the progress bar.
         batches_done: see `batch_norm_statistics`.
     """
@@ -57,14 +57,14 @@ def prior_rows(
 
 
 def num_batches(stage: Stage, num_images: int) -> int:
-    """Batches of one pass."""
+    """Number of batches of one pass."""
     return -(-num_images // stage.config.classifier.initialization_batch_size)
 
 
 def _own_batches(
     stage: Stage, images: ImageSource, ids_N: Tensor, view: Transform, num_views: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of every batch, views flattened: view v of the image at place p has the number p · V + v."""
+    """This rank's part of every batch, views flattened: view v of the image at place p is row p · V + v."""
     order = ids_N[epoch_order(len(ids_N), stage.config.seed, epoch=0)]
     parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)
     dataset = ViewDataset(images, view, num_views, stage.config.seed)

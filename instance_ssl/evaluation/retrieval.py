@@ -1,7 +1,7 @@
 """Retrieval among labelled images, each a query against all others: same-class top-1, and recall@k.
 
 The paper ("A Contrastive Prior") searches ImageNet's train set by features of a random network with running batch
-norms, and finds the nearest image of the query's class in 3 % of the cases, against 0.1 % by chance.
+norms: the nearest image has the query's class in 3 % of the cases, against 0.1 % by chance.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,18 +23,16 @@ def retrieval_recall(
     chunk_rows: int = 1024,
     on_chunk: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
-    """How often an image of the query's class is among its k nearest others, by cosine, exactly.
+    """Measures how often an image of the query's class is among its k nearest others, by cosine, exactly.
 
-    Each query is left out of its own ranking; equal cosines are ordered by image id. An image that is alone in its
-    class counts as a query that finds nothing.
+    Each query is excluded from its own ranking; equal cosines are ordered by image id. The only image of a class counts
+    as a query that finds nothing.
 
     Args:
-        features_nF: this rank's part of the images' features, of any length.
-        labels_n: their classes, from 0.
-        group: the ranks that hold them.
+        features_nF, labels_n: this rank's features, any number, and their classes from 0.
         recall_at: the values of k.
         chunk_rows: queries searched at once.
-        on_chunk: told the queries of each finished chunk, all ranks' in turn, on all ranks.
+        on_chunk: called on all ranks with the number of queries of each finished chunk, all ranks' in turn.
 
     Returns:
         "top1" (the nearest other image is of the query's class), "recall@k" for every k, and "chance_top1" (of an
@@ -69,6 +67,6 @@ def retrieval_recall(
 
 
 def _without(ids_qk: Tensor, own_q: Tensor) -> Tensor:
-    """(q, k - 1): each ranking without the query itself, or without its last where images equal to it fill it."""
+    """(q, k - 1): each ranking without the query itself, or without the last one where duplicates fill it."""
     is_own_qk = (ids_qk == own_q[:, None]).to(torch.int8)
     return ids_qk.gather(1, is_own_qk.argsort(dim=1, stable=True)[:, :-1])

@@ -1,11 +1,11 @@
-"""Figure 4's similarities: how much nearer an instance's features are to its own than to others'.
+"""Figure 4's similarities: how much closer an instance's embeddings are to its own class than to others.
 
 The paper plots "average intra- and inter-instance-class cosine similarities" of each initialisation and does not say
-between what. Here a random view's embedding is compared with rows of W, its own and all others (what the classifier
-sees in its first step), and, beside that, with other views, of the same image and of others.
+between what. Here a random view's embedding is compared with its own row of W and all others, as in the classifier's
+first step, and with other views of the same image and of other images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,14 +16,13 @@ from instance_ssl.errors import UserError
 
 
 def instance_similarities(views_nVD: Tensor, weights_nD: Tensor, group: Group) -> dict[str, float]:
-    """Mean cosines over all pairs there are, exactly: a mean over N² pairs needs but a few sums over N.
+    """Mean cosines over all pairs, exactly: the mean over N² pairs follows from a few sums over N.
 
     Σ_{i≠j} x_i·y_j = (Σ x_i)·(Σ y_j) − Σ x_i·y_i for unit vectors, in float64. Vectors of zeros count as cosine 0.
 
     Args:
         views_nVD: embeddings of V ≥ 2 views of this rank's images, of which there may be none.
         weights_nD: their rows of W.
-        group: the ranks that hold the images.
 
     Returns:
         "intra_class" cos(x_iv, w_i), "inter_class" cos(x_iv, w_j), "intra_view" cos(x_iu, x_iv), "inter_view"
@@ -57,32 +56,28 @@ def instance_similarities(views_nVD: Tensor, weights_nD: Tensor, group: Group) -
     }
 
 
-def draw_similarities(path: Path, figures: Mapping[str, Mapping[str, float]]) -> bool:
-    """Writes Figure 4's bars as a PNG, by initialisation; False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw_similarities(path: Path, figures: Mapping[str, Mapping[str, float]]) -> None:
+    """Writes Figure 4's bars as a PNG, by initialisation."""
+    from matplotlib.figure import Figure  # half a second, and one rank of one stage draws
+
     picture = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, kind, title in zip(
         picture.subplots(1, 2, sharey=True), ("class", "view"), ("a view and rows of W", "two views"), strict=True
     ):
-        _draw_bars(axes, list(figures), [figures[name][f"intra_{kind}"] for name in figures], -0.2, "same instance")
-        _draw_bars(axes, list(figures), [figures[name][f"inter_{kind}"] for name in figures], 0.2, "other instances")
+        for shift, key, label, colour in (
+            (-0.2, f"intra_{kind}", "same instance", "#2a6f97"),
+            (0.2, f"inter_{kind}", "other instances", "#e9a03b"),
+        ):
+            heights = [row[key] for row in figures.values()]
+            bars = axes.bar([place + shift for place in range(len(figures))], heights, 0.38, label=label, color=colour)
+            axes.bar_label(bars, fmt="%.3f", fontsize=7)
+        axes.set_xticks(range(len(figures)), list(figures))
         axes.set_title(f"Mean cosine of {title}", fontsize=10)
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = picture.axes[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     picture.savefig(path, dpi=120)
-    return True
-
-
-def _draw_bars(axes: object, names: Sequence[str], values: Sequence[float], shift: float, label: str) -> None:
-    places = [place + shift for place in range(len(names))]
-    bars = axes.bar(places, values, 0.38, label=label, color="#2a6f97" if shift < 0 else "#e9a03b")  # type: ignore[attr-defined]
-    axes.bar_label(bars, fmt="%.3f", fontsize=7)  # type: ignore[attr-defined]
-    axes.set_xticks(range(len(names)), names)  # type: ignore[attr-defined]
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table at the end of a pipeline, from the results its stages wrote."""
+"""The table at the end of a pipeline, from its stages' results."""
 
 from typing import Any
 
@@ -20,7 +20,8 @@ def _write(stage: Stage) -> list[str]:
         (stage.run_directory / "summary.txt").write_text(printable("\n".join(lines), "\n") + "\n", encoding="utf-8")
     except (OSError, MalformedError, KeyError, TypeError) as error:
         raise UserError(
-            f"{stage.run_directory}: no summary, a result.json is damaged or no room is left ({error})"
+            f"{stage.run_directory}: no summary.txt: a result.json is damaged or the disk is full ({error}); "
+            "remove the damaged one and run the same command again"
         ) from None
     return ["", *lines]
 
@@ -37,7 +38,7 @@ def _lines(stage: Stage) -> list[str]:
         *lines,
         f"instance accuracy of the last epoch: {measured} of {len(stage.source):,} classes",
         f"nearest neighbours: {stage.run_directory / knn['picture']}",
-        f"the run lies in {stage.run_directory}",
+        f"run directory: {stage.run_directory}",
     ]
 
 

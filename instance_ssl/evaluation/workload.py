@@ -1,4 +1,4 @@
-"""How much an evaluation has before it: said first, and for how long once a minute of it has been measured."""
+"""Logs the amount of training that an evaluation has ahead, and its duration once a minute has been measured."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,12 +8,12 @@ _MEASURED_SECONDS = 60.0
 
 
 class Workload:
-    """The trainings of an evaluation, one after another, in steps that take about as long as one another.
+    """The trainings of an evaluation, one after another, in steps of about equal duration.
 
     Args:
-        say: takes a line for the console.
-        what: of the evaluation, for the lines.
-        trainings: the steps of each, those included that turn out to be done.
+        say: logs a line.
+        what: names the evaluation in the log.
+        trainings: the steps of each, including trainings that turn out to be cached.
     """
 
     def __init__(
@@ -29,11 +29,11 @@ class Workload:
         self._measured = 0
         self._is_told = False
         number = f"{len(trainings)} trainings" if len(trainings) != 1 else "1 training"
-        say(f"{what}: {number}, {self._left:,} steps in all; the time they take is told after the first minute of them")
+        say(f"{what}: {number}, {self._left:,} steps in all; an estimate of the time follows after a minute")
 
     @contextmanager
     def training(self, steps: int) -> Iterator[None]:
-        """Around one training: afterwards none of its steps is left, however it ended."""
+        """Runs one training; afterwards none of its steps is left, however it ended."""
         left = self._left - steps
         try:
             yield
@@ -41,7 +41,7 @@ class Workload:
             self._left = left
 
     def advance(self, steps: int = 1, *, done_before: bool = False) -> None:
-        """Some steps have been trained, or found done in a saved state; the first one starts the clock."""
+        """Counts steps that were trained, or `done_before` in a saved state; the first one starts the clock."""
         self._left -= steps
         if self._is_told or done_before:
             return
@@ -57,7 +57,7 @@ class Workload:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """Formats a duration in days, hours, minutes or seconds."""
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {unit}"

@@ -1,20 +1,24 @@
-"""The page: its sections in order, each leaving out what the runs do not have (yet)."""
+"""The page: what the runs' directories hold as plain values, rendered by page.html.j2."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from instance_ssl.config.experiment import ExperimentConfig, flatten
-from instance_ssl.report.pictures import embedding_maps, hard_class_gallery, picture
-from instance_ssl.report.runs import Run
-from instance_ssl.report.svg import Dot, Series, bar_chart, line_chart, scatter_chart
-from instance_ssl.report.tables import html_table, show, stage_tables, stage_title, word
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-# Nothing is fetched, and nothing runs.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_COLOURS = 8
+from instance_ssl.checkpoint.directory import read_tensors
+from instance_ssl.config.experiment import ExperimentConfig, flatten
+from instance_ssl.errors import UserError
+from instance_ssl.evaluation.embedding_map import plane
+from instance_ssl.report.gallery import THUMBNAIL_PIXELS, hard_class_gallery
+from instance_ssl.report.pictures import NUM_COLOURS, Line, label_colour, line_chart, png_file, scatter_map
+from instance_ssl.report.runs import Run
+from instance_ssl.report.tables import StageTables, Table, show, stage_tables, stage_title, word
+
+_HERE = Path(__file__).parent
 # Curves of the training: tag, title, name of the axis, factor.
 _CURVES = (
     ("train/loss", "Loss", "loss, nats", 1.0),
@@ -23,7 +27,7 @@ _CURVES = (
     ("train/positive_cosine", "Cosine to the own row", "mean cosine", 1.0),
     ("speed/images_per_second", "Speed", "images a second", 1.0),
 )
-# Figures at the top of a run: title, stage, keys within the result, factor, unit.
+# Metrics at the top of a run: title, stage, keys within the result, factor, unit.
 _TILES: tuple[tuple[str, str, tuple[str, ...], float, str], ...] = (
     ("k-NN", "evaluate_knn", ("figures", "trained", "top1"), 1.0, " %"),
     ("linear", "evaluate_linear", ("figures", "trained", "top1"), 1.0, " %"),
@@ -34,253 +38,200 @@ _TILES: tuple[tuple[str, str, tuple[str, ...], float, str], ...] = (
     ("loss", "pretrain", ("loss",), 1.0, ""),
     ("epochs", "pretrain", ("epochs",), 1.0, ""),
 )
+# The paper's figure that a stage's own picture is.
+_PAPER_FIGURES = {"evaluate_checkpoints": "Figure 1(b)", "evaluate_similarity": "Figure 4"}
+_MOST_LEGEND_LABELS = 20
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with a title and a note beside it."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Test images in the plane, a chart for each source, with (colour, class) of the legend; or a note alone."""
+
+    charts: list[Chart]
+    legend: list[tuple[str, str]]
+    note: str
+
+
+@dataclass(frozen=True)
+class StageSection:
+    """What the page says of one stage: its tables, one line for each run without a result, and its own pictures."""
+
+    title: str
+    tables: StageTables
+    waiting: list[str]
+    pictures: list[tuple[str, str]]
 
 
 def build_page(runs: Sequence[Run]) -> str:
-    """The whole page as HTML, with everything it shows inside it."""
-    sections: list[tuple[str, str, str]] = []
-    makers: tuple[tuple[str, str, Callable[[Sequence[Run]], str]], ...] = (
-        ("curves", "Curves", _curves),
-        ("results", "Results", _results),
-        ("paper", "The paper's figures 1(b) and 4", _paper_figures),
-        ("map", "Test images in the plane", _maps),
-        ("neighbours", "Nearest neighbours", _neighbours),
-        ("hardest", "Hardest classes", _galleries),
-        ("recipe", "Recipe", _recipe),
+    """The whole page as HTML, with everything that it shows inside it."""
+    jinja = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    for name, title, make in makers:
-        content = make(runs)
-        if content:
-            sections.append((name, title, content))
-    links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
-    body = "".join(f'<section id="{name}"><h2>{escape(title)}</h2>{text}</section>' for name, title, text in sections)
-    names = ", ".join(run.name for run in runs)
-    css = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    cards = "".join(_card(run, place) for place, run in enumerate(runs))
-    shape = "runs single" if len(runs) == 1 else "runs"
-    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(names)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<style>{css}</style></head><body><header><h1>{escape(names)}</h1>"
-        f'<p class="small">instance_ssl · written {written}{_still_going(runs)}</p>'
-        f'<div class="{shape}">{cards}</div><nav>{links}</nav>'
-        f"</header>{body}</body></html>\n"
+    return jinja.get_template("page.html.j2").render(
+        runs=runs,
+        css=Markup((_HERE / "style.css").read_text(encoding="utf-8")),  # the only style there is, and our own
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        running=[run.name for run in runs if run.state == "running"],
+        num_colours=NUM_COLOURS,
+        thumbnail_pixels=THUMBNAIL_PIXELS,
+        tiles=_tiles,
+        about=_about,
+        curves=_curves(runs),
+        stages=_stages(runs),
+        paper=_pictures(runs, _PAPER_FIGURES),
+        maps=_by_run(runs, [_class_map(run) for run in runs]),
+        neighbours=_pictures(runs, {"evaluate_knn": "Neighbours"}),
+        galleries=_by_run(runs, [hard_class_gallery(run) for run in runs]),
+        recipe=_recipe(runs),
     )
 
 
-def _colour(place: int) -> str:
-    return f"var(--run{place % _COLOURS})"
-
-
-def _still_going(runs: Sequence[Run]) -> str:
-    going = [run.name for run in runs if run.state == "running"]
-    return f" while {escape(', '.join(going))} was still going" if going else ""
-
-
-def _card(run: Run, place: int) -> str:
-    values = [(title, value * factor, unit) for title, stage, keys, factor, unit in _TILES
-              if isinstance(value := run.figure(stage, *keys), int | float)]  # fmt: skip
-    if not any(title == "epochs" for title, _, _ in values):
-        values += _progress(run)
-    shown = [(title, f"{value:.2f} %" if unit else show(value)) for title, value, unit in values]
-    tiles = "".join(f"<div><b>{value}</b><span>{title}</span></div>" for title, value in shown)
-    config = run.config
-    about = ""
-    if config is not None:
-        images = f"{run.num_instances:,} images" if run.num_instances else "images"
-        about = f"{images} ({config.data.kind}, {config.data.image_size} px), {config.model.backbone}"
-        about += f", {config.classifier.initialization} initialisation, seed {config.seed}"
-    return (
-        f'<div class="run" style="border-top-color:{_colour(place)}"><h3>{escape(run.name)}</h3>'
-        f'<span class="state {escape(run.state)}">{escape(run.state)}</span> <span class="small">{escape(about)}</span>'
-        f'<div class="tiles">{tiles}</div></div>'
-    )
-
-
-def _progress(run: Run) -> list[tuple[str, float, str]]:
-    """Of a training that is not complete: where it is, from its metrics."""
-    record = run.stages.get("pretrain")
-    found = []
-    for title, tag, factor, unit in (
-        ("loss now", "train/loss", 1.0, ""),
-        ("instance accuracy now", "train/instance_accuracy", 100.0, " %"),
-    ):
-        series = record.series(tag) if record else []
-        if series:
-            found.append((title, series[-1][1] * factor, unit))
-            place = _epochs(run, series[-1][0])
-    if found:
-        found.append(("epochs done" if run.clock else "steps done", place, ""))
-    return found
-
-
-def _curves(runs: Sequence[Run]) -> str:
-    charts = []
-    for tag, title, axis, factor in _CURVES:
-        series = [_curve(run, place, tag, factor) for place, run in enumerate(runs)]
-        charts.append(_chart(title, [line for line in series if line.points], axis))
-        if tag == "train/instance_accuracy":
-            charts.append(_chart("k-NN", _knn_curves(runs), "top-1, %"))
-    shown = "".join(charts)
-    return f'{_run_legend(runs)}<div class="charts">{shown}</div>' if shown else ""
-
-
-def _chart(title: str, series: Sequence[Series], axis: str) -> str:
-    if not any(line.points and not line.reference for line in series):
-        return ""
-    lines = [line for line in series if not line.reference]
-    last = f"<span>{lines[0].points[-1][1]:.4g} at the end</span>" if len(lines) == 1 else ""
-    chart = line_chart(series, x_name="epochs", y_name=axis)
-    return f'<figure class="chart"><figcaption>{escape(title)}{last}</figcaption>{chart}</figure>'
-
-
-def _curve(run: Run, place: int, tag: str, factor: float) -> Series:
+def curve(run: Run, tag: str, factor: float = 1.0) -> list[tuple[float, float]]:
+    """A metric of the training over epochs, or over steps where the length of an epoch is not known."""
     record = run.stages.get("pretrain")
     points = record.series(tag) if record else []
-    return Series(run.name, _colour(place), [(_epochs(run, step), value * factor) for step, value in points])
+    return [(run.clock.epochs(step) if run.clock else step, value * factor) for step, value in points]
 
 
-def _epochs(run: Run, steps: int) -> float:
-    """How many epochs so many steps are; the steps themselves where that is not known."""
-    return run.clock.epochs(steps) if run.clock else steps
+def _by_run(runs: Sequence[Run], parts: Sequence[Any]) -> list[tuple[str, Any]]:
+    """The parts that there are, with their run's name where there are several runs."""
+    return [(run.name if len(runs) > 1 else "", part) for run, part in zip(runs, parts, strict=True) if part]
 
 
-def _knn_curves(runs: Sequence[Run]) -> list[Series]:
-    """Over the kept checkpoints and whenever k-NN was run; pixels and the random network as lines of a single run."""
-    lines = []
-    for place, run in enumerate(runs):
-        points: dict[float, float] = {}
-        for stage, tag in (("evaluate_checkpoints", "checkpoints/knn_top1"), ("evaluate_knn", "knn/trained_top1")):
-            if stage in run.stages:
-                points |= dict(run.stages[stage].series(tag))
-        lines.append(Series(run.name, _colour(place), sorted(points.items())))
-        for source in ("pixels", "random"):
-            value = run.figure("evaluate_knn", "figures", source, "top1")
-            if value is not None and len(runs) == 1:
-                lines.append(Series(word(source), "var(--pale)", [(0.0, value)], reference=True))
-    return lines
+def _tiles(run: Run) -> list[tuple[str, str]]:
+    """(value, title) of the metrics at the top; of an unfinished training the newest ones."""
+    found = [(title, value * factor, unit) for title, stage, keys, factor, unit in _TILES
+             if isinstance(value := run.figure(stage, *keys), int | float)]  # fmt: skip
+    if not any(title == "epochs" for title, _, _ in found):
+        newest = [
+            ("loss now", curve(run, "train/loss"), ""),
+            ("instance accuracy now", curve(run, "train/instance_accuracy", 100.0), " %"),
+        ]
+        found += [(title, points[-1][1], unit) for title, points, unit in newest if points]
+        if points := newest[0][1] or newest[1][1]:
+            found.append(("epochs done" if run.clock else "steps done", points[-1][0], ""))
+    return [(f"{value:.2f} %" if unit else show(value), title) for title, value, unit in found]
 
 
-def _run_legend(runs: Sequence[Run]) -> str:
-    if len(runs) == 1:
+def _about(run: Run) -> str:
+    config = run.config
+    if config is None:
         return ""
-    keys = "".join(
-        f'<span class="key" style="background:{_colour(place)}"></span>{escape(run.name)}'
-        for place, run in enumerate(runs)
+    images = f"{run.num_instances:,} images" if run.num_instances else "images"
+    return (
+        f"{images} ({config.data.kind}, {config.data.image_size} px), {config.model.backbone}, "
+        f"{config.classifier.initialization} initialisation, seed {config.seed}"
     )
-    return f'<p class="legend">{keys}</p>'
 
 
-def _results(runs: Sequence[Run]) -> str:
-    stages = list(dict.fromkeys(stage for run in runs for stage in run.stages))
-    parts = []
-    for stage in stages:
+def _curves(runs: Sequence[Run]) -> list[Chart]:
+    charts = []
+    for tag, title, axis, factor in _CURVES:
+        charts += _chart(
+            title, [Line(run.name, place, curve(run, tag, factor)) for place, run in enumerate(runs)], axis
+        )
+        if tag == "train/instance_accuracy":
+            lines = [Line(run.name, place, knn_curve(run)) for place, run in enumerate(runs)]
+            charts += _chart("k-NN", lines, "top-1, %", _baselines(runs[0]) if len(runs) == 1 else {})
+    return charts
+
+
+def _chart(title: str, lines: Sequence[Line], axis: str, references: dict[str, float] | None = None) -> list[Chart]:
+    drawn = [line for line in lines if line.points]
+    if not drawn:
+        return []
+    note = f"{drawn[0].points[-1][1]:.4g} at the end" if len(drawn) == 1 else ""
+    return [Chart(title, note, line_chart(drawn, references or {}, axis))]
+
+
+def knn_curve(run: Run) -> list[tuple[float, float]]:
+    """k-NN's top-1 in per cent over epochs: of the kept checkpoints, and whenever `evaluate_knn` was run."""
+    points: dict[float, float] = {}
+    for stage, tag in (("evaluate_checkpoints", "checkpoints/knn_top1"), ("evaluate_knn", "knn/trained_top1")):
+        if stage in run.stages:
+            points |= dict(run.stages[stage].series(tag))
+    return sorted(points.items())
+
+
+def _baselines(run: Run) -> dict[str, float]:
+    found = {word(source): run.figure("evaluate_knn", "figures", source, "top1") for source in ("pixels", "random")}
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+
+def _stages(runs: Sequence[Run]) -> list[StageSection]:
+    sections = []
+    for stage in dict.fromkeys(stage for run in runs for stage in run.stages):
         tables = stage_tables(runs, stage)
         waiting = [_waiting(run, stage) for run in runs if stage in run.stages and run.stages[stage].result is None]
-        if tables or waiting:
-            parts.append(f"<h3>{escape(stage_title(stage))}</h3>{tables}{''.join(waiting)}{_own_pictures(runs, stage)}")
-    return "".join(parts)
+        shown_below = stage == "evaluate_knn" or stage in _PAPER_FIGURES
+        pictures = [] if shown_below else [(alt, uri) for _, alt, uri in _pictures(runs, {stage: stage_title(stage)})]
+        if tables.main or tables.inner or tables.footnotes or waiting:
+            sections.append(StageSection(stage_title(stage), tables, waiting, pictures))
+    return sections
 
 
 def _waiting(run: Run, stage: str) -> str:
     status = run.stages[stage].status
     reason = f": {status['reason']}" if status.get("reason") else ""
-    return f'<p class="small">{escape(run.name)}: {escape(str(status.get("state", "no result")))}{escape(reason)}</p>'
+    return f"{run.name}: {status.get('state', 'no result')}{reason}"
 
 
-def _own_pictures(runs: Sequence[Run], stage: str) -> str:
-    """Pictures of stages that this page draws nothing of by itself."""
-    if stage in ("evaluate_knn", "evaluate_similarity", "evaluate_checkpoints"):
-        return ""
-    found = [(run, run.figure(stage, "picture")) for run in runs]
-    return "".join(picture(run.directory / path, f"{stage} of {run.name}") for run, path in found if path)
+def _pictures(runs: Sequence[Run], titles: dict[str, str]) -> list[tuple[str, str, str]]:
+    """Pictures that the stages have drawn, as (heading, text in place of the picture, data URI)."""
+    found = []
+    for stage, title in titles.items():
+        for run in runs:
+            if uri := png_file(run.directory, run.figure(stage, "picture")):
+                heading = [run.name] * (len(runs) > 1) + [title] * (len(titles) > 1)
+                found.append((", ".join(heading), f"{title} of {run.name}", uri))
+    return found
 
 
-def _paper_figures(runs: Sequence[Run]) -> str:
-    charts = [_correlation(runs)]
-    for run in runs:
-        figures = run.figure("evaluate_similarity", "figures")
-        if isinstance(figures, dict) and figures:
-            charts += [_similarity(run, figures, kind, len(runs) > 1) for kind in ("class", "gap")]
-    shown = "".join(charts)
-    return f'<div class="charts">{shown}</div>' if shown else ""
+def _class_map(run: Run) -> ClassMap | None:
+    """The test images of every source in the plane, coloured by class; None where no sample was kept."""
+    file = run.directory / "evaluate_knn/map.pt"
+    if not file.exists():
+        return None
+    try:
+        content = read_tensors(file)
+        labels, names = content["labels"], content["class_names"]
+        count = int(labels.max()) + 1
+        charts = []
+        for source, sample in content["sources"].items():
+            points_n2, method = plane(sample["components"])
+            colours = [label_colour(label, count) for label in labels[sample["ids"]].tolist()]
+            charts.append(Chart(word(source), f"{method}, {len(colours)} images", scatter_map(points_n2, colours)))
+    except (UserError, KeyError) as error:
+        return ClassMap([], [], f"{file.name} cannot be shown ({error})")
+    if count > _MOST_LEGEND_LABELS:
+        return ClassMap(charts, [], f"{count} classes, in the order of their labels round the circle of hues")
+    return ClassMap(charts, [(label_colour(i, count), str(names[i] if names else i)) for i in range(count)], "")
 
 
-def _correlation(runs: Sequence[Run]) -> str:
-    dots, notes = [], []
-    for place, run in enumerate(runs):
-        points = run.figure("evaluate_checkpoints", "figures")
-        for point in points if isinstance(points, list) else []:
-            x, y = point["instance_accuracy"], point["knn_top1"]
-            title = f"{run.name}, epoch {point['epoch']}: instances {x:.2f} %, k-NN {y:.2f} %"
-            dots.append(Dot(x, y, _colour(place), title))
-        pearson = run.figure("evaluate_checkpoints", "correlation", "pearson")
-        if isinstance(pearson, float):
-            key = f'<span class="key" style="background:{_colour(place)}"></span>{escape(run.name)} '
-            notes.append(f"{key if len(runs) > 1 else ''}Pearson's r = {pearson:.2f}")
-    if not dots:
-        return ""
-    chart = scatter_chart(dots, x_name="instance accuracy, %", y_name="k-NN top-1, %")
-    caption = "<figcaption>Instance and semantic accuracy</figcaption>"
-    return f'<figure class="chart">{caption}{chart}<p class="legend">{"<br>".join(notes)}</p></figure>'
-
-
-def _similarity(run: Run, figures: dict[str, Any], kind: str, named: bool) -> str:
-    modes = list(figures)
-    names = {
-        "class": (("same instance", "intra_class"), ("other instances", "inter_class")),
-        "gap": (("view and row", "class_gap"), ("two views", "view_gap")),
-    }
-    title = {"class": "Cosine of a view and rows of W", "gap": "Gap: same less other instance"}
-    bars = [
-        Series(name, _colour(number), [(place, figures[mode][key]) for place, mode in enumerate(modes)])
-        for number, (name, key) in enumerate(names[kind])
-    ]
-    key = "".join(f'<span class="key" style="background:{bar.colour}"></span>{bar.name}' for bar in bars)
-    caption = f"<figcaption>{title[kind]} <span>{escape(run.name) if named else ''}</span></figcaption>"
-    chart = bar_chart(modes, bars, y_name="difference of cosines" if kind == "gap" else "mean cosine")
-    return f'<figure class="chart">{caption}{chart}<p class="legend">{key}</p></figure>'
-
-
-def _by_run(runs: Sequence[Run], make: Callable[[Run], str]) -> str:
-    """One part for each run that has one, headed by its name where there are several runs."""
-    parts = [(run, make(run)) for run in runs]
-    return "".join((f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "") + text for run, text in parts if text)
-
-
-def _maps(runs: Sequence[Run]) -> str:
-    return _by_run(runs, lambda run: embedding_maps(run.directory / "evaluate_knn/map.pt"))
-
-
-def _neighbours(runs: Sequence[Run]) -> str:
-    return _by_run(runs, lambda run: picture(run.directory / "evaluate_knn/neighbours.png", f"neighbours, {run.name}"))
-
-
-def _galleries(runs: Sequence[Run]) -> str:
-    return _by_run(runs, hard_class_gallery)
-
-
-def _recipe(runs: Sequence[Run]) -> str:
-    """What the runs' configurations change of the defaults, differences between the runs first; then everything."""
+def _recipe(runs: Sequence[Run]) -> list[tuple[str, Table]]:
+    """Configuration keys: those in which the runs differ, other changes of the defaults, and then all of them."""
     recipes = [run.recipe() for run in runs]
     keys = list(dict.fromkeys(key for recipe in recipes for key in recipe))
-    if not keys:
-        return ""
     defaults = flatten(ExperimentConfig())
     differing = [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
     changed = [key for key in keys if key not in differing and recipes[0].get(key) != defaults.get(key)]
-    header = ["key", *(escape(run.name) for run in runs), "default"]
 
-    def table(chosen: Sequence[str]) -> str:
-        cells = [
-            [f"<code>{escape(key)}</code>", *(show(recipe.get(key)) for recipe in recipes), show(defaults.get(key))]
-            for key in chosen
-        ]
-        return html_table(header, cells)
+    def table(chosen: Sequence[str]) -> Table:
+        cells = [[key, *(show(recipe.get(key)) for recipe in recipes), show(defaults.get(key))] for key in chosen]
+        return Table(["key", *(run.name for run in runs), "default"], cells)
 
-    parts = [f"<h3>Where the runs differ</h3>{table(differing)}"] if differing else []
-    if changed:
-        parts.append(f"<h3>Other than the defaults</h3>{table(changed)}")
-    return "".join([*parts, f"<details><summary>all {len(keys)} keys</summary>{table(keys)}</details>"])
+    titled = [
+        ("Where the runs differ", differing),
+        ("Other than the defaults", changed),
+        (f"all {len(keys)} keys", keys),
+    ]
+    return [(title, table(chosen)) for title, chosen in titled if chosen]

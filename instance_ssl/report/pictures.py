@@ -1,205 +1,143 @@
-"""Pictures for the page, as data URIs: what stages have drawn, and images beside their hardest classes."""
+"""Charts as inline SVG, drawn by matplotlib in colours that the page's style sheet sets, and PNGs as data URIs."""
 
 import base64
+import colorsys
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
+from typing import Any
 
-import torch
-from PIL import Image
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from instance_ssl.checkpoint.directory import read_tensors
-from instance_ssl.config.data import DataConfig
-from instance_ssl.data.image_sources import FileImages, ImageSource, label_column, read_instances
-from instance_ssl.data.list_changes import places_of
-from instance_ssl.data.name_table import pack_names, packed
-from instance_ssl.errors import UserError
-from instance_ssl.evaluation.embedding_map import plane
-from instance_ssl.report.runs import Run
-from instance_ssl.report.svg import Dot, label_colour, map_chart
-from instance_ssl.report.tables import word
-from instance_ssl.run.images import open_split, rendering_of
-
-_GALLERY_CLASSES, _GALLERY_HARDEST, _THUMBNAIL = 10, 10, 64
-
-
-def picture(path: Path, alt: str) -> str:
-    """A PNG that a stage has drawn, or nothing where it is not there."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return ""
-    return f'<div class="scroll paper"><img src="{_uri(data)}" alt="{escape(alt)}"></div>'
-
-
-def hard_class_gallery(run: Run) -> str:
-    """Images beside those of their hardest classes, by the newest checkpoint; says why where there are none."""
-    if "pretrain" not in run.stages:
-        return ""
-    checkpoint = run.newest_checkpoint()
-    if checkpoint is None or run.config is None:
-        return _note("the training has written no checkpoint yet")
-    try:
-        hard = _hard_classes(checkpoint)
-        if hard is None:
-            return _note("this run smooths no labels, so it keeps no hardest classes")
-        source = _open_some(run.directory, run.config.data, [i for image, others in hard for i in (image, *others)])
-        rows = _gallery_rows(source, [len(others) for _, others in hard])
-    except UserError as error:
-        return _note(str(error))
-    legend = "" if source.labels is None else '<span class="key same"></span>same class <span class="key other"></span>'
-    note = f"{legend}{'another class; ' if legend else ''}by {checkpoint.name}, hardest first"
-    return f'<div class="scroll"><div class="gallery">{rows}</div></div><p class="small">{note}</p>'
-
-
-def embedding_maps(file: Path) -> str:
-    """The test images of every source in the plane, coloured by class; nothing where no sample was kept."""
-    if not file.exists():
-        return ""
-    try:
-        content = read_tensors(file)
-        labels, names, sources = content["labels"], content["class_names"], content["sources"]
-        figures = [_map(source, sample, labels, names) for source, sample in sources.items()]
-    except (UserError, KeyError) as error:
-        return _note(f"{file.name} cannot be shown ({error})")
-    return f'<div class="charts">{"".join(figures)}</div>{_label_legend(labels, names)}'
-
-
-class _Chosen(ImageSource):
-    """Some images of a source, by number, in any order."""
-
-    def __init__(self, source: ImageSource, ids: Sequence[int]) -> None:
-        labels = None if source.labels is None else source.labels[torch.tensor(ids)]
-        columns = {**pack_names(source.names[i] for i in ids), **label_column(labels)}
-        super().__init__(columns, source.class_names, source.digest)
-        self._source, self._ids = source, ids
-
-    def load(self, index: int) -> Image.Image:
-        return self._source.load(self._ids[index])
+NUM_COLOURS = 8
+# matplotlib draws in these colours; in the finished SVG they become the variables of style.css, so that a chart
+# follows the page into dark mode.
+_RUNS = [f"#0000f{place}" for place in range(NUM_COLOURS)]
+_TEXT, _LINE = "#0000e0", "#0000e1"
+_VARIABLES = {
+    **{colour: f"var(--run{place})" for place, colour in enumerate(_RUNS)},
+    _TEXT: "var(--pale)",
+    _LINE: "var(--line)",
+}
+_STYLE: Any = {  # matplotlib types its keys one by one
+    "svg.fonttype": "none",
+    "font.size": 8,
+    "font.sans-serif": ["DejaVu Sans"],
+    "text.parse_math": False,  # a $ in a name is a dollar
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.edgecolor": _LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.8,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _TEXT,
+    "ytick.labelcolor": _TEXT,
+}
+_GROUP_ID = re.compile('<g id="[^"]*"')
+_MOST_POINTS, _MOST_MARKERS = 300, 45
+_LABEL_COLOURS = (
+    "#4e79a7", "#f28e2b", "#e15759", "#59a14f", "#b07aa1", "#d4a72c", "#9c755f", "#ff9da7", "#4fb3ac", "#8f8f8f",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Thumbnail:
-    """An image as a tag, with its name to hover over; `kind` is a CSS class."""
+class Line:
+    """A curve of points (x, y) by ascending x, in the colour of the run at this `place` on the page."""
 
-    source: ImageSource
-    index: int
-    kind: str = ""
-
-    def html(self) -> str:
-        image = self.source.load(self.index)
-        factor = max(1, _THUMBNAIL // max(image.size))
-        if factor > 1:
-            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG", optimize=True)
-        name = self.source.names[self.index]
-        if self.source.labels is not None and self.source.class_names is not None:
-            name += f" ({self.source.class_names[int(self.source.labels[self.index])]})"
-        return (
-            f'<img class="{self.kind}" src="{_uri(buffer.getvalue())}" alt="{escape(name)}" title="{escape(name)}" '
-            f'width="{_THUMBNAIL}" height="{_THUMBNAIL}">'
-        )
+    name: str
+    place: int
+    points: Sequence[tuple[float, float]]
 
 
-def _gallery_rows(source: ImageSource, lengths: Sequence[int]) -> str:
-    """Rows of an image and so many others, which follow it in the source."""
-    rows, query = [], 0
-    for length in lengths:
-        others = range(query + 1, query + 1 + length)
-        hardest = "".join(_Thumbnail(source, other, _kind(source, query, other)).html() for other in others)
-        first = _Thumbnail(source, query, "query").html()
-        rows.append(f'<div class="row">{first}<span class="gap"></span>{hardest}</div>')
-        query += 1 + length
-    return "".join(rows)
+def line_chart(lines: Sequence[Line], references: Mapping[str, float], y_name: str) -> Markup:
+    """Curves over epochs, one or more, and dashed horizontal lines with their names."""
+    with _drawing((4.2, 2.5)) as (figure, axes):
+        for line in lines:
+            points = _thin(line.points)
+            style = "o-" if len(points) <= _MOST_MARKERS else "-"
+            axes.plot(*zip(*points, strict=True), style, lw=1.5, ms=3.5, color=_RUNS[line.place % NUM_COLOURS])
+        for place, (name, value) in enumerate(references.items()):
+            axes.axhline(value, color=_TEXT, lw=1, ls="--")
+            side = place % 2  # names of neighbouring lines at opposite ends
+            axes.annotate(f"{name} {value:.4g}", (1 - side, value), (0, 2), xycoords=axes.get_yaxis_transform(),
+                          textcoords="offset points", ha="left" if side else "right", fontsize=7)  # fmt: skip
+        axes.set_xlabel("epochs", loc="right")
+        axes.set_title(y_name, loc="left", fontsize=8)
+        axes.grid(axis="x", visible=False)
+        return _inline(figure)
 
 
-def _kind(source: ImageSource, query: int, other: int) -> str:
-    if source.labels is None:
-        return ""
-    return "same" if source.labels[other] == source.labels[query] else "other"
+def scatter_map(points_n2: Tensor, colours: Sequence[str]) -> Markup:
+    """Points in a plane whose axes mean nothing: square, without ticks."""
+    with _drawing((3.6, 3.6)) as (figure, axes):
+        xs, ys = points_n2.nan_to_num(0, 0, 0).T.tolist()
+        axes.scatter(xs, ys, s=14, c=list(colours), linewidths=0, alpha=0.8)
+        axes.axis("off")
+        return _inline(figure)
 
 
-def _hard_classes(checkpoint: Path) -> list[tuple[int, list[int]]] | None:
-    """Some classes, evenly spaced, with their hardest ones; None where the checkpoint has none.
-
-    Raises:
-        UserError: when the checkpoint's rows cannot be read.
-    """
-    parts = [tuple(int(part) for part in path.stem.split("_")[1:]) for path in checkpoint.glob("rows_*.pt")]
-    total = max((last for _, last in parts), default=0)
-    wanted = torch.linspace(0, total - 1, min(total, _GALLERY_CLASSES), dtype=torch.float64).long().unique().tolist()
-    found = []
-    for first, last in sorted(parts):
-        hard_nK = read_tensors(checkpoint / f"rows_{first:09d}_{last:09d}.pt").get("hard_classes")
-        if hard_nK is None:
-            return None
-        for i in wanted:
-            if first <= i < last:
-                hardest = hard_nK[i - first, :_GALLERY_HARDEST]
-                found.append((i, hardest[hardest >= 0].tolist()))
-    return [(i, hardest) for i, hardest in found if hardest]  # a class that is left out has none
+def label_colour(label: int, count: int) -> str:
+    """A hex colour for each of `count` classes: ten distinct ones, or hues evenly spaced."""
+    if count <= len(_LABEL_COLOURS):
+        return _LABEL_COLOURS[label]
+    return to_hex(colorsys.hls_to_rgb(label / count, 0.52 if label % 2 else 0.62, 0.62))
 
 
-def _open_some(run: Path, data: DataConfig, ids: Sequence[int]) -> ImageSource:
-    """These images of the run's list, in this order; of folders no other file is looked at.
+def png_uri(data: bytes) -> str:
+    """A PNG's bytes as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
-    Raises:
-        UserError: when they are not there any more.
-    """
+
+def png_file(run: Path, name: object) -> str | None:
+    """A PNG below the run directory as a data URI; None where there is none of that name."""
+    if not isinstance(name, str):
+        return None
     try:
-        names = packed(read_instances(run / "instances.txt"))
-        chosen = [names[i] for i in ids]
-    except (OSError, IndexError):
-        raise UserError(f"{run / 'instances.txt'} does not name the images of the checkpoint") from None
-    if data.kind in ("tree", "folder", "list"):
-        root = data.root or (data.list_file.parent if data.list_file else None)
-        if root is None:
-            raise UserError("data.root is not set: the images cannot be found")
-        if data.kind != "tree":
-            return FileImages(root, chosen, None, None, rendering=rendering_of(data))
-        folders = [name.split("/")[1] for name in chosen]
-        classes = sorted(set(folders))
-        labels = torch.tensor([classes.index(folder) for folder in folders])
-        return FileImages(root, chosen, labels, classes, rendering=rendering_of(data))
-    whole = open_split(data, "train")
-    places = places_of(chosen, whole.names).tolist()
-    if gone := [name for name, place in zip(chosen, places, strict=True) if place < 0]:
-        raise UserError(f"data.root: {gone[0]} is not there any more")
-    return _Chosen(whole, places)
+        path = (run / name).resolve()
+        # A result.json from elsewhere must not put any other file into a page that is sent around.
+        data = path.read_bytes() if path.is_relative_to(run.resolve()) else b""
+    except (OSError, ValueError):
+        return None
+    return png_uri(data) if data.startswith(b"\x89PNG") else None
 
 
-def _map(source: str, sample: dict[str, Tensor], labels: Tensor, names: Sequence[str] | None) -> str:
-    points, method = plane(sample["components"])
-    own = labels[sample["ids"]].tolist()
-    count = int(labels.max()) + 1
-    dots = [
-        Dot(x, -y, label_colour(label, count), f"{names[label] if names else label} (test image {index})")
-        for (x, y), label, index in zip(points.tolist(), own, sample["ids"].tolist(), strict=True)
-    ]
-    caption = f"<figcaption>{escape(word(source))} <span>{escape(method)}, {len(dots)} images</span></figcaption>"
-    return f'<figure class="chart">{caption}{map_chart(dots, f"map of {word(source)}")}</figure>'
+@contextmanager
+def _drawing(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of this size in inches, and its axes, drawn in the page's style."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        axes = figure.subplots()
+        axes.set_facecolor("none")
+        yield figure, axes
 
 
-def _label_legend(labels: Tensor, names: Sequence[str] | None) -> str:
-    count = int(labels.max()) + 1
-    if count > 20:
-        return f'<p class="small">{count} classes; hover over a point for its name</p>'
-    keys = "".join(
-        f'<span class="key" style="background:{label_colour(label, count)}"></span>'
-        f"{escape(str(names[label] if names else label))} "
-        for label in range(count)
-    )
-    return f'<p class="legend">{keys}</p>'
+def _inline(figure: Figure) -> Markup:
+    """The figure as an <svg> element without a size of its own."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = _GROUP_ID.sub("<g", text[text.index("<svg") :])  # the same in every figure, and referred to by none
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    return Markup(text)  # matplotlib has escaped every text in it
 
 
-def _note(text: str) -> str:
-    return f'<p class="small">{escape(text)}</p>'
-
-
-def _uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most `_MOST_POINTS` of them, evenly spaced, the first and the last included."""
+    if len(points) <= _MOST_POINTS:
+        return list(points)
+    step = (len(points) - 1) / (_MOST_POINTS - 1)
+    return [points[round(place * step)] for place in range(_MOST_POINTS)]

@@ -1,4 +1,4 @@
-"""What run directories hold, finished or not: read leniently, for a page is wanted of whatever there is."""
+"""What run directories hold, finished or not; read leniently, as a page is wanted of whatever there is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,9 +13,9 @@ from instance_ssl.files.structured import parse_yaml, read_json_lines
 from instance_ssl.run.directory import read_json
 from instance_ssl.training.schedules import EpochClock
 
-# In a result but about where it was computed, not what came out.
+# Keys of a result about where it was computed, not about what came out.
 SURROUNDINGS = ("date", "commit", "versions", "world_size", "device", "seconds", "data", "newest_checkpoint", "stage")
-# Order of the sections; what else there is follows by name.
+# Order of the sections; other stages follow by name.
 _KNOWN_ORDER = ("initialize_classifier", "pretrain", "evaluate_knn", "evaluate_linear", "evaluate_retrieval")
 
 
@@ -26,7 +26,7 @@ class StageRecord:
     Attributes:
         status: of status.json, empty where there is none.
         result: of result.json, None where the stage is not complete.
-        metrics: lines of metrics.jsonl in order; half a line at the end is left out.
+        metrics: lines of metrics.jsonl in order, without a half-written one at the end.
     """
 
     name: str
@@ -36,11 +36,11 @@ class StageRecord:
     metrics: list[dict[str, Any]]
 
     def series(self, tag: str) -> list[tuple[int, float]]:
-        """(step, value) of a tag, by step; of several values for a step, the last."""
+        """Finite (step, value) of a tag, by step; of several values for a step, the last."""
         last = {
             line["step"]: line[tag]
             for line in self.metrics
-            if type(line.get("step")) is int and _is_number(line.get(tag))
+            if type(line.get("step")) is int and _is_drawable(line["step"]) and _is_drawable(line.get(tag))
         }
         return sorted(last.items())
 
@@ -51,7 +51,7 @@ class Run:
 
     Attributes:
         name: the directory's, with as much of its parents as tells the runs of a page apart.
-        config: of the newest stage that has one, as far as it can be read.
+        config: of the newest stage that has a readable one.
         num_instances: N, None where it is not known yet.
     """
 
@@ -63,7 +63,7 @@ class Run:
 
     @cached_property
     def clock(self) -> EpochClock | None:
-        """In which epoch each step of the training is: by its newest checkpoint, where the data set has grown."""
+        """Converts steps to epochs, by the newest checkpoint where the data set has grown; None where N is unknown."""
         if self.config is None or self.num_instances is None:
             return None
         checkpoint = self.newest_checkpoint()
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """How the stage that was touched last stands."""
+        """The status of the stage that wrote its own last."""
         told = [stage.status for stage in self.stages.values() if stage.status.get("state")]
         if not told:
             return "not begun"
@@ -97,7 +97,7 @@ class Run:
         return value
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest one of the training that is of the step in its name, otherwise unverified."""
+        """The training's newest checkpoint that holds the step in its name; its hashes are not verified."""
         found = committed_directories(self.directory / "pretrain/checkpoints")
         return next((path for path in found if find_other_step(path) is None), None)
 
@@ -106,12 +106,12 @@ def open_runs(directories: Sequence[Path]) -> list[Run]:
     """The runs, in order.
 
     Raises:
-        UserError: for a directory that is none, or holds no stage.
+        UserError: when a path is not a directory or holds no stage.
     """
     runs = []
     for directory, name in zip(directories, _short_names(directories), strict=True):
         if not directory.is_dir():
-            raise UserError(f"{directory} is no directory: give run directories (--run-dir of the stages)")
+            raise UserError(f"{directory} is not a directory: give run directories (--run-dir of the stages)")
         stages = {path.name: _read_stage(path) for path in sorted(directory.iterdir()) if _is_stage(path)}
         if not stages:
             raise UserError(f"{directory} holds no stage of a run: run runners/pipeline.py --run-dir {directory} first")
@@ -135,7 +135,7 @@ def _place(stage: str) -> int:
 
 
 def _short_names(directories: Sequence[Path]) -> list[str]:
-    """As few of the last parts of each path as tell them apart; a number where nothing does."""
+    """The shortest ends of the paths that differ, or numbers where the paths are equal."""
     paths = [directory.resolve() for directory in directories]
     for count in range(1, 1 + max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-count:]) for path in paths]
@@ -157,8 +157,9 @@ def _read_stage(path: Path) -> StageRecord:
     return StageRecord(path.name, path, status, result, metrics)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_drawable(value: Any) -> bool:
+    """Whether a value is a finite number that a chart's axes can span."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def _are_stretches(values: Any) -> bool:
@@ -167,7 +168,7 @@ def _are_stretches(values: Any) -> bool:
 
 
 def _newest_config(directories: Sequence[Path]) -> ExperimentConfig | None:
-    """The configuration written last that this version can read."""
+    """The newest configuration that this version can read."""
     paths = [path for directory in directories if (path := directory / "config.yaml").exists()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         try:

@@ -1,10 +1,9 @@
-"""Tables of whatever a stage's result.json holds: nothing here knows the stages, so a new one needs no new code."""
+"""Tables of whatever a stage's result.json holds; nothing here knows the stages, so a new one needs no new code."""
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,7 @@ _UNSAID = ("picture",)
 _LONGEST_LIST = 8
 # Keys of a recipe that still stand in a line of small print; a longer one is folded up.
 _SHORT_RECIPE = 10
-_LONG_TEXT = 48
-_FEW_ROWS = 6
+_Labelled = list[tuple[list[str], dict[str, Any]]]
 _HASH = re.compile("[0-9a-f]{40,64}")
 
 
@@ -109,11 +107,39 @@ def stage_rows(record: StageRecord) -> Rows:
     return rows
 
 
-def stage_tables(runs: Sequence[Run], stage: str) -> str:
-    """One table of the stage's figures in all runs, then the tables that are inside, folded up."""
+@dataclass(frozen=True)
+class Table:
+    """A header, rows of text as wide, and which columns are numbers."""
+
+    header: list[str]
+    rows: list[list[str]]
+    numeric: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Footnote:
+    """Small print below a stage's tables, with the recipe as a table where it is too long for a line."""
+
+    run: str
+    line: str
+    recipe: Table | None
+
+
+@dataclass(frozen=True)
+class StageTables:
+    """A stage's table of all runs, the tables inside its results by name, and a footnote for each run."""
+
+    main: Table | None
+    inner: dict[str, Table]
+    footnotes: list[Footnote]
+
+
+def stage_tables(runs: Sequence[Run], stage: str) -> StageTables:
+    """The tables of one stage, the runs below each other."""
     named = len(runs) > 1
-    recipes, together = [], []
-    inner: dict[str, list[tuple[list[str], dict[str, Any]]]] = {}
+    together: _Labelled = []
+    footnotes = []
+    inner: dict[str, _Labelled] = {}
     for run in runs:
         record = run.stages.get(stage)
         if record is None or record.result is None:
@@ -123,95 +149,66 @@ def stage_tables(runs: Sequence[Run], stage: str) -> str:
         together += [([*prefix, label], values) for label, values in rows.rows]
         for name, table in rows.inner.items():
             inner.setdefault(name, []).extend(([*prefix, label], values) for label, values in table)
-        recipes.append(_footnote(run, rows.recipe, record.result, named))
+        footnotes.append(_footnote(run.name if named else "", rows.recipe, record.result))
     label_names = [*(["run"] if named else []), ""]
-    parts = [_labelled_table(together, label_names)] if together else []
-    for name, found in inner.items():
-        summary = f"<summary>{escape(name)} ({len(found)} rows)</summary>"
-        unfolded = " open" if len(found) <= _FEW_ROWS else ""
-        parts.append(f"<details{unfolded}>{summary}{_labelled_table(found, label_names)}</details>")
-    return "".join([*parts, *recipes])
-
-
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Collection[int] = ()) -> str:
-    """A table of cells that are HTML already; the `numeric` columns stand to the right."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        kinds = [
-            ' class="n"' if place in numeric else ' class="long"' if len(cell) > _LONG_TEXT and "<" not in cell else ""
-            for place, cell in enumerate(row)
-        ]
-        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells("th", header)}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    tables = {name: _table(found, label_names) for name, found in inner.items()}
+    return StageTables(_table(together, label_names) if together else None, tables, footnotes)
 
 
 def show(value: Any) -> str:
-    """A plain value as HTML: figures short, lists in a line."""
+    """A plain value as text: numbers rounded, lists in a line, hashes shortened."""
     if value is None:
-        return '<span class="none">–</span>'
+        return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, float):
-        return _figure(value)
+        return _show_float(value)
     if isinstance(value, list | tuple):
-        return ", ".join(show(item) for item in value) or '<span class="none">none</span>'
+        return ", ".join(show(item) for item in value) or "none"
     text = str(value)
-    return f"{text[:12]}…" if _HASH.fullmatch(text) else escape(text)
+    return f"{text[:12]}…" if _HASH.fullmatch(text) else text
 
 
-def _figure(value: float) -> str:
+def _show_float(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e6:
-        return f"{value:.0f}" if abs(value) < 1000 else f"{value:,.0f}"
-    if abs(value) >= 1:
-        return f"{value:,.2f}"
-    return f"{value:.4g}"
+        return f"{value:,.0f}"
+    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4g}"
 
 
-def _labelled_table(rows: Sequence[tuple[Sequence[str], Mapping[str, Any]]], label_names: Sequence[str]) -> str:
+def _table(rows: _Labelled, label_names: Sequence[str]) -> Table:
     keys = list(dict.fromkeys(key for _, values in rows for key in values if _is_plain(values[key])))
-    if len(label_names) and not any(labels[-1] for labels, _ in rows):
+    if not any(labels[-1] for labels, _ in rows):
         rows = [(labels[:-1], values) for labels, values in rows]
         label_names = label_names[:-1]
-    header = [escape(name) for name in [*label_names, *(word(key) for key in keys)]]
-    cells = [
-        [*(escape(label) for label in labels), *(show(values[key]) if key in values else "" for key in keys)]
-        for labels, values in rows
-    ]
     numeric = {
         len(label_names) + place
         for place, key in enumerate(keys)
         if all(isinstance(values.get(key), int | float | None) for _, values in rows)
     }
-    return html_table(header, cells, numeric)
+    cells = [[*labels, *(show(values[key]) if key in values else "" for key in keys)] for labels, values in rows]
+    return Table([*label_names, *(word(key) for key in keys)], cells, frozenset(numeric))
 
 
-def _footnote(run: Run, recipe: Mapping[str, Any], result: Mapping[str, Any], named: bool) -> str:
-    """Recipe and surroundings in small print."""
-    parts = [f"<b>{escape(run.name)}</b>"] if named else []
-    short = {key: value for key, value in recipe.items() if len(recipe) <= _SHORT_RECIPE and value is not None}
-    parts += [f"{escape(word(key))}: {show(value)}" for key, value in short.items()]
-    checkpoint = result.get("newest_checkpoint")
-    around = [
-        f"checkpoint {escape(str(checkpoint))}" if checkpoint else "",
-        f"{show(result['world_size'])} rank(s)" if "world_size" in result else "",
-        f"{show(result['seconds'])} s" if "seconds" in result else "",
-        escape(str(result.get("date", "")).replace("T", " ").replace("+00:00", " UTC")),
-        f"commit {escape(str(result['commit']))}" if result.get("commit") else "",
-    ]
-    line = f'<p class="small">{" · ".join([*parts, *(part for part in around if part)])}</p>'
-    if len(recipe) <= _SHORT_RECIPE:
-        return line
-    cells = [[f"<code>{escape(key)}</code>", show(value)] for key, value in recipe.items()]
-    title = f"recipe of {run.name}" if named else "recipe"
-    return f"{line}<details><summary>{escape(title)}</summary>{html_table(['key', 'value'], cells)}</details>"
+def _footnote(run: str, recipe: Mapping[str, Any], result: Mapping[str, Any]) -> Footnote:
+    """Recipe and surroundings of a result."""
+    is_short = len(recipe) <= _SHORT_RECIPE
+    parts = [f"{word(key)}: {show(value)}" for key, value in recipe.items() if is_short and value is not None]
+    if checkpoint := result.get("newest_checkpoint"):
+        parts.append(f"checkpoint {checkpoint}")
+    if "world_size" in result:
+        parts.append(f"{show(result['world_size'])} rank(s)")
+    if "seconds" in result:
+        parts.append(f"{show(result['seconds'])} s")
+    if date := result.get("date"):
+        parts.append(str(date).replace("T", " ").replace("+00:00", " UTC"))
+    if commit := result.get("commit"):
+        parts.append(f"commit {commit}")
+    table = None if is_short else Table(["key", "value"], [[key, show(value)] for key, value in recipe.items()])
+    return Footnote(run, " · ".join(parts), table)
 
 
 def _is_plain(value: Any) -> bool:

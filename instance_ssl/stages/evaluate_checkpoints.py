@@ -1,4 +1,4 @@
-"""Stage: Figure 1(b), instance accuracy against semantic accuracy over the checkpoints that a run has kept."""
+"""Stage: Figure 1(b), instance accuracy against semantic accuracy over the checkpoints of a run."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -31,10 +31,10 @@ _POINT = {"epoch", "step", "instance_accuracy", "knn_top1", "logged_instance_acc
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """The pairs, oldest first, and their correlation. A checkpoint that has been measured is not measured again.
+    """Returns the pairs, oldest first, and their correlation; a measured checkpoint is not measured again.
 
     Raises:
-        UserError: when fewer than two checkpoints are there.
+        UserError: when there are fewer than two checkpoints.
     """
     found = intact_checkpoints(stage.checkpoints_of("pretrain"), stage.world)
     if len(found) < 2:
@@ -46,7 +46,7 @@ def run(stage: Stage) -> dict[str, Any]:
     images = open_labelled(stage)
     known = _known_points(stage, images)
     left = sum(checkpoint.directory.name not in known for checkpoint in found)
-    stage.log.say(f"{len(found)} checkpoints, {left} of them to be evaluated")
+    stage.log.say(f"{len(found)} checkpoints, {left} to evaluate")
     points = []
     for checkpoint in found:
         name = checkpoint.directory.name
@@ -59,7 +59,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def _measure(stage: Stage, checkpoint: Checkpoint, images: LabelledImages) -> dict[str, Any]:
-    """One point: both accuracies in per cent, and what training itself logged in that epoch."""
+    """One point: both accuracies in per cent, and the one that the training logged in that epoch."""
     representation = represent_checkpoint(stage, "trained", checkpoint)
     position, knn = checkpoint.position, stage.config.evaluation.knn
     instance = _instance_accuracy(stage, checkpoint, representation)
@@ -115,7 +115,7 @@ def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Rep
 
 
 def _own_views(stage: Stage, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of every batch of these images; a part of the last may be empty."""
+    """This rank's part of every batch of these images; the last one may be empty."""
     data, size = stage.config.data, stage.config.evaluation.batch_size
     parts = own_parts(ids, size * stage.world.size, stage.world)
     view = training_view(stage.config.augmentation, data)
@@ -137,8 +137,9 @@ def _correlate(stage: Stage, points: list[dict[str, Any]]) -> dict[str, Any]:
         f"Spearman {_short(figures['spearman'])}"
     )
     picture, note = stage.directory / "correlation.png", f"Pearson {_short(figures['pearson'])}"
-    drawn = stage.world.rank == 0 and draw_correlation(picture, points, "instance_accuracy", "knn_top1", note)
-    return {"correlation": figures, "picture": str(picture.relative_to(stage.run_directory)) if drawn else None}
+    if stage.world.rank == 0:
+        draw_correlation(picture, points, "instance_accuracy", "knn_top1", note)
+    return {"correlation": figures, "picture": str(picture.relative_to(stage.run_directory))}
 
 
 def _short(value: float | None) -> str:
@@ -172,7 +173,7 @@ def _recipe(stage: Stage, images: LabelledImages) -> dict[str, Any]:
 
 
 def _known_points(stage: Stage, images: LabelledImages) -> dict[str, dict[str, Any]]:
-    """Points that an earlier run of this stage has measured by the same recipe on the same images."""
+    """Points that this stage measured earlier, by the same recipe on the same images."""
     points = None
     path = stage.directory / "points.json"
     if stage.world.rank == 0:

@@ -1,4 +1,4 @@
-"""Stage: detection on PASCAL VOC, every source's backbone tuned whole inside Faster R-CNN."""
+"""Stage: detection on PASCAL VOC, every source's backbone fine-tuned in Faster R-CNN."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from instance_ssl.checkpoint.directory import read_tensors, replace_file
+from instance_ssl.checkpoint.directory import replace_file
 from instance_ssl.config.detection import DetectionConfig
 from instance_ssl.data.folders import missing_here
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
+from instance_ssl.evaluation.cached_training import read_state
 from instance_ssl.evaluation.detection.batches import DetectionBatch, Resizing, single_images, training_batches
 from instance_ssl.evaluation.detection.detector import Detector
 from instance_ssl.evaluation.detection.metrics import Detections, require_coco
@@ -39,14 +40,14 @@ _RECIPE = {
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """AP, AP50 and AP75 of every source, and COCO's figures beside them."""
+    """Returns AP, AP50 and AP75 of every source, and COCO's metrics."""
     detection = stage.config.evaluation.detection
     _refuse(stage)
     train, test = (_open(stage, lists) for lists in (detection.train, detection.test))
     stage.log.say(f"detection: {len(train)} training images, {len(test)} test images")
     results = {}
     for source in stage.config.evaluation.sources:
-        load_backbone(stage, source)  # what is missing shows before the first is trained for hours
+        load_backbone(stage, source)  # a missing one fails before hours of training
     sources = stage.config.evaluation.sources
     workload = Workload(stage.log.say, f"detection ({', '.join(sources)})", [detection.iterations] * len(sources))
     for source in sources:
@@ -66,7 +67,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def _refuse(stage: Stage) -> None:
-    """Refuses at the start what would fail in the end.
+    """Checks the configuration before any work.
 
     Raises:
         UserError: naming the key.
@@ -85,7 +86,7 @@ def _refuse(stage: Stage) -> None:
 
 
 def _open(stage: Stage, lists: Sequence[str]) -> VocImages:
-    """The images of some lists: read by rank 0 and sent to all. Collective."""
+    """Opens the images of some lists: rank 0 reads the lists for all ranks. Collective."""
     detection = stage.config.evaluation.detection
     rendering = rendering_of(evaluation_data(stage))
     data = stage.on_rank_0(lambda: open_voc(detection.root, lists, detection.classes, rendering))
@@ -99,7 +100,7 @@ def _open(stage: Stage, lists: Sequence[str]) -> VocImages:
 
 
 def _build(stage: Stage, source: str) -> tuple[DetectorTraining, int | None, str]:
-    """A detector around the source's backbone, the epochs that was trained, and the digest of its state."""
+    """Builds a detector on the source's backbone; returns it, the backbone's epochs and the digest of its state."""
     detection = stage.config.evaluation.detection
     encoder, epoch = load_backbone(stage, source)
     backbone = encoder.backbone
@@ -126,7 +127,7 @@ def _build(stage: Stage, source: str) -> tuple[DetectorTraining, int | None, str
 def _train(
     stage: Stage, source: str, training: DetectorTraining, data: VocImages, bound: str, workload: Workload
 ) -> float | None:
-    """Trains from where the last state stopped; returns the mean loss of the last iterations, None if all were done."""
+    """Trains, or resumes from the last state; returns the mean loss of the last iterations, None without any."""
     detection = stage.config.evaluation.detection
     path = stage.directory / f"detector_{source}.pth"
     _resume(stage, training, path, bound)
@@ -152,7 +153,7 @@ def _train(
             if done % detection.save_every == 0 or done == detection.iterations:
                 _save(stage, training, path, bound)
     if detection.statistics_iterations:
-        # Batches that the training has not seen in this shape: those that would have come next.
+        # The batches that would come next, which the training has not seen in this shape.
         coming = range(detection.iterations, detection.iterations + detection.statistics_iterations)
         training.recompute_statistics(_checked(stage, _batches(stage, data, coming)))
     last = recent[-stage.config.log.every_steps :]
@@ -180,7 +181,7 @@ def _checked(stage: Stage, batches: Iterator[DetectionBatch]) -> Iterator[Detect
 
 
 def _detect(stage: Stage, source: str, model: Detector, data: VocImages) -> list[Detections]:
-    """Detections in all test images, each by one rank."""
+    """Detections in all test images, divided over the ranks."""
     detection = stage.config.evaluation.detection
     indices = range(*Partition(len(data), stage.world.size).bounds(stage.world.rank))
     resizing = Resizing((detection.test_short_side,), detection.max_long_side, flip=False)
@@ -188,7 +189,7 @@ def _detect(stage: Stage, source: str, model: Detector, data: VocImages) -> list
     with stage.log.progress(f"{TITLES[source]}: detections", len(data), "images") as progress:
 
         def on_image() -> None:
-            progress.advance(stage.world.size)  # rank 0 speaks for all: the others are as far as it is
+            progress.advance(stage.world.size)  # rank 0 logs for all, which progress alike
             stage.guard.check()
 
         own = detect(model, images, [data.annotations[i] for i in indices], stage.world.device, on_image)
@@ -200,7 +201,7 @@ def _settings(detection: DetectionConfig) -> dict[str, Any]:
 
 
 def _bound(stage: Stage, source: str, digest: str, data: VocImages) -> str:
-    """What a saved state belongs to, as text; another one is not gone on from."""
+    """Identifies the training that a saved state belongs to; only that one resumes from it."""
     settings = _settings(stage.config.evaluation.detection)
     for free in ("root", "test", "test_short_side", "test_proposals", "statistics_iterations"):
         del settings[free]
@@ -209,7 +210,7 @@ def _bound(stage: Stage, source: str, digest: str, data: VocImages) -> str:
 
 
 def _save(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> None:
-    """Writes the state whole or not at all. Collective.
+    """Writes the state atomically. Collective.
 
     Raises:
         UserError: on all ranks, when it cannot be written.
@@ -224,16 +225,12 @@ def _save(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> N
 
 
 def _resume(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> None:
-    """Goes on from the last state of the same recipe, backbone and images, if there is one. Collective."""
-    try:
-        state = stage.together(lambda: read_tensors(path) if path.exists() else None)
-    except UserError as error:
-        stage.log.say(f"warning: {error}; training begins anew")
-        return
+    """Resumes from the last state of the same recipe, backbone and images, if there is one. Collective."""
+    state = read_state(stage, path)
     if state is None:
         return
     if state.get("bound") != bound:
-        stage.log.say(f"{path.name} is of another backbone, recipe or images: training begins anew")
+        stage.log.say(f"{path.name} is of another backbone, recipe or images: training starts again")
         return
     training.load_state(state)
-    stage.log.say(f"detection goes on at iteration {training.iteration}")
+    stage.log.say(f"detection resumes at iteration {training.iteration}")

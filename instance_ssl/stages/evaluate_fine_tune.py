@@ -1,4 +1,4 @@
-"""Stage: fine-tuning on another data set, learning rate and weight decay chosen on a held-out part of its training."""
+"""Stage: fine-tuning on another data set, learning rate and weight decay chosen on held-out training images."""
 
 from typing import Any
 
@@ -11,25 +11,24 @@ from instance_ssl.evaluation.label_lists import draw_balanced
 from instance_ssl.evaluation.labelled_training import (
     LAYERS,
     Subset,
-    Training,
     describe_images,
-    train_once,
+    fine_tune_once,
     tunable_sources,
+    whole_sets,
 )
 from instance_ssl.evaluation.workload import Workload
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.stage import Stage
 
-# Times that one training may see an image before the preset for small sets is named.
+# A training that sees each image more often than this suggests the preset for small sets.
 _OFTEN = 500
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """The test figures of every source, at the learning rate and weight decay that did best on the held-out part."""
+    """Returns the test metrics of every source, at the learning rate and weight decay that did best when held out."""
     images = open_labelled(stage)
     fine_tune = stage.config.evaluation.fine_tune
-    whole = Subset(images.train, torch.arange(len(images.train)), images.train_labels)
-    test = Subset(images.test, torch.arange(len(images.test)), images.test_labels)
+    whole, test = whole_sets(images)
     fitted, held_out = _split(stage, images)
     grids = {source: _grid(stage, source) for source in tunable_sources(stage)}
     workload = _announce(stage, grids, len(fitted.ids))
@@ -44,7 +43,10 @@ def run(stage: Stage) -> dict[str, Any]:
             record |= {"held_out_images": len(held_out.ids), "grid": points}
         title = f"{TITLES[source]}: fine-tuning"
         tag = f"fine_tune/{source}"
-        figures = train_once(stage, Training(title, tag, encoder, options, whole, test, images.num_classes), workload)
+        figures = fine_tune_once(
+            stage, encoder, options, workload,
+            title=title, tag=tag, train=whole, test=test, num_classes=images.num_classes,
+        )  # fmt: skip
         results[source] = {"metric": fine_tune.metric, **figures, **record, "recipe": recipe(options)}
         stage.log.say(f"fine-tuned, {TITLES[source]}: {fine_tune.metric} {figures[fine_tune.metric]:.2f} %")
         stage.log.metrics(epoch or 0, {f"{tag}_{fine_tune.metric}": figures[fine_tune.metric]})
@@ -52,7 +54,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def _split(stage: Stage, images: LabelledImages) -> tuple[Subset, Subset]:
-    """The training images without the held-out ones, and these: the data set's own, or as many of each class."""
+    """Splits off the held-out training images: the data set's own, or equally many of each class."""
     held_out = images.train.held_out
     if held_out is None:
         count = max(1, round(stage.config.evaluation.fine_tune.held_out_fraction * len(images.train)))
@@ -64,7 +66,7 @@ def _split(stage: Stage, images: LabelledImages) -> tuple[Subset, Subset]:
 
 
 def _grid(stage: Stage, source: str) -> list[TrainingOptions]:
-    """Every learning rate with every weight decay, which is divided by it; SimCLR's options otherwise."""
+    """Pairs every learning rate with every weight decay, divided by the rate; other options are SimCLR's."""
     fine_tune = stage.config.evaluation.fine_tune
     is_random = source == "random"
     return [
@@ -83,7 +85,7 @@ def _grid(stage: Stage, source: str) -> list[TrainingOptions]:
 
 
 def _announce(stage: Stage, grids: dict[str, list[TrainingOptions]], num_images: int) -> Workload:
-    """Says how much there is to train, and names the preset for small sets where each image would be seen often."""
+    """Logs how much there is to train, and the preset for small sets where each image would be seen often."""
     fine_tune = stage.config.evaluation.fine_tune
     trainings = []
     for grid in grids.values():
@@ -109,15 +111,17 @@ def _search(
     held_out: Subset,
     num_classes: int,
 ) -> list[dict[str, Any]]:
-    """What each point of the grid gives on the held-out images; one that diverges gives nothing."""
+    """Metrics of each point of the grid on the held-out images, None for a point that diverges."""
     points = []
     for place, options in enumerate(grid, start=1):
         rate, decay = options.backbone_learning_rate, options.weight_decay
         title = f"{TITLES[source]}: {place} of {len(grid)}, learning rate {rate:g}, weight decay {decay:g}"
         try:
             tag = f"fine_tune/{source}_grid_{place}"
-            training = Training(title, tag, encoder, options, fitted, held_out, num_classes)
-            figures = train_once(stage, training, workload)
+            figures = fine_tune_once(
+                stage, encoder, options, workload,
+                title=title, tag=tag, train=fitted, test=held_out, num_classes=num_classes,
+            )  # fmt: skip
         except DivergedError:
             stage.log.say(f"{title}: diverged")
             figures = {}
@@ -127,10 +131,10 @@ def _search(
 
 
 def _best(points: list[dict[str, Any]], metric: str) -> int:
-    """The place of the best point; the first of equals.
+    """Index of the best point, the first of equals.
 
     Raises:
-        DivergedError: when no point has figures.
+        DivergedError: when every point diverged.
     """
     values = [point[f"held_out_{metric}"] for point in points]
     if all(value is None for value in values):

@@ -22,13 +22,13 @@ from instance_ssl.run.stage import Stage
 
 _PICTURE_QUERIES = 12
 _PICTURE_NEIGHBOURS = 6
-# Of the map: test images, the floats that their features may take, and the dimensions that are kept of them.
+# The map's limits: test images, floats that their features may take, and principal components kept.
 _MAP_IMAGES, _MAP_FLOATS, _MAP_COMPONENTS = 1000, 20_000_000, 50
 MAP_FILE = "map.pt"
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """The whole grid of k and temperature for every source, on features and, where there are any, embeddings."""
+    """Returns the accuracies over a grid of k and temperature for every source, on features and on embeddings."""
     images = open_labelled(stage)
     results: dict[str, Any] = {}
     neighbour_ids: dict[str, list[list[int]]] = {}
@@ -39,13 +39,11 @@ def run(stage: Stage) -> dict[str, Any]:
         title = TITLES[source]
         train_nF = cached_features(stage, representation, images.train, f"{title}: train features")
         test_mF = cached_features(stage, representation, images.test, f"{title}: test features")
-        epoch = representation.epoch
-        figures = {**_vote(stage, images, train_nF, test_mF), "layer": representation.layer, "epoch": epoch}
-        figures["origin"] = representation.origin
+        figures = {**_vote(stage, images, train_nF, test_mF), **representation.record}
         train_nD, test_mD = (embeddings_of(stage, representation, features) for features in (train_nF, test_mF))
         if train_nD is not None and test_mD is not None:
             votes = _vote(stage, images, train_nD, test_mD)
-            figures["embeddings"] = {**votes, "layer": "projection output", "epoch": epoch}
+            figures["embeddings"] = {**votes, "layer": "projection output", "epoch": representation.epoch}
         results[source] = figures
         neighbour_ids[source] = nearest_neighbours(
             train_nF, _rows_of_all(stage, test_mF, query_ids), stage.world, min(_PICTURE_NEIGHBOURS, len(images.train))
@@ -64,10 +62,10 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def _vote(stage: Stage, images: LabelledImages, train_nF: Tensor, test_mF: Tensor) -> dict[str, Any]:
-    """The headline, which is the grid's first pair, and the grid."""
+    """The grid's first pair as the headline, and the whole grid."""
     accuracies = vote(stage, images, train_nF, test_mF, stage.config.evaluation.knn, "k-NN")
     grid = [{"k": k, "temperature": t, **figures} for (k, t), figures in accuracies.items()]
-    return {**grid[0], "grid": grid}  # named beforehand: the best of the grid would be chosen on the test set
+    return {**grid[0], "grid": grid}  # fixed beforehand: the best of the grid would be chosen on the test set
 
 
 def _tell(stage: Stage, source: str, figures: dict[str, Any]) -> None:
@@ -82,7 +80,7 @@ def _tell(stage: Stage, source: str, figures: dict[str, Any]) -> None:
 
 
 def _sample(stage: Stage, test_mF: Tensor) -> dict[str, Tensor]:
-    """Principal components of the features of some test images, and which images they are."""
+    """Principal components of the features of some test images, and their ids."""
     total, width = sum(stage.world.row_counts(len(test_mF))), test_mF.shape[1]
     ids = _evenly_spaced(total, min(_MAP_IMAGES, max(2, _MAP_FLOATS // width)))
     return {"ids": ids, "components": principal_components(_rows_of_all(stage, test_mF, ids), _MAP_COMPONENTS).cpu()}
@@ -93,7 +91,7 @@ def _evenly_spaced(total: int, count: int) -> Tensor:
 
 
 def _rows_of_all(stage: Stage, features_nF: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` of features that lie divided over the ranks, on every rank."""
+    """Gathers the rows `ids` of features that are sharded over the ranks."""
     counts = stage.world.row_counts(len(features_nF))
     first = sum(counts[: stage.world.rank])
     rows = features_nF.new_zeros(len(ids), features_nF.shape[1])

@@ -1,14 +1,10 @@
-"""Stage: linear classification on frozen features of each source, by the paper's protocol or on cached features."""
+"""Stage: linear classification of each source's frozen features, by the paper's protocol or on cached features."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from instance_ssl.data.augmentations import centre_view, probe_view
-from instance_ssl.data.loaders import Batch, PartLoader
-from instance_ssl.data.sampler import epoch_order
-from instance_ssl.evaluation.cached_training import train_or_find
-from instance_ssl.evaluation.epoch_log import Progress
+from instance_ssl.evaluation.epoch_log import LabelledBatches, Progress
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.frozen_encoder import (
     TITLES,
@@ -18,22 +14,21 @@ from instance_ssl.evaluation.frozen_encoder import (
     evaluation_data,
     labels_of_own_part,
     open_labelled,
-    own_batches,
     represent,
 )
+from instance_ssl.evaluation.labelled_training import Training, train_once, whole_sets
 from instance_ssl.evaluation.linear import probe_cached_features, train_linear_classifier
 from instance_ssl.evaluation.workload import Workload
-from instance_ssl.run.build import own_parts
 from instance_ssl.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Top-1 and top-5 of every source; the encoder is bit-equal afterwards, and that is checked."""
+    """Returns top-1 and top-5 of every source; checks that the encoder is bit-equal afterwards."""
     images = open_labelled(stage)
     linear, sources = stage.config.evaluation.linear, stage.config.evaluation.sources
     workload = None
     if linear.protocol == "sgd":
-        trainings = [linear.epochs * _steps_per_epoch(stage, images)] * len(sources)
+        trainings = [_steps(stage, images)] * len(sources)
         workload = Workload(stage.log.say, f"linear evaluation ({', '.join(sources)})", trainings)
     results = {}
     for source in sources:
@@ -45,9 +40,7 @@ def run(stage: Stage) -> dict[str, Any]:
             figures = _train(stage, representation, images, workload)
         if representation.encoder is not None and state_digest(representation.encoder) != before:
             raise RuntimeError("the frozen encoder has changed during linear evaluation")
-        results[source] = {
-            **figures, "layer": representation.layer, "epoch": representation.epoch, "origin": representation.origin
-        }  # fmt: skip
+        results[source] = {**figures, **representation.record}
         stage.log.say(f"linear ({linear.protocol}), {TITLES[source]}: {figures['top1']:.2f} %")
         stage.log.metrics(representation.epoch or 0, {f"linear/{source}_top1": figures["top1"]})
     return {"protocol": linear.protocol, "figures": results}
@@ -68,72 +61,48 @@ def _probe_cached(stage: Stage, representation: Representation, images: Labelled
     )
 
 
-def _steps_per_epoch(stage: Stage, images: LabelledImages) -> int:
-    return math.ceil(len(images.train) / stage.config.evaluation.linear.global_batch_size)
+def _steps(stage: Stage, images: LabelledImages) -> int:
+    linear = stage.config.evaluation.linear
+    return linear.epochs * math.ceil(len(images.train) / linear.global_batch_size)
 
 
 def _train(
     stage: Stage, representation: Representation, images: LabelledImages, workload: Workload
 ) -> dict[str, float]:
-    linear, data, seed = stage.config.evaluation.linear, evaluation_data(stage), stage.config.seed
-    steps_per_epoch = _steps_per_epoch(stage, images)
-    loader = PartLoader(
-        images.train,
-        probe_view(data.image_size),
-        data.num_workers,
-        seed=seed,
-        max_batch_size=stage.config.evaluation.batch_size,
-    )
-
-    def train_parts(epoch: int) -> Iterator[Iterator[Batch]]:
-        order = epoch_order(len(images.train), seed, epoch)
-        for part in loader.epoch(epoch, own_parts(order, linear.global_batch_size, stage.world)):
-            stage.guard.check()
-            yield part
-            workload.advance()
-
-    def test_batches() -> Iterator[Batch]:
-        for batch in own_batches(stage, images.test, centre_view(data.image_size)):
-            stage.guard.check()
-            yield batch
-
-    title = f"{TITLES[representation.source]}: linear classifier"
+    linear, seed = stage.config.evaluation.linear, stage.config.seed
+    source, encoder = representation.source, representation.encoder
     decisive = {
-        "encoder": representation.source if representation.encoder is None else state_digest(representation.encoder),
+        "encoder": source if encoder is None else state_digest(encoder),
         "recipe": [linear.epochs, linear.global_batch_size, linear.learning_rate],
-        "images": [images.train.digest, images.test.digest, data.image_size],
+        "images": [images.train.digest, images.test.digest, evaluation_data(stage).image_size],
         "labels": images.label_digest,
         "seed": seed,
         "precision": str(stage.ds.autocast_dtype),
     }
 
-    def train(state: dict[str, Any] | None, offer: Callable[[Progress], None]) -> dict[str, Any]:
-        epochs_done = state["epochs"] if state else 0
-        workload.advance(epochs_done * steps_per_epoch, done_before=True)
-        with stage.log.progress(title, linear.epochs, "epochs", initial=epochs_done) as progress:
+    def fit(
+        data: LabelledBatches, *, state: dict[str, Any] | None, on_epoch: Callable[[Progress], None]
+    ) -> dict[str, float]:
+        return train_linear_classifier(
+            representation.features,
+            data,
+            stage.world,
+            feature_dim=representation.feature_dim,
+            epochs=linear.epochs,
+            learning_rate=linear.learning_rate,
+            global_batch_size=linear.global_batch_size,
+            seed=seed,
+            state=state,
+            on_epoch=on_epoch,
+        )
 
-            def on_epoch(done: Progress) -> None:
-                stage.log.metrics(done.epochs, {f"linear/{representation.source}_train_loss": done.train_loss})
-                offer(done)
-                progress.advance(note=f"loss {done.train_loss:.3f}")
-
-            return train_linear_classifier(
-                representation.features,
-                train_parts,
-                test_batches,
-                stage.world,
-                feature_dim=representation.feature_dim,
-                num_classes=images.num_classes,
-                labels=images.train_labels,
-                test_labels=images.test_labels,
-                steps_per_epoch=steps_per_epoch,
-                epochs=linear.epochs,
-                learning_rate=linear.learning_rate,
-                global_batch_size=linear.global_batch_size,
-                seed=seed,
-                state=state,
-                on_epoch=on_epoch,
-            )
-
-    with workload.training(linear.epochs * steps_per_epoch):
-        return train_or_find(stage, title, decisive, train)
+    title = f"{TITLES[source]}: linear classifier"
+    training = Training(
+        title,
+        f"linear/{source}_train_loss",
+        *whole_sets(images),
+        images.num_classes,
+        linear.global_batch_size,
+        _steps(stage, images),
+    )
+    return train_once(stage, training, decisive, fit, workload)

@@ -24,7 +24,7 @@ from instance_ssl.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Same-class top-1 and recall@k; `running_prior` is the paper's experiment, with no training at all."""
+    """Returns same-class top-1 and recall@k; `running_prior` is the paper's experiment, without any training."""
     images = open_labelled(stage)
     results = {"running_prior": _running_prior(stage, images)}
     _tell(stage, "random network, running batch norms", "running_prior", results["running_prior"])
@@ -33,11 +33,11 @@ def run(stage: Stage) -> dict[str, Any]:
         features_nF = cached_features(stage, representation, images.train, f"{TITLES[source]}: train features")
         results[source] = _retrieve(stage, images, representation, features_nF)
         _tell(stage, TITLES[source], source, results[source])
-    return {"images": "train, each left out of its own ranking", "figures": results}
+    return {"images": "train, each excluded from its own ranking", "figures": results}
 
 
 def _running_prior(stage: Stage, images: LabelledImages) -> dict[str, Any]:
-    """Features as they come out of the pass that initialises the classifier."""
+    """Evaluates the features of the pass that initialises the classifier."""
     encoder = seeded_encoder(stage.config).to(stage.world.device)
     features_nF = prior_rows(
         stage,
@@ -56,23 +56,22 @@ def _running_prior(stage: Stage, images: LabelledImages) -> dict[str, Any]:
 def _retrieve(
     stage: Stage, images: LabelledImages, representation: Representation, features_nF: Tensor
 ) -> dict[str, Any]:
-    """Figures of features and, where there is a projection, of embeddings."""
+    """Recall of features and, where there is a projection, of embeddings."""
 
-    def recall(rows: Tensor, layer: str) -> dict[str, Any]:
+    def recall(rows: Tensor) -> dict[str, Any]:
         with search_progress(stage, "retrieval", len(images.train)) as on_chunk:
-            figures = retrieval_recall(
+            return retrieval_recall(
                 rows,
                 labels_of_own_part(stage, images.train_labels),
                 stage.world,
                 recall_at=stage.config.evaluation.retrieval.recall_at,
                 on_chunk=on_chunk,
             )
-        return {**figures, "layer": layer, "epoch": representation.epoch, "origin": representation.origin}
 
-    figures = recall(features_nF, representation.layer)
+    figures: dict[str, Any] = {**recall(features_nF), **representation.record}
     embeddings_nD = embeddings_of(stage, representation, features_nF)
     if embeddings_nD is not None:
-        figures["embeddings"] = recall(embeddings_nD, "projection output")
+        figures["embeddings"] = {**recall(embeddings_nD), **representation.record, "layer": "projection output"}
     return figures
 
 

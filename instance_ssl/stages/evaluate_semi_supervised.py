@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
@@ -13,22 +12,22 @@ from instance_ssl.evaluation.label_lists import draw_balanced, read_label_list, 
 from instance_ssl.evaluation.labelled_training import (
     LAYERS,
     Subset,
-    Training,
     describe_images,
-    train_once,
+    fine_tune_once,
     tunable_sources,
+    whole_sets,
 )
 from instance_ssl.evaluation.workload import Workload
 from instance_ssl.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Top-1 and top-5 of every source and every fraction of the labels; `random` is trained from scratch."""
+    """Returns top-1 and top-5 of every source and fraction of the labels; `random` is trained from scratch."""
     images = open_labelled(stage)
     semi_supervised = stage.config.evaluation.semi_supervised
     sources = tunable_sources(stage)
     labelled = [_labelled_ids(stage, images, place) for place in range(len(semi_supervised.fractions))]
-    test = Subset(images.test, torch.arange(len(images.test)), images.test_labels)
+    _, test = whole_sets(images)
     trainings = [
         _options(stage, source, place, len(ids)).steps for source in sources for place, (ids, _) in enumerate(labelled)
     ]
@@ -42,8 +41,10 @@ def run(stage: Stage) -> dict[str, Any]:
             train = Subset(images.train, ids, images.train_labels)
             options = _options(stage, source, place, len(ids))
             tag = f"semi_supervised/{source}_{fraction:g}"
-            training = Training(title, tag, encoder, options, train, test, images.num_classes)
-            figures = train_once(stage, training, workload)
+            figures = fine_tune_once(
+                stage, encoder, options, workload,
+                title=title, tag=tag, train=train, test=test, num_classes=images.num_classes,
+            )  # fmt: skip
             rows.append({"fraction": fraction, "labels": list_file, **figures, "recipe": recipe(options)})
             stage.log.say(f"{title} ({len(ids)} images): {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
             stage.log.metrics(epoch or 0, {f"{tag}_top1": figures["top1"]})
@@ -52,7 +53,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def _labelled_ids(stage: Stage, images: LabelledImages, place: int) -> tuple[Tensor, str]:
-    """The images of one fraction that have labels, and the list that names them. Collective.
+    """The labelled images of one fraction, and the file that lists them. Collective.
 
     Raises:
         UserError: when a list that was given does not fit the images.

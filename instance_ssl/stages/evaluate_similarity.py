@@ -18,7 +18,7 @@ from instance_ssl.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """The cosines by mode, over a seeded sample of the images or all of them; no checkpoint is needed."""
+    """Returns the cosines by mode, over all images or a seeded sample of them; needs no checkpoint."""
     settings, total = stage.config.evaluation.similarity, len(stage.source)
     generator = torch.Generator().manual_seed(stage.config.seed)
     ids_N = torch.randperm(total, generator=generator)[: settings.num_images].sort().values
@@ -38,16 +38,16 @@ def run(stage: Stage) -> dict[str, Any]:
         "figures": results,
     }
     picture = stage.directory / "similarity.png"
-    drawn = stage.world.rank == 0 and draw_similarities(picture, results)
-    if stage.world.rank == 0 and not drawn:
-        stage.log.say("no picture: it needs matplotlib (pip install -e '.[plots]')")
-    return {**record, "picture": str(picture.relative_to(stage.run_directory)) if drawn else None}
+    if stage.world.rank == 0:
+        draw_similarities(picture, results)
+    return {**record, "picture": str(picture.relative_to(stage.run_directory))}
 
 
 def _measure(stage: Stage, mode: InitializationMode, ids_N: Tensor) -> dict[str, float]:
-    """Rows of W from the deterministic view, as the initialisation makes them, and then random views as in training.
+    """Compares rows of W, made of the deterministic view as in the initialisation, with random views as in training.
 
-    The views' pass goes on where the rows' has ended. Gaussian rows meet a network in training mode: batch statistics.
+    The views' pass continues the statistics of the rows' pass. With Gaussian rows the network is in training mode:
+    batch statistics.
     """
     config, width = stage.config, stage.config.model.embedding_dim
     encoder = seeded_encoder(config).to(stage.world.device)

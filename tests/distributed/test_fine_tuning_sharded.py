@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.evaluation import fine_tuning
-from instance_ssl.evaluation.epoch_log import DivergedError, Progress
+from instance_ssl.evaluation.epoch_log import DivergedError, LabelledBatches, Progress
 from instance_ssl.evaluation.fine_tuning import TrainingOptions, fine_tune
 
 CLASSES, WIDTH, BATCH, IMAGES, TESTED = 6, 8, 16, 2 * 16 + 1, 23
@@ -65,15 +65,10 @@ def _fine_tune(
 
     figures = fine_tune(
         backbone,
-        train_parts,
-        test_batches,
+        LabelledBatches(train_parts, test_batches, labels, test_labels, CLASSES, STEPS_PER_EPOCH),
         group,
         options,
         feature_dim=WIDTH,
-        num_classes=CLASSES,
-        labels=labels,
-        test_labels=test_labels,
-        steps_per_epoch=STEPS_PER_EPOCH,
         seed=0,
         state=state,
         on_epoch=on_epoch,

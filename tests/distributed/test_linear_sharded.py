@@ -9,6 +9,7 @@ from torch import Tensor
 
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
+from instance_ssl.evaluation.epoch_log import LabelledBatches
 from instance_ssl.evaluation.linear import probe_cached_features, train_linear_classifier
 
 CLASSES, IMAGES, BATCH = 6, 59, 16
@@ -56,15 +57,10 @@ def _train(group: Group, images: int) -> dict[str, float]:
 
     return train_linear_classifier(
         lambda rows: rows,
-        train_parts,
-        test_batches,
+        LabelledBatches(train_parts, test_batches, labels, test_labels, CLASSES, -(-images // BATCH)),
         group,
         feature_dim=8,
-        num_classes=CLASSES,
-        labels=labels,
-        test_labels=test_labels,
         epochs=4,
-        steps_per_epoch=-(-images // BATCH),
         learning_rate=2.0,
         global_batch_size=BATCH,
     )

@@ -47,6 +47,6 @@ def test_it_goes_on_and_ends_alike(
     assert status(tmp_path, STAGE)["state"] == {75: "stopped", 3: "failed"}[codes[0]]
     resumed = run(tmp_path, stage=STAGE, settings=SETTINGS)
     assert resumed.wait() == [0, 0], resumed.text()
-    assert "going on after" in resumed.text()
+    assert "resuming after" in resumed.text()
     assert figures(tmp_path) == undisturbed
     assert not list((tmp_path / "run" / STAGE / "trainings").glob("*.pt"))

@@ -65,7 +65,7 @@ def test_two_ranks_train_and_one_goes_on_to_the_same_figures(tmp_path: Path) -> 
     shutil.copy(folder / "detector_random.pth", tmp_path / "one/evaluate_detection")
     finished = run_bare("evaluate_detection", "--run-dir", str(tmp_path / "one"), *settings(tree))
     assert finished.returncode == 0, finished.stderr
-    assert "detection goes on at iteration 2" in finished.stdout
+    assert "detection resumes at iteration 2" in finished.stdout
     one = json.loads((tmp_path / "one/evaluate_detection/result.json").read_text())
     assert one["world_size"] == 1
     assert {**one["figures"]["random"], "train_loss": None} == {**figures, "train_loss": None}
@@ -180,6 +180,6 @@ def test_a_stopped_training_goes_on_to_the_same_bits_and_never_from_another_reci
         _stories, 1, str(tmp_path), str(make_tree(tmp_path / "voc"))
     )
     assert "goes on" not in said_whole
-    assert [f"goes on at iteration {done}" in said_parts for done in (1, 2, 3, 4)] == [True, False, True, True]
+    assert [f"resumes at iteration {done}" in said_parts for done in (1, 2, 3, 4)] == [True, False, True, True]
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
-    assert "another backbone, recipe or images: training begins anew" in said_other
+    assert "another backbone, recipe or images: training starts again" in said_other

@@ -1,4 +1,4 @@
-"""Resized images and boxes for a detector: what is drawn depends on (seed, epoch, image) alone."""
+"""Resized images and boxes for a detector, drawn from (seed, epoch, image) alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from instance_ssl.evaluation.detection.voc import VocImages
 
 @dataclass(frozen=True)
 class Resizing:
-    """To one of some lengths of the short side, in pixels, unless the long side would exceed its bound.
+    """Resizes the short side to one of these lengths, in pixels, or to less where the long side would be too long.
 
     In training the length is drawn, and half the images are flipped (detectron2's ResizeShortestEdge, RandomFlip).
     """
@@ -58,10 +58,10 @@ def training_batches(
     rank: int,
     world_size: int,
 ) -> Iterator[DetectionBatch]:
-    """This rank's part of the global batch of each iteration.
+    """Yields this rank's part of the global batch of each iteration.
 
-    Iteration i takes places i·B … (i + 1)·B - 1 of an endless list: one order of all images after another, each drawn
-    from (seed, epoch). Images without objects are left out (detectron2's FILTER_EMPTY_ANNOTATIONS).
+    Iteration i takes places i·B … (i + 1)·B - 1 of an endless list: one permutation of the images after another, each
+    drawn from (seed, epoch). Images without objects are excluded (detectron2's FILTER_EMPTY_ANNOTATIONS).
 
     Raises:
         RankError: from the iteration, when an image cannot be decoded.
@@ -80,7 +80,7 @@ def training_batches(
 
 
 def single_images(data: VocImages, resizing: Resizing, num_workers: int, indices: range) -> Iterator[Tensor]:
-    """Those images one by one, (3, h, w): a batch would be padded, and features at an edge depend on it.
+    """Yields those images one by one, (3, h, w), as features at an edge would depend on a batch's padding.
 
     Raises:
         RankError: from the iteration, when an image cannot be decoded.
@@ -99,7 +99,7 @@ class _EndlessOrder(Sampler[list[Key]]):
     ) -> None:
         self.kept = torch.tensor([i for i, annotation in enumerate(data.annotations) if len(annotation.classes_m)])
         self.seed, self.batch_size, self.iterations = seed, batch_size, iterations
-        # As equal as may be, the first ranks one more.
+        # As equal as possible, the first ranks take one more.
         share, longer = divmod(batch_size, world_size)
         self.own_size = share + (rank < longer)
         self.first = rank * share + min(rank, longer)
@@ -119,7 +119,7 @@ class _EndlessOrder(Sampler[list[Key]]):
 
 
 class _ResizedImages(ViewDataset):
-    """Item (epoch, index) has one view, (3, h, w) without a dimension for views."""
+    """Item (epoch, index) is one view, (3, h, w), without a dimension for views."""
 
     def __init__(self, data: VocImages, resizing: Resizing, seed: int) -> None:
         super().__init__(data.images, functional.pil_to_tensor, num_views=1, seed=seed)
@@ -135,7 +135,7 @@ class _ResizedImages(ViewDataset):
 
 
 def _resized_objects(data: VocImages, resizing: Resizing, seed: int, index: int) -> tuple[Tensor, Tensor]:
-    """Boxes and classes to go with the image that the same seed gives."""
+    """Boxes and classes for the image that the same seed resizes."""
     annotation = data.annotations[index]
     width, height, flipped = resizing.draw(seed, annotation.width, annotation.height)
     scale = torch.tensor([width / annotation.width, height / annotation.height]).repeat(2)

@@ -1,10 +1,10 @@
 """Faster R-CNN with a C4 backbone, on torchvision's detection parts and any of our ResNets.
 
 The layout and constants are those of MoCo's detection configs (facebookresearch/moco, detection/configs and
-train_net.py's Res5ROIHeadsExtraNorm) and of detectron2's Base-RCNN-C4 defaults: proposals and boxes are found on the
-output of layer3 (stride 16), every region is cut out there by RoIAlign at 14 x 14 and runs through layer4, one more
-batch norm and a global average. All layers are tuned. What differs from detectron2: images are padded to a multiple of
-32 pixels, and anchors are whole pixels, as torchvision has them.
+train_net.py's Res5ROIHeadsExtraNorm) and of detectron2's Base-RCNN-C4 defaults: proposals are found on the output of
+layer3 (stride 16), RoIAlign crops every region there at 14 x 14, and the crop runs through layer4, one more batch norm
+and a global average. All layers are tuned. Unlike detectron2, images are padded to a multiple of 32 pixels and anchors
+are whole pixels, as in torchvision.
 """
 
 from collections import OrderedDict
@@ -32,10 +32,10 @@ class Detector(nn.Module):
     """Images → losses in training, detections in evaluation.
 
     Args:
-        backbone: its modules become the detector's own.
+        backbone: its modules are reused, not copied.
         num_classes: without the background.
-        regions_per_image: that the box head learns from, a quarter of them on objects where there are so many.
-        test_proposals: regions that it looks at in evaluation.
+        regions_per_image: sampled to train the box head, up to a quarter of them on objects.
+        test_proposals: regions classified in evaluation.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Detector(nn.Module):
         Args:
             images: (3, h, w) each, normalised.
             targets: of each image "boxes" (m, 4), none of them empty, and "labels" (m,) from 1.
-            seeds: of the draws of anchors and regions in each image, which depend on nothing else.
+            seeds: one for each image, of its anchors and regions.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.rpn.fg_bg_sampler.generators = self.roi_heads.fg_bg_sampler.generators = generators
@@ -82,9 +82,9 @@ class Detector(nn.Module):
 
 
 class _SeededSampler:
-    """torchvision's BalancedPositiveNegativeSampler, drawing from one generator an image.
+    """torchvision's BalancedPositiveNegativeSampler with one generator for each image.
 
-    So what an image's losses are does not depend on the batch, the rank or the restart that it is met in.
+    An image's losses then do not depend on its batch, on the rank or on a restart.
     """
 
     def __init__(self, per_image: int, positive_fraction: float) -> None:
@@ -92,7 +92,7 @@ class _SeededSampler:
         self.generators: list[torch.Generator] = []
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Masks of the positive (≥ 1) and negative (0) ones that are taken, of each image."""
+        """Masks of the sampled positives (≥ 1) and negatives (0) of each image."""
         masks = [self._draw(label_n, generator) for label_n, generator in zip(labels, self.generators, strict=True)]
         return [positive for positive, _ in masks], [negative for _, negative in masks]
 
@@ -102,14 +102,14 @@ class _SeededSampler:
 
 
 def _some(wanted_n: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """A mask of `count` of the wanted ones, or of all where there are fewer."""
+    """A mask of `count` random wanted ones, or of all where there are fewer."""
     (places,) = torch.where(wanted_n)
     order = torch.randperm(len(places), generator=generator)[:count].to(places.device)
     return torch.zeros_like(wanted_n).index_fill_(0, places[order], True)
 
 
 class _RegionProposals(RegionProposalNetwork):
-    """torchvision's, with detectron2's losses: L1, and both divided by 256 anchors an image."""
+    """torchvision's, with detectron2's losses: L1 for boxes, and both divided by 256 anchors per image."""
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
@@ -127,7 +127,7 @@ class _RegionProposals(RegionProposalNetwork):
 
 
 class _Res5Heads(RoIHeads):
-    """torchvision's, for boxes alone, with detectron2's losses: L1, divided by the number of regions."""
+    """torchvision's, for boxes alone, with detectron2's L1 loss, divided by the number of regions."""
 
     def forward(
         self,
@@ -156,7 +156,7 @@ class _Res5Heads(RoIHeads):
 
 
 class _RoiAlign(nn.Module):
-    """detectron2's ROIAlignV2: aligned by half a pixel, as many samples as a bin needs."""
+    """detectron2's ROIAlignV2: aligned by half a pixel, with adaptive sampling."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()

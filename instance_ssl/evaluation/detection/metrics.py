@@ -1,4 +1,4 @@
-"""Average precision of detections: PASCAL VOC's, as detectron2 computes it, and COCO's, as pycocotools does.
+"""Average precision of detections: PASCAL VOC's as in detectron2, and COCO's by pycocotools.
 
 Boxes are (x1, y1, x2, y2) in pixels, continuous and 0-based: a box over the whole image is (0, 0, width, height).
 """
@@ -14,13 +14,13 @@ from instance_ssl.errors import UserError
 
 IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 
-# 0.1 · 3 is a little more than 0.3 here: 3 of 10 objects do not reach that recall. The original's rounding, kept.
+# The original's rounding: 0.1 · 3 exceeds 0.3 a little, so that 3 of 10 objects do not reach that recall.
 _RECALL_POINTS = np.arange(0.0, 1.1, 0.1)
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was detected in one image: boxes (n, 4), scores (n,), classes (n,) from 0."""
+    """Detections in one image: boxes (n, 4), scores (n,), classes (n,) from 0."""
 
     boxes_n4: Tensor
     scores_n: Tensor
@@ -29,7 +29,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class Objects:
-    """What is in one image: boxes (m, 4), classes (m,) from 0, and which are `difficult` (m,), bool."""
+    """Objects in one image: boxes (m, 4), classes (m,) from 0, and which are `difficult` (m,), bool."""
 
     boxes_m4: Tensor
     classes_m: Tensor
@@ -39,16 +39,16 @@ class Objects:
 def voc_metrics(
     detections: Sequence[Detections], truth: Sequence[Objects], num_classes: int, *, eleven_points: bool = True
 ) -> dict[str, float]:
-    """PASCAL VOC's figures as detectron2's PascalVOCDetectionEvaluator defines them.
+    """PASCAL VOC's metrics as defined by detectron2's PascalVOCDetectionEvaluator.
 
-    Per class and threshold t: the detections of all images, highest score first, each look at the object of their class
-    and image that they overlap most. With an IoU above t (not equal to it) the first detection of an object is a hit
-    and every later one a miss; with a `difficult` object it is neither. A detection that overlaps nothing by more than
-    t is a miss; so is one whose best object is taken, whatever else it overlaps. Recall counts objects that are not
-    difficult. Boxes are pixels with both ends inside them, as in voc_eval.py: a side is x2 - x1 + 1 there. AP is the
-    mean of the highest precision at recall 0, 0.1, … 1 and beyond (VOC2007), or else the area under the precision's
-    envelope (VOC2010 and later). A class without objects counts as 0. Scores are rounded to 0.001 and boxes to 0.1
-    pixels first, as the lines are that detectron2 writes; equal scores keep the order of the images.
+    For each class and threshold t, the detections of all images are taken by descending score, each matched with the
+    object of its class and image of highest IoU. With an IoU above t (not equal to it) the first detection of an object
+    is a hit and every later one a miss; one of a `difficult` object is neither. Other detections are misses, including
+    those whose best object is taken, whatever else they overlap. Recall counts objects that are not difficult. Boxes
+    include both end pixels, as in voc_eval.py: a side is x2 - x1 + 1. AP is the mean of the highest precision at
+    recall ≥ 0, 0.1, … 1 (VOC2007), or else the area under the precision's envelope (VOC2010 and later). A class without
+    objects counts as 0. Scores are first rounded to 0.001 and boxes to 0.1 pixels, as in the files that detectron2
+    writes; equal scores keep the order of the images.
 
     Source: detectron2, detectron2/evaluation/pascal_voc_evaluation.py (after py-faster-rcnn's voc_eval.py).
 
@@ -61,7 +61,7 @@ def voc_metrics(
         In per cent, mean over the classes: "AP" (mean over thresholds 0.50, 0.55, … 0.95), "AP50", "AP75".
 
     Raises:
-        ValueError: when the two are not of equally many images.
+        ValueError: when the two differ in their number of images.
     """
     if len(detections) != len(truth):
         raise ValueError(f"detections of {len(detections)} images, objects of {len(truth)}")
@@ -71,10 +71,10 @@ def voc_metrics(
 
 
 def coco_metrics(detections: Sequence[Detections], truth: Sequence[Objects]) -> dict[str, float]:
-    """COCO's figures by torchmetrics on pycocotools: at most 100 detections an image, areas of 101 recall points.
+    """COCO's metrics by torchmetrics on pycocotools: at most 100 detections per image, 101 recall points.
 
-    Difficult objects are given as crowds, COCO's way to leave an object out of account. A class without objects is
-    left out of the mean. Areas for small, medium and large are of the original image.
+    Difficult objects count as crowds, which COCO ignores. A class without objects is excluded from the mean. Small,
+    medium and large areas are those of the original image.
 
     Returns:
         In per cent: "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100"; -100 where there
@@ -104,7 +104,7 @@ def coco_metrics(detections: Sequence[Detections], truth: Sequence[Objects]) -> 
 
 
 def require_coco() -> None:
-    """Refuses to begin what cannot be finished.
+    """Checks that COCO's metrics can be computed.
 
     Raises:
         UserError: when torchmetrics or pycocotools is not installed.
@@ -121,7 +121,7 @@ def _class_aps(
 ) -> list[float]:
     """AP of one class at each threshold, a fraction."""
     scores, overlaps, objects, difficult = [], [], [], []
-    first, positives = 0, 0  # objects of all images are numbered through
+    first, positives = 0, 0  # objects are numbered over all images
     for found, there in zip(detections, truth, strict=True):
         chosen = there.classes_m == label
         is_difficult = there.difficult_m[chosen].numpy()
@@ -179,6 +179,6 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 
 
 def _rounded(values: Tensor, digits: int) -> np.ndarray:
-    """Rounded as Python writes numbers: numpy's own rounding multiplies first, and differs in the last place."""
+    """Rounds as Python does; numpy's rounding multiplies first and can differ in the last place."""
     flat = [round(value, digits) for value in values.flatten().tolist()]
     return np.array(flat, dtype=np.float64).reshape(tuple(values.shape))

@@ -1,4 +1,4 @@
-"""Detection: a detector whose backbone was pre-trained is tuned whole by SGD over all ranks, and judged by its AP."""
+"""Fine-tunes a detector with a pre-trained backbone by SGD over all ranks, and evaluates its AP."""
 
 import bisect
 import math
@@ -42,10 +42,10 @@ class DetectorSchedule:
 
 
 class DetectorTraining:
-    """A detector on this rank, its SGD, and how far they are; what it holds is the same on all ranks.
+    """A detector, its SGD and its iteration, the same on all ranks.
 
     Args:
-        model: its batch norms become synchronised ones.
+        model: its batch norms are replaced by synchronised ones.
 
     Attributes:
         iteration: iterations done.
@@ -68,10 +68,10 @@ class DetectorTraining:
         )
 
     def step(self, batch: DetectionBatch) -> dict[str, float]:
-        """One step on this rank's part of the global batch; losses by name and their "loss", means over all of it.
+        """Steps on this rank's part of the global batch; returns the batch's mean losses by name and their sum, "loss".
 
         Raises:
-            UserError: on all ranks, when the loss is not finite; nothing has moved then.
+            UserError: on all ranks, when the loss is not finite; the weights are unchanged.
         """
         self.model.train()
         losses = self._losses(batch)
@@ -94,7 +94,7 @@ class DetectorTraining:
         return figures
 
     def recompute_statistics(self, batches: Iterable[DetectionBatch]) -> None:
-        """Makes batch norm's running averages the plain means over these batches (detectron2's PRECISE_BN)."""
+        """Replaces batch norm's running averages by plain means over these batches (detectron2's PRECISE_BN)."""
         norms = [module for module in self.model.modules() if isinstance(module, SynchronisedBatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
@@ -113,7 +113,7 @@ class DetectorTraining:
         return {"iteration": self.iteration, "model": self.model.state_dict(), "momentum": buffers}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken."""
+        """Resumes from `state`."""
         self.iteration = state["iteration"]
         self.model.load_state_dict(state["model"])
         for name, parameter in self._parameters.items():
@@ -141,7 +141,7 @@ def detect(
     device: torch.device,
     on_image: Callable[[], None] = lambda: None,
 ) -> list[Detections]:
-    """Detections in each image (3, h, w), in pixels of the original, whose size its annotation tells."""
+    """Detections in each image (3, h, w), in pixels of the original, whose size its annotation gives."""
     model.eval()
     found = []
     for image, annotation in zip(images, annotations, strict=True):
@@ -154,7 +154,7 @@ def detect(
 
 
 def gather_detections(own: Sequence[Detections], group: Group) -> list[Detections]:
-    """The detections of all ranks' images, in order of rank; each rank may have any number of images. Collective."""
+    """Gathers the detections of all ranks' images, in order of rank, any number on each. Collective."""
     counts = torch.tensor([len(d.scores_n) for d in own], dtype=torch.int64, device=group.device)
     columns = [torch.cat([d.boxes_n4, d.scores_n[:, None], d.classes_n[:, None].float()], dim=1) for d in own]
     rows = torch.cat([torch.empty(0, 6), *columns]).to(group.device)
@@ -166,7 +166,7 @@ def gather_detections(own: Sequence[Detections], group: Group) -> list[Detection
 def detection_figures(
     detections: Sequence[Detections], annotations: Sequence[Annotation], num_classes: int, group: Group
 ) -> dict[str, Any]:
-    """AP, AP50 and AP75 by VOC's 11 points, by the "area", and as "coco" has them; rank 0 computes them for all.
+    """AP, AP50 and AP75 by VOC's 11 points, by the "area", and by "coco", computed by rank 0 for all.
 
     Raises:
         UserError: when torchmetrics or pycocotools is not installed.

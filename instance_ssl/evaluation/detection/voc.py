@@ -1,9 +1,9 @@
-"""PASCAL VOC's own layout: photographs, an XML file of boxes beside each, and lists of names.
+"""Reads PASCAL VOC's layout: photographs, an XML file of boxes for each, and lists of names.
 
     root/VOC2007/JPEGImages/000025.jpg   Annotations/000025.xml   ImageSets/Main/trainval.txt
 
-Boxes come out as (x1, y1, x2, y2), continuous and 0-based: VOC's pixels xmin … xmax, counted from 1 with both ends
-inside, become xmin - 1 … xmax (detectron2, detectron2/data/datasets/pascal_voc.py).
+Boxes are (x1, y1, x2, y2), continuous and 0-based: VOC's pixels xmin … xmax, 1-based and inclusive, become
+xmin - 1 … xmax (detectron2, detectron2/data/datasets/pascal_voc.py).
 """
 
 import math
@@ -26,7 +26,7 @@ from instance_ssl.files.name_lists import read_names
 _KEY = "evaluation.detection"
 _TRUTHS = {"": False, "false": False, "no": False, "true": True, "yes": True}
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
-# Tools that count from 0 put a box up to this far over the edge; it is cut there.
+# 0-based tools write boxes up to this far beyond the edge; these are clipped.
 _TOLERATED_PIXELS = 1.0
 
 
@@ -46,7 +46,7 @@ class Annotation:
 
 @dataclass(frozen=True)
 class VocImages:
-    """The images of some lists, in their order, and what is in each.
+    """The images of some lists, in their order, and their objects.
 
     Attributes:
         images: the photographs; their names are relative to the root.
@@ -68,16 +68,16 @@ def open_voc(
     Args:
         root: the folder that holds VOC2007 and the like.
         lists: such as "VOC2007/trainval": root/VOC2007/ImageSets/Main/trainval.txt.
-        class_names: the classes that count, in order of their index; another one in an annotation is a mistake.
-        rendering: of the images; boxes are of the image as it is turned.
+        class_names: in order of their index; any other class in an annotation is an error.
+        rendering: of the images; boxes refer to the upright image.
 
     Raises:
-        UserError: one line that names the key and the file: a list or image that is not there, an image named twice, an
-            XML file that cannot be read, another size than the image has, a box outside its image, an unknown class, a
-            class without any object that is not difficult.
+        UserError: names the key and the file: a missing list or image, an image named twice, an unreadable XML file, a
+            size that differs from the image's, a box outside its image, an unknown class, or a class whose objects are
+            all difficult.
     """
     if root is None or not os.path.isdir(root):
-        where = "is not set" if root is None else f"{tried(root)} is no folder"
+        where = "is not set" if root is None else f"{tried(root)} is not a folder"
         raise UserError(f"{_KEY}.root {where}: give the folder that holds VOC2007 and its like")
     if root.name in {entry.partition("/")[0] for entry in lists} and not os.path.isdir(root / root.name):
         raise UserError(f"{_KEY}.root {tried(root)}: give the folder that holds {root.name}, which is its parent")
@@ -141,10 +141,10 @@ def _read_annotation(root: Path, name: str, known: dict[str, int], rendering: Re
 
 
 def _check_size(tree: ElementTree.Element, size: tuple[int, int], stored: tuple[int, int], name: str) -> None:
-    """Refuses an annotation of an image of another size, as far as it gives one.
+    """Checks the annotation's size, where it gives one, against the image's.
 
     Raises:
-        ValueError: saying both.
+        ValueError: naming both sizes.
     """
     texts = [(tree.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
     try:
@@ -160,20 +160,20 @@ def _check_size(tree: ElementTree.Element, size: tuple[int, int], stored: tuple[
 
 
 class _PlainTreeBuilder(ElementTree.TreeBuilder):
-    """Refuses a document type, and with it entities, which can be made to expand without bound."""
+    """Refuses a document type, and with it entities, which may expand without bound."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        """Called before anything is expanded."""
+        """Called before any entity is expanded."""
         raise ValueError("it declares a document type (DOCTYPE), which no annotation needs")
 
 
 def _read_object(
     element: ElementTree.Element, known: dict[str, int], size: tuple[int, int]
 ) -> tuple[tuple[float, ...], int, bool]:
-    """Box, class and whether it is difficult.
+    """Returns the box, the class and whether the object is difficult.
 
     Raises:
-        ValueError: saying what is wrong.
+        ValueError: when one of them is missing or invalid.
     """
     name = (element.findtext("name") or "").strip()
     if name not in known:
@@ -188,7 +188,7 @@ def _read_object(
     cut = [min(max(value, 0.0), float(edge)) for value, edge in zip(box, (width, height, width, height), strict=True)]
     inside = all(abs(value - kept) <= _TOLERATED_PIXELS for value, kept in zip(box, cut, strict=True))
     shown = " ".join(f"{value:g}" for value in corners)
-    if not inside:  # nor is what is not a number
+    if not inside:  # NaN included
         raise ValueError(f"a {name}'s box {shown} lies outside its image of {width} x {height} pixels")
     if cut[2] <= cut[0] or cut[3] <= cut[1]:
         raise ValueError(f"a {name}'s box {shown} is empty")

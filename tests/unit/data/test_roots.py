@@ -80,7 +80,7 @@ def test_a_relative_list_and_voc_folder_are_told_with_the_one_tried(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"data.list_file my.txt .tried {tmp_path}/my.txt. cannot be read"):
         open_split(DataConfig(kind="list", list_file=Path("my.txt")), "train")
-    with pytest.raises(UserError, match=f"evaluation.detection.root voc .tried {tmp_path}/voc. is no folder"):
+    with pytest.raises(UserError, match=f"evaluation.detection.root voc .tried {tmp_path}/voc. is not a folder"):
         open_voc(Path("voc"), ["VOC2007/trainval"], ["cat"])
     with pytest.raises(UserError, match="root is not set"):
         open_voc(None, ["VOC2007/trainval"], ["cat"])

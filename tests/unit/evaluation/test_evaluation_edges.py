@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.evaluation import fine_tuning, linear
+from instance_ssl.evaluation.epoch_log import LabelledBatches
 from instance_ssl.evaluation.fine_tuning import TrainingOptions
 from instance_ssl.evaluation.knn import ShardedBank, knn_accuracy
 from instance_ssl.evaluation.similarity import instance_similarities
@@ -103,10 +104,9 @@ def test_running_statistics_keep_what_simclr_s_rule_says(group: Group, steps_per
     """0.9 of what they were, however short the epoch; 0.8 for 50 steps would be 1 - 10/50."""
     backbone, images, labels = nn.BatchNorm1d(3), torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
     options = TrainingOptions(1, 0.0, 0.0, batch_norm_rule=True)
-    fine_tuning.fine_tune(
-        backbone, lambda epoch: [[(images, torch.arange(4))]], lambda: [(images, torch.arange(4))], group, options,
-        feature_dim=3, num_classes=2, labels=labels, test_labels=labels, steps_per_epoch=steps_per_epoch, seed=0,
-    )  # fmt: skip
+    batch = (images, torch.arange(4))
+    data = LabelledBatches(lambda epoch: [[batch]], lambda: [batch], labels, labels, 2, steps_per_epoch)
+    fine_tuning.fine_tune(backbone, data, group, options, feature_dim=3, seed=0)
     assert backbone.running_mean is not None
     kept = max(1 - 10 / steps_per_epoch, 0.9)
     torch.testing.assert_close(backbone.running_mean, torch.full((3,), 1 - kept))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
-from instance_ssl.evaluation.epoch_log import Progress
+from instance_ssl.evaluation.epoch_log import LabelledBatches, Progress
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.linear import count_correct, probe_cached_features, train_linear_classifier
 
@@ -75,15 +75,17 @@ def test_training_loss_follows_plain_torch(group: Group, pieces: int) -> None:
     losses: list[float] = []
     train_linear_classifier(
         lambda batch: 2 * batch,
-        lambda epoch: [[(images[piece], piece) for piece in part.split(pieces)] for part in parts],
-        lambda: [(images, torch.arange(10))],
+        LabelledBatches(
+            lambda epoch: [[(images[piece], piece) for piece in part.split(pieces)] for part in parts],
+            lambda: [(images, torch.arange(10))],
+            labels,
+            labels,
+            num_classes=3,
+            steps_per_epoch=3,
+        ),
         group,
         feature_dim=6,
-        num_classes=3,
-        labels=labels,
-        test_labels=labels,
         epochs=2,
-        steps_per_epoch=3,
         learning_rate=0.5,
         seed=7,
         on_epoch=lambda done: losses.append(done.train_loss),
@@ -120,15 +122,17 @@ def test_a_training_goes_on_to_the_same_bits(group: Group) -> None:
     def train(state: dict[str, Any] | None) -> dict[str, float]:
         return train_linear_classifier(
             lambda batch: batch,
-            lambda epoch: [[(images[ids], ids)] for ids in torch.arange(10).roll(epoch).split(4)],
-            lambda: [(images, torch.arange(10))],
+            LabelledBatches(
+                lambda epoch: [[(images[ids], ids)] for ids in torch.arange(10).roll(epoch).split(4)],
+                lambda: [(images, torch.arange(10))],
+                torch.arange(10) % 3,
+                torch.arange(10) % 3,
+                num_classes=3,
+                steps_per_epoch=3,
+            ),
             group,
             feature_dim=6,
-            num_classes=3,
-            labels=torch.arange(10) % 3,
-            test_labels=torch.arange(10) % 3,
             epochs=4,
-            steps_per_epoch=3,
             learning_rate=0.5,
             state=state,
             on_epoch=on_epoch,
@@ -150,15 +154,12 @@ def test_the_encoder_stays_bit_equal(group: Group) -> None:
 
     train_linear_classifier(
         encoder,
-        lambda epoch: [[(images, ids)]],
-        lambda: [(images, ids)],
+        LabelledBatches(
+            lambda epoch: [[(images, ids)]], lambda: [(images, ids)], labels, labels, num_classes=2, steps_per_epoch=1
+        ),
         group,
         feature_dim=5,
-        num_classes=2,
-        labels=labels,
-        test_labels=labels,
         epochs=3,
-        steps_per_epoch=1,
     )
     assert state_digest(encoder) == digest
     assert [module.training for module in encoder.modules()] == [True, False, True, True]
@@ -167,17 +168,7 @@ def test_the_encoder_stays_bit_equal(group: Group) -> None:
 
 
 def test_divergence_is_the_users_to_mend(group: Group) -> None:
-    images = torch.full((2, 1), math.inf)
+    images, ids = torch.full((2, 1), math.inf), torch.arange(2)
+    data = LabelledBatches(lambda epoch: [[(images, ids)]], lambda: [(images, ids)], ids, ids, 2, steps_per_epoch=1)
     with pytest.raises(UserError, match="lower its learning rate"):
-        train_linear_classifier(
-            lambda batch: batch,
-            lambda epoch: [[(images, torch.arange(2))]],
-            lambda: [(images, torch.arange(2))],
-            group,
-            feature_dim=1,
-            num_classes=2,
-            labels=torch.arange(2),
-            test_labels=torch.arange(2),
-            epochs=1,
-            steps_per_epoch=1,
-        )
+        train_linear_classifier(lambda batch: batch, data, group, feature_dim=1, epochs=1)

@@ -19,7 +19,7 @@ def test_the_total_comes_first_and_the_time_left_once_after_a_minute() -> None:
     said: list[str] = []
     clock = Clock()
     workload = Workload(said.append, "grid", [1000, 1000], clock)
-    assert said == ["grid: 2 trainings, 2,000 steps in all; the time they take is told after the first minute of them"]
+    assert said == ["grid: 2 trainings, 2,000 steps in all; an estimate of the time follows after a minute"]
     clock.now += 500  # reading images is no step
     for _ in range(200):
         workload.advance()

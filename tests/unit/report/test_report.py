@@ -1,4 +1,4 @@
-"""The page of runs: whole runs, runs that are still going, broken files; and looked at in a real browser."""
+"""The page of runs: whole runs, unfinished runs, broken files; and a real browser's view."""
 
 import json
 import re
@@ -17,9 +17,9 @@ from instance_ssl.config.experiment import load_config
 from instance_ssl.data.image_sources import write_instances
 from instance_ssl.evaluation.embedding_map import principal_components
 from instance_ssl.report.command import main
-from instance_ssl.report.page import build_page
+from instance_ssl.report.page import build_page, curve, knn_curve
+from instance_ssl.report.pictures import Line, line_chart, png_file
 from instance_ssl.report.runs import open_runs
-from instance_ssl.report.svg import Series, line_chart
 from instance_ssl.run.images import open_split
 
 ROOT = Path(__file__).parents[3]
@@ -82,10 +82,16 @@ def whole(tmp_path: Path) -> Path:
     modes = {"gaussian": 0.0, "running": 0.5}
     keys = ("intra_class", "inter_class", "class_gap", "intra_view", "inter_view", "view_gap")
     similarity = {mode: {key: value for key in keys} for mode, value in modes.items()}
-    _write(run / "evaluate_similarity/result.json", {"figures": similarity, **around})
+    picture = {"picture": "evaluate_similarity/similarity.png"}
+    _write(run / "evaluate_similarity/result.json", {"figures": similarity, **picture, **around})
+    Image.new("RGB", (40, 20)).save(run / picture["picture"])
     points = [{"epoch": e, "instance_accuracy": 5.0 * e, "knn_top1": 80.0 + e} for e in (1, 2, 3)]
     correlation = {"pearson": 0.98765, "spearman": 1.0}
-    _write(run / "evaluate_checkpoints/result.json", {"figures": points, "correlation": correlation, **around})
+    picture = {"picture": "evaluate_checkpoints/correlation.png"}
+    _write(
+        run / "evaluate_checkpoints/result.json", {"figures": points, "correlation": correlation, **picture, **around}
+    )
+    Image.new("RGB", (40, 20)).save(run / picture["picture"])
     _write(run / "evaluate_novelty/result.json", {"figures": {"boxes": {"AP": 12.3456}}, "iterations": 24000, **around})
     return run
 
@@ -96,12 +102,14 @@ class _Sound(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__()
         self.open: list[str] = []
+        self.tags: set[str] = set()
         self.references: list[str] = []
         self.text = ""
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.references += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.tags.add(tag)
         if tag not in ("meta", "link", "img", "br"):
             self.open.append(tag)
 
@@ -125,13 +133,41 @@ def _page(*runs: Path) -> _Sound:
 def test_a_whole_run_shows_everything(whole: Path) -> None:
     text = _page(whole).text
     sections = ("Curves", "Results", "The paper's figures 1(b) and 4", "Test images in the plane", "Hardest classes")
-    for words in (*sections, "Recipe", "r = 0.99", "24.00 %", "92.00 %"):
+    for words in (*sections, "Recipe", "0.9877", "24.00 %", "92.00 %"):
         assert words in text, words
     assert "12.35" in text  # of a stage that the page has never heard of
     assert "24,000" in text
     assert "grid (4 rows)" in text
     assert "a <b>" in text  # a class name, escaped in the page's source
-    assert "whole: 3.7 at 0.5" in text  # a point of the loss: (step 3) / (6 steps an epoch)
+    (run,) = open_runs([whole])
+    assert curve(run, "train/loss")[0] == (0.5, pytest.approx(3.7))  # (step 3) / (6 steps an epoch)
+    assert knn_curve(run) == [(4, 92.0)]
+
+
+def test_the_stages_pictures_of_the_papers_figures_are_shown(whole: Path) -> None:
+    html = build_page(open_runs([whole]))
+    assert re.findall(r'alt="(Figure [^"]*)"', html) == ["Figure 1(b) of whole", "Figure 4 of whole"]
+    (whole / "evaluate_similarity/similarity.png").unlink()
+    assert re.findall(r'alt="(Figure [^"]*)"', build_page(open_runs([whole]))) == ["Figure 1(b) of whole"]
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "data.json", "absent.png", "a\0b", 3, None])
+def test_only_a_png_of_the_run_itself_is_shown(name: object, whole: Path) -> None:
+    Image.new("RGB", (4, 4)).save(whole.parent / "secret.png")
+    assert png_file(whole, name) is None
+
+
+def test_hostile_names_are_text(whole: Path, tmp_path: Path) -> None:
+    hostile = '_<script>alert(1)|script> $\\frac{ & "b" {{ runs }} {% raw %}'
+    run = whole.rename(tmp_path / hostile)
+    figures = {hostile: {"top1": 1.0, hostile: 2.0}, "pixels": {"top1": 3.0}, "random": {"top1": 4.0}}
+    _write(run / "evaluate_knn/result.json", {"figures": figures, hostile: hostile, "picture": hostile})
+    _write(run / "pretrain/status.json", {"state": hostile, "reason": hostile})
+    _training(tmp_path / "second", epochs_done=1, state="failed")
+    for runs in ([run], [run, tmp_path / "second"]):
+        page = _page(*runs)
+        assert page.text.count(hostile) > 5
+        assert "script" not in page.tags
 
 
 def test_hardest_classes_are_those_of_the_checkpoint(whole: Path) -> None:
@@ -155,16 +191,17 @@ def test_images_are_found_by_their_names(whole: Path) -> None:
     assert queries[0] == names[-1]  # image 0, whatever its place in the list is now
     assert queries[-1] == names[0]
     (whole / "instances.txt").write_text("".join(f"{name} was\n" for name in names))
-    assert f"data.root: {names[0]} was is not there any more" in _page(whole).text
+    assert f"data.root: {names[0]} was is gone" in _page(whole).text
 
 
 def test_epochs_are_counted_over_a_growth(whole: Path) -> None:
     position = {"step": 24, "stretches": [[0, 0, 3], [6, 2, 6]]}  # 2 epochs of 3 steps, then 3 of 6
     _write(whole / "pretrain/checkpoints/step_000000024/training.json", position)
-    text = _page(whole).text
-    assert "whole: 3.7 at 1" in text  # step 3
-    assert "whole: 3.1 at 2.5" in text  # step 9
-    assert "whole: 1.6 at 5" in text  # step 24
+    (run,) = open_runs([whole])
+    loss = dict(curve(run, "train/loss"))
+    assert loss[1.0] == pytest.approx(3.7)  # step 3
+    assert loss[2.5] == pytest.approx(3.1)  # step 9
+    assert loss[5.0] == pytest.approx(1.6)  # step 24
 
 
 def test_several_runs_stand_side_by_side(whole: Path, tmp_path: Path) -> None:
@@ -173,7 +210,7 @@ def test_several_runs_stand_side_by_side(whole: Path, tmp_path: Path) -> None:
     with (other / "pretrain/metrics.jsonl").open("a") as file:
         file.write('{"step": 15, "train/lo')  # half a line, as of a run that is writing
     text = _page(whole, other).text
-    assert "while other/whole was still going" in text
+    assert "while other/whole was still running" in text
     assert "Where the runs differ" in text
     assert "epochs done" in text
     differing = text[text.index("Where the runs differ") : text.index("Other than the defaults")]
@@ -199,10 +236,29 @@ def test_damaged_files_are_said_and_the_rest_is_shown(whole: Path) -> None:
     assert "Recipe" in text
 
 
-def test_numbers_that_are_none_do_not_break_a_chart() -> None:
-    svg = line_chart([Series("x", "red", [(0, float("nan")), (1, 2.0), (2, float("inf"))])], x_name="e", y_name="y")
-    assert "nan" not in svg
-    assert "inf" not in svg
+def test_values_that_no_axis_spans_are_skipped(tmp_path: Path) -> None:
+    _training(tmp_path / "run", epochs_done=1, state="failed")
+    values = ["NaN", "Infinity", "1e300", "1" + "0" * 400, "true", '"x"', "null"]
+    with (tmp_path / "run/pretrain/metrics.jsonl").open("a") as file:
+        file.writelines(f'{{"step": {step}, "train/loss": {value}}}\n' for step, value in enumerate(values, 100))
+        file.write(f'{{"step": 1{"0" * 400}, "train/loss": 1.0}}\n')
+    (run,) = open_runs([tmp_path / "run"])
+    assert [step for step, _ in run.stages["pretrain"].series("train/loss")] == [3, 6]
+    assert "Curves" in _page(tmp_path / "run").text
+
+
+def test_a_long_curve_keeps_its_ends_and_few_points() -> None:
+    points = [(float(step), step / 7) for step in range(5000)]
+    path = max(re.findall(r' d="([^"]*)"', line_chart([Line("x", 0, points)], {}, "y")), key=len)
+    assert len(path.split("L")) <= 300
+
+
+def test_every_run_has_the_colour_of_its_legend(whole: Path) -> None:
+    chart = line_chart([Line("a", 0, [(0, 1), (1, 2)]), Line("b", 9, [(0, 2), (1, 1)])], {"pixels": 1.5}, "y")
+    assert "var(--run0)" in chart
+    assert "var(--run1)" in chart  # the ninth run after the first has the second colour
+    assert "#0000" not in chart
+    assert "pixels 1.5" in chart
 
 
 @pytest.mark.parametrize("words", [["{d}/absent"], ["{d}/empty"], ["{d}/whole", "--output", "{d}/whole/data.json/x"]])
@@ -249,7 +305,7 @@ def test_a_browser_shows_the_page_without_complaint(whole: Path, scheme: str, wi
     assert images > 50
     assert broken == 0
     assert overflow <= 0  # wide tables scroll inside the page
-    assert len(heights) >= 7
+    assert len(heights) == 5  # four curves and a map
     assert min(heights) > 100
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     assert (int(re.findall(r"\d+", background)[0]) > 128) == (scheme == "light")
