@@ -1,4 +1,4 @@
-"""Names and constants that the configuration and the library share; imports nothing heavy."""
+"""Names and constants that the configuration and the library share."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""The experiment's section `data`: which images, and what becomes of those that cannot be read."""
+"""The experiment's section `data`: which images, and how unreadable ones are treated."""
 
 from typing import Annotated, Literal
 

@@ -1,8 +1,8 @@
 """The DeepSpeed JSON: who owns which key, what is derived, and our own section in it.
 
-DeepSpeed ignores unknown top-level keys and overrides some known ones in silence, clips gradients to norm 1 when no
-one says otherwise, and averages gradients where this project sums them. So the file is held to a closed list, and
-the keys that follow from the experiment are injected here.
+DeepSpeed ignores unknown top-level keys, silently overrides some known ones, clips gradients to norm 1 by default, and
+averages gradients where this project sums them. So only a closed list of keys is accepted, and the keys that follow
+from the experiment are injected here.
 """
 
 import json
@@ -35,8 +35,8 @@ _REFUSED = {
     "fp16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype float16",
     "steps_per_print": "the progress bar is ours",
 }
-# DeepSpeed's keys of this section say how its own checkpointing function, for transformers, keeps activations; nothing
-# here calls it, so each of them would be ignored.
+# DeepSpeed's keys of this section configure its own checkpointing function for transformers. Nothing here calls it, so
+# each of them would be ignored.
 _REFUSED_ACTIVATION_CHECKPOINTING = {
     "partition_activations": "it divides activations over model-parallel ranks, and every rank has the whole encoder",
     "contiguous_memory_optimization": "it needs partition_activations",
@@ -72,18 +72,17 @@ class InstanceClassifierSection(BaseModel):
     """Where and how the classifier is computed.
 
     Attributes:
-        block_mib: memory of everything that one block of classes needs; `auto` is ten second-level caches of a
-            core on a CPU, 256 MiB on a GPU.
+        block_mib: memory of one block of classes with all its temporaries; `auto` is ten L2 caches on a CPU, 256 MiB
+            on a GPU.
         keep_mib: memory for terms of the softmax that live from the first pass over W to the second, which then need
             not be computed again; with one micro-batch a step and the kernels `torch`.
-        matmul_dtype: precision of the logits' matrix products; `auto` follows torch_autocast when that is bfloat16,
-            unless float32 is measured to be faster on this CPU.
-            float16 is not offered: exp(cos/τ) spans more than its range.
+        matmul_dtype: precision of the logits' matrix products; `auto` follows torch_autocast if that is bfloat16,
+            unless float32 is measured to be faster on this CPU. float16 is not offered: exp(cos/τ) exceeds its range.
         row_dtype: of the rows of W; bfloat16 rows are rounded stochastically at each update.
         momentum_dtype: of their momentum.
-        kernels: `triton` on GPUs, `torch` for the same passes in PyTorch, `auto` whichever the device has.
-        group_size: consecutive ranks that hold W once between them; the world's other groups hold copies, and the
-            rows' gradient is summed over the copies. 1 is the replicated classifier of Table 1.
+        kernels: `triton` on GPUs, `torch` for the same passes in PyTorch, `auto` for what the device supports.
+        group_size: number of consecutive ranks that share one copy of W. Each group has a copy, and the rows' gradient
+            is summed over the copies. 1 is the replicated classifier of Table 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -101,13 +100,13 @@ class DeepSpeedSettings:
     """A resolved DeepSpeed JSON.
 
     Attributes:
-        engine: what `deepspeed.initialize` gets.
+        engine: the configuration for `deepspeed.initialize`.
         classifier: our own section.
         micro_batch_size: images of one forward pass on one rank.
         accumulation_steps: micro-batches of one optimizer step on one rank.
         autocast: dtype of the encoder's forward pass; None is plain float32.
-        recompute_stages: whether `activation_checkpointing` is there: activations inside the backbone's stages are
-            computed again in the backward pass.
+        recompute_stages: whether `activation_checkpointing` is given: activations inside the backbone's stages are
+            recomputed in the backward pass.
         auto_matmul: what `matmul_dtype: auto` was resolved to on these ranks; None follows autocast.
     """
 
@@ -133,7 +132,7 @@ class DeepSpeedSettings:
 
     @property
     def block_bytes(self) -> int | None:
-        """Memory of one block of classes; None leaves it to the device."""
+        """Memory of one block of classes; None: chosen by device."""
         return None if self.classifier.block_mib == "auto" else int(self.classifier.block_mib * 2**20)
 
     @property
@@ -152,11 +151,11 @@ class DeepSpeedSettings:
         return _dtype(self.classifier.momentum_dtype)
 
     def describe(self) -> str:
-        """All of it, as JSON."""
+        """Returns all settings as JSON."""
         return json.dumps({**self.engine, OWN_DEEPSPEED_KEY: self.classifier.model_dump()}, sort_keys=True)
 
     def group_size(self, world_size: int) -> int:
-        """Ranks that hold W once between them."""
+        """Returns the number of ranks that share one copy of W."""
         return world_size if self.classifier.group_size == "world" else self.classifier.group_size
 
 
@@ -166,10 +165,10 @@ def load_ds_config(
     """Reads, checks and completes a DeepSpeed JSON.
 
     Args:
-        global_batch_size: images a step; None: nothing is trained, and neither a batch nor W is divided over ranks.
+        global_batch_size: images per step; None: nothing is trained, so neither a batch nor W is divided over ranks.
 
     Raises:
-        UserError: for a missing or malformed file, an unknown, owned or refused key, or a batch that does not divide.
+        UserError: the file is missing or malformed, a key is unknown, derived or refused, or the batch does not divide.
     """
     values = _read_json(path)
     _check_keys(values, path)
@@ -218,7 +217,7 @@ def load_ds_config(
 
 
 def _indivisible(global_batch_size: int, micro_batch_size: int, world_size: int, path: Path) -> str:
-    """That the batch does not divide, and two ways out: a smaller micro-batch, or the nearest batch that does."""
+    """Describes a batch that does not divide, with two fixes: a smaller micro-batch, or the nearest batch that does."""
     at_once = micro_batch_size * world_size
     batch = max(world_size, global_batch_size - global_batch_size % world_size)
     smaller = max(d for d in range(1, micro_batch_size + 1) if batch // world_size % d == 0)
@@ -226,13 +225,13 @@ def _indivisible(global_batch_size: int, micro_batch_size: int, world_size: int,
     return (
         f"optimization.global_batch_size {global_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
         f"{micro_batch_size} x {world_size} ranks ({path}): {kept} {micro_batch_advice(smaller, path)}; or set "
-        f"optimization.global_batch_size to a multiple, if there are so many images: the nearest is "
+        f"optimization.global_batch_size to a multiple, if there are enough images: the nearest is "
         f"{max(1, round(global_batch_size / at_once)) * at_once}"
     )
 
 
 def micro_batch_advice(micro_batch_size: int, path: Path) -> str:
-    """How to change the micro-batch, which no flag does."""
+    """Describes how to change the micro-batch, for which there is no flag."""
     return f'"train_micro_batch_size_per_gpu": {micro_batch_size} in a copy of {path}, given as --deepspeed_config'
 
 
@@ -325,9 +324,9 @@ def _check_autocast_under_zero(values: dict[str, Any], autocast: DtypeName, path
 
 
 def _check_activation_checkpointing(section: Any, path: Path) -> None:
-    """The section switches it on by being there; it has nothing to say beyond that."""
+    """Refuses keys in this section, whose presence alone switches recomputation on."""
     if not isinstance(section, dict):
-        raise UserError(f"{path}: activation_checkpointing must be {{}}, which switches it on, or left out")
+        raise UserError(f"{path}: activation_checkpointing must be {{}}, which switches it on, or be omitted")
     for key in section:
         reason = _REFUSED_ACTIVATION_CHECKPOINTING.get(key, "the section takes no keys; {} switches it on")
         raise UserError(f"{path}: remove 'activation_checkpointing.{key}': {reason}")

@@ -11,21 +11,21 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DetectionConfig(Section):
-    """Detection on PASCAL VOC by MoCo's 24k recipe, which are the defaults; all layers are tuned.
+    """Detection on PASCAL VOC by MoCo's 24k recipe, whose values are the defaults; all layers are tuned.
 
     Attributes:
         root: the folder that holds VOC2007 and VOC2012.
-        train: lists to train on, folder/list: root/VOC2007/ImageSets/Main/trainval.txt and the like.
-        test: lists to evaluate on.
+        train: image lists to train on, as folder/list (root/VOC2007/ImageSets/Main/trainval.txt, for example).
+        test: image lists to evaluate on.
         classes: in the order of their index.
         steps: iterations after which the learning rate falls to a tenth.
-        batch_size: images a step, over all ranks.
+        batch_size: images per step, over all ranks.
         train_short_sides: one is drawn for each image, in pixels, unless the long side would exceed `max_long_side`.
-        regions_per_image: that the box head learns from.
-        test_proposals: regions that it looks at in a test image.
-        statistics_iterations: batches over which batch norm's statistics are taken anew before the evaluation
+        regions_per_image: number of regions that the box head learns from.
+        test_proposals: number of regions that it classifies in a test image.
+        statistics_iterations: batches over which batch norm's statistics are recomputed before the evaluation
             (detectron2's PRECISE_BN); 0 keeps the running ones.
-        save_every: iterations between saves of the state that the same command goes on from.
+        save_every: iterations between saves of the state that the same command resumes from.
     """
 
     root: LocalPath | None = None

@@ -1,4 +1,4 @@
-"""The experiment's sections `evaluation` and `export`: of which encoder, on which images, and how."""
+"""The experiment's sections `evaluation` and `export`: which encoder, on which images, and how."""
 
 from typing import Annotated, Any, Literal, get_args
 
@@ -15,9 +15,9 @@ ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
 
 
 class KnnConfig(Section):
-    """Weighted k-nearest-neighbour vote, every k with every temperature in one pass; the first pair is the headline.
+    """Weighted k-nearest-neighbour vote for every k and temperature in one pass; the first pair is the headline.
 
-    k = 200 and T = 0.1 are what the field compares with (MoCo's and lightly's CIFAR-10 benchmarks).
+    k = 200 and T = 0.1 are the usual choice (MoCo's and lightly's CIFAR-10 benchmarks).
     """
 
     neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (200, 100, 20, 10)
@@ -25,7 +25,7 @@ class KnnConfig(Section):
 
 
 class RetrievalConfig(Section):
-    """Retrieval among the train images, each left out of its own ranking: recall@k for every k, same-class top-1."""
+    """Retrieval among the training images, without the query itself: recall@k for every k, same-class top-1."""
 
     recall_at: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
 
@@ -35,8 +35,8 @@ class SimilarityConfig(Section):
 
     Attributes:
         modes: initialisations, in the picture's order.
-        num_images: a seeded sample of so many; all images, where there are no more.
-        num_views: random views of each.
+        num_images: size of a seeded sample; all images if there are fewer.
+        num_views: random views of each image.
     """
 
     modes: Annotated[tuple[InitializationMode, ...], Field(min_length=1)] = ("gaussian", "frozen", "batch", "running")
@@ -55,14 +55,15 @@ class LinearConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What is evaluated, and on which labelled images: `data` lists what differs from the experiment's own `data`.
+    """What is evaluated, and on which labelled images.
 
     Attributes:
-        sources: raw `pixels`, the `random` network, the one `trained`, the backbone of a file of `weights`.
-        checkpoint: what `trained` is: a directory step_… or a run directory (its newest), of any run of the same
-            encoder; None: this run's newest.
-        weights: for `weights`: a file with a backbone by torchvision's keys, of safetensors or torch.save; of several
-            in one, file.pth#prefix takes the one below that prefix.
+        sources: raw `pixels`, the `random` network, the `trained` one, or the backbone in a file of `weights`.
+        checkpoint: of `trained`: a directory step_… or a run directory (its newest), of any run of the same encoder;
+            None: this run's newest.
+        weights: of `weights`: a safetensors or torch.save file with a backbone under torchvision's keys. If it holds
+            several, file.pth#prefix selects the one below that prefix.
+        data: what differs from the experiment's own `data`.
     """
 
     sources: Annotated[tuple[SourceName, ...], Field(min_length=1)] = ("trained",)
@@ -89,9 +90,10 @@ class ExportConfig(Section):
     """What runners/export.py writes.
 
     Attributes:
-        source: whose backbone: as in `evaluation.sources`.
-        formats: of the backbone (pth, safetensors, detectron2, onnx) and of the rows (npy is always written; parquet).
-        images: a folder whose images' features and embeddings are written; None: none.
+        source: the backbone, as in `evaluation.sources`.
+        formats: of the backbone (pth, safetensors, detectron2, onnx) and of the features (parquet; npy is always
+            written).
+        images: a folder whose images' features and embeddings are written; None: no features.
     """
 
     source: Literal["random", "trained", "weights"] = "trained"
@@ -107,7 +109,7 @@ class ExportConfig(Section):
         unknown = [value for value in values if value not in known] if isinstance(values, list | tuple) else []
         if unknown:
             raise ValueError(
-                f"{unknown[0]!r} is none of {', '.join(known)}: the first four are of the backbone, the last of the "
+                f"{unknown[0]!r} is not one of {', '.join(known)}: the first four are of the backbone, the last of the "
                 "features of the folder that export.images names, which are written as .npy in any case"
             )
         return values

@@ -1,7 +1,7 @@
-"""The experiment: everything that changes the mathematics, as frozen models with the paper's main setting as default.
+"""The experiment: everything that changes the mathematics. Defaults are the paper's main setting.
 
-A YAML file lists only what differs. What changes where and how it is computed, and what memory it takes, is the
-DeepSpeed JSON's (`config/deepspeed.py`).
+A YAML file lists only what differs. Where and how it is computed, and what memory it takes, is the DeepSpeed JSON's
+(`config/deepspeed.py`).
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from instance_ssl.files.structured import MalformedError, parse_yaml
 
 
 class AugmentationConfig(Section):
-    """The training views: SimCLR's, or `digit` for small handwriting. None: by image size (SimCLR B.9)."""
+    """The training views: SimCLR's, or `digit` for small digits. None depends on the image size (SimCLR B.9)."""
 
     view: Literal["simclr", "digit"] = "simclr"
     num_views: PositiveInt = 2
@@ -59,14 +59,14 @@ class ClassifierConfig(Section):
     """Eq. 1 to 3 and the prior. K = `num_hard_classes`, α = `smoothing_factor`, τ = `temperature`.
 
     Attributes:
-        initialization_batch_size: images over all ranks that give one set of batch-norm statistics in the prior's pass.
-        initialization_view: what that pass sees of an image: the deterministic `evaluation` view or a random `training`
-            one. The paper does not say.
+        initialization_batch_size: images over all ranks per set of batch-norm statistics in the initialisation pass.
+        initialization_view: of an image in that pass: the deterministic `evaluation` view or a random `training` one.
+            The paper does not say.
         weight_decay: of W; None: `optimization.weight_decay`, as in PIC.
-        learning_rate_multiplier: W's learning rate by the encoder's, 1 in the paper's one SGD.
-        sampling: classes of a step's softmax: all N (`full`), or Table 3's: the positives of the global batch and
-            `random` others, or the most `recent` ones (PIC). Table 3 is without smoothing, and so is sampling here.
-        num_sampled_classes: positives included, 2^10 … 2^16 in Table 3; more positives than that are all kept.
+        learning_rate_multiplier: ratio of W's learning rate to the encoder's; 1 in the paper, which has one SGD.
+        sampling: classes of a step's softmax: all N (`full`), or as in Table 3 the positives of the global batch and
+            `random` others, or the most `recent` ones (PIC). Sampling excludes smoothing, as in Table 3.
+        num_sampled_classes: positives included; 2^10 … 2^16 in Table 3. All positives are kept even if there are more.
     """
 
     temperature: PositiveFloat = 0.15
@@ -99,7 +99,7 @@ class OptimizationConfig(Section):
     Attributes:
         learning_rate: at the end of the warm-up; None is the paper's 0.48 · global_batch_size / 4096.
         global_batch_size: images (not views) a step, over all ranks and micro-batches.
-        max_grad_norm: clips the encoder's gradient norm; 0 does not. W's gradient is never clipped.
+        max_grad_norm: clips the encoder's gradient norm; 0 disables it. W's gradient is never clipped.
     """
 
     epochs: PositiveInt = 200
@@ -112,25 +112,25 @@ class OptimizationConfig(Section):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The rate at the end of the warm-up."""
+        """The learning rate at the end of the warm-up."""
         return 0.48 * self.global_batch_size / 4096 if self.learning_rate is None else self.learning_rate
 
 
 class LogConfig(Section):
-    """How often figures are written."""
+    """How often metrics are logged."""
 
     every_steps: PositiveInt = 50
 
 
 class CheckpointConfig(Section):
-    """When the state is written: at the end of the training and when it is told to stop in any case.
+    """When checkpoints are written, besides the end of the training and a stop.
 
     Attributes:
-        every_epochs: at the end of every so many epochs.
-        every_steps: every so many steps as well, for epochs of hours.
-        keep: newest ones that stay.
-        keep_every_epochs: those at the end of every so many epochs stay for good, to be evaluated later.
-        tolerated_failures: saves that may fail one after another (the disk is full, say) before the run stops.
+        every_epochs: at the end of each such number of epochs.
+        every_steps: also after each such number of steps, for epochs that take hours.
+        keep: number of newest ones that stay.
+        keep_every_epochs: those at the end of each such number of epochs stay for good, for later evaluation.
+        tolerated_failures: saves in a row that may fail (a full disk, say) before the run stops.
     """
 
     every_epochs: PositiveInt = 1
@@ -144,11 +144,11 @@ class SafetyConfig(Section):
     """What a run does when something goes wrong.
 
     Attributes:
-        join_seconds: how long ranks wait in all for those that have not come; more than nodes differ in booting.
-        hang_seconds: a rank on which nothing moves for so long, while it is not stopped, writes its stacks and exits.
+        join_seconds: how long ranks wait for missing ones; longer than the nodes' boot times differ.
+        hang_seconds: a rank on which nothing moves for this long writes its stacks and exits; suspended time is free.
         max_skipped_steps: steps in a row that may be skipped because a number in them is not finite.
-        spike_nats: a loss higher than its running mean by more than this is a spike; None: no step is.
-        rollback: goes back to the newest checkpoint at a spike, and leaves that batch out from then on.
+        spike_nats: a loss that exceeds its running mean by more than this is a spike; None: none is.
+        rollback: at a spike, return to the newest checkpoint and skip that batch from then on.
     """
 
     join_seconds: PositiveFloat = 600.0
@@ -195,7 +195,7 @@ class ExperimentConfig(Section):
         if warmup_epochs >= epochs:
             raise ValueError(
                 f"optimization.warmup_epochs {warmup_epochs} must be below optimization.epochs {epochs}: the cosine "
-                "would never begin; 0 is no warm-up"
+                "would never begin; 0 disables the warm-up"
             )
         return self
 
@@ -208,7 +208,7 @@ class ExperimentConfig(Section):
             )
         if self.classifier.smoothing_factor > 0 and self.classifier.sampling != "full":
             raise ValueError(
-                f"classifier.sampling {self.classifier.sampling} leaves out hardest classes that smoothing needs: "
+                f"classifier.sampling {self.classifier.sampling} excludes hardest classes that smoothing needs: "
                 "set classifier.smoothing_factor to 0, as Table 3 does"
             )
         return self
@@ -218,7 +218,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Reads a YAML file and applies `--set a.b=value` overrides, whose values are YAML too.
 
     Raises:
-        UserError: for a missing or malformed file, an unknown key or path, or a value out of range.
+        UserError: the file is missing or malformed, a key or path is unknown, or a value is out of range.
     """
     values = read_yaml(path)
     _refuse_deepspeed_json(values, path)
@@ -234,7 +234,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
 
 
 def _refuse_deepspeed_json(values: dict[str, Any], path: Path) -> None:
-    """JSON is YAML too, so that the two files can be swapped unnoticed until here."""
+    """Refuses a DeepSpeed JSON given as the experiment: JSON is YAML too."""
     found = [key for key in values if key in (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY)]
     if found and not any(key in ExperimentConfig.model_fields for key in values):
         raise UserError(
@@ -244,7 +244,7 @@ def _refuse_deepspeed_json(values: dict[str, Any], path: Path) -> None:
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
-    """Dotted keys and JSON values of a config."""
+    """Returns the dotted keys and JSON values of a config."""
 
     def walk(prefix: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -257,10 +257,10 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping of the file that `--config` names; an empty file has no keys.
+    """Reads the mapping in the file of `--config`; an empty file has no keys.
 
     Raises:
-        UserError: when it is missing, no YAML, or anything but a mapping.
+        UserError: it is missing, not YAML, or not a mapping.
     """
     try:
         values = parse_yaml(path.read_bytes())

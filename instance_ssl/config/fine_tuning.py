@@ -1,4 +1,4 @@
-"""The configuration of the protocols that train a whole network on labels: few labels, and other data sets."""
+"""The sections `evaluation.semi_supervised` and `evaluation.fine_tune`: protocols that train a whole network."""
 
 from typing import Annotated, Any, Literal
 
@@ -17,8 +17,8 @@ class SemiSupervisedConfig(Section):
     decay, which are SwAV's (eval_semisup.py): 20 epochs, rates times 0.2 at 12 and 16, batch 256, none.
 
     Attributes:
-        fractions: of the training images that have labels; each class gives equally many.
-        list_files: for each fraction, a list of their file names in SimCLR's form; None draws them.
+        fractions: share of the training images that have labels, the same number for each class.
+        list_files: for each fraction, a list of file names in SimCLR's format; None draws the images.
         classifier_learning_rates: for each fraction.
         milestones: shares of the epochs after which the rates are multiplied by `decay_factor`.
         random_learning_rate, random_epochs: of both parts of the `random` source, which is the supervised baseline
@@ -54,7 +54,7 @@ def _log_spaced(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(float(f"{first * (last / first) ** (place / (count - 1)):.4g}") for place in range(count))
 
 
-# Three rates without decay are compared, and the best is trained again on all images.
+# Compares three rates without decay, and trains the best again on all images.
 _SMALL: dict[str, Any] = {
     "steps": 500,
     "random_steps": 1000,
@@ -72,12 +72,12 @@ class FineTuneConfig(Section):
     the best is trained on all of them and tested. One pair alone is not compared. SimCLR names no schedule: a cosine.
 
     Attributes:
-        preset: what the other keys are where they are not given: SimCLR's, which the paper follows, or for sets of some
-            thousand images and fewer 4 short trainings (500 steps, as BiT's rule for small sets, arXiv:1912.11370).
+        preset: defaults of the other keys: SimCLR's, which the paper follows, or for a few thousand images or fewer
+            4 short trainings (500 steps, as BiT's rule for small sets, arXiv:1912.11370).
         steps: of one training; `random_steps` for the `random` source, which has its own learning rates too.
         weight_decays: divided by the learning rate before use.
-        held_out_fraction: what the choice is made on, drawn by class, where the data set has no such part of its own.
-        metric: what is compared, and the headline; SimCLR's is the mean per class for Aircraft, Pets, Caltech-101 and
+        held_out_fraction: share of training images to choose by, drawn by class, if the data set has no such part.
+        metric: compared, and reported first; SimCLR's is the mean per class for Aircraft, Pets, Caltech-101 and
             Flowers, and top-1 elsewhere.
     """
 

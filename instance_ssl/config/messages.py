@@ -1,4 +1,4 @@
-"""What a configuration's mistakes are called: one line that names the key, what was found there and what fits."""
+"""Describes mistakes in a configuration in one line: the key, what was found, and what is expected."""
 
 import difflib
 import re
@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-# Of the DeepSpeed JSON; here, so that a JSON given as the experiment is known by them.
+# Keys of the DeepSpeed JSON; here, because a JSON given as the experiment is recognised by them.
 DEEPSPEED_KEYS = (
     "train_micro_batch_size_per_gpu",
     "zero_optimization",
@@ -37,10 +37,10 @@ _BOUNDS = {
 
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """One line for the first of pydantic's complaints: the key, what was found, and what is expected there."""
+    """Describes pydantic's first error in one line: the key, what was found, and what is expected."""
     errors = error.errors()
     location = _known_part(model, errors[0]["loc"])
-    # A field of several types has one complaint for each.
+    # A field of several types has one error for each.
     same = [each for each in errors if _known_part(model, each["loc"]) == location]
     rest = len(errors) - len(same)
     more = f" (and {rest} more)" if rest else ""
@@ -53,7 +53,7 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel], pr
 
 
 def unknown_key(location: Sequence[str], model: type[BaseModel], prefix: str = "") -> str:
-    """That there is no such key, and which one may be meant: one of another section, or the nearest by spelling."""
+    """Describes an unknown key and suggests one of another section, or the nearest by spelling."""
     key = ".".join(([prefix] if prefix else []) + list(location))
     name, known = location[-1], fields_at(model, location[:-1])
     if not prefix and name in (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY):
@@ -65,7 +65,7 @@ def unknown_key(location: Sequence[str], model: type[BaseModel], prefix: str = "
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?`, or the known names when none is near."""
+    """Returns `; did you mean 'x'?`, or the known names if none is near."""
     match = difflib.get_close_matches(name, known, n=1)
     if match:
         return f"; did you mean '{match[0]}'?"
@@ -73,7 +73,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def fields_at(model: type[BaseModel], names: Sequence[str]) -> list[str]:
-    """Keys of the section that `names` leads to; empty where it leads to a plain value."""
+    """Returns the keys of the section at the path `names`; none for a plain value."""
     for name in names:
         if (inner := _section(model, name)) is None:
             return []
@@ -82,14 +82,14 @@ def fields_at(model: type[BaseModel], names: Sequence[str]) -> list[str]:
 
 
 def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The section behind a key, if there is one."""
+    """Returns the section behind a key, or None."""
     field = model.model_fields.get(name)
     candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
     return next((each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
 def _keys_named(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose last part is `name`, outer ones first."""
+    """Yields dotted keys whose last part is `name`, outer ones first."""
     inner = {key: section for key in model.model_fields if (section := _section(model, key)) is not None}
     if name in model.model_fields:
         yield prefix + name
@@ -98,7 +98,7 @@ def _keys_named(name: str, model: type[BaseModel], prefix: str = "") -> Iterator
 
 
 def _known_part(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """The dotted key and place in a list; pydantic adds a tag for each type that a field may have."""
+    """Returns the parts of the key; pydantic also adds a tag for each type that a field may have."""
     inner: type[BaseModel] | None = model
     parts: list[str] = []
     for part in location:
@@ -110,7 +110,7 @@ def _known_part(model: type[BaseModel], location: Sequence[int | str]) -> list[s
 
 
 def _describe(error: Any, key: str, model: type[BaseModel], location: Sequence[str]) -> str:
-    """What is wrong with one value, in words that name the cure."""
+    """Describes what is wrong with one value and how to fix it."""
     kind, found = error["type"], error["input"]
     if kind in _BOUNDS:
         name, word = _BOUNDS[kind]
@@ -139,7 +139,7 @@ def _nearest_choice(found: Any, choices: str) -> str:
 
 
 def _hint(kind: str, found: Any, *, nullable: bool) -> str:
-    """What somebody who wrote this probably wanted."""
+    """Guesses what the user meant."""
     if not isinstance(found, str) or not found.strip():
         return ""
     text = found.strip()

@@ -1,4 +1,4 @@
-"""What all sections of the configuration are made of."""
+"""Types and the base class that all sections of the configuration share."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _as_meant(value: Any) -> Any:
-    """A path with its `~` expanded, which no shell does behind `key=`; a word for nothing is refused."""
+    """Expands `~` in a path, which no shell does after `key=`; refuses an empty path and `None`."""
     if not isinstance(value, str):
         return value
     if not value.strip() or value in ("None", "none"):
@@ -25,6 +25,6 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
-    """A section: unknown keys are refused, and nothing changes once it is read."""
+    """A section of the configuration: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
