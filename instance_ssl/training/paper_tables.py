@@ -1,6 +1,6 @@
-"""Table 1 and Figure 3 of the paper from the planner: memory per rank, and the most classes, by layout.
+"""Table 1 and Figure 3 of the paper from the planner: memory of a rank, and the most classes that fit, by layout.
 
-Memory is all that can be planned: Table 1's times are of the authors' network, data loading and kernels.
+Only memory can be planned: Table 1's times depend on the authors' network, data loading and kernels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ TABLE_1: dict[str, tuple[int, dict[Layout, float | None]]] = {
     "ImageNet-1K": (1_281_167, {"replicated, dense": 15.6, "sharded, dense": 9.18}),
     "ImageNet-21K": (14_197_122, {"replicated, dense": None, "sharded, dense": 21.51}),
 }
-# Figure 3 and its text: the most classes in 32 GB.
+# Figure 3 and its text: the most classes that fit 32 GB.
 MOST_CLASSES: dict[Layout, int] = {"replicated, dense": 4_700_000, "sharded, dense": 30_000_000}
 PAPER_RANKS, PAPER_BATCH, PAPER_GIB = 64, 4096, 32.0
 
@@ -37,23 +37,23 @@ _NAMES: dict[Layout, str] = {
 
 @dataclass(frozen=True)
 class Training:
-    """What a plan is of, at one number of ranks."""
+    """The training that is planned, at one number of ranks."""
 
     cost: EncoderCost
     engine: EngineSize
     classifier: ClassifierSize
 
     def plan(self, layout: Layout, num_instances: int | None = None) -> Plan:
-        """Of its own number of images, or of another."""
+        """Plans `num_instances` images; None: the training's own."""
         count = self.classifier.num_instances if num_instances is None else num_instances
         return plan_layout(layout, self.cost, self.engine, replace(self.classifier, num_instances=count))
 
     def peak_gib(self, layout: Layout, num_instances: int) -> float:
-        """GiB of one rank at its largest."""
+        """Peak memory of one rank in GiB."""
         return self.plan(layout, num_instances).peak / 2**30
 
     def most_classes(self, layout: Layout, memory_gib: float) -> int:
-        """The largest N that fits, 0 when not even a class a rank does."""
+        """The largest N that fits; 0 if not even one class a rank does."""
         low, high = 0, self.classifier.group_size
         while self.peak_gib(layout, high) <= memory_gib:
             low, high = high, 2 * high
@@ -64,13 +64,13 @@ class Training:
 
     @property
     def is_the_papers(self) -> bool:
-        """64 ranks and a batch of 4096 images in two views, as in Table 1 and Figure 3."""
+        """Whether it is Table 1's and Figure 3's: 64 ranks and a batch of 4096 images in two views."""
         rows = self.classifier.rows_per_rank * self.engine.world_size * self.engine.accumulation_steps
         return self.engine.world_size == PAPER_RANKS and rows == 2 * PAPER_BATCH
 
 
 def table_1(training: Training, memory_gib: float) -> list[list[str]]:
-    """Rows of text: Table 1's memory and Figure 3's limits, the planner's beside the paper's where it has one."""
+    """Rows of text: Table 1's memory and Figure 3's limits, planned and published."""
     rows = [["GiB a rank", *LAYOUTS]]
     for name, (num_instances, published) in TABLE_1.items():
         cells = [_gib(training.peak_gib(layout, num_instances), memory_gib) for layout in LAYOUTS]
@@ -100,11 +100,11 @@ def draw_figure_3(
     """GiB a rank against N on `ranks` ranks, and the most classes in `gib` GiB against the number of ranks; a PNG.
 
     Args:
-        training_at: the training on a number of ranks, None where the batch cannot be divided over them.
-        world_sizes: of the second curves.
+        training_at: the training on a number of ranks; None if the batch does not divide.
+        world_sizes: ranks of the second plot.
 
     Raises:
-        UserError: when matplotlib is missing.
+        UserError: if matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
