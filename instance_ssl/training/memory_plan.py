@@ -30,23 +30,23 @@ Layout = Literal["sharded", "replicated", "sharded, dense", "replicated, dense"]
 LAYOUTS: tuple[Layout, ...] = ("sharded", "replicated", "sharded, dense", "replicated, dense")
 
 _FLOAT = 4  # bytes; weights, gradients and momentum of the encoder are float32 under every JSON
-# Whose gradients travel in the autocast dtype under ZeRO (LOWER_PRECISION_SAFE_MODULES of DeepSpeed 0.19.8).
+# Their gradients are reduced in the autocast dtype under ZeRO (LOWER_PRECISION_SAFE_MODULES of DeepSpeed 0.19.8).
 _LOW_PRECISION_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Where DeepSpeed's own defaults are not the JSON's (0.19.8, zero/config.py).
+# DeepSpeed's default for an absent key (0.19.8, zero/config.py).
 _DEFAULT_BUCKET_SIZE = 500_000_000
 
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """The encoder's part on one rank, of one micro-batch.
+    """What the encoder costs one rank in one micro-batch.
 
     Attributes:
-        num_parameters: all of them trained.
-        num_low_precision: those of linear layers and convolutions.
+        num_parameters: all are trained.
+        num_low_precision: parameters of linear layers and convolutions.
         buffer_bytes: running statistics.
-        kept: activations that wait for the backward pass at its beginning, images and autocast's weights included.
-        backward_peak: the most that forward and backward pass hold above weights and existing gradients.
-        first_backward_peak: the same where the gradients of the weights are made on the way, and counted.
+        kept: bytes of activations when the backward pass starts, including images and autocast's weights.
+        backward_peak: peak bytes of forward and backward pass above weights and existing gradients.
+        first_backward_peak: the same if the gradients of the weights are allocated on the way, and counted.
         flops: of forward and backward pass, 2 a multiply-add.
     """
 
@@ -61,7 +61,7 @@ class EncoderCost:
 
 @dataclass(frozen=True)
 class EngineSize:
-    """What DeepSpeed's memory and traffic follow from.
+    """The settings that decide DeepSpeed's memory and traffic.
 
     Attributes:
         world_size: T.
@@ -70,7 +70,7 @@ class EngineSize:
         communication_dtype: of gradients without ZeRO.
         zero_stage: 0, 1 or 2.
         reduce_bucket_size: numbers in one of ZeRO's buckets.
-        num_buckets: of each dtype that travels.
+        num_buckets: of each dtype that is reduced.
     """
 
     world_size: int
@@ -88,13 +88,13 @@ class EncoderMemory:
 
     Attributes:
         weights: with running statistics.
-        optimizer: momentum, and under ZeRO the partition's own copy of the weights.
-        waiting: gradients of earlier micro-batches, during the forward pass.
-        gradients: of all parameters without ZeRO; of the own partition under it, and of what accumulates.
+        optimizer: momentum, and under ZeRO the partition's copy of the weights.
+        waiting: gradients of earlier micro-batches during the forward pass.
+        gradients: of all parameters without ZeRO; under it of the partition, and of what accumulates.
         buckets: ZeRO's, during the backward pass.
         kept: activations between forward and backward pass.
-        backward_peak: activations and passing gradients at their largest.
-        reduction: copy of the gradients that is reduced or handed to the optimizer.
+        backward_peak: peak of activations and transient gradients.
+        reduction: copy of the gradients that is reduced or given to the optimizer.
     """
 
     weights: int
@@ -108,19 +108,19 @@ class EncoderMemory:
 
     @property
     def resident(self) -> int:
-        """What is there all the time."""
+        """What is held all the time."""
         return self.weights + self.optimizer
 
     @property
     def peak(self) -> int:
-        """The encoder alone at its largest."""
+        """Peak of the encoder alone."""
         backward = self.gradients + max(self.backward_peak + self.buckets, self.reduction)
         return self.resident + max(self.waiting + self.kept, backward)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout on one rank: `resident` is there all the time, one of the `phases` at a time beside it.
+    """One layout on one rank: `resident` all the time, and one of the `phases` at a time.
 
     Attributes:
         resident: bytes by part.
@@ -148,11 +148,11 @@ class Plan:
 def measure_encoder(
     build: Callable[[], nn.Module], *, image_size: int, num_views: int, autocast_dtype: torch.dtype | None
 ) -> EncoderCost:
-    """Runs forward and backward pass of one micro-batch on fake tensors; whatever `build` makes, recomputing or not.
+    """Measures forward and backward pass of one micro-batch on fake tensors, with or without recomputation.
 
     Args:
-        build: makes the encoder.
-        num_views: images of one forward pass, all views counted.
+        build: returns the encoder.
+        num_views: images of one forward pass, counting all views.
     """
     with FakeTensorMode():
         encoder = build()
@@ -175,7 +175,7 @@ def measure_encoder(
 def _live_bytes(
     encoder: nn.Module, image_size: int, num_views: int, autocast_dtype: torch.dtype | None
 ) -> tuple[int, int]:
-    """Bytes between forward and backward pass, and the most there were; gradients count when this call makes them."""
+    """Bytes between forward and backward pass, and the peak; gradients count if this call allocates them."""
     gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
     with LiveBytes([*encoder.parameters(), *encoder.buffers(), *gradients]) as counted:
         images = torch.empty(num_views, 3, image_size, image_size, memory_format=torch.channels_last)
@@ -189,7 +189,7 @@ def _live_bytes(
 def engine_size(
     engine: dict[str, Any], *, world_size: int, accumulation_steps: int, autocast_dtype: torch.dtype | None
 ) -> EngineSize:
-    """From the DeepSpeed JSON as `ds_config` resolves it."""
+    """From the resolved DeepSpeed JSON."""
     zero = engine.get("zero_optimization", {})
     named = {"fp16": torch.float16, "bf16": torch.bfloat16, "bfp16": torch.bfloat16}
     contiguous = zero.get("contiguous_gradients", True)
@@ -205,7 +205,7 @@ def engine_size(
 
 
 def encoder_memory(cost: EncoderCost, size: EngineSize) -> EncoderMemory:
-    """What DeepSpeed 0.19.8 keeps around an encoder and SGD with momentum (read in its source, and measured)."""
+    """What DeepSpeed 0.19.8 holds for an encoder and SGD with momentum (read in its source, and measured)."""
     whole = cost.num_parameters * _FLOAT
     part = math.ceil(cost.num_parameters / size.world_size) * _FLOAT
     weights = whole + cost.buffer_bytes
@@ -214,7 +214,7 @@ def encoder_memory(cost: EncoderCost, size: EngineSize) -> EncoderMemory:
         narrow = size.communication_dtype.itemsize
         copies = _FLOAT if narrow == _FLOAT else _FLOAT + narrow
         reduction = cost.num_parameters * copies  # `buffered_allreduce_fallback` flattens all gradients
-        # Made once in a step, they grow while activations go.
+        # Allocated once a step, while activations are released.
         backward = cost.backward_peak if accumulates else cost.first_backward_peak - whole
         waiting = whole if accumulates else 0
         return EncoderMemory(weights, whole, waiting, whole, 0, cost.kept, backward, reduction)
@@ -241,7 +241,7 @@ def encoder_traffic(cost: EncoderCost, size: EngineSize) -> Counter[str]:
 
 
 def _gradient_counts(cost: EncoderCost, size: EngineSize) -> dict[torch.dtype, int]:
-    """Numbers of gradients by the dtype in which they travel."""
+    """Numbers of gradients by the dtype in which they are reduced."""
     if size.zero_stage == 0 or size.autocast_dtype is None:
         return {size.communication_dtype: cost.num_parameters}
     low = cost.num_low_precision
@@ -249,7 +249,7 @@ def _gradient_counts(cost: EncoderCost, size: EngineSize) -> dict[torch.dtype, i
 
 
 def plan_layout(layout: Layout, cost: EncoderCost, engine: EngineSize, classifier: ClassifierSize) -> Plan:
-    """One layout of the same training.
+    """Plans one layout of the same training.
 
     Args:
         layout: `sharded` is this code as configured, `replicated` this code with every rank holding all of W; the
@@ -296,7 +296,7 @@ def plan_layout(layout: Layout, cost: EncoderCost, engine: EngineSize, classifie
 
 
 def _dense_plan(encoder: EncoderMemory, classifier: ClassifierSize) -> Plan:
-    """Materialised logits: two float32 copies, all that the paper's Table 1 leaves room for, and a gradient of W.
+    """Plans materialised logits: two float32 copies, as the paper's Table 1 implies, and a gradient of W.
 
     DDP's buckets hold a second copy of the gradient (`gradient_as_bucket_view` is off by default).
     """
