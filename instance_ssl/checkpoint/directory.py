@@ -145,12 +145,12 @@ class DirectoryWriter:
         try:
             faults.reach("save.before_commit", 0, self._step)
             write_file(self._temporary / MANIFEST, _manifest_text(records))
-            _sync_directory(self._temporary)
+            sync_directory(self._temporary)
             if self._final.exists():  # damaged, or resolution would have begun after it
                 remove_directory(self._final)
             self._temporary.rename(self._final)
             faults.reach("commit.mid", 0, self._step)
-            _sync_directory(self.parent)
+            sync_directory(self.parent)
         except OSError as error:
             return f"rank 0: {why_not_written(error, self.parent, self._needed)}"
         retain(self.parent, self._keep, self._is_permanent)
@@ -391,7 +391,8 @@ def _seems_whole(directory: Path) -> bool:
         return False
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Writes a directory's entries through to the disk."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

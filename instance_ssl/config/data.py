@@ -19,9 +19,10 @@ class DataConfig(Section):
         shuffle_buffer: images of tar shards are shuffled by shard, and then so many in a row among one another, so that
             what is read stays near in the page cache: 65,536 full-size photographs are 7 GB, 16 of the paper's batches.
             0: all images at once, as for what lies in no shards.
-        on_broken: an image that cannot be read is an `error`, or is left out with its class (`skip`).
-        max_broken_share: of all images that `skip` may leave out.
-        allow_lost: a run goes on without images that are not in the list any more; their classes are left out.
+        on_broken: an image that cannot be read is an `error`, or training skips it (`skip`): another image of the batch
+            replaces it, and its class stays until the images are updated.
+        max_broken_share: of all images, as many as `skip` accepts; more of them end the run.
+        allow_lost: a run resumes without the images that are not in the list any more, and drops their classes.
         exif: images are turned `upright` as their EXIF orientation says, or taken as they are `stored`.
         alpha: transparent images are composed on `white`, or their alpha is dropped (`drop`), and hidden colours show.
         image_size: side in pixels of what the encoder sees.

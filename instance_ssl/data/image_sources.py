@@ -55,9 +55,8 @@ class ImageSource(ABC):
         digest: SHA-256 in hexadecimal; what it covers, each implementation says.
         held_out: ids, (n,) int64, of the training images that the data set itself keeps for the choice of parameters;
             None where it has no such part.
-        left_out: the images that could not be read and have no id, a line each that names the image and the reason.
+        left_out: the images that cannot be read and have no id, a line each with the name and the reason.
         remarks: what the user should know of the data set, a line each.
-        absent: id → why, of images that have an id from an earlier time and are not there any more.
         rendering: how files become pixels.
     """
 
@@ -67,7 +66,6 @@ class ImageSource(ABC):
     held_out: torch.Tensor | None = None
     left_out: Sequence[str] = ()
     remarks: Sequence[str] = ()
-    absent: Mapping[int, str] = {}
     rendering: Rendering = AS_STORED
 
     def __init__(self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, digest: str) -> None:
@@ -262,10 +260,9 @@ class FileImages(EncodedImages):
     def missing_here(self) -> str | None:
         """The first of some files, evenly spread, that is absent or of another size on this machine."""
         for index in range(0, len(self), max(1, len(self) // _PROBED_FILES)):
-            if index not in self.absent:
-                problem = differs_here(self.root / self.names[index], int(self.columns["sizes"][index]))
-                if problem is not None:
-                    return problem
+            problem = differs_here(self.root / self.names[index], int(self.columns["sizes"][index]))
+            if problem is not None:
+                return problem
         return None
 
     def read(self, index: int) -> bytes:
@@ -292,7 +289,7 @@ def names_digest(columns: Mapping[str, np.ndarray], rendering: Rendering) -> str
 
 
 def digest_of(names: Iterable[str], sizes: np.ndarray, rendering: Rendering) -> str:
-    """The same of names and sizes, as many of either."""
+    """`names_digest` of names and as many sizes."""
     digest = hashlib.sha256()
     for name, size in zip(names, sizes.tolist(), strict=True):
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0%d\0" % size)

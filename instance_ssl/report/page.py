@@ -112,7 +112,7 @@ def _progress(run: Run) -> list[tuple[str, float, str]]:
             found.append((title, series[-1][1] * factor, unit))
             place = _epochs(run, series[-1][0])
     if found:
-        found.append(("epochs done" if run.clock else "steps done", place, ""))
+        found.append(("epochs done" if run.steps_per_epoch else "steps done", place, ""))
     return found
 
 
@@ -143,8 +143,8 @@ def _curve(run: Run, place: int, tag: str, factor: float) -> Series:
 
 
 def _epochs(run: Run, steps: int) -> float:
-    """How many epochs so many steps are; the steps themselves where that is not known."""
-    return run.clock.epochs(steps) if run.clock else steps
+    """Steps in epochs; unchanged where the length of an epoch is not known."""
+    return steps / run.steps_per_epoch if run.steps_per_epoch else steps
 
 
 def _knn_curves(runs: Sequence[Run]) -> list[Series]:

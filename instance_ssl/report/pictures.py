@@ -142,7 +142,7 @@ def _hard_classes(checkpoint: Path) -> list[tuple[int, list[int]]] | None:
             if first <= i < last:
                 hardest = hard_nK[i - first, :_GALLERY_HARDEST]
                 found.append((i, hardest[hardest >= 0].tolist()))
-    return [(i, hardest) for i, hardest in found if hardest]  # a class that is left out has none
+    return [(i, hardest) for i, hardest in found if hardest]  # a class whose row is not finite has none
 
 
 def _open_some(run: Path, data: DataConfig, ids: Sequence[int]) -> ImageSource:

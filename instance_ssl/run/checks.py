@@ -23,7 +23,11 @@ from instance_ssl.training import engine
 
 _SAID = 10
 # Stages that begin with a checkpoint whatever `evaluation.sources` says.
-_READERS = {"pretrain": ["initialize_classifier"], "evaluate_checkpoints": ["pretrain"]}
+_READERS = {
+    "pretrain": ["initialize_classifier"],
+    "update_images": ["initialize_classifier"],
+    "evaluate_checkpoints": ["pretrain"],
+}
 # They read an encoder alone: neither the training's batch nor W has to fit the images or the ranks.
 READING_STAGES = ("export", "evaluate_knn", "evaluate_linear", "evaluate_retrieval")
 
@@ -287,12 +291,12 @@ def check_micro_batch(config: ExperimentConfig, micro_batch_size: int) -> None:
 
 
 def say_left_out(sources: Iterable[ImageSource], log: RunLog) -> None:
-    """Says which images could not be read when the sources were opened: some by name, then how many."""
+    """Logs which images are excluded because they cannot be read: some by name, then how many."""
     for source in sources:
         for line in source.left_out[:_SAID]:
-            log.say(f"left out, it cannot be read: {line}")
+            log.say(f"excluded, it cannot be read: {line}")
         if len(source.left_out) > _SAID:
-            log.say(f"left out, they cannot be read: {len(source.left_out) - _SAID:,} more images")
+            log.say(f"excluded, they cannot be read: {len(source.left_out) - _SAID:,} more images")
 
 
 def versions_in_use() -> str:

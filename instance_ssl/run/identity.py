@@ -72,11 +72,14 @@ def sound_result(directory: Path) -> dict[str, Any] | None:
     return result if is_sound else None
 
 
-def is_complete(directory: Path, config: ExperimentConfig, newest_checkpoint: str | None, log: RunLog) -> bool:
+def is_complete(
+    directory: Path, config: ExperimentConfig, newest_checkpoint: str | None, images_digest: str, log: RunLog
+) -> bool:
     """Whether a stage's own record says that it is complete, and agrees with what it is a record of.
 
     Args:
         newest_checkpoint: what an evaluation would be of now (`what_is_evaluated`).
+        images_digest: of the training images as they are now; steps have other numbers once these have changed.
 
     Raises:
         UserError: when the stage's config.yaml cannot be read, or a training is complete but its checkpoints are gone.
@@ -88,7 +91,11 @@ def is_complete(directory: Path, config: ExperimentConfig, newest_checkpoint: st
         if not config_path.exists():
             return False
         recorded = load_recorded(config_path, "remove it, and the evaluation is done again")
-        return flatten(recorded) == flatten(config) and result["newest_checkpoint"] == newest_checkpoint
+        of = result["data"].get("digest") if isinstance(result["data"], dict) else None
+        return flatten(recorded) == flatten(config) and (result["newest_checkpoint"], of) == (
+            newest_checkpoint,
+            images_digest,
+        )
     steps, newest = result.get("steps", 0), newest_sound_directory(directory / "checkpoints")
     if newest is None:
         raise UserError(

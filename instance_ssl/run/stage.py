@@ -24,7 +24,7 @@ from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.files.disk_space import saving, why_not_written
-from instance_ssl.run import agreement, checks, identity, manifest, precision
+from instance_ssl.run import agreement, checks, identity, manifest, pending_update, precision
 from instance_ssl.run.arguments import parse_arguments
 from instance_ssl.run.console import exit_code_of
 from instance_ssl.run.directory import locked, write_json, write_status, write_text
@@ -202,11 +202,13 @@ def _open(
         world,
     )
     checks.check_sources(config.evaluation, world)
+    agreement.rank_0_alone(lambda: pending_update.finish(run_directory), world)
     agreement.rank_0_alone(lambda: identity.check_unchanged(config, run_directory), world)
     if arguments.run_dir is None and [spec.name for spec in chosen] == ["export"]:
         checks.check_run_to_export(config, run_directory, world)
     checks.check_made_before(config, run_directory, [spec.name for spec in chosen], world)
-    source = checks.open_images(config.data, "train", world, process.log, manifest.as_known(run_directory, config.data))
+    arrange = manifest.as_known(run_directory, config.data, [spec.name for spec in chosen])
+    source = checks.open_images(config.data, "train", world, process.log, arrange)
     if trains:
         checks.check_size(config, len(source), ds.micro_batch_size, world.size, arguments.deepspeed_config)
         checks.check_micro_batch(config, ds.micro_batch_size)
@@ -255,7 +257,8 @@ def _conclude(stage: Stage, record: dict[str, Any], run: str | None) -> None:
 
 
 def _is_complete(stage: Stage) -> bool:
-    return identity.is_complete(stage.directory, stage.config, _newest_checkpoint(stage), stage.log)
+    newest = _newest_checkpoint(stage)
+    return identity.is_complete(stage.directory, stage.config, newest, stage.source.digest, stage.log)
 
 
 def _newest_checkpoint(stage: Stage) -> str | None:

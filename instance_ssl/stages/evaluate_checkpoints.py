@@ -1,4 +1,4 @@
-"""Stage: Figure 1(b), instance accuracy against semantic accuracy over the checkpoints that a run has kept."""
+"""Stage: Figure 1(b), instance accuracy against semantic accuracy over a run's checkpoints of today's images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +20,6 @@ from instance_ssl.evaluation.frozen_encoder import (
 )
 from instance_ssl.run.build import classifier_shard, own_parts, training_view
 from instance_ssl.run.directory import read_json, write_json
-from instance_ssl.run.excluded_images import LeftOut
 from instance_ssl.run.identity import config_digest
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.training_session import require_same_run
@@ -77,18 +76,12 @@ def _measure(stage: Stage, checkpoint: Checkpoint, images: LabelledImages) -> di
 
 
 def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Representation) -> float:
-    """Of one seeded random view of every image: the deterministic view is what the rows were initialised with.
-
-    Of the images that the checkpoint knew and that are not left out today, among the classes that took part then.
-    """
-    encoder, left_out = representation.encoder, LeftOut(stage)
+    """Of one seeded random view of every image: the deterministic view is what the rows were initialised with."""
+    encoder = representation.encoder
     assert encoder is not None
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(checkpoint, shard))
     ids = torch.arange(len(stage.source))
-    known = ids < checkpoint.position.num_instances
-    shard.leave_out(torch.cat([left_out.found_by(checkpoint.position.step), ids[~known]]))
-    ids = ids[known & ~torch.isin(ids, left_out.ids)]
 
     def embed(images: Tensor) -> Tensor:
         with stage.autocast():

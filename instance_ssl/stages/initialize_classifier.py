@@ -18,13 +18,14 @@ from instance_ssl.checkpoint.state import (
     newest_checkpoint,
     start_checkpoint,
 )
-from instance_ssl.classifier.prior import initialize_from_features, initialize_gaussian
+from instance_ssl.classifier.prior import fill_unread_rows, initialize_from_features, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.augmentations import centre_view
-from instance_ssl.data.sampler import LazyBatches, epoch_order
+from instance_ssl.data.sampler import epoch_order
 from instance_ssl.errors import UserError
 from instance_ssl.files.disk_space import find_no_space
 from instance_ssl.models.encoder import Encoder
+from instance_ssl.run.broken_images import BrokenImages, TooManyBroken, readable_batches
 from instance_ssl.run.build import (
     classifier_shard,
     describe_encoder,
@@ -34,10 +35,10 @@ from instance_ssl.run.build import (
     training_shards,
     training_view,
 )
-from instance_ssl.run.excluded_images import LeftOut, TooManyBroken, readable_batches
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.training_session import require_same_run, run_digests, say_what_was_passed_over
 from instance_ssl.run.watchdog import Stopped
+from instance_ssl.stages import update_images
 
 # Above all seeds of experiments: a random view of this pass is none that the training will see.
 _VIEW_SEEDS = 2**31
@@ -52,24 +53,23 @@ def run(stage: Stage) -> dict[str, Any]:
     encoder = seeded_encoder(config).to(stage.world.device)
     shard = classifier_shard(stage)
     mode = config.classifier.initialization
-    left_out = LeftOut(stage)
-    left_out.take_absent(0)
-    left_out.check_share()
+    update_images.replace_list(stage)
+    broken = BrokenImages(stage)
+    broken.check_share()
     if stage.world.rank == 0:
         clear_leftovers(stage.checkpoints_of(stage.name))
     stage.on_rank_0(lambda: _require_space(stage, encoder, shard))
     if mode == "gaussian":
         initialize_gaussian(shard, config.seed)
     else:
-        _pass_over_images(stage, encoder, shard, left_out)
-    shard.leave_out(left_out.found_by(0))
+        _pass_over_images(stage, encoder, shard, broken)
+        fill_unread_rows(shard, broken.ids, config.seed)
     path = _save(stage, encoder, shard, "checkpoints", 0)
     if stage.world.rank == 0:
         shutil.rmtree(stage.directory / "partial", ignore_errors=True)
-    num_left_out = len(shard.left_out.ids)
     norms = torch.linalg.vector_norm(shard.weight.float(), dim=1)
-    mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / (len(stage.source) - num_left_out)).item()
-    return {"initialization": mode, "mean_row_norm": mean_norm, "images_left_out": num_left_out, "checkpoint": path}
+    mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / len(stage.source)).item()
+    return {"initialization": mode, "mean_row_norm": mean_norm, "broken_images": len(broken.ids), "checkpoint": path}
 
 
 def _require_space(stage: Stage, encoder: Encoder, shard: ClassifierShard) -> None:
@@ -79,7 +79,7 @@ def _require_space(stage: Stage, encoder: Encoder, shard: ClassifierShard) -> No
         raise UserError(f"{problem}, for the classifier: make room, or give a --run-dir on another disk")
 
 
-def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, left_out: LeftOut) -> None:
+def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, broken: BrokenImages) -> None:
     """The pass, from where it was stopped; at a stop, what has been done is kept.
 
     Batches done are the `step` of what is kept: they are the same global batches on any number of ranks.
@@ -106,12 +106,12 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, le
         faults.reach("initialize", stage.world.rank, done)
         done += 1
         progress.advance(num_images)
-        if skips and left_out.anyone_has_news():
-            left_out.share(0)
-            left_out.check_share()
+        if skips and broken.anyone_has_news():
+            broken.share()
+            broken.check_share()
         stage.check_together()
 
-    batches = _own_batches(stage, done, left_out)
+    batches = _own_batches(stage, done, broken)
     try:
         with progress, stage.autocast():
             initialize_from_features(shard, encoder, batches, mode, stage.world, batches_done=done, on_batch=on_batch)
@@ -143,17 +143,15 @@ def _order_digest(stage: Stage) -> str:
     return "" if starts is None else hashlib.sha256(starts.tobytes()).hexdigest()
 
 
-def _own_batches(stage: Stage, first: int, left_out: LeftOut) -> Iterator[tuple[Tensor, Tensor]]:
+def _own_batches(stage: Stage, first: int, broken: BrokenImages) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of every global batch from `first` on, in an order shuffled by the seed.
 
     Folders come sorted by class, and a batch's statistics should not. Batches go without what cannot be read.
     """
     order = epoch_order(len(stage.source), stage.config.seed, 0, training_shards(stage))
-    known = set(left_out.found_by(0).tolist())
     parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]
-    readable = LazyBatches(len(parts), lambda number: [index for index in parts[number] if index not in known])
     if stage.config.classifier.initialization_view == "training":
         view = training_view(stage.config.augmentation, stage.config.data)
     else:
         view = centre_view(stage.config.data.image_size)
-    return readable_batches(stage, readable, left_out, view, seed=stage.config.seed + _VIEW_SEEDS)
+    return readable_batches(stage, parts, broken, view, seed=stage.config.seed + _VIEW_SEEDS)

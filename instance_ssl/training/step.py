@@ -139,18 +139,18 @@ def train_epoch(
     positives_of: Callable[[int], Tensor],
     measure_every_steps: int,
     on_step: Callable[[int, StepReport | None], None],
-    left_out: Container[int] = (),
+    skipped: Container[int] = (),
 ) -> None:
     """These optimizer steps of one epoch, whose micro-batches begin with the first of them.
 
-    `positives_of(step)` are the instance ids of a whole global batch. `on_step(step, report)` follows each step; of one
-    that is `left_out` the data are passed over, nothing moves, and there is no report.
+    `positives_of(step)` are the instance ids of a whole global batch. `on_step(step, report)` follows each step. A step
+    in `skipped` reads its data but moves nothing, and its report is None.
     Instance accuracy and positive cosine are measured every `measure_every_steps` steps and at the last.
     """
     engine.encoder.train()
     iterator = iter(micro_batches)
     for step in steps:
-        if step in left_out:
+        if step in skipped:
             for _ in range(accumulation_steps):
                 next(iterator)
             engine.steps_taken += 1

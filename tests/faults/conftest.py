@@ -14,7 +14,7 @@ The faults are numbered F1 to F40:
     test_numbers.py       F23 numbers that are not finite, F24 spikes of the loss
     test_gradients.py     F23 in the encoder alone, F29 no hidden clipping
     test_images.py        F25 images that cannot be read, and end the run
-    test_broken.py        F25 images that cannot be read, and are left out
+    test_broken.py        F25 images that cannot be read, and are skipped
     test_growth.py        F15 images that come and go between two runs
     test_surroundings.py  F5 full disks, F36 consoles, F40 ports
 
