@@ -59,8 +59,8 @@ class TrainingPosition:
         skipped_in_a_row: steps that have not moved anything, counted back from this one.
         loss_level: what the next loss is compared with, for spikes.
         matmul_dtype: precision of the classifier's products; None before the first step.
-        stretches: (first step, first epoch, steps an epoch) of each part of a training whose data set grew under an
-            earlier version; empty otherwise. `update_images` renumbers the steps of such a training.
+        stretches: of checkpoints of an earlier version, (first step, first epoch, steps an epoch) of each part of the
+            training, one more for each time that its data set grew. `update_images` renumbers the steps of several.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

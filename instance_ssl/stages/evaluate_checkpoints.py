@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from instance_ssl.checkpoint.state import Checkpoint, intact_checkpoints, load_rows
-from instance_ssl.data.loaders import image_loader
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.accuracy_correlation import correlations, draw_correlation, instance_accuracy
 from instance_ssl.evaluation.frozen_encoder import (
@@ -18,6 +17,7 @@ from instance_ssl.evaluation.frozen_encoder import (
     represent_checkpoint,
     vote,
 )
+from instance_ssl.run.broken_images import BrokenImages, readable_batches
 from instance_ssl.run.build import classifier_shard, own_parts, training_view
 from instance_ssl.run.directory import read_json, write_json
 from instance_ssl.run.identity import config_digest
@@ -81,14 +81,13 @@ def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Rep
     assert encoder is not None
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(checkpoint, shard))
-    ids = torch.arange(len(stage.source))
 
     def embed(images: Tensor) -> Tensor:
         with stage.autocast():
             return encoder(images)
 
     label = f"epoch {checkpoint.position.epoch}: instances"
-    with stage.log.progress(label, len(ids), "images") as progress:
+    with stage.log.progress(label, len(stage.source), "images") as progress:
 
         def on_batch(count: int) -> None:
             progress.advance(count)
@@ -97,7 +96,7 @@ def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Rep
         figures = instance_accuracy(
             embed,
             shard,
-            _own_views(stage, ids),
+            _own_views(stage),
             stage.world,
             embedding_dim=stage.config.model.embedding_dim,
             on_batch=on_batch,
@@ -105,15 +104,12 @@ def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Rep
     return figures["instance_accuracy"]
 
 
-def _own_views(stage: Stage, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of every batch of these images; a part of the last may be empty."""
-    data, size = stage.config.data, stage.config.evaluation.batch_size
-    parts = own_parts(ids, size * stage.world.size, stage.world)
-    view = training_view(stage.config.augmentation, data)
-    loaded = iter(image_loader(stage.source, view, parts, data.num_workers))
-    nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)
-    for part in parts:
-        yield next(loaded) if part else nothing
+def _own_views(stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of every batch of all images that can be read; a part may be empty."""
+    num_images, size = len(stage.source), stage.config.evaluation.batch_size
+    parts = own_parts(torch.arange(num_images), size * stage.world.size, stage.world)
+    view = training_view(stage.config.augmentation, stage.config.data)
+    return readable_batches(stage, parts, BrokenImages(stage), view)
 
 
 def _correlate(stage: Stage, points: list[dict[str, Any]]) -> dict[str, Any]:

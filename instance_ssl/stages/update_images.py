@@ -82,7 +82,8 @@ def run(stage: Stage) -> dict[str, Any]:
 def is_due(stage: Stage, start: Checkpoint) -> bool:
     """Whether a checkpoint is of other images, or of an earlier version that left classes out or let epochs grow."""
     is_other = start.position.digests.get("images", stage.source.digest) != stage.source.digest
-    return is_other or bool(start.position.stretches) or stage.on_rank_0(left_out_path(stage.run_directory).exists)
+    has_grown = len(start.position.stretches) > 1
+    return is_other or has_grown or stage.on_rank_0(left_out_path(stage.run_directory).exists)
 
 
 def replace_list(stage: Stage) -> None:
@@ -96,7 +97,7 @@ def replace_list(stage: Stage) -> None:
         if manifest.is_of(stage.run_directory, stage.source):
             return False
         with saving(stage.run_directory / "data.json"):
-            manifest.write_manifest(stage.source, pending_update.begin(stage.run_directory))
+            manifest.write_manifest(stage.source, _begin(stage))
             pending_update.commit(stage.run_directory)
         return True
 
@@ -231,7 +232,7 @@ def _epoch_length(stage: Stage, start: Checkpoint) -> int:
 
 
 def _begin(stage: Stage) -> Path:
-    """The folder of the new state; what an earlier version left out as unreadable is recorded as broken."""
+    """The folder of the new state. First records as broken what an earlier version left out because of that."""
     run_directory = stage.run_directory
     left_out = {index: why for index, why in read_left_out(run_directory).items() if why is not None}
     if left_out:
