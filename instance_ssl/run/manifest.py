@@ -31,7 +31,7 @@ from instance_ssl.files.disk_space import why_not_written
 from instance_ssl.files.name_lists import list_line, write_lines
 from instance_ssl.files.structured import MalformedError, read_json
 from instance_ssl.run.agreement import rank_0_alone
-from instance_ssl.run.broken_record import Broken, as_line, read_broken, read_left_out
+from instance_ssl.run.broken_record import Broken, as_line, left_out_path, read_broken, read_left_out
 from instance_ssl.run.directory import write_json
 from instance_ssl.run.identity import sound_result
 
@@ -55,7 +55,8 @@ def as_known(run_directory: Path, data: DataConfig, stages: Sequence[str]) -> Ca
             return source
         is_same = before == _record_of(source)
         refusal = _why_not_updated(run_directory, stages)
-        must_update = refusal is None and ("update_images" in stages or bool(read_left_out(run_directory)))
+        left_out = bool(read_left_out(run_directory)) and _has_classifier(run_directory)
+        must_update = refusal is None and ("update_images" in stages or left_out)
         if is_same and (not must_update or "sizes" not in source.columns):
             return source
         known = _KnownImages(run_directory, before["num_instances"], source)
@@ -143,7 +144,7 @@ def _recorded(record: Mapping[str, Broken], names: Sequence[str], sizes: np.ndar
 
 def _why_not_updated(run_directory: Path, stages: Sequence[str]) -> str | None:
     """Why these stages do not take in new images; None where one of them does."""
-    if not committed_directories(run_directory / "initialize_classifier/checkpoints"):
+    if not _has_classifier(run_directory):
         return None if "initialize_classifier" in stages else "the classifier is not initialised"
     if sound_result(run_directory / "pretrain") is not None:
         return "training is complete"
@@ -152,8 +153,12 @@ def _why_not_updated(run_directory: Path, stages: Sequence[str]) -> str | None:
     return None
 
 
+def _has_classifier(run_directory: Path) -> bool:
+    return bool(committed_directories(run_directory / "initialize_classifier/checkpoints"))
+
+
 def record(source: ImageSource, run_directory: Path, world: Group) -> None:
-    """Writes the manifest of a run that has none yet. Collective.
+    """Writes the manifest of a run that has none, or has learned nothing yet by the one it has. Collective.
 
     Raises:
         UserError: when it cannot be written.
@@ -161,17 +166,16 @@ def record(source: ImageSource, run_directory: Path, world: Group) -> None:
 
     def write() -> None:
         try:
-            if _read(run_directory) is None:
-                write_manifest(source, run_directory)
+            before = _read(run_directory)
+            if before is not None and (before == _record_of(source) or _has_classifier(run_directory)):
+                return
+            (run_directory / "data.json").unlink(missing_ok=True)
+            left_out_path(run_directory).unlink(missing_ok=True)
+            write_manifest(source, run_directory)
         except OSError as error:
             raise UserError(f"--run-dir {run_directory}: {why_not_written(error, run_directory, 0)}") from error
 
     rank_0_alone(write, world)
-
-
-def is_of(run_directory: Path, source: ImageSource) -> bool:
-    """Whether the ids in a run directory are those of these images."""
-    return _read(run_directory) == _record_of(source)
 
 
 def write_manifest(source: ImageSource, folder: Path) -> None:

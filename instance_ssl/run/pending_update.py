@@ -8,7 +8,6 @@ file, and whoever opens the run directory next finishes what was interrupted. In
     instances.txt, data.json, …        become D's
 """
 
-import shutil
 from pathlib import Path
 
 from instance_ssl.checkpoint.directory import clear_leftovers, remove_directory, sync_directory
@@ -71,7 +70,6 @@ def _apply(run_directory: Path) -> None:
             checkpoints.rename(retired_checkpoints(run_directory))
         _move(folder / "checkpoints", checkpoints)
     _move(folder / "metrics.jsonl", training / "metrics.jsonl")
-    shutil.rmtree(run_directory / "initialize_classifier/partial", ignore_errors=True)
     left_out_path(run_directory).unlink(missing_ok=True)
     for path in folder.glob(_MAPS):
         _move(path, run_directory / path.name)

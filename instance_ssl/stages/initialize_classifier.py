@@ -11,6 +11,7 @@ from torch import Tensor
 from instance_ssl import faults
 from instance_ssl.checkpoint.directory import DirectoryWriter, clear_leftovers, content_bytes
 from instance_ssl.checkpoint.state import (
+    Checkpoint,
     TrainingPosition,
     checkpoint_bytes,
     load_encoder,
@@ -38,7 +39,6 @@ from instance_ssl.run.build import (
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.training_session import require_same_run, run_digests, say_what_was_passed_over
 from instance_ssl.run.watchdog import Stopped
-from instance_ssl.stages import update_images
 
 # Above all seeds of experiments: a random view of this pass is none that the training will see.
 _VIEW_SEEDS = 2**31
@@ -53,7 +53,6 @@ def run(stage: Stage) -> dict[str, Any]:
     encoder = seeded_encoder(config).to(stage.world.device)
     shard = classifier_shard(stage)
     mode = config.classifier.initialization
-    update_images.replace_list(stage)
     broken = BrokenImages(stage)
     broken.check_share()
     if stage.world.rank == 0:
@@ -87,8 +86,9 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, br
     mode, skips = stage.config.classifier.initialization, stage.config.data.on_broken == "skip"
     done = 0
     partial = newest_checkpoint(stage.directory / "partial", stage.world)
-    if partial is not None and partial.position.digests.get("order", "") != _order_digest(stage):
-        stage.log.say("the images lie in other shards than before, and so in another order: the pass begins again")
+    if partial is not None and not _is_of_this_order(partial, stage):
+        stage.log.say("the images have changed, or lie in other shards than before: the pass begins again")
+        stage.on_rank_0(lambda: shutil.rmtree(stage.directory / "partial"))
         partial = None
     if partial is not None:
         say_what_was_passed_over(stage, partial)
@@ -135,6 +135,11 @@ def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, s
     writer = DirectoryWriter(stage.directory / folder, stage.world, keep=1, is_permanent=lambda step: False)
     start_checkpoint(writer, position, state, momentum, buffers, shard, stage.world)
     return str(writer.commit().relative_to(stage.run_directory))
+
+
+def _is_of_this_order(partial: Checkpoint, stage: Stage) -> bool:
+    digests = partial.position.digests
+    return digests.get("order", "") == _order_digest(stage) and digests.get("images") == stage.source.digest
 
 
 def _order_digest(stage: Stage) -> str:

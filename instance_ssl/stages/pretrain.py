@@ -14,7 +14,6 @@ from instance_ssl.checkpoint.state import (
     load_encoder,
     load_own_buffers,
     load_rows,
-    newest_checkpoint,
 )
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.loaders import view_loader
@@ -24,11 +23,10 @@ from instance_ssl.files.structured import MalformedError, read_json
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.broken_images import BrokenImages
 from instance_ssl.run.build import classifier_shard, seeded_encoder, training_shards, training_views
-from instance_ssl.run.checks import absent_checkpoint
 from instance_ssl.run.directory import require_space, write_json
 from instance_ssl.run.precision import say_if_changed
 from instance_ssl.run.stage import Stage
-from instance_ssl.run.training_session import Rollback, TrainingSession, require_same_run, say_what_was_passed_over
+from instance_ssl.run.training_session import Rollback, TrainingSession
 from instance_ssl.stages import update_images
 from instance_ssl.training.engine import Engine
 from instance_ssl.training.schedules import warmup_cosine
@@ -106,17 +104,8 @@ def _describe(stage: Stage, sampler: GlobalBatchSampler) -> None:
 
 
 def _starting_checkpoint(stage: Stage) -> Checkpoint:
-    """The newest checkpoint, of these very images: rewritten first where the images have changed."""
-    found = newest_checkpoint(stage.checkpoints_of(stage.name), stage.world)
-    is_new = found is None
-    found = found or newest_checkpoint(stage.checkpoints_of("initialize_classifier"), stage.world)
-    if found is None:
-        raise UserError(absent_checkpoint(stage.run_directory, "initialize_classifier"))
-    say_what_was_passed_over(stage, found)
-    if update_images.is_due(stage, found):
-        found = update_images.rewrite(stage, found)
-    require_same_run(found, stage)
-    if not is_new:
+    found = update_images.newest_of_these_images(stage)
+    if found.directory.parent == stage.checkpoints_of(stage.name):
         position = found.position
         stage.log.say(f"resuming from {found.directory}: {position.epoch} epochs done, {position.step} steps in all")
         say_if_changed(found, stage.ds.matmul_dtype, stage.log)

@@ -48,14 +48,14 @@ from instance_ssl.run.build import classifier_shard, own_parts, seeded_encoder
 from instance_ssl.run.checks import absent_checkpoint
 from instance_ssl.run.directory import locked
 from instance_ssl.run.stage import Stage
-from instance_ssl.run.training_session import run_digests, say_what_was_passed_over
+from instance_ssl.run.training_session import require_same_run, run_digests, say_what_was_passed_over
 
 
 def run(stage: Stage) -> dict[str, Any]:
     """Updates the run now, rather than when its training starts next.
 
     Raises:
-        UserError: when a training is at work on the run, or there is nothing that could be rewritten.
+        UserError: when a training is at work on the run, and as `newest_of_these_images`.
     """
     training = stage.run_directory / "pretrain"
     with ExitStack() as held:
@@ -66,54 +66,38 @@ def run(stage: Stage) -> dict[str, Any]:
             clear_leftovers(training / "checkpoints")
 
         stage.on_rank_0(enter)
-        found = newest_checkpoint(training / "checkpoints", stage.world)
-        found = found or newest_checkpoint(stage.checkpoints_of("initialize_classifier"), stage.world)
-        if found is None:
-            raise UserError(absent_checkpoint(stage.run_directory, "initialize_classifier"))
-        say_what_was_passed_over(stage, found)
-        before = found.position.num_instances
-        if is_due(stage, found):
-            found = rewrite(stage, found)
-        else:
-            stage.log.say("the images are those of the run: nothing to update")
-    return {"num_instances_before": before, "num_instances": len(stage.source), "step": found.position.step}
+        found = newest_of_these_images(stage)
+    stage.log.say(f"{found.directory} is of these {len(stage.source)} images")
+    return {"num_instances": len(stage.source), "step": found.position.step}
 
 
-def is_due(stage: Stage, start: Checkpoint) -> bool:
-    """Whether a checkpoint is of other images, or of an earlier version that left classes out or let epochs grow."""
-    is_other = start.position.digests.get("images", stage.source.digest) != stage.source.digest
-    has_grown = len(start.position.stretches) > 1
-    return is_other or has_grown or stage.on_rank_0(left_out_path(stage.run_directory).exists)
-
-
-def replace_list(stage: Stage) -> None:
-    """Before the classifier is initialised, takes another list of images as it is: nothing is learned yet. Collective.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
-
-    def replace() -> bool:
-        if manifest.is_of(stage.run_directory, stage.source):
-            return False
-        with saving(stage.run_directory / "data.json"):
-            manifest.write_manifest(stage.source, _begin(stage))
-            pending_update.commit(stage.run_directory)
-        return True
-
-    if stage.on_rank_0(replace):
-        stage.log.say("the images have changed: a pass over them that was begun begins again")
-
-
-def rewrite(stage: Stage, start: Checkpoint) -> Checkpoint:
-    """Writes what `start` is for the images as they are now, and makes it the run's newest checkpoint. Collective.
+def newest_of_these_images(stage: Stage) -> Checkpoint:
+    """The run's newest checkpoint, rewritten if it is of other images. Collective.
 
     The caller has the training's directory locked.
 
     Raises:
-        UserError: when the checkpoint is not of this run, too many images cannot be read, or it cannot be written.
+        UserError: when there is none, it is of another run, too many images cannot be read, or it cannot be written.
         RankError: when a new image cannot be read and `data.on_broken` is `error`.
     """
+    found = newest_checkpoint(stage.checkpoints_of("pretrain"), stage.world)
+    found = found or newest_checkpoint(stage.checkpoints_of("initialize_classifier"), stage.world)
+    if found is None:
+        raise UserError(absent_checkpoint(stage.run_directory, "initialize_classifier"))
+    say_what_was_passed_over(stage, found)
+    is_other = found.position.digests.get("images", stage.source.digest) != stage.source.digest
+    # What earlier versions did: classes that take no part, and epochs of several lengths.
+    has_left_out = stage.on_rank_0(left_out_path(stage.run_directory).exists)
+    if is_other or has_left_out or len(found.position.stretches) > 1:
+        _rewrite(stage, found)
+        found = newest_checkpoint(stage.checkpoints_of("pretrain"), stage.world)
+        assert found is not None
+    require_same_run(found, stage)
+    return found
+
+
+def _rewrite(stage: Stage, start: Checkpoint) -> None:
+    """Writes what `start` is for the images as they are now, and makes it the run's newest checkpoint."""
     old_ids_N = stage.on_rank_0(lambda: _old_ids(stage, start))
     _tell(stage, start, old_ids_N)
     shard = classifier_shard(stage)
@@ -131,9 +115,6 @@ def rewrite(stage: Stage, start: Checkpoint) -> Checkpoint:
     start_checkpoint(writer, _position(stage, start), state, momentum, own_buffers, shard, stage.world)
     writer.commit()
     stage.on_rank_0(lambda: _commit(stage, start, old_ids_N, folder))
-    found = newest_checkpoint(stage.checkpoints_of("pretrain"), stage.world)
-    assert found is not None
-    return found
 
 
 def _old_ids(stage: Stage, start: Checkpoint) -> np.ndarray:
