@@ -3,10 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from instance_ssl.checkpoint.state import Checkpoint
 from instance_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from instance_ssl.checkpoint.state import Checkpoint
 
 # Keys that may change between two starts of a run, since they do not touch what is learned. All others are bound.
 FREE_KEYS = (
@@ -59,7 +61,7 @@ def require_same_keys(recorded: Mapping[str, Any], now: Mapping[str, Any], run: 
         )
 
 
-def require_same_run(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
+def require_same_run(checkpoint: "Checkpoint", digests: Mapping[str, str]) -> None:
     """Refuses a checkpoint of another experiment.
 
     Args:

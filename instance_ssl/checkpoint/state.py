@@ -52,7 +52,8 @@ class TrainingPosition:
         skipped_in_a_row: steps that have not moved anything, counted back from this one.
         loss_level: what the next loss is compared with, for spikes.
         matmul_dtype: precision of the classifier's products; None before the first step.
-        stretches: those of the `EpochClock`, where a data set has grown on the way; empty: all epochs are alike.
+        stretches: of checkpoints of an earlier version, (first step, first epoch, steps an epoch) of each part of the
+            training, one more for each time that its data set grew. `update_images` renumbers the steps of several.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -215,18 +216,22 @@ def load_own_buffers(checkpoint: Checkpoint, world: Group) -> dict[str, Tensor] 
     return content["buffers"]
 
 
-def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
+def load_rows(checkpoint: Checkpoint, shard: ClassifierShard, old_ids_n: Tensor | None = None) -> None:
     """Fills the shard's rows, momentum, hard classes and counters from whichever files hold them.
 
-    A checkpoint of fewer images has the first rows; the others stay as they are, and hard classes are not taken over.
+    Args:
+        old_ids_n: (n,) int64 on the CPU, for a checkpoint of other images: the row of the checkpoint that each local
+            row takes, -1 for a row that stays as it is. Hard classes are then dropped, and rows that a sampled softmax
+            has yet to bring up to date are brought up to date. None: row i takes row i.
 
     Raises:
-        UserError: when the checkpoint is of more images or another embedding dimension, or lacks rows.
+        UserError: when the checkpoint has another number of rows (without `old_ids_n`) or another embedding dimension,
+            or lacks rows.
     """
     position = checkpoint.position
     found = (position.num_instances, position.embedding_dim)
     expected = (shard.partition.total, shard.weight.shape[1])
-    if found[0] > expected[0] or found[1] != expected[1]:
+    if found[1] != expected[1] or (old_ids_n is None and found[0] != expected[0]):
         raise UserError(f"{checkpoint.directory} holds {found[0]} x {found[1]} weights, this run needs {expected}")
     shard.steps_taken = position.step
     if shard.sampler is not None and (checkpoint.directory / _SAMPLING).exists():
@@ -234,14 +239,21 @@ def load_rows(checkpoint: Checkpoint, shard: ClassifierShard) -> None:
     filled = 0
     for path in sorted(checkpoint.directory.glob("rows_*.pt")):
         first, last = (int(part) for part in path.stem.split("_")[1:])
-        if max(first, shard.start) < min(last, shard.stop):
-            filled += shard.restore_rows(first, last, _read(path, *_ROWS))
-    needed = max(0, min(position.num_instances, shard.stop) - shard.start)
+        if old_ids_n is not None:
+            own = ((old_ids_n >= first) & (old_ids_n < last)).nonzero()[:, 0]
+            if len(own):
+                shard.restore_rows(own, old_ids_n[own] - first, _read(path, *_ROWS))
+            filled += len(own)
+        elif (start := max(first, shard.start)) < (stop := min(last, shard.stop)):
+            own_part, their_part = slice(start - shard.start, stop - shard.start), slice(start - first, stop - first)
+            shard.restore_rows(own_part, their_part, _read(path, *_ROWS))
+            filled += stop - start
+    needed = shard.stop - shard.start if old_ids_n is None else int((old_ids_n >= 0).sum())
     if filled != needed:
         raise UserError(f"{checkpoint.directory} lacks rows of the classifier: {filled} of {needed} found")
-    if found[0] < expected[0]:
+    if old_ids_n is not None:
         shard.hard_classes = None
-        shard.settle()  # the rows to come have missed nothing
+        shard.settle()  # rows that are added later have missed no step
 
 
 def checkpoint_bytes(shard: ClassifierShard, num_hard_classes: int, encoder_bytes: int) -> int:

@@ -61,7 +61,6 @@ def find_hard_classes(
     block_bytes: int,
     screen_dtype: torch.dtype | None = None,
     on_block: Callable[[int, int], None] | None = None,
-    left_out: Tensor | None = None,
     on_not_finite: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
     """Top-K of cos(w_i, w_j), j ≠ i, for every own class i.
@@ -73,35 +72,32 @@ def find_hard_classes(
         block_bytes: scratch memory, beside unit rows and table.
         screen_dtype: bfloat16 or float32, which changes the time and not the result; None chooses by the device.
         on_block: called with (class blocks done, class blocks in all).
-        left_out: classes, ascending, (k,) int64 on the CPU, that are in nobody's table and have none; None: no class.
         on_not_finite: called on all ranks with the number of classes excluded because their rows are not finite.
 
     Returns:
         (n, K) int32, hardest first; -1 where there are not so many classes.
     """
     not_finite = _not_finite_classes(weight_nD, partition, group)
-    if len(not_finite):
-        on_not_finite(len(not_finite))
-        left_out = torch.cat([not_finite] if left_out is None else [left_out, not_finite]).unique()
-    if left_out is None or len(left_out) == 0:
+    if len(not_finite) == 0:
         return _search(weight_nD, num_hard_classes, partition, group, block_bytes, screen_dtype, on_block)
+    on_not_finite(len(not_finite))
     table_nK = torch.full((len(weight_nD), num_hard_classes), -1, dtype=torch.int32, device=weight_nD.device)
     bounds = torch.tensor([partition.bounds(rank) for rank in range(group.size)])
-    taken = torch.searchsorted(left_out, bounds[:, 1]) - torch.searchsorted(left_out, bounds[:, 0])
+    taken = torch.searchsorted(not_finite, bounds[:, 1]) - torch.searchsorted(not_finite, bounds[:, 0])
     parts = Parts(tuple((bounds[:, 1] - bounds[:, 0] - taken).tolist()))
     if (num_found := min(num_hard_classes, parts.total - 1)) > 0:
         start, stop = partition.bounds(group.rank)
         own = torch.arange(start, stop)
-        live = (own[~torch.isin(own, left_out)] - start).to(weight_nD.device)
+        live = (own[~torch.isin(own, not_finite)] - start).to(weight_nD.device)
         found_mK = _search(weight_nD[live], num_found, parts, group, block_bytes, screen_dtype, on_block)
-        # Class c of those that are left is c + 1, c + 2, … of all, by how many before it are left out.
-        gaps = (left_out - torch.arange(len(left_out))).to(found_mK)
+        # Class c of the finite ones is class c + k of all, where k are excluded before it.
+        gaps = (not_finite - torch.arange(len(not_finite))).to(found_mK)
         table_nK[live, :num_found] = found_mK + torch.searchsorted(gaps, found_mK, right=True, out_int32=True)
     return table_nK
 
 
 def _not_finite_classes(weight_nD: Tensor, partition: Partition, group: Group) -> Tensor:
-    """Classes (k,) whose rows are not finite, int64 on the CPU, the same on all ranks."""
+    """Classes (k,) whose rows are not finite, int64 on the CPU, ascending, the same on all ranks."""
     own = torch.nonzero(~finite_rows(weight_nD)).squeeze(1) + partition.bounds(group.rank)[0]
     return group.all_gather_rows(own, group.row_counts(len(own))).cpu()
 

@@ -137,6 +137,33 @@ def initialize_from_features(
                 on_batch(sum(counts))
 
 
+def mean_row_norm(shard: ClassifierShard) -> float:
+    """Mean norm of the rows that are not 0, the same on all ranks. Collective."""
+    norms = torch.linalg.vector_norm(shard.weight, dim=1, dtype=torch.float64)
+    total, count = shard.group.all_reduce_sum_(torch.stack([norms.sum(), (norms > 0).sum()]))
+    return (total / count.clamp(min=1)).item()
+
+
+@torch.no_grad()
+def fill_unread_rows(shard: ClassifierShard, ids: Tensor, seed: int) -> None:
+    """Gives those of these rows that are 0 a random direction and the mean norm of the others. Collective.
+
+    A row of 0 has no gradient and would stay 0 for good.
+
+    Args:
+        ids: (k,) int64 on the CPU, of the images that could not be read; equal on all ranks.
+    """
+    if len(ids) == 0:
+        return
+    norm = mean_row_norm(shard)
+    for index in ids[(ids >= shard.start) & (ids < shard.stop)].tolist():
+        row = shard.weight[index - shard.start]
+        if not row.any():
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            direction = torch.nn.functional.normalize(torch.randn(len(row), generator=generator), dim=0)
+            row.copy_(norm * direction)
+
+
 @torch.no_grad()
 def initialize_gaussian(shard: ClassifierShard, seed: int) -> None:
     """w ~ N(0, 0.01²), drawn in fixed runs of rows, so that row i does not depend on the number of ranks."""

@@ -39,12 +39,6 @@ class ClassSampler:
         self.seed = seed
         # Newest first, unique; part of the training state.
         self.recent_classes = torch.empty(0, dtype=torch.int64)
-        self._left_out = torch.empty(0, dtype=torch.int64)
-
-    def leave_out(self, classes: Tensor) -> None:
-        """These (int64, on the CPU) and no others are drawn no more, not even where the batch was to have them."""
-        self._left_out = classes
-        self.recent_classes = self.recent_classes[~torch.isin(self.recent_classes, classes)]
 
     def draw(self, positives: Tensor, step: int) -> Tensor:
         """Classes of optimizer step `step`, ascending, (≤ M,) int64 on the CPU.
@@ -53,14 +47,12 @@ class ClassSampler:
             positives: instance ids of the whole global batch, int64 on the CPU.
         """
         positives = positives.unique()
-        positives = positives[~torch.isin(positives, self._left_out)]
         wanted = max(0, self.num_sampled_classes - len(positives))
         if self.mode == "recent":
             others = self.recent_classes[~torch.isin(self.recent_classes, positives)]
             self.recent_classes = torch.cat([positives, others])[: self.num_sampled_classes]
         else:
-            excluded = torch.cat([positives, self._left_out])
-            others = self._random_classes(excluded, min(wanted, self.num_instances - len(excluded)), step)
+            others = self._random_classes(positives, min(wanted, self.num_instances - len(positives)), step)
         return torch.cat([positives, others[:wanted]]).sort().values
 
     def _random_classes(self, excluded: Tensor, wanted: int, step: int) -> Tensor:

@@ -9,14 +9,13 @@ the default, ∂J/∂w is already complete on its owner and never reduced. With 
 block by block, and all copies stay equal to the bit. G = 1 is the replicated classifier of the paper's Table 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from instance_ssl.classifier import torch_passes, triton_passes
-from instance_ssl.classifier.excluded_classes import LeftOutClasses
 from instance_ssl.classifier.hard_classes import find_hard_classes, search_bytes
 from instance_ssl.classifier.sampling import ClassSampler, RowClock
 from instance_ssl.classifier.softmax import (
@@ -130,7 +129,6 @@ class ClassifierShard:
         self.weight = torch.zeros(self.stop - self.start, embedding_dim, dtype=row_dtype, device=group.device)
         self.momentum_buffer = torch.zeros_like(self.weight, dtype=momentum_dtype)
         self.hard_classes: Tensor | None = None
-        self.left_out = LeftOutClasses(self.partition, group.rank)
         self.steps_taken = 0
         self._compute_dtype = torch.promote_types(row_dtype, torch.float32)
         self._clock = None if sampler is None else RowClock(self.weight, self.momentum_buffer)
@@ -180,8 +178,7 @@ class ClassifierShard:
         labels = self._own_labels(labels_B)
         weight = self.weight if self._sampled is None else self._sampled.weight
         sums = self._passes.softmax_sums(unit_x_BD, weight, labels, self.options)
-        own_z_B = sums.z_B - self.left_out.num_own if self._sampled is None else sums.z_B
-        z_B, y_B = self.group.all_reduce_sum_(torch.stack([own_z_B, sums.y_B]))
+        z_B, y_B = self.group.all_reduce_sum_(torch.stack([sums.z_B, sums.y_B]))
         gradient_BD = unit_feature_gradient(sums, z_B, y_B, self.options, total_rows)
         gradient_bD = self.group.reduce_scatter_rows(gradient_BD, row_counts)
         self._pending.append(_PendingRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows))
@@ -258,27 +255,8 @@ class ClassifierShard:
             self.group,
             block_bytes=search_bytes(self.options.block_bytes, self.weight.device),
             on_block=on_block,
-            left_out=self.left_out.ids,
             on_not_finite=on_not_finite,
         )
-
-    @torch.no_grad()
-    def leave_out(self, ids: Tensor) -> None:
-        """Leaves classes out for good: of Z, of all gradients, of the hardest classes, of what is sampled.
-
-        Between two steps, alike on all ranks.
-
-        Args:
-            ids: (k,) int64 on the CPU, in any order; none of them may be a label from now on.
-        """
-        self.left_out.add(ids)
-        own = self.left_out.own_places().to(self.weight.device)
-        self.weight[own] = 0
-        self.momentum_buffer[own] = 0
-        if self.hard_classes is not None:
-            self.left_out.strike_out_(self.hard_classes)
-        if self.sampler is not None:
-            self.sampler.leave_out(self.left_out.ids)
 
     @torch.no_grad()
     def assign(self, x_BD: Tensor, instance_id_B: Tensor) -> None:
@@ -307,10 +285,13 @@ class ClassifierShard:
                 kept.copy_(value)
         return dict(self._copies)
 
-    def restore_rows(self, first: int, last: int, state: dict[str, Tensor | None]) -> int:
-        """Restores the local ones of rows first … last - 1 from any shard's `own_state`; returns how many."""
-        start, stop = max(first, self.start), min(last, self.stop)
-        theirs, own = slice(start - first, stop - first), slice(start - self.start, stop - self.start)
+    def restore_rows(self, own: slice | Tensor, theirs: slice | Tensor, state: Mapping[str, Tensor | None]) -> None:
+        """Fills local rows from any shard's `own_state`.
+
+        Args:
+            own: counted from the first local row, a slice or (k,) int64 on the CPU.
+            theirs: the row of `state` that each of them takes.
+        """
         weight, momentum, hard, seen = (state[name] for name in ("weight", "momentum", "hard_classes", "steps_seen"))
         assert weight is not None
         assert momentum is not None
@@ -323,7 +304,6 @@ class ClassifierShard:
             self.hard_classes[own] = hard[theirs].to(self.weight.device)
         if seen is not None and self._clock is not None:
             self._clock.seen_n[own] = seen[theirs].to(self.weight.device)
-        return stop - start
 
     def sampling_state(self) -> dict[str, Tensor]:
         """State of sampling beside the rows, equal on all ranks; empty without sampling."""
@@ -348,9 +328,7 @@ class ClassifierShard:
         self.settle()
         labels_B = self.group.all_gather_rows(instance_id_b)
         unit_x_BD = self.group.all_gather_rows(normalise_rows(x_bD.to(self._compute_dtype))[0])
-        own_best_B, own_class_B = torch_passes.best_classes(
-            unit_x_BD, self.weight, self.options, left_out=self.left_out.own_places()
-        )
+        own_best_B, own_class_B = torch_passes.best_classes(unit_x_BD, self.weight, self.options)
         best_B = self.group.all_reduce_max_(own_best_B.clone())
         nowhere = self.partition.total
         class_B = torch.where(own_best_B == best_B, own_class_B + self.start, nowhere)

@@ -171,8 +171,9 @@ def own_labels(
 
     Args:
         labels_B: (B,) instance id of every row of the global batch.
-        hard_BK: (B, K) hardest classes of each row's instance, or None for one-hot labels (Eq. 1). -1 is none, where a
-            class has been left out since: those that are there share α, and without any, the label is one-hot.
+        hard_BK: (B, K) hardest classes of each row's instance, or None for one-hot labels (Eq. 1). A class has
+            fewer, and -1 in the other places, where rows of W are not finite: those that it has share α, and without
+            any the label is one-hot.
         smoothing_factor: α in [0, 1).
     """
     classes_BL = labels_B[:, None]

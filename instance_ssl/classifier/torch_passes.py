@@ -152,15 +152,10 @@ def update_rows(
             rows.step(start, stop, gradient_mD, block)
 
 
-def best_classes(
-    unit_x_BD: Tensor, weight_nD: Tensor, options: SoftmaxOptions, left_out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Highest cosine of each row over own classes (B,) and its class counted from the shard's first row (B,).
+def best_classes(unit_x_BD: Tensor, weight_nD: Tensor, options: SoftmaxOptions) -> tuple[Tensor, Tensor]:
+    """Highest cosine of each row over local classes (B,) and its class, counted from the shard's first row (B,).
 
     Always in the embeddings' own precision: bfloat16 cannot tell two neighbours near cosine 1 apart.
-
-    Args:
-        left_out: (k,) own classes that are no row's best, int64 on the CPU, counted from the shard's first row.
     """
     options = replace(options, matmul_dtype=unit_x_BD.dtype)
     best_B = unit_x_BD.new_full((unit_x_BD.shape[0],), -torch.inf)
@@ -171,9 +166,6 @@ def best_classes(
         for start, stop in block.bounds():
             cosine_Bm = _shaped(buffer, (len(best_B), stop - start))
             torch.mm(unit_x_BD, block.load(start, stop).T, out=cosine_Bm)
-            if left_out is not None:
-                inside = left_out[(left_out >= start) & (left_out < stop)] - start
-                cosine_Bm.index_fill_(1, inside.to(cosine_Bm.device), -torch.inf)
             value_B, index_B = cosine_Bm.max(dim=1)
             better_B = value_B > best_B
             best_B = torch.where(better_B, value_B, best_B)

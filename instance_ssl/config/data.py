@@ -19,9 +19,10 @@ class DataConfig(Section):
         shards: for `tar`: the training shards, as a glob or brace list relative to `root`; null: found by their names.
         shuffle_buffer: for `tar`: images shuffled at a time, after the order of the shards; 0: all at once. Reads stay
             local in the page cache: 65,536 full-size photographs are 7 GB, 16 of the paper's batches.
-        on_broken: an image that cannot be read is an `error`, or is left out with its class (`skip`).
-        max_broken_share: of all images that `skip` may leave out.
-        allow_lost: a run goes on without images that are not in the list any more; their classes are left out.
+        on_broken: an image that cannot be read is an `error`, or training skips it (`skip`): another image of its batch
+            replaces it, and its class stays until the images are updated.
+        max_broken_share: share of all images that `skip` accepts; more end the run.
+        allow_lost: whether a run resumes without images that are no longer in the list, and drops their classes.
         exif: whether images are turned `upright` as their EXIF orientation says, or used as `stored`.
         alpha: whether transparent images are composed on `white`, or lose their alpha and show hidden colours (`drop`).
         image_size: side of the encoder's input in pixels.

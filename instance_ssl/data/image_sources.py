@@ -57,7 +57,6 @@ class ImageSource(ABC):
             it has no such part.
         left_out: a line for each image that could not be read and so has no id, with its name and the reason.
         remarks: what the user should know of the data set, a line each.
-        absent: id → why, for images that had an id before and are not there any more.
         rendering: how orientation and transparency of files are treated.
     """
 
@@ -67,7 +66,6 @@ class ImageSource(ABC):
     held_out: torch.Tensor | None = None
     left_out: Sequence[str] = ()
     remarks: Sequence[str] = ()
-    absent: Mapping[int, str] = {}
     rendering: Rendering = AS_STORED
 
     def __init__(self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, digest: str) -> None:
@@ -270,7 +268,7 @@ class FileImages(EncodedImages):
     def probes(self) -> list[tuple[Path, int]]:
         """Some files, evenly spread, and their sizes."""
         places = range(0, len(self), max(1, len(self) // _PROBED_FILES))
-        return [(self.root / self.names[i], int(self.columns["sizes"][i])) for i in places if i not in self.absent]
+        return [(self.root / self.names[i], int(self.columns["sizes"][i])) for i in places]
 
     def read(self, index: int) -> bytes:
         """The bytes of image `index`'s file."""

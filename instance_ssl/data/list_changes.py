@@ -1,11 +1,11 @@
-"""Lists of images that have changed: which image is which, by name, so that every one keeps its id."""
+"""Finds known images in a list that has changed, and takes chosen images of a source."""
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from instance_ssl.data.image_sources import ImageSource, digest_of, names_digest
+from instance_ssl.data.image_sources import ImageSource, names_digest
 from instance_ssl.data.name_table import pack_names
 
 _NAMES = ("names", "name_ends")
@@ -29,34 +29,14 @@ def _hashes(names: Sequence[str]) -> np.ndarray:
     return np.fromiter((hash(name) for name in names), np.int64, count=len(names))
 
 
-def rearranged(
-    source: ImageSource, names: Sequence[str], sizes: np.ndarray, places: np.ndarray, absent: dict[int, str]
-) -> ImageSource:
-    """The same images, with the ids of a list that was: those of the source that are not in it come behind, in order.
-
-    Args:
-        source: has sizes in bytes.
-        names: N names as they were.
-        sizes: (N,) their sizes in bytes.
-        places: (N,) of each in the source; -1: it is not there, keeps its id, name and size, and cannot be read.
-        absent: id → why, of those.
-    """
-    is_new = np.ones(len(source), bool)
-    is_new[places[places >= 0]] = False
-    new = is_new.nonzero()[0]
-    taken = np.concatenate([places, new])
-    columns = {name: source.columns[name][taken] for name in source.columns if name not in _NAMES}
-    for column in columns.values():
-        column[taken < 0] = 0
-    columns["sizes"][: len(sizes)] = sizes
-    columns |= pack_names(itertools.chain(names, (source.names[int(place)] for place in new)))
+def taken(source: ImageSource, places: np.ndarray) -> ImageSource:
+    """The images of a source of files at these places, (M,) int64, in this order: image i is that at places[i]."""
+    columns = {name: source.columns[name][places] for name in source.columns if name not in _NAMES}
+    columns |= pack_names(source.names[int(place)] for place in places)
     again = source.with_columns(columns)
-    again.digest, again.absent = names_digest(columns, source.rendering), absent
+    again.digest = names_digest(columns, source.rendering)
+    if source.held_out is not None:
+        is_held_out = np.zeros(len(source), bool)
+        is_held_out[source.held_out.numpy()] = True
+        again.held_out = torch.from_numpy(is_held_out[places].nonzero()[0])
     return again
-
-
-def digest_of_first(source: ImageSource, count: int) -> str:
-    """The digest of a source of the first `count` images alone; of one without sizes, no digest at all."""
-    if "sizes" not in source.columns:
-        return ""
-    return digest_of(itertools.islice(source.names, count), source.columns["sizes"][:count], source.rendering)

@@ -105,8 +105,8 @@ def view_loader(
     with the same result.
 
     Args:
-        skip_broken: in place of an image that cannot be read comes the next of its batch that can, under its own id;
-            `ViewBatch.unreadable` tells. So it is with an image that is left out already, of which nothing is told.
+        skip_broken: replaces an image that cannot be read by the next readable one of its batch, under that one's id,
+            and reports it in `ViewBatch.unreadable`.
 
     Raises:
         RankError: from the iteration, when an image cannot be decoded (with `skip_broken`: no image of a batch).
@@ -225,7 +225,7 @@ class _Batches(Dataset[ViewBatch | UserError | LoaderFault]):
         unreadable: dict[int, str] = {}
         for epoch, index in keys:
             try:
-                places.append(self._dataset[epoch, index] if index >= 0 else None)
+                places.append(self._dataset[epoch, index])
             except UserError as error:
                 if self._on_broken == "error":
                     return error
@@ -238,7 +238,10 @@ class _Batches(Dataset[ViewBatch | UserError | LoaderFault]):
             nothing = torch.empty(0, self._dataset.num_views, 3, 0, 0)
             return ViewBatch(nothing, torch.empty(0, dtype=torch.int64), None, unreadable)
         if not items:
-            return RankError(self._nothing_to_read(keys, unreadable))
+            return RankError(
+                f"none of the {len(keys)} images of a micro-batch can be read: {next(iter(unreadable.values()))}; "
+                "repair it, or raise train_micro_batch_size_per_gpu"
+            )
         if self._on_broken != "drop":
             items = with_substitutes(places)
         return self._dataset.collate(items)._replace(unreadable=unreadable or None)
@@ -251,12 +254,6 @@ class _Batches(Dataset[ViewBatch | UserError | LoaderFault]):
         fault = LoaderFault(f"{who} failed at {name} (image {key[1]}, epoch {key[0]}): {type(error).__name__}: {error}")
         fault.add_note(traceback.format_exc())
         return fault
-
-    def _nothing_to_read(self, keys: list[Key], unreadable: dict[int, str]) -> str:
-        """What to say of a batch of which nothing can be read."""
-        index = keys[0][1]
-        first = unreadable.get(index, f"{escape(self._dataset.source.names[max(index, ~index)])} is left out already")
-        return f"of {len(keys)} images of a micro-batch none can be read: {first}; repair it, or take larger ones"
 
 
 def with_substitutes(places: Sequence[ViewItem | None]) -> list[ViewItem]:

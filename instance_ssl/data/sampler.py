@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-Key = tuple[int, int]  # (epoch, image index); ~index: the image is left out, and another one stands for it
+Key = tuple[int, int]  # (epoch, image index)
 
 
 class Shards(NamedTuple):
@@ -90,7 +90,6 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         self.epoch = 0
         self.start_step = 0
         self._ordered_epoch, self._epoch_order = -1, torch.empty(0, dtype=torch.int64)
-        self._left_out = torch.empty(2, 0, dtype=torch.int64)
         self.steps_per_epoch, self.num_dropped = divmod(num_images, global_batch_size)
         self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)
 
@@ -98,15 +97,8 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         """Micro-batches that an iteration started now would yield."""
         return max(self.steps_per_epoch - self.start_step, 0) * self.accumulation_steps
 
-    def leave_out(self, ids: Tensor, epoch: int) -> None:
-        """Images, (k,) int64, that were found unreadable in this epoch: keys (…, ~index) in it and from then on.
-
-        All batches are as long as before, and all other images stay where they are.
-        """
-        self._left_out = torch.cat([self._left_out, torch.stack([ids, torch.full_like(ids, epoch)])], dim=1)
-
     def global_batch(self, step: int) -> Tensor:
-        """(B,) int64: the images of global batch `step` of this epoch, over all ranks, left out or not."""
+        """(B,) int64: the images of global batch `step` of this epoch, over all ranks."""
         first = step * self.global_batch_size
         return self._order()[first : first + self.global_batch_size]
 
@@ -118,13 +110,11 @@ class GlobalBatchSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order = self.epoch, self._order()
-        left_out = self._left_out[0, self._left_out[1] <= epoch]
         size, stride = self.micro_batch_size, self.micro_batch_size * self.world_size
         first = self.start_step * self.global_batch_size + self.rank * size
         # One at a time: to iterate over a tensor makes all its parts at once, and an epoch may have a million.
         for start in range(first, self.steps_per_epoch * self.global_batch_size, stride):
-            ids = order[start : start + size]
-            yield [(epoch, index) for index in torch.where(torch.isin(ids, left_out), ~ids, ids).tolist()]
+            yield [(epoch, index) for index in order[start : start + size].tolist()]
 
 
 class LazyBatches(Sequence[Sequence[int]]):

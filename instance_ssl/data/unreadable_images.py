@@ -1,4 +1,4 @@
-"""Images that cannot be read when a data set is opened: found by their headers, then refused or left out."""
+"""Images that cannot be read when a data set is opened: found by their headers, then refused or excluded."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +20,8 @@ class OnBroken:
     """What becomes of images that cannot be read.
 
     Attributes:
-        skip: they are left out; otherwise the first one is an error.
-        max_share: of all images that may be left out; more of them are an error that names some.
+        skip: they are excluded; otherwise the first one is an error.
+        max_share: of all images that may be excluded; more of them are an error that names some.
     """
 
     skip: bool = False

@@ -35,6 +35,8 @@ def instance_accuracy(
     correct = images = 0
     for batch_images, id_b in batches:
         counts = world.row_counts(len(id_b))
+        if not any(counts):
+            continue
         # The shard takes equally many rows from each rank; a padding row of zeros, with id -1, is never correct.
         x_bD = torch.zeros(max(counts), embedding_dim, device=world.device)
         padded_b = torch.full((max(counts),), -1, dtype=torch.int64, device=world.device)

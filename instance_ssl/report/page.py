@@ -99,7 +99,7 @@ def curve(run: Run, tag: str, factor: float = 1.0) -> list[tuple[float, float]]:
     """A metric of the training over epochs, or over steps where the length of an epoch is not known."""
     record = run.stages.get("pretrain")
     points = record.series(tag) if record else []
-    return [(run.clock.epochs(step) if run.clock else step, value * factor) for step, value in points]
+    return [(step / run.steps_per_epoch if run.steps_per_epoch else step, value * factor) for step, value in points]
 
 
 def _by_run(runs: Sequence[Run], parts: Sequence[Any]) -> list[tuple[str, Any]]:
@@ -118,7 +118,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
         ]
         found += [(title, points[-1][1], unit) for title, points, unit in newest if points]
         if points := newest[0][1] or newest[1][1]:
-            found.append(("epochs done" if run.clock else "steps done", points[-1][0], ""))
+            found.append(("epochs done" if run.steps_per_epoch else "steps done", points[-1][0], ""))
     return [(f"{value:.2f} %" if unit else show(value), title) for title, value, unit in found]
 
 

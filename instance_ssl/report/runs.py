@@ -11,7 +11,6 @@ from instance_ssl.config.experiment import ExperimentConfig, flatten
 from instance_ssl.errors import UserError
 from instance_ssl.files.structured import parse_yaml, read_json_lines
 from instance_ssl.run.directory import read_json
-from instance_ssl.training.schedules import EpochClock
 
 # Keys of a result about where it was computed, not about what came out.
 SURROUNDINGS = ("date", "commit", "versions", "world_size", "device", "seconds", "data", "newest_checkpoint", "stage")
@@ -62,18 +61,11 @@ class Run:
     num_instances: int | None = None
 
     @cached_property
-    def clock(self) -> EpochClock | None:
-        """Converts steps to epochs, by the newest checkpoint where the data set has grown; None where N is unknown."""
+    def steps_per_epoch(self) -> int | None:
+        """Global batches an epoch; None where that is not known."""
         if self.config is None or self.num_instances is None:
             return None
-        checkpoint = self.newest_checkpoint()
-        training = read_json(checkpoint / "training.json") if checkpoint else None
-        if stretches := (training or {}).get("stretches"):
-            if not _are_stretches(stretches):
-                return None
-            return EpochClock(tuple(tuple(stretch) for stretch in stretches))
-        steps_per_epoch = self.num_instances // self.config.optimization.global_batch_size
-        return EpochClock(((0, 0, steps_per_epoch),)) if steps_per_epoch else None
+        return self.num_instances // self.config.optimization.global_batch_size or None
 
     @property
     def state(self) -> str:
@@ -160,11 +152,6 @@ def _read_stage(path: Path) -> StageRecord:
 def _is_drawable(value: Any) -> bool:
     """Whether a value is a finite number that a chart's axes can span."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
-
-
-def _are_stretches(values: Any) -> bool:
-    rows = values if isinstance(values, list) else [None]
-    return all(isinstance(row, list) and len(row) == 3 and all(type(item) is int for item in row) for row in rows)
 
 
 def _newest_config(directories: Sequence[Path]) -> ExperimentConfig | None:

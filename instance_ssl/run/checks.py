@@ -18,7 +18,11 @@ from instance_ssl.run.records import BOUND_STAGES
 from instance_ssl.run.watchdog import launchers_of
 
 # Stages that start from a checkpoint whatever `evaluation.sources` says.
-_READERS = {"pretrain": ["initialize_classifier"], "evaluate_checkpoints": ["pretrain"]}
+_READERS = {
+    "pretrain": ["initialize_classifier"],
+    "update_images": ["initialize_classifier"],
+    "evaluate_checkpoints": ["pretrain"],
+}
 # Stages that only read an encoder: neither the batch nor W has to fit the images or the ranks.
 READING_STAGES = ("export", "evaluate_knn", "evaluate_linear", "evaluate_retrieval")
 

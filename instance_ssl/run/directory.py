@@ -21,6 +21,9 @@ from instance_ssl.files.disk_space import find_no_space, in_mib
 
 # JSON takes at most 12 bytes a character, and the other keys some more.
 _ROOM, _ROOM_BYTES, _MAX_REASON = ".status.json.room", 2**14, 1200
+# The folder of an update of the images that is committed and not finished; the run directory is between two states.
+UPDATE = "update"
+
 State = Literal["running", "complete", "stopped", "failed"]
 
 

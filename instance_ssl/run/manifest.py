@@ -1,19 +1,16 @@
-"""Which image is which class, in a run directory: written at its beginning, kept to when the list of images changes.
+"""Which image is which class, in a run directory: written when the run begins, checked whenever it is opened.
 
     instances.txt        the name of image i in line i
     instance_sizes.npy   (N,) int64, of the images' files in bytes, where they are files
     data.json            N, and the digest of names and sizes
     unreadable.txt       the images that had no id because they could not be read at the time, a line each
-    data_changes.jsonl   one line for each time that images have come
+    data_changes.jsonl   a line for each update of the images
 
-An image keeps its id for good, whatever the order of the list. New ones are put behind. One that is not in the list any
-more keeps its row, which takes no part (`left_out.py`). So all that was ever written about the first n images stays
-right, whatever comes behind them.
+A training knows one fixed set of images, 0 … N - 1. It finds them by name, whatever the order of the list. When images
+have come or gone, `update_images` rewrites the newest checkpoint and these files (`pending_update.py`).
 """
 
-import json
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from instance_ssl.checkpoint.committed import committed_directories
 from instance_ssl.config.data import DataConfig
 from instance_ssl.data.folders import escape
 from instance_ssl.data.image_sources import ImageSource, read_instances, write_instances
-from instance_ssl.data.list_changes import places_of, rearranged
+from instance_ssl.data.list_changes import places_of, taken
 from instance_ssl.data.name_table import NameTable, packed
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, reason
@@ -34,76 +31,167 @@ from instance_ssl.files.disk_space import why_not_written
 from instance_ssl.files.name_lists import list_line
 from instance_ssl.files.structured import MalformedError, read_json
 from instance_ssl.run.agreement import rank_0_alone
-from instance_ssl.run.exclusion_list import LOST, read_left_out
+from instance_ssl.run.broken_record import Broken, as_line, left_out_path, read_broken, read_left_out
 from instance_ssl.run.records import sound_result
 
+UPDATING_STAGES = ("pretrain", "update_images")
 _NAMED = 3
 
 
-def as_known(run_directory: Path, data: DataConfig) -> Callable[[ImageSource], ImageSource]:
-    """What gives images the ids by which a run knows them, as one process alone does it.
+def as_known(run_directory: Path, data: DataConfig, stages: Sequence[str]) -> Callable[[ImageSource], ImageSource]:
+    """Returns a function that gives images their ids in a run. One process alone calls it.
 
-    It raises `UserError` for images that have changed, are lost though nobody allowed it, or come too late.
+    Images that the run knows come first, in the run's order; new ones follow in the order of the list. Where one of the
+    `stages` updates the run, images that it is to drop are left out.
+
+    Raises:
+        UserError: from that function, for images that have changed, are gone without leave, or that nobody adds.
     """
 
     def arrange(source: ImageSource) -> ImageSource:
         before = _read(run_directory)
-        if before is None or before == _record_of(source):
+        if before is None:
             return source
-        sizes = _known_sizes(run_directory, before["num_instances"])
-        if sizes is None or "sizes" not in source.columns or source.held_out is not None:
-            raise _changed(run_directory, f"{run_directory / 'data.json'} has another digest")
-        names = _known_names(run_directory, before["num_instances"])
-        places = places_of(names, source.names)
-        known = {index: found.why for index, found in read_left_out(run_directory, len(names)).items()}
-        there = (places >= 0).nonzero()[0]
-        others = there[source.columns["sizes"][places[there]] != sizes[there]].tolist()
-        if changed := [index for index in others if index not in known]:
-            raise _changed(run_directory, f"{_list(names, changed)} {_have(changed)} another size")
-        absent = {index: known[index] for index in others}
-        absent |= _why_gone(names, (places < 0).nonzero()[0].tolist(), known, source, run_directory, data)
-        arranged = rearranged(source, names, sizes, places, absent)
-        if len(arranged) > len(names) and (problem := _cannot_grow(run_directory)):
-            come = range(len(names), len(arranged))
-            raise _changed(run_directory, f"{_list(arranged.names, come)} {_have(come)} come, and {problem}")
-        return arranged
+        is_same = before == _record_of(source)
+        refusal = _why_not_updated(run_directory, stages)
+        left_out = bool(read_left_out(run_directory)) and _has_classifier(run_directory)
+        must_update = refusal is None and ("update_images" in stages or left_out)
+        if is_same and (not must_update or "sizes" not in source.columns):
+            return source
+        known = _KnownImages(run_directory, before["num_instances"], source)
+        known.refuse_changed()
+        if not data.allow_lost:
+            known.refuse_lost()
+        if refusal is not None:
+            known.refuse_new(refusal)
+        return known.arranged(drops_broken=must_update or (refusal is None and known.have_changed))
 
     return arrange
 
 
-def record(source: ImageSource, run_directory: Path, world: Group) -> None:
-    """Writes down which image is which class. Collective.
+class _KnownImages:
+    """Where the images of a run are in a list of today.
+
+    Attributes:
+        have_changed: whether any have come or gone.
 
     Raises:
-        UserError: when that is impossible.
+        UserError: when the run has no record of sizes, by which images are compared, or a damaged one.
+    """
+
+    def __init__(self, run_directory: Path, count: int, source: ImageSource) -> None:
+        self._run_directory, self._source = run_directory, source
+        self._names, sizes_N = known_images(run_directory, count)
+        if sizes_N is None or "sizes" not in source.columns:
+            raise _changed(run_directory, f"{run_directory / 'data.json'} has another digest")
+        listed_sizes = source.columns["sizes"]
+        self._places_N = places_of(self._names, source.names)
+        has_other_size_N = (self._places_N >= 0) & (listed_sizes[self._places_N] != sizes_N)
+        self._is_there_N = (self._places_N >= 0) & ~has_other_size_N
+        record = read_broken(run_directory)
+        self._is_broken_N = np.zeros(count, bool)
+        self._is_broken_N[[index for index in read_left_out(run_directory) if index < count]] = True
+        self._is_broken_N[_recorded(record, self._names, sizes_N)] = True
+        self._is_changed_N = has_other_size_N & ~self._is_broken_N
+        self._broken_places = _recorded(record, source.names, listed_sizes)
+        is_new = np.ones(len(source), bool)
+        is_new[self._places_N[self._is_there_N]] = False
+        is_new[self._broken_places] = False
+        self._new = is_new.nonzero()[0]
+        self._record = record
+        self.have_changed = bool(len(self._new)) or not self._is_there_N.all()
+
+    def refuse_changed(self) -> None:
+        """Raises `UserError` for files that have another size and are not recorded as broken."""
+        if len(changed := self._is_changed_N.nonzero()[0]):
+            raise _changed(self._run_directory, f"{_list(self._names, changed)} {_have(changed)} another size")
+
+    def refuse_lost(self) -> None:
+        """Raises `UserError` for images that are not in the list, but for those known to be unreadable."""
+        # A name may hold ": " itself, so each place that could end it is looked up.
+        unreadable = {line[:end] for line in self._source.left_out for end in _ends(line)}
+        gone = ((self._places_N < 0) & ~self._is_broken_N).nonzero()[0]
+        lost = [index for index in gone.tolist() if list_line(self._names[index]) not in unreadable]
+        if lost:
+            cure = ", or set data.allow_lost to drop their classes"
+            raise _changed(self._run_directory, f"{_list(self._names, lost)} {_have(lost)} gone", cure)
+
+    def refuse_new(self, why: str) -> None:
+        """Raises `UserError` for images that are not of the run."""
+        if len(self._new):
+            what = f"{_list(self._source.names, self._new)} {_have(self._new)} come, and {why}"
+            raise _changed(self._run_directory, what)
+
+    def arranged(self, *, drops_broken: bool) -> ImageSource:
+        """The images of the run that are there, in its order, and then the new ones."""
+        is_kept_N = self._is_there_N & ~self._is_broken_N if drops_broken else self._is_there_N
+        order = np.concatenate([self._places_N[is_kept_N], self._new])
+        source = taken(self._source, order)
+        names = [self._source.names[int(place)] for place in np.setdiff1d(self._broken_places, order)]
+        source.left_out = [*source.left_out, *(as_line(name, self._record[name]) for name in names)]
+        return source
+
+
+def _recorded(record: Mapping[str, Broken], names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
+    """The places, int64, of the recorded images among these, where they still have the recorded size."""
+    if not record:
+        return np.empty(0, np.int64)
+    places = places_of(list(record), names)
+    recorded_sizes = np.array([broken.size for broken in record.values()], np.int64)
+    return places[(places >= 0) & (sizes[places] == recorded_sizes)]
+
+
+def _why_not_updated(run_directory: Path, stages: Sequence[str]) -> str | None:
+    """Why these stages do not take in new images; None where one of them does."""
+    if not _has_classifier(run_directory):
+        return None if "initialize_classifier" in stages else "the classifier is not initialised"
+    if sound_result(run_directory / "pretrain") is not None:
+        return "training is complete"
+    if set(UPDATING_STAGES).isdisjoint(stages):
+        return "only runners/pretrain.py, runners/pipeline.py and runners/update_images.py add them to the run"
+    return None
+
+
+def _has_classifier(run_directory: Path) -> bool:
+    return bool(committed_directories(run_directory / "initialize_classifier/checkpoints"))
+
+
+def record(source: ImageSource, run_directory: Path, world: Group) -> None:
+    """Writes the manifest of a run that has none, or has learned nothing yet by the one it has. Collective.
+
+    Raises:
+        UserError: when it cannot be written.
     """
 
     def write() -> None:
         try:
-            _write(source, run_directory)
+            before = _read(run_directory)
+            if before is not None and (before == _record_of(source) or _has_classifier(run_directory)):
+                return
+            (run_directory / "data.json").unlink(missing_ok=True)
+            left_out_path(run_directory).unlink(missing_ok=True)
+            write_manifest(source, run_directory)
         except OSError as error:
             raise UserError(f"--run-dir {run_directory}: {why_not_written(error, run_directory, 0)}") from error
 
     rank_0_alone(write, world)
 
 
-def _write(source: ImageSource, run_directory: Path) -> None:
-    """data.json comes last: until it is there, what else was written says nothing new about the images it counts."""
-    before, now = _read(run_directory), _record_of(source)
-    if before == now:
-        return
-    run_directory.mkdir(parents=True, exist_ok=True)
-    write_instances(source, run_directory / "instances.txt")
+def write_manifest(source: ImageSource, folder: Path) -> None:
+    """Writes which image is which class; data.json comes last, and without it the other files do not count."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_instances(source, folder / "instances.txt")
     if "sizes" in source.columns:
-        with whole_file(run_directory / "instance_sizes.npy") as temporary, temporary.open("wb") as file:
-            np.save(file, source.columns["sizes"])
+        write_array(source.columns["sizes"], folder / "instance_sizes.npy")
     if source.left_out:
-        write_lines(source.left_out, run_directory / "unreadable.txt")
-    if before is not None:
-        change = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "before": before, "now": now}
-        with (run_directory / "data_changes.jsonl").open("a") as file:
-            file.write(json.dumps(change) + "\n")
-    write_json(run_directory / "data.json", now)
+        write_lines(source.left_out, folder / "unreadable.txt")
+    write_json(folder / "data.json", _record_of(source))
+
+
+def write_array(values: np.ndarray, path: Path) -> None:
+    """Writes an .npy file through to the disk, whole or not at all."""
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, values)
 
 
 def _record_of(source: ImageSource) -> dict[str, Any]:
@@ -124,6 +212,17 @@ def _read(run_directory: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({reason(error)}): restore it or give another --run-dir") from None
 
 
+def known_images(run_directory: Path, count: int) -> tuple[NameTable, np.ndarray | None]:
+    """Names of the first `count` images of a run and their sizes in bytes, (count,) int64.
+
+    The sizes are None where a run has none: its images are not files, or an early version began it.
+
+    Raises:
+        UserError: when a file is damaged.
+    """
+    return _known_names(run_directory, count), _known_sizes(run_directory, count)
+
+
 def _known_names(run_directory: Path, count: int) -> NameTable:
     path = run_directory / "instances.txt"
     try:
@@ -138,7 +237,6 @@ def _known_names(run_directory: Path, count: int) -> NameTable:
 
 
 def _known_sizes(run_directory: Path, count: int) -> np.ndarray | None:
-    """None where a run has none: its images are no files, or it was begun before there was such a record."""
     path = run_directory / "instance_sizes.npy"
     if not path.exists():
         return None
@@ -151,39 +249,8 @@ def _known_sizes(run_directory: Path, count: int) -> np.ndarray | None:
     return sizes[:count]
 
 
-def _why_gone(
-    names: NameTable,
-    gone: list[int],
-    known: dict[int, str],
-    source: ImageSource,
-    run_directory: Path,
-    data: DataConfig,
-) -> dict[int, str]:
-    """Id → why of the images that are not in the list: left out already, broken, or lost where that is allowed."""
-    whys, lost = {}, []
-    # A name may hold ": " itself, so each place that could end it is looked up.
-    left_out = {line[:end]: line for line in source.left_out for end in _ends(line)}
-    for index in gone:
-        broken = left_out.get(list_line(names[index]))
-        if index not in known and broken is None:
-            lost.append(index)
-        whys[index] = known.get(index) or broken or LOST
-    if lost and not data.allow_lost:
-        what = f"{_list(names, lost)} {_have(lost)} gone"
-        raise _changed(run_directory, what, ", or set data.allow_lost to leave them out")
-    return whys
-
-
 def _ends(line: str) -> list[int]:
     return [place for place in range(len(line)) if line.startswith(": ", place)]
-
-
-def _cannot_grow(run_directory: Path) -> str | None:
-    if sound_result(run_directory / "pretrain") is not None:
-        return "training is complete"
-    if not committed_directories(run_directory / "initialize_classifier/checkpoints"):
-        return "there is no classifier yet that they could join"
-    return None
 
 
 def _changed(run_directory: Path, what: str, cure: str = "") -> UserError:

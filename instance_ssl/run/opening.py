@@ -10,7 +10,7 @@ from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, shorten
-from instance_ssl.run import agreement, checks, images, manifest, precision
+from instance_ssl.run import agreement, checks, images, manifest, pending_update, precision
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.process import Process
 from instance_ssl.run.request import Request
@@ -48,8 +48,10 @@ def open_run(request: Request, process: Process, held: contextlib.ExitStack) -> 
         world,
     )
     _check_sources(config.evaluation, world)
+    agreement.rank_0_alone(lambda: pending_update.finish(run_directory), world)
     agreement.rank_0_alone(request.check_run_directory, world)
-    opened = images.open_images(config.data, "train", world, log, manifest.as_known(run_directory, config.data))
+    arrange = manifest.as_known(run_directory, config.data, request.stages)
+    opened = images.open_images(config.data, "train", world, log, arrange)
     num_images = agreement.rank_0_alone(lambda: len(opened or ()), world)
     if request.trains:
         checks.check_size(config, num_images, ds.micro_batch_size, world.size, request.ds_path)
@@ -109,9 +111,9 @@ def _log_excluded(sources: Iterable[ImageSource], log: RunLog) -> None:
     """Logs which images could not be read when the sources were opened: some by name, then how many more."""
     for source in sources:
         for line in source.left_out[:_SHOWN_EXCLUDED]:
-            log.say(f"left out, it cannot be read: {line}")
+            log.say(f"excluded, it cannot be read: {line}")
         if len(source.left_out) > _SHOWN_EXCLUDED:
-            log.say(f"left out, they cannot be read: {len(source.left_out) - _SHOWN_EXCLUDED:,} more images")
+            log.say(f"excluded, they cannot be read: {len(source.left_out) - _SHOWN_EXCLUDED:,} more images")
 
 
 def _versions_in_use() -> str:

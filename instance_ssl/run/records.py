@@ -36,11 +36,14 @@ def sound_result(directory: Path) -> dict[str, Any] | None:
     return result if is_sound else None
 
 
-def is_complete(directory: Path, config: ExperimentConfig, newest_checkpoint: str | None, log: RunLog) -> bool:
+def is_complete(
+    directory: Path, config: ExperimentConfig, newest_checkpoint: str | None, images_digest: str, log: RunLog
+) -> bool:
     """Whether a stage's record says that it is complete, and agrees with what it is a record of.
 
     Args:
         newest_checkpoint: the checkpoint that an evaluation would use now (`what_is_evaluated`).
+        images_digest: of the training images as they are now; steps have other numbers once these have changed.
 
     Raises:
         UserError: the stage's config.yaml cannot be read, or a training is complete but its checkpoints are gone.
@@ -52,16 +55,18 @@ def is_complete(directory: Path, config: ExperimentConfig, newest_checkpoint: st
         if not config_path.exists():
             return False
         recorded = load_recorded(config_path, "remove it to repeat the evaluation")
-        return flatten(recorded) == flatten(config) and result["newest_checkpoint"] == newest_checkpoint
+        of = result["data"].get("digest") if isinstance(result["data"], dict) else None
+        now = newest_checkpoint, images_digest
+        return flatten(recorded) == flatten(config) and (result["newest_checkpoint"], of) == now
     steps, newest = result.get("steps", 0), newest_sound_directory(directory / "checkpoints")
     if newest is None:
         raise UserError(
-            f"{directory / 'result.json'} says complete, but {directory / 'checkpoints'} holds no whole checkpoint: "
+            f"{directory / 'result.json'} says complete, but {directory / 'checkpoints'} holds no intact checkpoint: "
             "restore it, or remove result.json to have the stage run again"
         )
     if step_of(newest) != steps:
         log.say(
-            f"{directory.name}: result.json says {steps} steps, but the newest whole checkpoint is {newest.name}: not "
+            f"{directory.name}: result.json says {steps} steps, but the newest intact checkpoint is {newest.name}: not "
             "complete"
         )
     return step_of(newest) == steps

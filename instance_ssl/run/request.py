@@ -9,6 +9,7 @@ from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
 from instance_ssl.config.experiment import ExperimentConfig, load_config
 from instance_ssl.distributed import launched
 from instance_ssl.run import checks, records
+from instance_ssl.run.directory import UPDATE
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def read_request(arguments: argparse.Namespace, stages: Sequence[str], *, needs_
     )
     if launched.is_on_one_machine():
         checks.check_sources(config.evaluation)
-        request.check_run_directory()
+        if not (request.run_directory / UPDATE).exists():  # else the run directory is between two states
+            request.check_run_directory()
         checks.check_folders(config, needs_labels=needs_labels)
     return request

@@ -3,7 +3,6 @@
 from instance_ssl.checkpoint.identity import keys_digest, require_same_run
 from instance_ssl.checkpoint.state import Checkpoint
 from instance_ssl.config.experiment import flatten
-from instance_ssl.data.list_changes import digest_of_first
 from instance_ssl.errors import escape
 from instance_ssl.run.stage import Stage
 
@@ -22,10 +21,7 @@ def accept(checkpoint: Checkpoint, stage: Stage) -> None:
         UserError: saying which of configuration and images differs.
     """
     log_oddities(checkpoint, stage)
-    digests, num_images = run_digests(stage), checkpoint.position.num_instances
-    if num_images < len(stage.source):  # images have come since
-        digests["images"] = digest_of_first(stage.source, num_images)
-    require_same_run(checkpoint, digests)
+    require_same_run(checkpoint, run_digests(stage))
 
 
 def log_oddities(checkpoint: Checkpoint, stage: Stage) -> None:

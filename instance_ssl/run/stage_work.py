@@ -56,7 +56,8 @@ def _conclude(stage: Stage, record: dict[str, Any], run: str | None) -> None:
 
 
 def _is_complete(stage: Stage) -> bool:
-    return records.is_complete(stage.directory, stage.config, _newest_checkpoint(stage), stage.log)
+    newest = _newest_checkpoint(stage)
+    return records.is_complete(stage.directory, stage.config, newest, stage.source.digest, stage.log)
 
 
 def _newest_checkpoint(stage: Stage) -> str | None:

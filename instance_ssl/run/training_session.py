@@ -9,17 +9,15 @@ import torch
 from instance_ssl.checkpoint.directory import DirectoryWriter
 from instance_ssl.checkpoint.state import Checkpoint, TrainingPosition, start_checkpoint
 from instance_ssl.classifier.shard import ClassifierShard
-from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.errors import UserError
 from instance_ssl.run import precision
-from instance_ssl.run.excluded_images import LeftOut, TooManyBroken
+from instance_ssl.run.broken_images import BrokenImages, TooManyBroken
 from instance_ssl.run.log import Progress
 from instance_ssl.run.resumption import run_digests
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.training_log import TrainingLog
 from instance_ssl.training.engine import Engine
 from instance_ssl.training.meters import LossLevel
-from instance_ssl.training.schedules import EpochClock
 from instance_ssl.training.step import StepReport
 
 
@@ -42,7 +40,8 @@ class TrainingSession:
     (the loss) or agreed on once a step, in one small all-reduce.
 
     Args:
-        left_out: what is left out where the training starts, and what is met on the way.
+        steps_per_epoch: global batches per epoch.
+        broken: the images that cannot be read, known and met on the way.
         start: the checkpoint that the training starts from.
         progress: counts steps.
     """
@@ -52,14 +51,13 @@ class TrainingSession:
         stage: Stage,
         engine: Engine,
         shard: ClassifierShard,
-        sampler: GlobalBatchSampler,
-        clock: EpochClock,
-        left_out: LeftOut,
+        steps_per_epoch: int,
+        broken: BrokenImages,
         start: Checkpoint,
         progress: Progress,
     ) -> None:
         self._stage, self._engine, self._shard, self._progress = stage, engine, shard, progress
-        self._sampler, self._clock, self._left_out = sampler, clock, left_out
+        self._steps_per_epoch, self._broken = steps_per_epoch, broken
         self._checkpoint, self._safety = stage.config.checkpoint, stage.config.safety
         self.step = self._first_step = start.position.step
         self._saved_step = self.step if start.directory.parent == stage.checkpoints_of(stage.name) else -1
@@ -88,16 +86,16 @@ class TrainingSession:
         if self.step == self._first_step:
             self._log.note("speed/seconds_to_first_step", time.time() - psutil.Process().create_time())
         self.step += 1
-        is_last = step + 1 == self._clock.steps_per_epoch
+        is_last = step + 1 == self._steps_per_epoch
         if report is not None:
             self._log.add(report)
-            self._left_out.meet(report.unreadable)
+            self._broken.meet(report.unreadable)
             self._check_numbers(report)
             images_per_second = self._progress.rate * self._stage.config.optimization.global_batch_size
             self._progress.advance(note=f"loss {report.loss:.3f}, {images_per_second:.0f} images/s")
         if (step + 1) % self._stage.config.log.every_steps == 0 or is_last:
-            if num_left_out := len(self._left_out.ids):
-                self._log.note("data/images_left_out", float(num_left_out))
+            if num_broken := len(self._broken.ids):
+                self._log.note("data/broken_images", float(num_broken))
             self._log.write(self.step)
         if is_last:
             self.figures = self._log.epoch_means()
@@ -112,7 +110,7 @@ class TrainingSession:
         started = time.perf_counter()
         position = TrainingPosition(
             step=self.step,
-            epoch=self._clock.done(self.step)[0],
+            epoch=self.step // self._steps_per_epoch,
             num_instances=len(self._stage.source),
             embedding_dim=self._stage.config.model.embedding_dim,
             world_size=self._stage.world.size,
@@ -121,7 +119,6 @@ class TrainingSession:
             loss_scale=self._engine.loss_scale,
             skipped_in_a_row=self._skipped_in_a_row,
             loss_level=self._loss.level,
-            stretches=list(self._clock.stretches),
             matmul_dtype=precision.describe(self._stage.ds.matmul_dtype),
         )
         state, momentum = self._engine.full_state()
@@ -154,30 +151,25 @@ class TrainingSession:
 
     def _look_around(self) -> None:
         """One all-reduce: is a stop requested anywhere, is anyone still writing, has anyone met what is unreadable?"""
-        flags = [self._stage.guard.reason is not None, self._writer.is_writing, self._left_out.has_news]
+        flags = [self._stage.guard.reason is not None, self._writer.is_writing, self._broken.has_news]
         agreed = torch.tensor(flags, dtype=torch.int64, device=self._stage.world.device)
         stop, writing, news = self._stage.world.all_reduce_max_(agreed).tolist()
         if self._writer.is_busy and not writing:
             self._commit()
-        self._leave_out(has_news=bool(news))
+        if news:
+            self._take_broken()
         if stop:
             self.finish()
             self._stage.stop_together()
 
-    def _leave_out(self, *, has_news: bool) -> None:
-        """Between two steps: what was found in the last one takes no part from here on."""
-        if has_news:
-            self._left_out.share(self.step)
-        found = self._left_out.found_at(self.step)
-        if len(found):
-            self._shard.leave_out(found)
-        if has_news:
-            self._sampler.leave_out(found, self._clock.place(self.step - 1)[0])
-            try:
-                self._left_out.check_share()
-            except TooManyBroken:
-                self.finish()
-                raise
+    def _take_broken(self) -> None:
+        """Logs and records images that any rank could not read in the last step; too many of them end the run."""
+        self._broken.share()
+        try:
+            self._broken.check_share()
+        except TooManyBroken:
+            self.finish()
+            raise
 
     def _commit(self) -> None:
         try:
@@ -194,10 +186,10 @@ class TrainingSession:
         every_steps = self._checkpoint.every_steps
         if every_steps is not None and self.step % every_steps == 0:
             return True
-        return is_last and self._clock.done(self.step)[0] % self._checkpoint.every_epochs == 0
+        return is_last and self.step // self._steps_per_epoch % self._checkpoint.every_epochs == 0
 
     def _is_permanent(self, step: int) -> bool:
-        every, (epochs, rest) = self._checkpoint.keep_every_epochs, self._clock.done(step)
+        every, (epochs, rest) = self._checkpoint.keep_every_epochs, divmod(step, self._steps_per_epoch)
         return every is not None and rest == 0 and epochs % every == 0
 
     def _check_numbers(self, report: StepReport) -> None:

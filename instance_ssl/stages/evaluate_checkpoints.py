@@ -1,4 +1,4 @@
-"""Stage: Figure 1(b), instance accuracy against semantic accuracy over the checkpoints of a run."""
+"""Stage: Figure 1(b), instance accuracy against semantic accuracy over a run's checkpoints of today's images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,6 @@ from torch import Tensor
 from instance_ssl.checkpoint.identity import keys_digest
 from instance_ssl.checkpoint.state import Checkpoint, intact_checkpoints, load_rows
 from instance_ssl.config.experiment import flatten
-from instance_ssl.data.loaders import image_loader
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.accuracy_correlation import correlations, draw_correlation, instance_accuracy
 from instance_ssl.evaluation.frozen_encoder import (
@@ -21,9 +20,9 @@ from instance_ssl.evaluation.frozen_encoder import (
     vote,
 )
 from instance_ssl.files.atomic import write_json
+from instance_ssl.run.broken_images import BrokenImages, readable_batches
 from instance_ssl.run.build import classifier_shard, own_parts, training_view
 from instance_ssl.run.directory import read_json
-from instance_ssl.run.excluded_images import LeftOut
 from instance_ssl.run.resumption import accept
 from instance_ssl.run.stage import Stage
 
@@ -79,25 +78,18 @@ def _measure(stage: Stage, checkpoint: Checkpoint, images: LabelledImages) -> di
 
 
 def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Representation) -> float:
-    """Of one seeded random view of every image: the deterministic view is what the rows were initialised with.
-
-    Of the images that the checkpoint knew and that are not left out today, among the classes that took part then.
-    """
-    encoder, left_out = representation.encoder, LeftOut(stage)
+    """Of one seeded random view of every image: the deterministic view is what the rows were initialised with."""
+    encoder = representation.encoder
     assert encoder is not None
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(checkpoint, shard))
-    ids = torch.arange(len(stage.source))
-    known = ids < checkpoint.position.num_instances
-    shard.leave_out(torch.cat([left_out.found_by(checkpoint.position.step), ids[~known]]))
-    ids = ids[known & ~torch.isin(ids, left_out.ids)]
 
     def embed(images: Tensor) -> Tensor:
         with stage.autocast():
             return encoder(images)
 
     label = f"epoch {checkpoint.position.epoch}: instances"
-    with stage.log.progress(label, len(ids), "images") as progress:
+    with stage.log.progress(label, len(stage.source), "images") as progress:
 
         def on_batch(count: int) -> None:
             progress.advance(count)
@@ -106,7 +98,7 @@ def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Rep
         figures = instance_accuracy(
             embed,
             shard,
-            _own_views(stage, ids),
+            _own_views(stage),
             stage.world,
             embedding_dim=stage.config.model.embedding_dim,
             on_batch=on_batch,
@@ -114,15 +106,12 @@ def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Rep
     return figures["instance_accuracy"]
 
 
-def _own_views(stage: Stage, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of every batch of these images; the last one may be empty."""
-    data, size = stage.config.data, stage.config.evaluation.batch_size
-    parts = own_parts(ids, size * stage.world.size, stage.world)
-    view = training_view(stage.config.augmentation, data)
-    loaded = iter(image_loader(stage.source, view, parts, data.num_workers))
-    nothing = torch.empty(0, 3, data.image_size, data.image_size), torch.empty(0, dtype=torch.int64)
-    for part in parts:
-        yield next(loaded) if part else nothing
+def _own_views(stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of every batch of all images that can be read; a part may be empty."""
+    num_images, size = len(stage.source), stage.config.evaluation.batch_size
+    parts = own_parts(torch.arange(num_images), size * stage.world.size, stage.world)
+    view = training_view(stage.config.augmentation, stage.config.data)
+    return readable_batches(stage, parts, BrokenImages(stage), view)
 
 
 def _correlate(stage: Stage, points: list[dict[str, Any]]) -> dict[str, Any]:

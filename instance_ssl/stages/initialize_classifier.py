@@ -10,6 +10,7 @@ from torch import Tensor
 
 from instance_ssl.checkpoint.directory import DirectoryWriter, clear_leftovers, content_bytes
 from instance_ssl.checkpoint.state import (
+    Checkpoint,
     TrainingPosition,
     checkpoint_bytes,
     load_encoder,
@@ -17,13 +18,14 @@ from instance_ssl.checkpoint.state import (
     newest_checkpoint,
     start_checkpoint,
 )
-from instance_ssl.classifier.prior import initialize_from_features, initialize_gaussian
+from instance_ssl.classifier.prior import fill_unread_rows, initialize_from_features, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.augmentations import centre_view
-from instance_ssl.data.sampler import LazyBatches, epoch_order
+from instance_ssl.data.sampler import epoch_order
 from instance_ssl.errors import UserError
 from instance_ssl.files.disk_space import find_no_space
 from instance_ssl.models.encoder import Encoder
+from instance_ssl.run.broken_images import BrokenImages, TooManyBroken, readable_batches
 from instance_ssl.run.build import (
     classifier_shard,
     describe_encoder,
@@ -33,7 +35,6 @@ from instance_ssl.run.build import (
     training_shards,
     training_view,
 )
-from instance_ssl.run.excluded_images import LeftOut, TooManyBroken, readable_batches
 from instance_ssl.run.resumption import accept, run_digests
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.watchdog import Stopped
@@ -51,24 +52,22 @@ def run(stage: Stage) -> dict[str, Any]:
     encoder = seeded_encoder(config).to(stage.world.device)
     shard = classifier_shard(stage)
     mode = config.classifier.initialization
-    left_out = LeftOut(stage)
-    left_out.take_absent(0)
-    left_out.check_share()
+    broken = BrokenImages(stage)
+    broken.check_share()
     if stage.world.rank == 0:
         clear_leftovers(stage.checkpoints_of(stage.name))
     stage.on_rank_0(lambda: _require_space(stage, encoder, shard))
     if mode == "gaussian":
         initialize_gaussian(shard, config.seed)
     else:
-        _pass_over_images(stage, encoder, shard, left_out)
-    shard.leave_out(left_out.found_by(0))
+        _pass_over_images(stage, encoder, shard, broken)
+        fill_unread_rows(shard, broken.ids, config.seed)
     path = _save(stage, encoder, shard, "checkpoints", 0)
     if stage.world.rank == 0:
         shutil.rmtree(stage.directory / "partial", ignore_errors=True)
-    num_left_out = len(shard.left_out.ids)
     norms = torch.linalg.vector_norm(shard.weight.float(), dim=1)
-    mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / (len(stage.source) - num_left_out)).item()
-    return {"initialization": mode, "mean_row_norm": mean_norm, "images_left_out": num_left_out, "checkpoint": path}
+    mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / len(stage.source)).item()
+    return {"initialization": mode, "mean_row_norm": mean_norm, "broken_images": len(broken.ids), "checkpoint": path}
 
 
 def _require_space(stage: Stage, encoder: Encoder, shard: ClassifierShard) -> None:
@@ -78,7 +77,7 @@ def _require_space(stage: Stage, encoder: Encoder, shard: ClassifierShard) -> No
         raise UserError(f"{problem}, for the classifier: make room, or give a --run-dir on another disk")
 
 
-def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, left_out: LeftOut) -> None:
+def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, broken: BrokenImages) -> None:
     """The pass, from where it was stopped; at a stop, what has been done is kept.
 
     Batches done are the `step` of what is kept: they are the same global batches on any number of ranks.
@@ -86,8 +85,9 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, le
     mode, skips = stage.config.classifier.initialization, stage.config.data.on_broken == "skip"
     done = 0
     partial = newest_checkpoint(stage.directory / "partial", stage.world)
-    if partial is not None and partial.position.digests.get("order", "") != _order_digest(stage):
-        stage.log.say("the images lie in other shards than before, and so in another order: the pass begins again")
+    if partial is not None and not _is_of_this_order(partial, stage):
+        stage.log.say("the images have changed, or lie in other shards than before: the pass begins again")
+        stage.on_rank_0(lambda: shutil.rmtree(stage.directory / "partial"))
         partial = None
     if partial is not None:
         accept(partial, stage)
@@ -103,12 +103,12 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, le
         nonlocal done
         done += 1
         progress.advance(num_images)
-        if skips and left_out.anyone_has_news():
-            left_out.share(0)
-            left_out.check_share()
+        if skips and broken.anyone_has_news():
+            broken.share()
+            broken.check_share()
         stage.check_together()
 
-    batches = _own_batches(stage, done, left_out)
+    batches = _own_batches(stage, done, broken)
     try:
         with progress, stage.autocast():
             initialize_from_features(shard, encoder, batches, mode, stage.world, batches_done=done, on_batch=on_batch)
@@ -134,23 +134,26 @@ def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, s
     return str(writer.commit().relative_to(stage.run_directory))
 
 
+def _is_of_this_order(partial: Checkpoint, stage: Stage) -> bool:
+    digests = partial.position.digests
+    return digests.get("order", "") == _order_digest(stage) and digests.get("images") == stage.source.digest
+
+
 def _order_digest(stage: Stage) -> str:
     """What the order of the images depends on beside the configuration: a pass goes on in that order alone."""
     starts = stage.source.shard_starts
     return "" if starts is None else hashlib.sha256(starts.tobytes()).hexdigest()
 
 
-def _own_batches(stage: Stage, first: int, left_out: LeftOut) -> Iterator[tuple[Tensor, Tensor]]:
+def _own_batches(stage: Stage, first: int, broken: BrokenImages) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of every global batch from `first` on, in an order shuffled by the seed.
 
     Folders come sorted by class, and a batch's statistics should not. Batches go without what cannot be read.
     """
     order = epoch_order(len(stage.source), stage.config.seed, 0, training_shards(stage))
-    known = set(left_out.found_by(0).tolist())
     parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]
-    readable = LazyBatches(len(parts), lambda number: [index for index in parts[number] if index not in known])
     if stage.config.classifier.initialization_view == "training":
         view = training_view(stage.config.augmentation, stage.config.data)
     else:
         view = centre_view(stage.config.data.image_size)
-    return readable_batches(stage, readable, left_out, view, seed=stage.config.seed + _VIEW_SEEDS)
+    return readable_batches(stage, parts, broken, view, seed=stage.config.seed + _VIEW_SEEDS)

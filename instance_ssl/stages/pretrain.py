@@ -13,7 +13,6 @@ from instance_ssl.checkpoint.state import (
     load_encoder,
     load_own_buffers,
     load_rows,
-    newest_checkpoint,
 )
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.loaders import view_loader
@@ -22,17 +21,15 @@ from instance_ssl.errors import UserError, reason
 from instance_ssl.files.atomic import write_json
 from instance_ssl.files.structured import MalformedError, read_json
 from instance_ssl.models.encoder import Encoder
+from instance_ssl.run.broken_images import BrokenImages
 from instance_ssl.run.build import classifier_shard, seeded_encoder, training_shards, training_views
-from instance_ssl.run.checks import absent_checkpoint
 from instance_ssl.run.directory import require_space
-from instance_ssl.run.excluded_images import LeftOut
-from instance_ssl.run.growth import add_rows
 from instance_ssl.run.precision import say_if_changed
-from instance_ssl.run.resumption import accept
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.training_session import Rollback, TrainingSession
+from instance_ssl.stages import update_images
 from instance_ssl.training.engine import Engine
-from instance_ssl.training.schedules import EpochClock, warmup_cosine
+from instance_ssl.training.schedules import warmup_cosine
 from instance_ssl.training.step import train_epoch
 
 
@@ -41,17 +38,18 @@ def run(stage: Stage) -> dict[str, Any]:
     if stage.world.rank == 0:
         clear_leftovers(stage.checkpoints_of(stage.name))
     while True:
-        left_out = _left_out_steps(stage)
+        start = _starting_checkpoint(stage)
+        skipped = _skipped_steps(stage)
         try:
-            return _train(stage, left_out)
+            return _train(stage, start, skipped)
         except Rollback as rollback:
-            stage.log.say(f"going back to the newest checkpoint; step {rollback.step} is left out from now on")
+            stage.log.say(f"going back to the newest checkpoint; step {rollback.step} is skipped from now on")
             if stage.world.rank == 0:
-                write_json(_left_out_path(stage), {"steps": sorted({*left_out, rollback.step})})
+                write_json(_skipped_path(stage), {"steps": sorted({*skipped, rollback.step})})
         gc.collect()  # the engine that is left behind refers to itself, and holds the encoder's memory
 
 
-def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
+def _train(stage: Stage, start: Checkpoint, skipped_steps: frozenset[int]) -> dict[str, Any]:
     config, optimization = stage.config, stage.config.optimization
     sampler = GlobalBatchSampler(
         len(stage.source),
@@ -63,22 +61,21 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
         training_shards(stage),
     )
     _describe(stage, sampler)
-    start = _starting_checkpoint(stage)
-    clock = _epoch_clock(stage, start, sampler.steps_per_epoch)
     skips = config.data.on_broken == "skip"
     loader = view_loader(training_views(config, stage.source), sampler, config.data.num_workers, skip_broken=skips)
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(start, shard))
     encoder, momentum = _load_encoder(stage, start)
-    left_out = _leave_out(stage, shard, encoder, sampler, clock, start)
-    engine = _build_engine(stage, start, clock, encoder, momentum)
+    broken = BrokenImages(stage)
+    broken.check_share()
+    engine = _build_engine(stage, start, sampler.steps_per_epoch, encoder, momentum)
     _require_space(stage, engine, shard)
-    total_steps = clock.total_steps(optimization.epochs)
+    total_steps = optimization.epochs * sampler.steps_per_epoch
     stage.log.forget_after(start.position.step)
     with stage.log.progress("pretrain", total_steps, "steps", initial=start.position.step) as progress:
-        session = TrainingSession(stage, engine, shard, sampler, clock, left_out, start, progress)
+        session = TrainingSession(stage, engine, shard, sampler.steps_per_epoch, broken, start, progress)
         while session.step < total_steps:
-            sampler.epoch, sampler.start_step = clock.place(session.step)
+            sampler.epoch, sampler.start_step = divmod(session.step, sampler.steps_per_epoch)
             first_step = session.step - sampler.start_step
             if sampler.start_step == 0:
                 _refresh_hard_classes(stage, shard, session)
@@ -86,15 +83,15 @@ def _train(stage: Stage, left_out_steps: frozenset[int]) -> dict[str, Any]:
                 engine,
                 shard,
                 loader,
-                steps=range(sampler.start_step, clock.steps_per_epoch),
+                steps=range(sampler.start_step, sampler.steps_per_epoch),
                 accumulation_steps=sampler.accumulation_steps,
                 positives_of=sampler.global_batch,
                 measure_every_steps=config.log.every_steps,
                 on_step=session.after_step,
-                left_out={step - first_step for step in left_out_steps},
+                skipped={step - first_step for step in skipped_steps},
             )
         session.finish()
-    counts = {"epochs": optimization.epochs, "steps": total_steps, "images_left_out": len(left_out.ids)}
+    counts = {"epochs": optimization.epochs, "steps": total_steps, "broken_images": len(broken.ids)}
     return {**counts, **session.figures}
 
 
@@ -102,35 +99,17 @@ def _describe(stage: Stage, sampler: GlobalBatchSampler) -> None:
     if sampler.num_dropped:
         stage.log.say(
             f"{sampler.num_dropped} of {len(stage.source)} images, other ones each epoch, do not fill a global batch "
-            f"of {sampler.global_batch_size} and are left out"
+            f"of {sampler.global_batch_size} and are dropped"
         )
 
 
 def _starting_checkpoint(stage: Stage) -> Checkpoint:
-    found = newest_checkpoint(stage.checkpoints_of(stage.name), stage.world)
-    if found is not None:
-        accept(found, stage)
+    found = update_images.newest_of_these_images(stage)
+    if found.directory.parent == stage.checkpoints_of(stage.name):
         position = found.position
         stage.log.say(f"resuming from {found.directory}: {position.epoch} epochs done, {position.step} steps in all")
         say_if_changed(found, stage.ds.matmul_dtype, stage.log)
-        return found
-    found = newest_checkpoint(stage.checkpoints_of("initialize_classifier"), stage.world)
-    if found is None:
-        raise UserError(absent_checkpoint(stage.run_directory, "initialize_classifier"))
-    accept(found, stage)
     return found
-
-
-def _epoch_clock(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> EpochClock:
-    """Of the training so far, and of longer epochs from here on where images have come since."""
-    position = start.position
-    before = position.num_instances // stage.config.optimization.global_batch_size
-    clock = EpochClock(tuple((a, b, c) for a, b, c in position.stretches) or ((0, 0, before),))
-    if position.num_instances == len(stage.source):
-        return clock
-    if clock.done(position.step)[1]:
-        stage.log.say(f"the training was in the middle of epoch {position.epoch + 1}, which begins again")
-    return clock.longer(position.step, steps_per_epoch)
 
 
 def _load_encoder(stage: Stage, start: Checkpoint) -> tuple[Encoder, dict[str, Tensor]]:
@@ -141,37 +120,17 @@ def _load_encoder(stage: Stage, start: Checkpoint) -> tuple[Encoder, dict[str, T
     return encoder, momentum
 
 
-def _leave_out(
-    stage: Stage,
-    shard: ClassifierShard,
-    encoder: Encoder,
-    sampler: GlobalBatchSampler,
-    clock: EpochClock,
-    start: Checkpoint,
-) -> LeftOut:
-    """What takes no part where the training starts, and what is known to take none later; new images get their rows."""
-    left_out, step = LeftOut(stage), start.position.step
-    left_out.take_absent(step)
-    if start.position.num_instances < len(stage.source):
-        add_rows(stage, shard, encoder, start.position.num_instances, left_out, step)
-    left_out.check_share()
-    shard.leave_out(left_out.found_by(step))
-    for found_step in left_out.steps:
-        sampler.leave_out(left_out.found_at(found_step), clock.place(found_step - 1)[0])
-    return left_out
-
-
 def _build_engine(
-    stage: Stage, start: Checkpoint, clock: EpochClock, encoder: Encoder, momentum: dict[str, Tensor]
+    stage: Stage, start: Checkpoint, steps_per_epoch: int, encoder: Encoder, momentum: dict[str, Tensor]
 ) -> Engine:
     optimization = stage.config.optimization
 
     def schedule(step: int) -> float:
         return warmup_cosine(
-            clock.scheduled(step),
+            step,
             peak=optimization.peak_learning_rate,
-            warmup_steps=optimization.warmup_epochs * clock.steps_per_epoch,
-            total_steps=optimization.epochs * clock.steps_per_epoch,
+            warmup_steps=optimization.warmup_epochs * steps_per_epoch,
+            total_steps=optimization.epochs * steps_per_epoch,
         )
 
     engine = Engine(
@@ -218,13 +177,13 @@ def _refresh_hard_classes(stage: Stage, shard: ClassifierShard, session: Trainin
         shard.refresh_hard_classes(num_hard_classes, on_block, on_not_finite)
 
 
-def _left_out_path(stage: Stage) -> Path:
+def _skipped_path(stage: Stage) -> Path:
     return stage.directory / "left_out_steps.json"
 
 
-def _left_out_steps(stage: Stage) -> frozenset[int]:
-    """Steps of the whole training that an earlier rollback has left out."""
-    path = _left_out_path(stage)
+def _skipped_steps(stage: Stage) -> frozenset[int]:
+    """Steps of the whole training that earlier rollbacks skip."""
+    path = _skipped_path(stage)
 
     def read() -> list[int]:
         try:
@@ -234,8 +193,8 @@ def _left_out_steps(stage: Stage) -> frozenset[int]:
             return steps
         except (OSError, MalformedError) as error:
             raise UserError(
-                f"{path} is damaged ({reason(error)}): restore it, or remove it to have the steps done that a "
-                "spike of the loss had left out"
+                f"{path} is damaged ({reason(error)}): restore it, or remove it to train on the steps that were "
+                "skipped after a spike of the loss"
             ) from None
 
     return frozenset(stage.on_rank_0(read))

@@ -160,7 +160,7 @@ def train_epoch(
     positives_of: Callable[[int], Tensor],
     measure_every_steps: int,
     on_step: Callable[[int, StepReport | None], None],
-    left_out: Container[int] = (),
+    skipped: Container[int] = (),
 ) -> None:
     """Trains some steps of one epoch.
 
@@ -170,12 +170,12 @@ def train_epoch(
         positives_of: step → instance ids of its whole global batch, int64 on the CPU.
         measure_every_steps: instance accuracy and positive cosine are measured so often, and at the last step.
         on_step: called with each step and its report; None for a step that was skipped.
-        left_out: steps to skip: their data are passed over, and nothing moves.
+        skipped: steps whose data are read while nothing moves.
     """
     engine.encoder.train()
     iterator = iter(micro_batches)
     for step in steps:
-        if step in left_out:
+        if step in skipped:
             for _ in range(accumulation_steps):
                 next(iterator)
             engine.steps_taken += 1

@@ -202,25 +202,29 @@ def test_rows_of_another_problem_are_refused(tmp_path: Path) -> None:
     assert "65 x 4" in run_ranks(read_another_size, 1, tmp_path)[0]
 
 
-def read_into_more(group: Group, parent: Path) -> tuple[Tensor, Tensor]:
+OLD_IDS = torch.tensor([3, 0, -1, *range(N - 1, 20, -1), *[-1] * 20])
+
+
+def read_other_rows(group: Group, parent: Path) -> tuple[Tensor, Tensor]:
     checkpoint = newest_checkpoint(parent, group)
     assert checkpoint is not None
-    shard = make_shard(group, N + 20)
+    shard = make_shard(group, len(OLD_IDS))
     shard.weight.zero_()
     shard.momentum_buffer.zero_()
-    load_rows(checkpoint, shard)
+    load_rows(checkpoint, shard, OLD_IDS[shard.start : shard.stop])
     assert shard.hard_classes is None
     return shard.weight, shard.momentum_buffer
 
 
-@pytest.mark.parametrize("world_size", [1, 4])  # a rank of four has new rows alone
-def test_more_classes_than_were_written_take_the_first_rows(tmp_path: Path, world_size: int) -> None:
+@pytest.mark.parametrize("reads", [1, 2, 3, 4])  # a rank of four has new rows alone
+def test_rows_of_other_images_are_found_by_their_old_ids(tmp_path: Path, reads: int) -> None:
     run_ranks(write, 2, tmp_path, [10])
-    rows = torch.arange(N * D, dtype=torch.float32).view(N, D)
-    results = run_ranks(read_into_more, world_size, tmp_path)
-    weight, momentum = (torch.cat([result[part] for result in results]) for part in (0, 1))
-    assert torch.equal(weight, torch.cat([rows + 1, torch.zeros(20, D)]))
-    assert torch.equal(momentum, torch.cat([-rows, torch.zeros(20, D)]))
+    _, *old, _, _ = run_ranks(read, 1, tmp_path)[0]
+    results = run_ranks(read_other_rows, reads, tmp_path)
+    for place, rows in enumerate(old):
+        found = torch.cat([result[place] for result in results])
+        assert torch.equal(found[OLD_IDS >= 0], rows[OLD_IDS[OLD_IDS >= 0]])
+        assert not found[OLD_IDS < 0].any()
 
 
 def make_sampled_shard(world: Group, num_instances: int) -> ClassifierShard:
@@ -230,7 +234,7 @@ def make_sampled_shard(world: Group, num_instances: int) -> ClassifierShard:
 
 
 def grow_sampled(world: Group, parent: Path) -> tuple[Tensor, Tensor]:
-    """Rows of a run that samples classes, and those of a longer one that goes on from it, settled."""
+    """Rows of a run that samples classes, and those of one with more classes that takes them over, settled."""
     shard = make_sampled_shard(world, N)
     shard.weight.copy_(torch.randn(N, D, generator=torch.Generator().manual_seed(1)))
     for step in range(3):
@@ -239,7 +243,8 @@ def grow_sampled(world: Group, parent: Path) -> tuple[Tensor, Tensor]:
     checkpoint = newest_checkpoint(parent, world)
     assert checkpoint is not None
     longer = make_sampled_shard(world, N + 20)
-    load_rows(checkpoint, longer)
+    old_ids = torch.cat([torch.arange(N), torch.full((20,), -1)])
+    load_rows(checkpoint, longer, old_ids)
     longer.weight[N:] = 1
     longer.settle()
     shard.settle()

@@ -89,3 +89,14 @@ def test_loss_and_gradients_equal_the_dense_twin(world_size: int, form: LossForm
             for row in hard_BK.tolist()
         ]
         assert max(len(o) for o in owners) == world_size
+
+
+def accuracy_among_equals(group: Group, label: int) -> float:
+    shard = ClassifierShard(4, 2, group, SoftmaxOptions(0.15, "mixture", torch.float32, 4000))
+    shard.weight.fill_(1)
+    return shard.measure(torch.ones(1, 2), torch.tensor([label]))[0]
+
+
+def test_of_equal_cosines_on_different_ranks_the_lower_id_is_the_nearest() -> None:
+    assert run_ranks(accuracy_among_equals, 2, 0) == [1, 1]
+    assert run_ranks(accuracy_among_equals, 2, 2) == [0, 0]

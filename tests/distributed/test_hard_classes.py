@@ -263,3 +263,25 @@ def test_bounds_and_cutoffs_keep_their_word_at_every_number(dtype: torch.dtype) 
         assert screen.exact_bounds(bits, margins).item() <= score * (1 + 1e-7) - 1e-3 + 1e-7
         cutoff = screen.cutoff_bits(torch.tensor([score]), margins, 1).view(dtype).item()
         assert cutoff <= (score - 1e-3) * (1 + roundoff)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "not_finite", "k", "num_rows"),
+    [
+        (3, [0, 5, 60], 57, 61),  # all others, just
+        (3, [0, 5, 60], 60, 61),  # more than there are
+        (4, [0, 1, 2, 8], 3, 10),  # a rank of which nothing remains
+        (2, [*range(8), 9], 3, 10),  # one class remains, and has no other
+    ],
+)
+def test_tables_are_short_where_few_classes_are_finite(
+    world_size: int, not_finite: list[int], k: int, num_rows: int
+) -> None:
+    rows = torch.randn(num_rows, 16, generator=torch.Generator().manual_seed(6))
+    finite = torch.tensor([i for i in range(num_rows) if i not in not_finite])
+    found = min(k, len(finite) - 1)
+    expected = torch.full((num_rows, k), -1, dtype=torch.int32)
+    expected[finite, :found] = finite[dense_hard_classes(rows[finite].double(), found).long()].int()
+    rows[not_finite, 3] = torch.nan
+    tables = run_ranks(odd_tables, world_size, rows, k)
+    assert torch.equal(torch.cat([table for table, _ in tables]), expected)

@@ -1,4 +1,4 @@
-"""Images that cannot be read, where they are left out: `data.on_broken: skip` (F25)."""
+"""Images that cannot be read, where they are skipped: `data.on_broken: skip` (F25)."""
 
 import hashlib
 import json
@@ -64,36 +64,41 @@ def hash_of(views: torch.Tensor) -> str:
     return hashlib.sha256(views.numpy().tobytes()).hexdigest()
 
 
-def record(place: Path) -> list[tuple[int, int]]:
-    """Id and step of every line of left_out.txt."""
-    lines = [line.split("\t") for line in (place / "run/left_out.txt").read_text().splitlines()]
-    assert all(len(line) == 4 and line[3] == f"{int(line[0]):03d}.png" for line in lines)
-    return [(int(index), int(step)) for index, step, *_ in lines]
+def record(place: Path) -> list[int]:
+    """Ids of the images in broken.txt, in order."""
+    lines = [line.split("\t") for line in (place / "run/broken.txt").read_text().splitlines()]
+    assert all(len(line) == 3 and int(line[0]) > 0 for line in lines)
+    return [int(name.removesuffix(".png")) for *_, name in lines]
 
 
-def weight_and_momentum(checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of(checkpoint: Path, key: str) -> torch.Tensor:
     rows = [torch.load(path, weights_only=True) for path in sorted(checkpoint.glob("rows_*.pt"))]
-    return torch.cat([part["weight"] for part in rows]), torch.cat([part["momentum"] for part in rows])
+    return torch.cat([part[key] for part in rows])
 
 
-def initialise(place: Path, **options: Any) -> None:
+def initialise(place: Path, **options: Any) -> torch.Tensor:
+    """The rows that the training begins with."""
     done = run(place, stage="initialize_classifier", settings=SKIP, **options)
     assert done.wait() == [0, 0], done.text()
-    assert record(place) == [(TRUNCATED, 0)]
-    weight, _ = weight_and_momentum(checkpoints(place, "initialize_classifier")[-1])
-    assert (weight == 0).all(dim=1).nonzero()[:, 0].tolist() == [TRUNCATED]
+    assert record(place) == [TRUNCATED]
+    weight = rows_of(checkpoints(place, "initialize_classifier")[-1], "weight")
+    others = torch.arange(len(weight)) != TRUNCATED
+    norm = torch.linalg.vector_norm(weight, dim=1)
+    torch.testing.assert_close(norm[TRUNCATED], norm[others].mean())
+    assert torch.cosine_similarity(weight[TRUNCATED], weight[others]).max() < 0.95
+    return weight
 
 
-def test_ids_stay_with_their_images_and_what_is_broken_is_left_out_on_all_ranks(place: Path, images: Path) -> None:
-    initialise(place)
+def test_ids_stay_with_their_images_and_the_class_of_a_broken_one_stays(place: Path, images: Path) -> None:
+    begun = initialise(place)
     seen = place / "seen"
     seen.mkdir()
     done = run(place, settings=SKIP, prepare=vanish_and_write_down, environment={"SEEN": str(seen)})
     assert done.wait() == [0, 0], done.text()
     for index in VANISHED:
         assert done.text().count(f"cannot decode {images / f'{index:03d}.png'}") == 1, "once, by one rank"
-    found = record(place)
-    assert sorted(index for index, _ in found) == sorted((TRUNCATED, *VANISHED))
+    assert done.text().count("007.png") == 0, "known since the initialisation"
+    assert sorted(record(place)) == sorted((TRUNCATED, *VANISHED))
     config = load_config(place / "config.yaml")
     source = open_source("folder", "train", root=images, list_file=None, limit=None)
     dataset = ViewDataset(source, training_view(config.augmentation, config.data), 2, config.seed)
@@ -106,8 +111,13 @@ def test_ids_stay_with_their_images_and_what_is_broken_is_left_out_on_all_ranks(
                 assert digest == hash_of(dataset.collate([dataset[epoch, index]]).views[0]), (epoch, index)
                 num_seen += 1
     assert num_seen == 3 * 60
-    for rows in weight_and_momentum(checkpoints(place)[-1]):
-        assert (rows == 0).all(dim=1).nonzero()[:, 0].tolist() == [3, 7, 40]
+    newest = checkpoints(place)[-1]
+    weight, hard = rows_of(newest, "weight"), rows_of(newest, "hard_classes")
+    for index in (TRUNCATED, *VANISHED):  # as everyone's negative and hard class its row moves on
+        assert (weight[index] != begun[index]).any()
+        assert rows_of(newest, "momentum")[index].any()
+        assert (hard[index] >= 0).all()
+    assert json.loads((place / "run/pretrain/result.json").read_text())["broken_images"] == 3
 
 
 SAMPLED = {"classifier.sampling": "random", "classifier.smoothing_factor": 0, "classifier.num_sampled_classes": 30}
@@ -117,28 +127,23 @@ SAMPLED = {"classifier.sampling": "random", "classifier.smoothing_factor": 0, "c
     "settings", [pytest.param({}, id="full"), pytest.param(SAMPLED, id="sampled", marks=pytest.mark.fault)]
 )
 def test_a_run_with_broken_images_resumes_to_the_bit(place: Path, images: Path, settings: dict[str, Any]) -> None:
-    """Stopped once one is found; and thrown back by a crash to before the other is."""
-    settings = {**SKIP, **settings, "checkpoint.every_steps": 1}
+    """Stopped and then thrown back by a crash to before one was found: what is known is replaced all the same."""
+    settings = {**SKIP, **settings, "checkpoint.every_steps": 4}
     done = run(place, stage="initialize_classifier", settings=settings)
     assert done.wait() == [0, 0], done.text()
     shutil.copytree(place / "run", place / "begun")
     undisturbed = run(place, settings=settings, prepare=vanish_once_opened)
     assert undisturbed.wait() == [0, 0], undisturbed.text()
     expected, found = digests(place), record(place)
-    first, last = (step for _, step in found[1:])
-    assert first < last
     shutil.rmtree(place / "run")
     (place / "begun").rename(place / "run")
-    stopped = run(place, settings=settings, fault=f"step:1:{first}:term", prepare=vanish_once_opened)
+    stopped = run(place, settings=settings, fault="step:1:1:term", prepare=vanish_once_opened)
     assert stopped.wait() == [75, 75], stopped.text()
-    crashed = run(place, settings=settings, fault=f"step:0:{last + 1}:kill", prepare=vanish_once_opened)
+    crashed = run(place, settings=settings, fault="step:0:7:kill", prepare=vanish_once_opened)
     assert -9 in crashed.wait()
-    for checkpoint in checkpoints(place):
-        if int(checkpoint.name[5:]) >= last:  # so that the last one is found a second time
-            shutil.rmtree(checkpoint)
-    resumed = run(place, settings=settings)  # and is there again: it is left out where it was
+    resumed = run(place, settings=settings, prepare=vanish_once_opened)
     assert resumed.wait() == [0, 0], resumed.text()
-    assert record(place) == found
+    assert sorted(record(place)) == sorted(found)
     assert digests(place) == expected
 
 
@@ -151,49 +156,73 @@ def test_too_many_end_the_run_with_their_names_and_a_checkpoint(place: Path, ima
     assert "3 of 65 images cannot be read, more than data.max_broken_share 0.04" in ended.text()
     assert all(f"{index:03d}.png" in status(place)["reason"] for index in (TRUNCATED, *VANISHED))
     assert "Traceback" not in ended.text()
-    last = max(step for _, step in record(place))
-    assert checkpoints(place)[-1].name == f"step_{last:09d}"
+    assert len(record(place)) == 3
+    assert checkpoints(place)
     refused = run(place, settings=settings)
     assert refused.wait() == [2, 2], refused.text()
     goes_on = run(place, settings=SKIP)
     assert goes_on.wait() == [0, 0], goes_on.text()
 
 
-def test_files_that_vanish_while_it_runs_are_left_out_by_worker_processes_too(place: Path, images: Path) -> None:
+def test_files_that_vanish_while_it_runs_are_replaced_by_worker_processes_too(place: Path, images: Path) -> None:
     initialise(place)
     settings = {**SKIP, "data.num_workers": 1}
     with running(place, fault="step:*:*:sleep=0.1", settings=settings) as goes_on:
-        wait_for(lambda: checkpoints(place))
+        wait_for(lambda: checkpoints(place), 60)
         for number in (10, 11, 12):
             (images / f"{number:03d}.png").unlink()
         assert goes_on.wait() == [0, 0], goes_on.text()
-    found = {index for index, _ in record(place)} - {TRUNCATED}
+    found = set(record(place)) - {TRUNCATED}
     assert found
     assert found <= {10, 11, 12}
 
 
-def test_what_is_left_out_may_be_gone_or_another_file_when_the_run_goes_on(place: Path, images: Path) -> None:
+def update(place: Path, **options: Any) -> str:
+    done = run(place, stage="update_images", **options)
+    assert done.wait() == [0, 0], done.text()
+    return done.text()
+
+
+def test_broken_images_are_removed_between_two_runs_and_repaired_ones_come_again(place: Path, images: Path) -> None:
     initialise(place)
     stopped = run(place, settings=SKIP, fault="step:0:9:term", prepare=vanish_once_opened)
     assert stopped.wait() == [75, 75], stopped.text()
-    found = record(place)
-    assert len(found) == 3
+    broken = sorted(record(place))
+    assert len(broken) == 3
+    before = rows_of(checkpoints(place)[-1], "weight")
+    assert "3 of 65 removed, 0 added" in update(place, settings=SKIP)
+    kept = [index for index in range(65) if index not in broken]
+    assert torch.equal(rows_of(checkpoints(place)[-1], "weight"), before[kept])
+    goes_on = run(place, settings=SKIP, fault="step:0:11:term")  # 003.png and 040.png are there, and of their size
+    assert goes_on.wait() == [75, 75], goes_on.text()
+    assert "excluded, it cannot be read: 003.png" in goes_on.text()
+    assert "updating the images" not in goes_on.text()
+    Image.effect_noise((20, 20), 90).convert("RGB").save(images / "007.png")
+    done = run(place, settings=SKIP)
+    assert done.wait() == [0, 0], done.text()
+    assert "0 of 62 removed, 1 added (classes 62 to 62, their rows from their features)" in done.text()
+    assert (place / "run/instances.txt").read_text().split()[-1] == "007.png"
+
+
+def test_what_is_broken_may_be_gone_or_another_file_when_the_run_goes_on(place: Path, images: Path) -> None:
+    initialise(place)
+    stopped = run(place, settings=SKIP, fault="step:0:9:term", prepare=vanish_once_opened)
+    assert stopped.wait() == [75, 75], stopped.text()
     (images / "003.png").unlink()
     (images / "007.png").write_bytes(b"")
     (images / "040.png").write_bytes((images / "040.png").read_bytes()[:500])
     done = run(place, settings=SKIP)
     assert done.wait() == [0, 0], done.text()
-    assert record(place) == found
-    for rows in weight_and_momentum(checkpoints(place)[-1]):
-        assert (rows == 0).all(dim=1).nonzero()[:, 0].tolist() == [3, 7, 40]
+    assert "3 of 65 removed, 1 added" in done.text()  # 040.png has a good header, and is found broken once more
+    assert record(place).count(40) == 2
+    assert len(rows_of(checkpoints(place)[-1], "weight")) == 63
 
 
-def test_what_breaks_between_two_runs_is_left_out_with_its_class(place: Path, images: Path) -> None:
+def test_what_breaks_between_two_runs_is_removed_with_its_class(place: Path, images: Path) -> None:
     initialise(place)
     (images / "020.png").write_bytes(b"")
     done = run(place, settings=SKIP)
     assert done.wait() == [0, 0], done.text()
-    assert "020.png: the file is empty; its class is left out" in done.text()
-    assert record(place) == [(TRUNCATED, 0), (20, 0)]
-    weight, _ = weight_and_momentum(checkpoints(place)[-1])
-    assert (weight == 0).all(dim=1).nonzero()[:, 0].tolist() == [TRUNCATED, 20]
+    assert "excluded, it cannot be read: 020.png: the file is empty" in done.text()
+    assert "2 of 65 removed, 0 added" in done.text()  # a changed list is one without what is known to be broken
+    assert len(rows_of(checkpoints(place)[-1], "weight")) == 63

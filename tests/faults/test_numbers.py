@@ -10,7 +10,7 @@ from rig import TOTAL_STEPS, checkpoints, digests, metrics, run
 
 @pytest.mark.parametrize("zero_stage", [0, *(pytest.param(stage, marks=pytest.mark.fault) for stage in (1, 2))])
 def test_a_step_with_a_nan_on_one_rank_moves_nothing_anywhere(place: Path, zero_stage: int) -> None:
-    """The run ends like one whose step 6 was left out: weights, momenta, W, batch-norm statistics, all to the bit."""
+    """The run ends like one whose step 6 was skipped: weights, momenta, W, batch-norm statistics, all to the bit."""
     poisoned = run(place, fault="step:1:6:nan", zero_stage=zero_stage)
     assert poisoned.wait() == [0, 0], poisoned.text()
     assert poisoned.text().count("are not finite: skipped") == 1
@@ -65,7 +65,7 @@ def test_a_spike_is_said_and_logged(place: Path) -> None:
 def test_a_rollback_ends_like_a_run_that_never_saw_the_batch(place: Path) -> None:
     rolled_back = run(place, fault=SPIKE, settings={"safety.rollback": "true"})
     assert rolled_back.wait() == [0, 0], rolled_back.text()
-    assert "going back to the newest checkpoint; step 11 is left out" in rolled_back.text()
+    assert "going back to the newest checkpoint; step 11 is skipped" in rolled_back.text()
     assert json.loads((place / "run/pretrain/left_out_steps.json").read_text()) == {"steps": [11]}
     assert metrics(place)[-1]["step"] == TOTAL_STEPS
     after = digests(place)

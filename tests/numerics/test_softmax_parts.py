@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from instance_ssl.classifier import torch_passes
-from instance_ssl.classifier.excluded_classes import LeftOutClasses
 from instance_ssl.classifier.reference import dense_hard_classes, dense_labels
 from instance_ssl.classifier.sampling import RowClock
 from instance_ssl.classifier.softmax import (
@@ -19,7 +18,6 @@ from instance_ssl.classifier.softmax import (
     normalise_rows,
     own_labels,
 )
-from instance_ssl.distributed.partition import Partition
 
 OPTIONS = SoftmaxOptions(0.15, "mixture", torch.float32, block_bytes=1)  # one class a block
 
@@ -70,22 +68,13 @@ def test_the_gradient_is_the_mean_over_the_rows_it_is_told() -> None:
     torch.testing.assert_close(gradients[0], 2 * gradients[2])
 
 
-def test_the_best_class_is_the_lowest_of_equals_and_none_that_is_left_out() -> None:
+def test_the_best_class_is_the_lowest_of_equals() -> None:
     weight = torch.tensor([[0.0, 0.0], [-1.0, 0.1], [-1.0, 0.1], [-1.0, 1.0]])
     x = torch.tensor([[1.0, 0.0], [-1.0, 0.1]])
     unit_x, _ = normalise_rows(x)
-    best, classes = torch_passes.best_classes(unit_x, weight, OPTIONS, left_out=torch.tensor([0]))
-    assert classes.tolist() == [3, 1]
-    torch.testing.assert_close(best, torch.tensor([-(0.5**0.5), 1.0]))
-    assert torch_passes.best_classes(unit_x, weight, OPTIONS)[1].tolist() == [0, 1]
-
-
-def test_a_left_out_class_is_struck_out_and_its_own_row_with_it() -> None:
-    left_out = LeftOutClasses(Partition(6, 2), rank=1)  # classes 3, 4 and 5
-    left_out.add(torch.tensor([4, 0]))
-    table = torch.tensor([[0, 1], [1, 2], [4, 3]], dtype=torch.int32)
-    left_out.strike_out_(table)
-    assert table.tolist() == [[-1, 1], [-1, -1], [-1, 3]]
+    best, classes = torch_passes.best_classes(unit_x, weight, OPTIONS)
+    assert classes.tolist() == [0, 1]
+    torch.testing.assert_close(best, torch.tensor([0.0, 1.0]))
 
 
 def test_rows_that_are_settled_late_are_rounded_stochastically() -> None:

@@ -194,16 +194,6 @@ def test_images_are_found_by_their_names(whole: Path) -> None:
     assert f"data.root: {names[0]} was is gone" in _page(whole).text
 
 
-def test_epochs_are_counted_over_a_growth(whole: Path) -> None:
-    position = {"step": 24, "stretches": [[0, 0, 3], [6, 2, 6]]}  # 2 epochs of 3 steps, then 3 of 6
-    _write(whole / "pretrain/checkpoints/step_000000024/training.json", position)
-    (run,) = open_runs([whole])
-    loss = dict(curve(run, "train/loss"))
-    assert loss[1.0] == pytest.approx(3.7)  # step 3
-    assert loss[2.5] == pytest.approx(3.1)  # step 9
-    assert loss[5.0] == pytest.approx(1.6)  # step 24
-
-
 def test_several_runs_stand_side_by_side(whole: Path, tmp_path: Path) -> None:
     other = tmp_path / "other/whole"
     _training(other, epochs_done=2, state="running", seed=7)

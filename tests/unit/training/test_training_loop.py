@@ -16,7 +16,7 @@ def test_a_step_s_loss_is_a_sum_over_micro_batches_and_log_z_a_mean() -> None:
     assert step._read(outputs) == (3.5, 5.0, 3)
 
 
-def test_steps_that_are_left_out_use_their_data_up_and_the_last_step_is_measured(
+def test_steps_that_are_skipped_use_their_data_up_and_the_last_step_is_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = SimpleNamespace(encoder=SimpleNamespace(train=lambda: None), steps_taken=10)
@@ -35,7 +35,7 @@ def test_steps_that_are_left_out_use_their_data_up_and_the_last_step_is_measured
     seen: list[tuple[int, object]] = []
     step.train_epoch(
         engine, shard, iter(range(100, 120)), steps=range(10, 18), accumulation_steps=2,  # type: ignore[arg-type]
-        positives_of=torch.tensor, measure_every_steps=3, on_step=lambda *report: seen.append(report), left_out={12},
+        positives_of=torch.tensor, measure_every_steps=3, on_step=lambda *report: seen.append(report), skipped={12},
     )  # fmt: skip
     assert [step for step, _ in seen] == list(range(10, 18))
     assert [step for step, report in seen if report is None] == [12]
