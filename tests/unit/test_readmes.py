@@ -58,7 +58,8 @@ def test_every_function_that_is_linked_to_exists(page: Path) -> None:
 # Files and folders that runs write; they are not part of the project.
 WRITTEN_BY_RUNS = {
     "config.yaml", "ds_config.json", "environment.json", "status.json", "result.json", "training.json", "data.json",
-    "tensorboard", "checkpoints", "trainings", "table.json", "table.md", "MANIFEST.json",
+    "tensorboard", "checkpoints", "trainings", "table.json", "table.md", "MANIFEST.json", "left_out_steps.json", "points.json",
+    "model_card.json",
 }  # fmt: skip
 
 
