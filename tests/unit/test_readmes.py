@@ -2,9 +2,11 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from processes import run_bare
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -58,8 +60,8 @@ def test_every_function_that_is_linked_to_exists(page: Path) -> None:
 # Files and folders that runs write; they are not part of the project.
 WRITTEN_BY_RUNS = {
     "config.yaml", "ds_config.json", "environment.json", "status.json", "result.json", "training.json", "data.json",
-    "tensorboard", "checkpoints", "trainings", "table.json", "table.md", "MANIFEST.json", "left_out_steps.json", "points.json",
-    "model_card.json",
+    "tensorboard", "checkpoints", "trainings", "table.json", "table.md", "MANIFEST.json", "points.json",
+    "left_out_steps.json", "model_card.json", "data.md", "train2018.json", "val2018.json",
 }  # fmt: skip
 
 
@@ -69,8 +71,30 @@ def test_every_path_that_is_named_exists(page: Path) -> None:
     places = [f"/{name_of(path)}" for path in ROOT.rglob("*") if ".git" not in path.parts]
     for path in re.findall(r"`([\w/]+(?:\.(?:py|yaml|json|md)|/))`", page.read_text()):
         path = path.rstrip("/")
-        written_by_runs = path.split("/")[-1] in WRITTEN_BY_RUNS
+        written_by_runs = path.startswith("D/") or path.split("/")[-1] in WRITTEN_BY_RUNS
         assert written_by_runs or any(place.endswith(f"/{path}") for place in places), f"{name_of(page)}: {path}"
+
+
+def runner_commands(page: Path) -> list[list[str]]:
+    """The runners that a page's bash blocks start, each with its arguments; what a launcher is given is not in them."""
+    commands = []
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in re.split(r"\n|&&|;", block.replace("\\\n", " ")):
+            words = [word for word in shlex.split(line, comments=True) if "…" not in word]
+            starts = [place for place, word in enumerate(words) if re.match(r"runners/.*\.py$", word)]
+            if starts and not any("$" in word for word in words):
+                commands += [words[start:] for start in starts]
+    return commands
+
+
+COMMANDS = [(page, command) for page in FRONT_DOORS for command in runner_commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value[0] if isinstance(value, list) else None)
+def test_every_command_is_one_that_its_runner_takes(page: Path, command: list[str]) -> None:
+    """Its flags, and the configuration keys that it sets, by the runner's own parser."""
+    finished = run_bare(str(ROOT / "tests/parse_only"), *command)
+    assert finished.returncode == 0, f"{name_of(page)}: {shlex.join(command)}\n{finished.stderr}"
 
 
 def test_the_front_door_is_short() -> None:
