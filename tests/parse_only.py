@@ -19,7 +19,7 @@ class Parsed(BaseException):
 def parse_and_stop(self: ArgumentParser, *arguments: object, **options: object) -> Namespace:
     parsed: Namespace = original(self, *arguments, **options)
     config = getattr(parsed, "config", None)
-    if isinstance(config, Path) and config.exists() and hasattr(parsed, "set"):
+    if isinstance(config, Path) and config.exists() and hasattr(parsed, "deepspeed_config"):  # not of an ablation
 
         def check() -> None:
             load_config(config, parsed.set)
