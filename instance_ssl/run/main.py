@@ -6,6 +6,7 @@ the JSON or a path is reported at once.
 
 import contextlib
 import os
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -76,16 +77,22 @@ def run_stages(
     return _run(work)
 
 
-def run_measurement(measure: "Callable[[Group], None]") -> int:
-    """Runs a measurement, which needs a world but no run directory, and returns the process's exit code."""
+def run_measurement(parse: Callable[[], Namespace], measure: "Callable[[Namespace, Group], None]") -> int:
+    """Runs a measurement, which needs a world but no run directory, and returns the process's exit code.
+
+    Args:
+        parse: parses the command line, before torch is imported.
+        measure: is given the arguments and the world.
+    """
 
     def work(process: Process) -> None:
+        process.guard.watch()
+        arguments = parse()
         from instance_ssl.distributed import comm
 
-        process.guard.watch()
         world = comm.initialize()
         process.meet(world)
-        measure(world)
+        measure(arguments, world)
         world.barrier()
 
     return _run(work)

@@ -32,8 +32,7 @@ def _report(output: Path, runs: Path, ablation: Ablation, plan: Plan) -> None:
     table = format_markdown(ablation, results)
     write_text(output / "table.md", table)
     write_json(output / "table.json", to_json(ablation, plan, results))
-    if not draw(output / "table.png", ablation, results):
-        tell("no picture: install matplotlib (pip install -e '.[plots]')")
+    draw(output / "table.png", ablation, results)
     tell(f"\n{table}\n{output / 'table.md'}")
 
 

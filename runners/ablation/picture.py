@@ -9,12 +9,10 @@ from table import Results, Values
 _COLOURS = ("#2a6f97", "#e9a03b", "#4a9c5d", "#b5485b", "#7b5ea7", "#5c5c5c", "#3fb5b5", "#b58a3f")
 
 
-def draw(path: Path, ablation: Ablation, results: Results) -> bool:
-    """Writes a PNG with a row of panels per group; returns False if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw(path: Path, ablation: Ablation, results: Results) -> None:
+    """Writes a PNG with a row of panels per group."""
+    from matplotlib.figure import Figure  # late: it takes a second
+
     groups = list(dict.fromkeys(row.group for row in results))
     width, height = 4.5 * len(ablation.drawn), 3.2 * len(groups)
     picture = Figure(figsize=(width, height), layout="constrained")
@@ -29,7 +27,6 @@ def draw(path: Path, ablation: Ablation, results: Results) -> bool:
             axes.grid(axis="y" if curves else "x", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
     picture.savefig(path, dpi=110)
-    return True
 
 
 def _draw_curves(axes: Any, values: dict[Row, Values]) -> None:

@@ -5,13 +5,14 @@ deepspeed --num_gpus T runners/benchmarks/checkpoint.py --num-classes 1000000 --
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from checkpoint_times import measure_checkpoints
-from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.main import run_measurement
 from instance_ssl.run.shutdown import leave
-from measure import describe_machine, format_table
+
+if TYPE_CHECKING:
+    from instance_ssl.distributed.comm import Group
 
 
 def _arguments() -> argparse.Namespace:
@@ -24,8 +25,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(world: Group) -> None:
-    arguments = _arguments()
+def _run(arguments: argparse.Namespace, world: "Group") -> None:
+    from checkpoint_times import measure_checkpoints  # late, for it imports torch
+    from measure import describe_machine, format_table
+
     if world.rank == 0:
         arguments.directory.mkdir(parents=True)
     world.barrier()
@@ -36,4 +39,4 @@ def _run(world: Group) -> None:
 
 
 if __name__ == "__main__":
-    leave(run_measurement(_run))
+    leave(run_measurement(_arguments, _run))

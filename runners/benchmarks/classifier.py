@@ -5,21 +5,27 @@ deepspeed --num_gpus T runners/benchmarks/classifier.py --num-classes 65536 2621
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import classifier_sweeps as sweeps
-from classifier_variants import VARIANTS
-from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.main import run_measurement
 from instance_ssl.run.shutdown import leave
-from measure import describe_machine, format_table, write_csv
+
+if TYPE_CHECKING:
+    from instance_ssl.distributed.comm import Group
 
 _DEFAULT = ["replicated-dense", "sharded-dense", "streamed", "streamed-bfloat16"]
 
 
 def _arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=_DEFAULT, help="the first is the reference")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="V",
+        default=_DEFAULT,
+        help="the first is the reference; an unknown one lists all",
+    )
     parser.add_argument("--num-classes", type=int, nargs="+", default=[65_536], metavar="N", help="over all ranks")
     parser.add_argument("--batch", type=int, nargs="+", default=[256], metavar="B", help="rows of the global batch")
     parser.add_argument("--embedding-dim", type=int, default=128)
@@ -27,12 +33,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=11, help="steps of each variant, interleaved")
     parser.add_argument("--memory-budget-gib", type=float, help="instead: find the largest N whose step fits")
     parser.add_argument("--weak-scaling", action="store_true", help="instead: time 1, 2, 4 … ranks with N classes each")
-    parser.add_argument("--output", type=Path, help="directory for steps.csv and steps.png (needs the plots extra)")
+    parser.add_argument("--output", type=Path, help="directory for steps.csv and steps.png")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     return parser.parse_args()
 
 
-def _measure(arguments: argparse.Namespace, world: Group) -> list[sweeps.Row]:
+def _measure(arguments: argparse.Namespace, world: "Group") -> list[dict[str, Any]]:
+    import classifier_sweeps as sweeps
+
     shape = (arguments.embedding_dim, arguments.num_hard_classes)
     if arguments.memory_budget_gib is not None:
         budget = int(arguments.memory_budget_gib * 2**30)
@@ -54,8 +62,10 @@ def _measure(arguments: argparse.Namespace, world: Group) -> list[sweeps.Row]:
     ]
 
 
-def _run(world: Group) -> None:
-    arguments = _arguments()
+def _run(arguments: argparse.Namespace, world: "Group") -> None:
+    import classifier_sweeps as sweeps  # late, for it imports torch
+    from measure import describe_machine, format_table, write_csv
+
     errors = sweeps.check_gradients(arguments.variants, world)
     rows = _measure(arguments, world)
     if world.rank > 0:
@@ -70,4 +80,4 @@ def _run(world: Group) -> None:
 
 
 if __name__ == "__main__":
-    leave(run_measurement(_run))
+    leave(run_measurement(_arguments, _run))

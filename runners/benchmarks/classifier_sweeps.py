@@ -21,8 +21,10 @@ def check_gradients(names: Sequence[str], world: Group) -> list[Row]:
     """Measures relative errors against float64, one row per variant.
 
     Raises:
-        UserError: an error too large to be rounding; wrong results are not timed.
+        UserError: an unknown variant, or an error too large to be rounding; wrong results are not timed.
     """
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise UserError(f"--variants {unknown[0]}: give some of {', '.join(VARIANTS)}")
     rows = []
     for name in names:
         errors = gradient_error(VARIANTS[name], world)
@@ -155,10 +157,8 @@ def weak_scaling(
 
 def plot_steps(rows: Sequence[Row], path: Path) -> None:
     """Draws time and memory beyond W and momentum against N, one line per variant, on logarithmic axes."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('the picture needs matplotlib: pip install -e ".[plots]", or omit --output') from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
     for column, label, axis in (("median_ms", "ms a step", axes[0]), ("extra_MiB", "MiB beyond W, momentum", axes[1])):

@@ -8,15 +8,14 @@ OMP_NUM_THREADS=1 python runners/benchmarks/data.py --images FOLDER --workers 2 
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from instance_ssl.data.datasets import open_source
-from instance_ssl.data.image_sources import EncodedImages
-from instance_ssl.distributed.comm import Group
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.main import run_measurement
 from instance_ssl.run.shutdown import leave
-from loader_rates import Settings, compare, compare_decoders, in_all_formats
-from measure import describe_machine, format_table, markdown_table
+
+if TYPE_CHECKING:
+    from instance_ssl.distributed.comm import Group
 
 
 def _arguments() -> argparse.Namespace:
@@ -36,8 +35,12 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _run(world: Group) -> None:
-    arguments = _arguments()
+def _run(arguments: argparse.Namespace, world: "Group") -> None:
+    from instance_ssl.data.datasets import open_source  # late, for it imports torch
+    from instance_ssl.data.image_sources import EncodedImages
+    from loader_rates import Settings, compare, compare_decoders, in_all_formats
+    from measure import describe_machine, format_table, markdown_table
+
     kind, root = ("folder", arguments.images) if arguments.cifar10 is None else ("cifar10", arguments.cifar10)
     source = open_source(kind, "train", root=root, list_file=None, limit=arguments.limit)
     size = arguments.image_size or (224 if kind == "folder" else 32)
@@ -57,4 +60,4 @@ def _run(world: Group) -> None:
 
 
 if __name__ == "__main__":
-    leave(run_measurement(_run))
+    leave(run_measurement(_arguments, _run))

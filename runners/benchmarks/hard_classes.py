@@ -5,14 +5,15 @@ OMP_NUM_THREADS=2 python runners/benchmarks/hard_classes.py --num-classes 65536 
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.run.console import ArgumentParser, tell
 from instance_ssl.run.main import run_measurement
 from instance_ssl.run.shutdown import leave
-from measure import describe_machine, format_table, write_csv
-from search_times import compare, make_rows
+
+if TYPE_CHECKING:
+    from instance_ssl.distributed.comm import Group
 
 
 def _arguments() -> argparse.Namespace:
@@ -29,8 +30,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(world: Group) -> None:
-    arguments = _arguments()
+def _run(arguments: argparse.Namespace, world: "Group") -> None:
+    from measure import describe_machine, format_table, write_csv  # late, for it imports torch
+    from search_times import compare, make_rows
+
     rows = []
     for num_classes in arguments.num_classes:
         rows += compare(
@@ -50,4 +53,4 @@ def _run(world: Group) -> None:
 
 
 if __name__ == "__main__":
-    leave(run_measurement(_run))
+    leave(run_measurement(_arguments, _run))

@@ -6,7 +6,6 @@ Memory only: Table 1's times depend on the authors' network, data loading and ke
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from instance_ssl.errors import UserError
 from instance_ssl.stages.plan import Training
 from instance_ssl.training.memory_plan import LAYOUTS, Layout
 
@@ -74,14 +73,9 @@ def draw_figure_3(
         path: the PNG to write.
         training_at: the training on a number of ranks; None where the batch cannot be divided over them.
         world_sizes: numbers of ranks in the second panel.
-
-    Raises:
-        UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('the picture needs matplotlib: pip install -e ".[plots]", or omit --output') from None
+    from matplotlib.figure import Figure
+
     training = training_at(ranks)
     assert training is not None  # the caller has checked this number of ranks
     figure = Figure(figsize=(12, 4.8), layout="constrained")

@@ -4,20 +4,36 @@ python runners/benchmarks/peers.py --stages simclr --config F --deepspeed_config
 Without --stages it trains this project. runners/ablation/ablate.py with configs/ablations/peers.yaml runs all of them.
 """
 
-from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
-import peer_stages
 from instance_ssl.run.main import StageSpec, run_stages
 from instance_ssl.run.shutdown import leave
-from instance_ssl.stages import initialize_classifier
-from peer_methods import PEERS
 
-OWN = [
-    StageSpec("initialize_classifier", initialize_classifier.run),
-    StageSpec("pretrain", peer_stages.run_training),
-    StageSpec("own", peer_stages.run_own, needs_labels=True),
-]
-OTHERS = [StageSpec(name, partial(peer_stages.run_peer, name), needs_labels=True) for name in PEERS]
+if TYPE_CHECKING:
+    from instance_ssl.run.stage import Stage
+    from peer_methods import PeerName
+
+
+def _train(stage: "Stage") -> dict[str, Any]:
+    import peer_stages  # late, for it imports torch
+
+    return peer_stages.run_training(stage)
+
+
+def _own(stage: "Stage") -> dict[str, Any]:
+    import peer_stages
+
+    return peer_stages.run_own(stage)
+
+
+def _peer(stage: "Stage") -> dict[str, Any]:
+    import peer_stages
+
+    return peer_stages.run_peer(cast("PeerName", stage.name), stage)
+
+
+OWN = [StageSpec("initialize_classifier"), StageSpec("pretrain", _train), StageSpec("own", _own, needs_labels=True)]
+OTHERS = [StageSpec(name, _peer, needs_labels=True) for name in ("simclr", "moco_v2", "instdisc")]
 
 if __name__ == "__main__":
     leave(run_stages(OWN, further=OTHERS))

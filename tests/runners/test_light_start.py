@@ -20,16 +20,24 @@ def tell(code=0):
     leave(code)
 os._exit = tell
 sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
     tell(end.code or 0)
 """
 STAGES = [
-    "initialize_classifier", "pretrain", "pipeline", "evaluate_knn", "evaluate_linear", "evaluate_semi_supervised",
+    "update_images", "initialize_classifier", "pretrain", "pipeline", "evaluate_knn", "evaluate_linear",
+    "evaluate_semi_supervised",
     "evaluate_fine_tune", "evaluate_detection", "evaluate_retrieval", "evaluate_similarity", "evaluate_checkpoints",
     "export",
 ]  # fmt: skip
+BENCHMARKS = [
+    f"{path.parent.name}/{path.stem}"
+    for folder in ("benchmarks", "ablation")
+    for path in sorted((ROOT / "runners" / folder).glob("*.py"))
+    if "__main__" in path.read_text()
+]
 NEEDED = {
     "plan": ["--world-size", "1"],
     "show_views": [],
@@ -82,7 +90,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("runner", [*STAGES, *NEEDED, "report", "supervise"])
+@pytest.mark.parametrize("runner", [*STAGES, *NEEDED, "report", "supervise", *BENCHMARKS])
 def test_help_imports_nothing_heavy(runner: str) -> None:
     code, printed, lines, heavy = probe(runner, ["--help"])
     assert (code, lines, heavy) == (0, [], [])

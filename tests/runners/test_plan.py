@@ -66,16 +66,13 @@ def test_a_mistake_is_one_line(arguments: list[str], expected: str, capsys: pyte
     assert expected in printed.err
 
 
-def test_a_picture_without_matplotlib_is_one_line(
+def test_a_setting_that_is_not_the_papers_is_drawn_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = ["--config", str(ROOT / "runners/configs/pipeline_digits.yaml")]
     files += ["--deepspeed_config", str(ROOT / "ds_configs/cpu_float32.json")]
     words = [*files, "--world-size", "2", "--output", str(tmp_path / "plan")]
     monkeypatch.setattr(sys, "argv", ["paper_memory.py", *words])
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert exit_code_of(lambda: paper_memory._run(paper_memory._arguments())) == 2
-    printed = capsys.readouterr()
-    assert "not the paper's setting" in printed.out
-    assert 'pip install -e ".[plots]"' in printed.err.splitlines()[-1]
-    assert not (tmp_path / "plan").exists()
+    assert exit_code_of(lambda: paper_memory._run(paper_memory._arguments())) == 0
+    assert "not the paper's setting" in capsys.readouterr().out
+    assert (tmp_path / "plan/figure3.png").stat().st_size > 0
