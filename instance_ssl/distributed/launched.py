@@ -31,8 +31,3 @@ def is_beside_rank_0() -> bool:
 def is_by_torchrun() -> bool:
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def is_on_one_machine() -> bool:
-    """Whether all ranks run on this machine, so that each sees the same files."""
-    return world_size() == local_size()

@@ -51,8 +51,8 @@ class Request:
 def read_request(arguments: argparse.Namespace, stages: Sequence[str], *, needs_labels: bool) -> Request:
     """Reads and checks everything that can be refused before torch is imported.
 
-    Paths are checked here where all ranks run on one machine. Several machines may hold different files, so there the
-    ranks compare what they find once they have met (`opening.open_run`).
+    A single process checks paths here. Several ranks compare what they were asked and what they find once they have met
+    (`opening.open_run`): one that was started differently must not be refused alone, in silence.
 
     Args:
         arguments: of `parse_arguments`.
@@ -80,7 +80,7 @@ def read_request(arguments: argparse.Namespace, stages: Sequence[str], *, needs_
         has_default_directory=arguments.run_dir is None,
         needs_labels=needs_labels,
     )
-    if launched.is_on_one_machine():
+    if launched.world_size() == 1:
         checks.check_sources(config.evaluation)
         if not (request.run_directory / UPDATE).exists():  # else the run directory is between two states
             request.check_run_directory()

@@ -48,7 +48,7 @@ def test_an_initialisation_without_room_is_refused_before_its_pass(place: Path, 
 @pytest.mark.parametrize("small_disk", [("initialize_classifier", "8m")], indirect=True)
 def test_an_initialisation_whose_disk_fills_up_says_so(place: Path, small_disk: Path) -> None:
     with running(place, stage="initialize_classifier", fault="initialize:0:2:sleep=1.5") as full:
-        wait_for(lambda: (small_disk / "status.json").exists() and (small_disk / ".status.json.room").exists())
+        wait_for(lambda: full.record is not None and full.record.exists())  # the pass is under way
         fill(small_disk / "filler")
         assert full.wait(30) == [2, 2], full.text()
     assert full.text().count("error: ") == 1
