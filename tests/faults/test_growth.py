@@ -16,6 +16,7 @@ from PIL import Image
 from rig import NUM_IMAGES, checkpoints, digests, metrics, run
 
 from instance_ssl.checkpoint import directory
+from instance_ssl.checkpoint.committed import checksum
 from instance_ssl.checkpoint.directory import read_tensors
 from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.datasets import open_source
@@ -215,7 +216,7 @@ def as_left_by_an_earlier_version(place: Path, stretches: list[list[int]]) -> No
     record = directory.write_file(newest / "training.json", json.dumps({**position, "stretches": stretches}))
     manifest = json.loads((newest / "MANIFEST.json").read_text())
     manifest["files"]["training.json"] = asdict(record)
-    manifest["checksum"] = directory._checksum(manifest["files"])
+    manifest["checksum"] = checksum(manifest["files"])
     (newest / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
