@@ -9,6 +9,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -26,10 +27,9 @@ from instance_ssl.data.decode import (
     image_pixels,
     open_image,
 )
-from instance_ssl.data.folders import escape
-from instance_ssl.data.name_table import NameTable, pack_names
+from instance_ssl.data.name_table import NameTable, pack_names, take_rows
 from instance_ssl.data.unreadable_images import REFUSE, OnBroken, check_files
-from instance_ssl.errors import RankError, reason
+from instance_ssl.errors import RankError, escape, reason
 from instance_ssl.files.name_lists import list_line, read_lines, write_names
 
 logger = logging.getLogger(__name__)
@@ -140,17 +140,12 @@ class ArrayImages(ImageSource):
         pixels = np.ascontiguousarray(pixels)
         digest = hashlib.sha256(repr(pixels.shape).encode())
         digest.update(pixels.reshape(-1).data)
-        columns = {**pack_names(names), "pixels": pixels, **label_column(labels)}
+        columns = {**pack_names(names), "pixels": pixels, **_label_column(labels)}
         super().__init__(columns, class_names, digest.hexdigest())
-
-    @property
-    def pixels(self) -> np.ndarray:
-        """(N, H, W, 3) uint8, read-only."""
-        return self.columns["pixels"]
 
     def load(self, index: int) -> Image.Image:
         """Image `index` in RGB mode, a copy."""
-        return Image.fromarray(self.pixels[index])
+        return Image.fromarray(self.columns["pixels"][index])
 
 
 class EncodedImages(ImageSource):
@@ -199,14 +194,11 @@ class EncodedImages(ImageSource):
             RankError: the file is gone, truncated or otherwise undecodable.
         """
         try:
-            return decode_pixels(
-                self.read(index), choose_reduction, self.rendering, lambda error: self._log_refusal(index, error)
-            )
+            return decode_pixels(self.read(index), choose_reduction, self.rendering, partial(self._warn_once, index))
         except Exception as error:
             raise self._undecodable(index, error) from error
 
-    def _log_refusal(self, index: int, error: Exception) -> None:
-        """Warns once that torchvision refuses files like this one."""
+    def _warn_once(self, index: int, error: Exception) -> None:
         if not _HAS_WARNED[0]:
             _HAS_WARNED[0] = 1
             why = reason(error).rpartition(", ")[2]  # without the line in torchvision's sources
@@ -252,14 +244,14 @@ class FileImages(EncodedImages):
         rendering: Rendering = AS_SHOWN,
     ) -> None:
         self.root = root
-        packed = pack_names(names)
-        listed = NameTable(packed)
-        sizes, problems = check_files(root, listed, on_broken)
-        columns = {**packed, "sizes": sizes, **label_column(labels)}
+        columns = pack_names(names)
+        listed = NameTable(columns)
+        columns["sizes"], problems = check_files(root, listed, on_broken)
+        columns |= _label_column(labels)
         if problems:
             self.left_out = [f"{list_line(listed[index])}: {why}" for index, why in problems.items()]
             kept = np.delete(np.arange(len(listed)), list(problems))
-            columns = {**pack_names(listed[int(i)] for i in kept), "sizes": sizes[kept], **label_column(labels, kept)}
+            columns = take_rows(columns, kept)
             held_out = None if held_out is None else held_out[torch.from_numpy(kept)]
         super().__init__(columns, class_names, rendering)
         if held_out is not None:
@@ -281,11 +273,8 @@ class FileImages(EncodedImages):
         return escape(str(self.root / self.names[index]))
 
 
-def label_column(labels: torch.Tensor | None, kept: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """The column of the labels, only of the `kept` rows where given; empty without labels."""
-    if labels is None:
-        return {}
-    return {"labels": labels.numpy() if kept is None else labels.numpy()[kept]}
+def _label_column(labels: torch.Tensor | None) -> dict[str, np.ndarray]:
+    return {} if labels is None else {"labels": labels.numpy()}
 
 
 def names_digest(columns: Mapping[str, np.ndarray], rendering: Rendering) -> str:
