@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from instance_ssl.data.decode import open_image
-from instance_ssl.data.folders import SUFFIXES, escape
+from instance_ssl.data.folders import SUFFIXES
 from instance_ssl.data.name_table import NameTable, pack_names, packed
-from instance_ssl.errors import UserError, reason
+from instance_ssl.errors import UserError, escape, reason
 from instance_ssl.files.atomic import whole_file
 
 _VERSION = 2  # 1 joined labels to neighbours, and kept every image of a sample
