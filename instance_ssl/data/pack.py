@@ -148,10 +148,8 @@ def _begin(source: EncodedImages, folder: Path, packing: Packing) -> dict[str, r
         if any(folder.iterdir()):
             raise UserError(f"--output {escape(str(folder))} is not empty: give another folder")
         sampled = range(0, len(source), math.ceil(len(source) / _SAMPLED))
-        contents = [content for index in sampled if (content := _try(source, index, packing)[0])]
-        blocks = [
-            1 - -len(content) // _BLOCK for content in contents
-        ]  # a member's header, and its content in whole ones
+        contents = (content for index in sampled if (content := _try(source, index, packing)[0]))
+        blocks = [1 - -len(content) // _BLOCK for content in contents]  # its header, and whole blocks of content
         mean = _BLOCK * sum(blocks) / len(blocks) if blocks else _BLOCK
         write_json(path, {**wanted, "images_per_shard": max(1, round(packing.shard_mib * 2**20 / mean))})
     try:
