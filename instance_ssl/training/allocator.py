@@ -20,8 +20,7 @@ def keep_freed_memory(environment: Mapping[str, str]) -> bool:
     tunables = environment.get("GLIBC_TUNABLES", "")
     if any(name.startswith("MALLOC_") for name in environment) or "glibc.malloc" in tunables:
         return False
-    mallopt = _mallopt()
-    if mallopt is None:
+    if (mallopt := _mallopt()) is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))
 
