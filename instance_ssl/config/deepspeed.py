@@ -192,9 +192,7 @@ def load_ds_config(
     }
     if zero_stage > 0:
         engine["zero_allow_untested_optimizer"] = True
-    autocast = _autocast(values.get("torch_autocast", {}), path)
-    if zero_stage > 0 and autocast is not None:
-        _check_autocast_under_zero(values, autocast, path)
+    autocast = _autocast(values, zero_stage, path)
     recompute_stages = "activation_checkpointing" in values
     if recompute_stages:
         _check_activation_checkpointing(values["activation_checkpointing"], path)
@@ -279,7 +277,8 @@ def _zero_stage(section: Any, path: Path) -> int:
     return _validated(ZeroSection, section, "zero_optimization", path).stage
 
 
-def _autocast(section: Any, path: Path) -> DtypeName | None:
+def _autocast(values: dict[str, Any], zero_stage: int, path: Path) -> DtypeName | None:
+    section = values.get("torch_autocast", {})
     known = ("enabled", "dtype", "lower_precision_safe_modules")
     if not isinstance(section, dict):
         raise UserError(f"{path}: torch_autocast must be an object with {', '.join(known)}")
@@ -291,12 +290,9 @@ def _autocast(section: Any, path: Path) -> DtypeName | None:
     dtype: DtypeName | None = next((name for name in ("bfloat16", "float16") if section.get("dtype") == name), None)
     if dtype is None:
         raise UserError(f"{path}: torch_autocast.dtype must be bfloat16 or float16")
-    return dtype
-
-
-def _check_autocast_under_zero(values: dict[str, Any], autocast: DtypeName, path: Path) -> None:
-    """Refuses what DeepSpeed does differently under ZeRO 1 and 2 when it also runs autocast."""
-    if autocast == "float16":
+    if zero_stage == 0:
+        return dtype
+    if dtype == "float16":
         raise UserError(
             f"{path}: torch_autocast.dtype float16 needs zero_optimization.stage 0: under ZeRO, DeepSpeed skips a step "
             "that overflows without lowering the loss scale, and so every later one"
@@ -307,6 +303,7 @@ def _check_autocast_under_zero(values: dict[str, Any], autocast: DtypeName, path
             "reduces gradients of convolutions and linear layers in torch_autocast.dtype, of other layers in float32; "
             "torch_autocast.lower_precision_safe_modules [] has all reduced in float32"
         )
+    return dtype
 
 
 def _check_activation_checkpointing(section: Any, path: Path) -> None:

@@ -152,10 +152,9 @@ def _find_tree(root: Path, split: str) -> ListedFiles:
 
     names, remarks = packed(labelled_names()), ignored.remarks(root / folder)
     labels_N = np.array(labels, np.int64)
-    for class_name, size in zip(classes, np.bincount(labels_N, minlength=len(classes)).tolist(), strict=True):
-        if size == 0:
-            nothing = f"data.root: class folder {escape(str(root / folder / class_name))} holds no image"
-            raise UserError("; ".join([nothing, *remarks]))
+    for label in np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 0):
+        nothing = f"data.root: class folder {escape(str(root / folder / classes[label]))} holds no image"
+        raise UserError("; ".join([nothing, *remarks]))
     return ListedFiles(root, names, labels_N, classes, remarks=remarks)
 
 
@@ -200,16 +199,10 @@ def _read_list(root: Path | None, list_file: Path | None, *, must_exist: bool) -
 
 def _open_files(files: ListedFiles, kept: np.ndarray, on_broken: OnBroken, rendering: Rendering) -> FileImages:
     """The files at the places `kept`, (n,) int64."""
-    rows = torch.from_numpy(kept)
-    images = FileImages(
-        files.root,
-        (files.names[i] for i in kept),
-        None if files.labels is None else torch.as_tensor(files.labels, dtype=torch.int64)[rows],
-        files.class_names,
-        on_broken,
-        None if files.held_out is None else torch.tensor(files.held_out)[rows],
-        rendering,
-    )
+    rows, names = torch.from_numpy(kept), (files.names[i] for i in kept)
+    labels = None if files.labels is None else torch.as_tensor(files.labels, dtype=torch.int64)[rows]
+    held_out = None if files.held_out is None else torch.tensor(files.held_out)[rows]
+    images = FileImages(files.root, names, labels, files.class_names, on_broken, held_out, rendering)
     images.remarks = files.remarks
     return images
 

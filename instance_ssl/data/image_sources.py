@@ -105,7 +105,7 @@ class ImageSource(ABC):
         """Image `index` in RGB mode.
 
         Raises:
-            RankError: the image cannot be read; one line that names the file.
+            RankError: the image is gone, truncated or otherwise undecodable; one line that names the file.
         """
 
     def load_pixels(self, index: int, choose_reduction: ChooseReduction) -> torch.Tensor:
@@ -176,11 +176,7 @@ class EncodedImages(ImageSource):
         """The name of image `index`'s file in messages, escaped."""
 
     def load(self, index: int) -> Image.Image:
-        """Image `index` in RGB mode, turned and composed as `rendering` says; 16-bit grey keeps its upper 8 bits.
-
-        Raises:
-            RankError: the file is gone, truncated or otherwise undecodable.
-        """
+        """Image `index` in RGB mode, turned and composed as `rendering` says; 16-bit grey keeps its upper 8 bits."""
         try:
             with open_image(io.BytesIO(self.read(index))) as image:
                 return convert_to_rgb(image, self.rendering)
@@ -188,11 +184,7 @@ class EncodedImages(ImageSource):
             raise self._undecodable(index, error) from error
 
     def load_pixels(self, index: int, choose_reduction: ChooseReduction) -> torch.Tensor:
-        """Image `index` as (3, H, W) uint8, RGB; a JPEG is smaller by the chosen factor.
-
-        Raises:
-            RankError: the file is gone, truncated or otherwise undecodable.
-        """
+        """Image `index` as (3, H, W) uint8, RGB; a JPEG is smaller by the chosen factor."""
         try:
             return decode_pixels(self.read(index), choose_reduction, self.rendering, partial(self._warn_once, index))
         except Exception as error:

@@ -24,13 +24,7 @@ def sample_seed(seed: int, epoch: int, index: int, view: int) -> int:
 
 
 class ViewItem(NamedTuple):
-    """The views of one image.
-
-    Attributes:
-        views: (V, 3, S, S) float32, normalised; uint8 where `colours` is given.
-        id: instance id of the image.
-        colours: (V, P) float32, the colour changes still to be made; None: the views are finished.
-    """
+    """The views of one image, with the shapes of a `ViewBatch` less its first dimension."""
 
     views: Tensor
     id: int
@@ -70,11 +64,8 @@ class ViewDataset(Dataset[ViewItem]):
     def __init__(
         self, source: ImageSource, transform: Transform, num_views: int, seed: int, *, leave_colours: bool = False
     ) -> None:
-        self.source = source
-        self.transform = transform
-        self.num_views = num_views
-        self.seed = seed
-        self.leave_colours = leave_colours
+        self.source, self.transform, self.num_views = source, transform, num_views
+        self.seed, self.leave_colours = seed, leave_colours
 
     def __len__(self) -> int:
         return len(self.source)
