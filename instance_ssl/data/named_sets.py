@@ -81,16 +81,14 @@ def find_dtd(root: Path, split: str) -> ListedFiles:
     def is_there(name: str) -> bool:
         return (root / base / "images" / name).exists()
 
-    parts = {
-        part: _lines(root / base / "labels" / f"{part}1.txt", "DTD", is_there) for part in ("train", "val", "test")
-    }
+    files = {part: root / base / "labels" / f"{part}1.txt" for part in ("train", "val", "test")}
+    parts = {part: _lines(path, "DTD", is_there) for part, path in files.items()}
     class_names = sorted({_folder(entry) for entries in parts.values() for entry in entries})
-    shown, prefix = root / base / "labels", f"{base}/images/"
     if split == "test":
-        return _labelled(root, shown / "test1.txt", sorted(parts["test"]), class_names, prefix)
+        return _labelled(root, files["test"], sorted(parts["test"]), class_names, f"{base}/images/")
     held_out = set(parts["val"])
     entries = sorted([*parts["train"], *held_out])
-    found = _labelled(root, shown / "train1.txt", entries, class_names, prefix)
+    found = _labelled(root, files["train"], entries, class_names, f"{base}/images/")
     return replace(found, held_out=[entry in held_out for entry in entries])
 
 
