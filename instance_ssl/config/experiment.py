@@ -206,25 +206,17 @@ class ExperimentConfig(Section):
         return {**values, "evaluation": {**evaluation, "data": {**data, **evaluation["data"]}}}
 
     @model_validator(mode="after")
-    def _the_device_knows_the_view(self) -> "ExperimentConfig":
+    def _sections_fit_together(self) -> "ExperimentConfig":
         if self.data.augment_on == "device" and self.augmentation.view != "simclr":
             raise ValueError(
                 f"data.augment_on device does not know augmentation.view {self.augmentation.view}: set it to cpu"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _warm_up_ends(self) -> "ExperimentConfig":
         epochs, warmup_epochs = self.optimization.epochs, self.optimization.warmup_epochs
         if warmup_epochs >= epochs:
             raise ValueError(
                 f"optimization.warmup_epochs {warmup_epochs} must be below optimization.epochs {epochs}: the cosine "
                 "would never begin; 0 disables the warm-up"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _hard_classes_need_smoothing(self) -> "ExperimentConfig":
         if self.classifier.smoothing_factor > 0 and self.classifier.num_hard_classes == 0:
             raise ValueError(
                 "classifier.num_hard_classes is 0 but classifier.smoothing_factor is not: "

@@ -1,4 +1,4 @@
-"""Decodes image files to pixels, and says in plain words what is wrong with one."""
+"""Decodes image files to pixels, and explains in plain words what is wrong with one."""
 
 import io
 import re

@@ -160,7 +160,7 @@ class EncodedImages(ImageSource):
     def __init__(
         self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, rendering: Rendering = AS_SHOWN
     ) -> None:
-        super().__init__(columns, class_names, names_digest(columns, rendering))
+        super().__init__(columns, class_names, digest_of(NameTable(columns), columns["sizes"], rendering))
         self.rendering = rendering
 
     @abstractmethod
@@ -269,13 +269,8 @@ def _label_column(labels: torch.Tensor | None) -> dict[str, np.ndarray]:
     return {} if labels is None else {"labels": labels.numpy()}
 
 
-def names_digest(columns: Mapping[str, np.ndarray], rendering: Rendering) -> str:
-    """SHA-256 of names and sizes in bytes, in order: equal for the same files in folders and in tars."""
-    return digest_of(NameTable(columns), columns["sizes"], rendering)
-
-
 def digest_of(names: Iterable[str], sizes: np.ndarray, rendering: Rendering) -> str:
-    """`names_digest` of the same number of names and sizes."""
+    """SHA-256 of as many names as sizes in bytes, in order: equal for the same files in folders and in tars."""
     digest = hashlib.sha256()
     for name, size in zip(names, sizes.tolist(), strict=True):
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0%d\0" % size)

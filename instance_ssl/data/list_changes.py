@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from instance_ssl.data.image_sources import ImageSource, names_digest
+from instance_ssl.data.image_sources import ImageSource, digest_of
 from instance_ssl.data.name_table import hashes_of, take_rows
 
 
@@ -27,7 +27,7 @@ def taken(source: ImageSource, places: np.ndarray) -> ImageSource:
     """The images of a source of files at these places, (M,) int64, in this order: image i is that at places[i]."""
     columns = take_rows(source.columns, places)
     again = source.with_columns(columns)
-    again.digest = names_digest(columns, source.rendering)
+    again.digest = digest_of(again.names, columns["sizes"], source.rendering)
     if source.held_out is not None:
         is_held_out = np.zeros(len(source), bool)
         is_held_out[source.held_out.numpy()] = True

@@ -224,11 +224,7 @@ def _train_classes(root: Path | None, pattern: str | None) -> tuple[np.ndarray, 
 
 
 def _numbered(labels: np.ndarray, values: np.ndarray, folder: Path) -> np.ndarray:
-    """The labels as places in `values`, which ascend.
-
-    Raises:
-        UserError: a label is not among them.
-    """
+    """The labels as places in `values`, which ascend; a label that is not among them is a UserError."""
     if len(absent := np.setdiff1d(labels, values)):
         raise UserError(
             f"data.root: {escape(str(folder))} has images of class {absent[0]}, which no training image has: "

@@ -28,10 +28,7 @@ def keep_freed_memory(environment: Mapping[str, str]) -> bool:
 def _mallopt() -> Callable[[int, int], int] | None:
     """glibc's `mallopt`; None under musl, macOS or Windows."""
     try:
-        name = os.confstr("CS_GNU_LIBC_VERSION")
+        is_glibc = (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
     except (AttributeError, ValueError):
         return None
-    if name is None or not name.startswith("glibc"):
-        return None
-    function: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
-    return function
+    return ctypes.CDLL(None).mallopt if is_glibc else None

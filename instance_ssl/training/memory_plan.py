@@ -1,7 +1,7 @@
 """Plans a training step: bytes by part, bytes sent, FLOPs, and the most classes that fit.
 
 The encoder is built and run once on torch's fake tensors (meta tensors that know their device, and so follow autocast);
-the classifier is run by `classifier_cost.py`. The figures leave out the CUDA context (about 0.5 GiB), the workspaces of
+the classifier is run by `classifier_cost.py`. The plan excludes the CUDA context (about 0.5 GiB), the workspaces of
 libraries, and what the caching allocator loses between blocks.
 """
 

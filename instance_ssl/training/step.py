@@ -151,8 +151,8 @@ class _Stopwatch:
 
 def _read(outputs: list[ShardOutput]) -> tuple[float, float, int]:
     """Reads loss, mean log Z and zero features of a step at once: each read makes the host wait for its GPU."""
-    figures = [torch.stack([output.loss, output.log_z, output.num_zero_features]) for output in outputs]
-    loss, log_z, zero_features = torch.stack(figures).sum(dim=0).tolist()
+    sums = [torch.stack([output.loss, output.log_z, output.num_zero_features]) for output in outputs]
+    loss, log_z, zero_features = torch.stack(sums).sum(dim=0).tolist()
     return loss, log_z / len(outputs), 0 if math.isnan(zero_features) else int(zero_features)
 
 
