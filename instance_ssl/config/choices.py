@@ -10,9 +10,8 @@ InitializationMode = Literal["running", "batch", "frozen", "gaussian"]
 SamplingMode = Literal["random", "recent"]
 LossForm = Literal["mixture", "cross_entropy"]
 Kernels = Literal["torch", "triton"]
-MIN_TEMPERATURE = (
-    0.03  # below it exp(1/temperature) summed over 30 million classes leaves float32; see classifier/softmax.py
-)
+# Below it, exp(1 / temperature) summed over 30 million classes exceeds float32's range; see classifier/softmax.py.
+MIN_TEMPERATURE = 0.03
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",

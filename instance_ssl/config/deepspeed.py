@@ -8,12 +8,12 @@ from the experiment are injected here.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from instance_ssl.config.experiment import ExperimentConfig
-from instance_ssl.config.messages import DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY, describe_validation_error, nearest
+from instance_ssl.config.messages import DEEPSPEED_KEYS, describe_validation_error, nearest
 from instance_ssl.config.types import NonNegativeInt, Section
 from instance_ssl.errors import UserError, reason, tried
 from instance_ssl.files.structured import MalformedError, read_json
@@ -47,6 +47,7 @@ _REFUSED_ACTIVATION_CHECKPOINTING = {
 }
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class ZeroSection(Section):
@@ -68,7 +69,7 @@ class ZeroSection(Section):
     ignore_unused_parameters: bool = True
 
 
-class InstanceClassifierSection(BaseModel):
+class InstanceClassifierSection(Section):
     """Where and how the classifier is computed.
 
     Attributes:
@@ -82,7 +83,6 @@ class InstanceClassifierSection(BaseModel):
             rows' gradient is summed over the copies.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     block_mib: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "auto"
     matmul_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     row_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -143,7 +143,7 @@ class DeepSpeedSettings:
 
     def describe(self) -> str:
         """Returns all settings as JSON."""
-        return json.dumps({**self.engine, OWN_DEEPSPEED_KEY: self.classifier.model_dump()}, sort_keys=True)
+        return json.dumps({**self.engine, "instance_classifier": self.classifier.model_dump()}, sort_keys=True)
 
     def group_size(self, world_size: int) -> int:
         """Returns the number of ranks that share one copy of W."""
@@ -163,13 +163,8 @@ def load_ds_config(
     """
     values = _read_json(path)
     _check_keys(values, path)
-    try:
-        section = _without_keep_mib(values.pop(OWN_DEEPSPEED_KEY, {}), path)
-        classifier = InstanceClassifierSection.model_validate(section)
-    except ValidationError as error:
-        raise UserError(
-            f"{path}: {describe_validation_error(error, InstanceClassifierSection, OWN_DEEPSPEED_KEY)}"
-        ) from None
+    section = _without_keep_mib(values.pop("instance_classifier", {}), path)
+    classifier = _validated(InstanceClassifierSection, section, "instance_classifier", path)
     micro_batch_size = values.get("train_micro_batch_size_per_gpu")
     if not isinstance(values.get("wall_clock_breakdown", False), bool):
         raise UserError(f"{path}: wall_clock_breakdown must be true or false")
@@ -177,10 +172,9 @@ def load_ds_config(
         raise UserError(f"{path}: communication_data_type must be fp32, fp16 or bf16")
     if type(micro_batch_size) is not int or micro_batch_size < 1:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of images a rank")
-    images_at_once = micro_batch_size * world_size
-    trains = global_batch_size is not None
-    global_batch_size = images_at_once if global_batch_size is None else global_batch_size
-    accumulation_steps, remainder = divmod(global_batch_size, images_at_once)
+    at_once, trains = micro_batch_size * world_size, global_batch_size is not None
+    global_batch_size = at_once if global_batch_size is None else global_batch_size
+    accumulation_steps, remainder = divmod(global_batch_size, at_once)
     if remainder or accumulation_steps == 0:
         raise UserError(_indivisible(global_batch_size, micro_batch_size, world_size, path))
     if trains and classifier.group_size != "world" and world_size % classifier.group_size:
@@ -198,9 +192,7 @@ def load_ds_config(
     }
     if zero_stage > 0:
         engine["zero_allow_untested_optimizer"] = True
-    autocast = _autocast(values.get("torch_autocast", {}), path)
-    if zero_stage > 0 and autocast is not None:
-        _check_autocast_under_zero(values, autocast, path)
+    autocast = _autocast(values, zero_stage, path)
     recompute_stages = "activation_checkpointing" in values
     if recompute_stages:
         _check_activation_checkpointing(values["activation_checkpointing"], path)
@@ -248,8 +240,15 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: remove '{key}': {_REFUSED[key]}")
         if key in ExperimentConfig.model_fields:
             raise UserError(f"{path}: '{key}' is a key of the experiment: set it in the YAML of --config, or by --set")
-        if key not in (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY):
-            raise UserError(f"{path}: unknown key '{key}'{nearest(key, (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY))}")
+        if key not in DEEPSPEED_KEYS:
+            raise UserError(f"{path}: unknown key '{key}'{nearest(key, DEEPSPEED_KEYS)}")
+
+
+def _validated(model: type[_Model], section: Any, name: str, path: Path) -> _Model:
+    try:
+        return model.model_validate(section)
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe_validation_error(error, model, name)}") from None
 
 
 def _without_keep_mib(section: Any, path: Path) -> Any:
@@ -275,14 +274,11 @@ def _zero_stage(section: Any, path: Path) -> int:
             raise UserError(
                 f"{path}: remove 'zero_optimization.{key}': DeepSpeed offloads only its own optimizers, not SGD"
             )
-    try:
-        ZeroSection.model_validate(section)
-    except ValidationError as error:
-        raise UserError(f"{path}: {describe_validation_error(error, ZeroSection, 'zero_optimization')}") from None
-    return int(stage)
+    return _validated(ZeroSection, section, "zero_optimization", path).stage
 
 
-def _autocast(section: Any, path: Path) -> DtypeName | None:
+def _autocast(values: dict[str, Any], zero_stage: int, path: Path) -> DtypeName | None:
+    section = values.get("torch_autocast", {})
     known = ("enabled", "dtype", "lower_precision_safe_modules")
     if not isinstance(section, dict):
         raise UserError(f"{path}: torch_autocast must be an object with {', '.join(known)}")
@@ -294,12 +290,9 @@ def _autocast(section: Any, path: Path) -> DtypeName | None:
     dtype: DtypeName | None = next((name for name in ("bfloat16", "float16") if section.get("dtype") == name), None)
     if dtype is None:
         raise UserError(f"{path}: torch_autocast.dtype must be bfloat16 or float16")
-    return dtype
-
-
-def _check_autocast_under_zero(values: dict[str, Any], autocast: DtypeName, path: Path) -> None:
-    """Refuses what DeepSpeed does differently under ZeRO 1 and 2 when it also runs autocast."""
-    if autocast == "float16":
+    if zero_stage == 0:
+        return dtype
+    if dtype == "float16":
         raise UserError(
             f"{path}: torch_autocast.dtype float16 needs zero_optimization.stage 0: under ZeRO, DeepSpeed skips a step "
             "that overflows without lowering the loss scale, and so every later one"
@@ -310,6 +303,7 @@ def _check_autocast_under_zero(values: dict[str, Any], autocast: DtypeName, path
             "reduces gradients of convolutions and linear layers in torch_autocast.dtype, of other layers in float32; "
             "torch_autocast.lower_precision_safe_modules [] has all reduced in float32"
         )
+    return dtype
 
 
 def _check_activation_checkpointing(section: Any, path: Path) -> None:
@@ -317,8 +311,8 @@ def _check_activation_checkpointing(section: Any, path: Path) -> None:
     if not isinstance(section, dict):
         raise UserError(f"{path}: activation_checkpointing must be {{}}, which switches it on, or be omitted")
     for key in section:
-        reason = _REFUSED_ACTIVATION_CHECKPOINTING.get(key, "the section takes no keys; {} switches it on")
-        raise UserError(f"{path}: remove 'activation_checkpointing.{key}': {reason}")
+        why = _REFUSED_ACTIVATION_CHECKPOINTING.get(key, "the section takes no keys; {} switches it on")
+        raise UserError(f"{path}: remove 'activation_checkpointing.{key}': {why}")
 
 
 def _dtype(name: DtypeName) -> "torch.dtype":

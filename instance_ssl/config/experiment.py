@@ -21,13 +21,7 @@ from instance_ssl.config.choices import (
 )
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.evaluation import EvaluationConfig, ExportConfig
-from instance_ssl.config.messages import (
-    DEEPSPEED_KEYS,
-    OWN_DEEPSPEED_KEY,
-    describe_validation_error,
-    fields_at,
-    unknown_key,
-)
+from instance_ssl.config.messages import DEEPSPEED_KEYS, describe_validation_error, fields_at, unknown_key
 from instance_ssl.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from instance_ssl.errors import UserError, reason, shorten, tried
 from instance_ssl.files.structured import MalformedError, parse_yaml
@@ -212,25 +206,17 @@ class ExperimentConfig(Section):
         return {**values, "evaluation": {**evaluation, "data": {**data, **evaluation["data"]}}}
 
     @model_validator(mode="after")
-    def _the_device_knows_the_view(self) -> "ExperimentConfig":
+    def _sections_fit_together(self) -> "ExperimentConfig":
         if self.data.augment_on == "device" and self.augmentation.view != "simclr":
             raise ValueError(
                 f"data.augment_on device does not know augmentation.view {self.augmentation.view}: set it to cpu"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _warm_up_ends(self) -> "ExperimentConfig":
         epochs, warmup_epochs = self.optimization.epochs, self.optimization.warmup_epochs
         if warmup_epochs >= epochs:
             raise ValueError(
                 f"optimization.warmup_epochs {warmup_epochs} must be below optimization.epochs {epochs}: the cosine "
                 "would never begin; 0 disables the warm-up"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _hard_classes_need_smoothing(self) -> "ExperimentConfig":
         if self.classifier.smoothing_factor > 0 and self.classifier.num_hard_classes == 0:
             raise ValueError(
                 "classifier.num_hard_classes is 0 but classifier.smoothing_factor is not: "
@@ -251,7 +237,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         UserError: the file is missing or malformed, a key or path is unknown, or a value is out of range.
     """
     values = read_yaml(path)
-    _refuse_deepspeed_json(values, path)
+    foreign = [key for key in values if key in DEEPSPEED_KEYS]  # JSON is YAML too
+    if foreign and not any(key in ExperimentConfig.model_fields for key in values):
+        raise UserError(
+            f"--config {path}: this is a DeepSpeed JSON ({foreign[0]}): give it as --deepspeed_config, and an "
+            "experiment such as runners/configs/pipeline_digits.yaml as --config"
+        )
     for override in overrides:
         _apply_override(values, override)
     try:
@@ -261,16 +252,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         given = [f"--set {each}" for each in overrides if f"{key}.".startswith(each.partition("=")[0].strip() + ".")]
         where = given[-1] if given else f"{path} with --set" if overrides else str(path)
         raise UserError(f"{where}: {describe_validation_error(error, ExperimentConfig)}") from None
-
-
-def _refuse_deepspeed_json(values: dict[str, Any], path: Path) -> None:
-    """Refuses a DeepSpeed JSON given as the experiment: JSON is YAML too."""
-    found = [key for key in values if key in (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY)]
-    if found and not any(key in ExperimentConfig.model_fields for key in values):
-        raise UserError(
-            f"--config {path}: this is a DeepSpeed JSON ({found[0]}): give it as --deepspeed_config, and an experiment "
-            "such as runners/configs/pipeline_digits.yaml as --config"
-        )
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
@@ -316,8 +297,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     except MalformedError as error:
         raise UserError(f"--set {path}={shorten(text)}: the value is {error}") from None
     for name in names[:-1]:
-        inner = values.setdefault(name, {})
-        if not isinstance(inner, dict):
-            inner = values[name] = {}
-        values = inner
+        if not isinstance(values.get(name), dict):
+            values[name] = {}
+        values = values[name]
     values[names[-1]] = value

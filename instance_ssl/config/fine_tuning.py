@@ -45,13 +45,10 @@ class SemiSupervisedConfig(Section):
     @model_validator(mode="after")
     def _one_of_each_for_each_fraction(self) -> "SemiSupervisedConfig":
         wanted = len(self.fractions)
-        if len(self.classifier_learning_rates) != wanted:
-            raise ValueError(
-                f"classifier_learning_rates has {len(self.classifier_learning_rates)} values, fractions {wanted}: "
-                "give one for each"
-            )
-        if self.list_files is not None and len(self.list_files) != wanted:
-            raise ValueError(f"list_files has {len(self.list_files)} files, fractions {wanted}: give one for each")
+        for key, what in (("classifier_learning_rates", "values"), ("list_files", "files")):
+            given = getattr(self, key)
+            if given is not None and len(given) != wanted:
+                raise ValueError(f"{key} has {len(given)} {what}, fractions {wanted}: give one for each")
         return self
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-# Keys of the DeepSpeed JSON; here, because a JSON given as the experiment is recognised by them.
+# Keys of the DeepSpeed JSON, the last being this project's own section; here, because a JSON given as the experiment is
+# recognised by them.
 DEEPSPEED_KEYS = (
     "train_micro_batch_size_per_gpu",
     "zero_optimization",
@@ -15,8 +17,8 @@ DEEPSPEED_KEYS = (
     "activation_checkpointing",
     "communication_data_type",
     "wall_clock_breakdown",
+    "instance_classifier",
 )
-OWN_DEEPSPEED_KEY = "instance_classifier"
 _EXPECTED = {
     "int_parsing": "a whole number",
     "int_type": "a whole number",
@@ -47,8 +49,7 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel], pr
     key = ".".join(([prefix] if prefix else []) + location)
     if same[0]["type"] == "extra_forbidden":
         return f"{unknown_key(location, model, prefix)}{more}"
-    texts = dict.fromkeys(_describe(each, key, model, location) for each in same)
-    message = ", or ".join(texts)
+    message = ", or ".join(dict.fromkeys(_describe(each, key, model, location) for each in same))
     return f"{key}: {message}{more}" if key else f"{message}{more}"
 
 
@@ -56,7 +57,7 @@ def unknown_key(location: Sequence[str], model: type[BaseModel], prefix: str = "
     """Describes an unknown key and suggests one of another section, or the nearest by spelling."""
     key = ".".join(([prefix] if prefix else []) + list(location))
     name, known = location[-1], fields_at(model, location[:-1])
-    if not prefix and name in (*DEEPSPEED_KEYS, OWN_DEEPSPEED_KEY):
+    if not prefix and name in DEEPSPEED_KEYS:
         return f"unknown key '{key}': it belongs in the DeepSpeed JSON, the file of --deepspeed_config"
     homes = [home for home in _keys_named(name, model) if home != key]
     if homes and not difflib.get_close_matches(name, known, n=1):
@@ -74,11 +75,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def fields_at(model: type[BaseModel], names: Sequence[str]) -> list[str]:
     """Returns the keys of the section at the path `names`; none for a plain value."""
+    return list(_fields(model, names))
+
+
+def _fields(model: type[BaseModel], names: Sequence[str]) -> dict[str, FieldInfo]:
     for name in names:
         if (inner := _section(model, name)) is None:
-            return []
+            return {}
         model = inner
-    return list(model.model_fields)
+    return model.model_fields
 
 
 def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
@@ -90,11 +95,11 @@ def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
 
 def _keys_named(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Yields dotted keys whose last part is `name`, outer ones first."""
-    inner = {key: section for key in model.model_fields if (section := _section(model, key)) is not None}
     if name in model.model_fields:
         yield prefix + name
-    for key, section in inner.items():
-        yield from _keys_named(name, section, f"{prefix}{key}.")
+    for key in model.model_fields:
+        if (section := _section(model, key)) is not None:
+            yield from _keys_named(name, section, f"{prefix}{key}.")
 
 
 def _known_part(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
@@ -117,7 +122,9 @@ def _describe(error: Any, key: str, model: type[BaseModel], location: Sequence[s
         return f"must be {word} {error['ctx'][name]:g}, not {found}"
     if kind == "literal_error":
         choices = error["ctx"]["expected"]
-        return f"expected {choices}, found {found!r}{_nearest_choice(found, choices)}"
+        names = [choice.strip("'") for choice in choices.replace(" or ", ", ").split(", ")]
+        match = difflib.get_close_matches(str(found).lower(), names, n=1)
+        return f"expected {choices}, found {found!r}" + (f"; did you mean '{match[0]}'?" if match else "")
     if kind in ("tuple_type", "list_type"):
         text = str(found).strip("()[]{}")
         cure = f": write '{key}=[{text}]' after --set, or {location[-1]}: [{text}] in the YAML"
@@ -127,15 +134,10 @@ def _describe(error: Any, key: str, model: type[BaseModel], location: Sequence[s
         where = "nothing" if found is None else repr(found)
         return f"this is a section with keys of its own ({keys}, …), found {where}: set {key}.<key>, or remove it"
     if kind in _EXPECTED:
-        hint = _hint(kind, found, nullable=_is_nullable(model, location))
-        return f"expected {_EXPECTED[kind]}, found {found!r}{hint}"
+        field = _fields(model, location[:-1]).get(location[-1]) if location else None
+        nullable = field is not None and type(None) in get_args(field.annotation)
+        return f"expected {_EXPECTED[kind]}, found {found!r}{_hint(kind, found, nullable=nullable)}"
     return str(error["msg"]).removeprefix("Value error, ")
-
-
-def _nearest_choice(found: Any, choices: str) -> str:
-    names = [choice.strip("'") for choice in choices.replace(" or ", ", ").split(", ")]
-    match = difflib.get_close_matches(str(found).lower(), names, n=1)
-    return f"; did you mean '{match[0]}'?" if match else ""
 
 
 def _hint(kind: str, found: Any, *, nullable: bool) -> str:
@@ -151,13 +153,3 @@ def _hint(kind: str, found: Any, *, nullable: bool) -> str:
     if share is not None:
         return f": write {float(share[1]) / 100:g} for {text}"
     return ": leave out the unit" if re.match(r"[0-9.]+ *[A-Za-z%]+$", text) and kind[:3] in ("int", "flo") else ""
-
-
-def _is_nullable(model: type[BaseModel], location: Sequence[str]) -> bool:
-    """Whether a key may be null."""
-    for name in location[:-1]:
-        if (inner := _section(model, name)) is None:
-            return False
-        model = inner
-    field = model.model_fields.get(location[-1]) if location else None
-    return field is not None and type(None) in get_args(field.annotation)

@@ -26,7 +26,6 @@ from torch.nn import functional
 NORMALISE_MEAN = (0.485, 0.456, 0.406)
 NORMALISE_STD = (0.229, 0.224, 0.225)
 
-ROW_LENGTH = 10
 # Number of uniform numbers that a row is drawn from.
 NUM_UNIFORM = 9
 UNCHANGED = (1.0, 1.0, 1.0, 0.0, -1.0, -1.0, -1.0, -1.0, 0.0, 0.0)

@@ -3,6 +3,7 @@
 import os
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +11,13 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from instance_ssl.data.decode import AS_SHOWN, Rendering
-from instance_ssl.data.folders import (
-    SUFFIXES,
-    Ignored,
-    class_folders,
-    escape,
-    existing_root,
-    reason,
-    required_root,
-    scan_images,
-)
+from instance_ssl.data.folders import SUFFIXES, Ignored, class_folders, existing_root, required_root, scan_images
 from instance_ssl.data.image_sources import ArrayImages, FileImages, ImageSource
 from instance_ssl.data.name_table import packed, repetitions
 from instance_ssl.data.named_sets import ListedFiles, find_dtd, find_inaturalist2018, find_sun397
-from instance_ssl.data.tar_images import list_tar, open_listing
+from instance_ssl.data.tar_images import open_tar
 from instance_ssl.data.unreadable_images import REFUSE, OnBroken
-from instance_ssl.errors import UserError, tried
+from instance_ssl.errors import UserError, escape, reason, tried
 from instance_ssl.files.name_lists import read_names
 
 _DIGITS_TEST_SIZE = 360
@@ -69,13 +61,11 @@ def open_source(
     match kind:
         case "digits":
             return _open_digits(split, limit)
-        case "cifar10":
-            return _open_cifar(CIFAR10, kind, split, required_root(root, kind), limit)
-        case "cifar100":
-            return _open_cifar(CIFAR100, kind, split, required_root(root, kind), limit)
+        case "cifar10" | "cifar100":
+            dataset = CIFAR10 if kind == "cifar10" else CIFAR100
+            return _open_cifar(dataset, kind, split, required_root(root, kind), limit)
         case "tar":
-            listing = list_tar(root, shards, split)
-            return open_listing(listing, _kept_indices(len(listing), limit, split), on_broken, rendering)
+            return open_tar(root, shards, split, partial(_kept_indices, limit, split), on_broken, rendering)
         case "folder" | "list":
             if split == "test":
                 raise UserError(
@@ -91,7 +81,7 @@ def open_source(
             files = find[kind](existing_root(root, kind), split)
         case _:
             raise ValueError(f"unknown kind of data set {kind!r}")
-    return _open_files(files, _kept_indices(len(files.names), limit, split), on_broken, rendering)
+    return _open_files(files, _kept_indices(limit, split, len(files.names)), on_broken, rendering)
 
 
 def _open_digits(split: str, limit: int | None) -> ArrayImages:
@@ -108,7 +98,7 @@ def _open_digits(split: str, limit: int | None) -> ArrayImages:
     # RandomState's stream is frozen by NumPy's compatibility policy, so the split outlives upgrades.
     shuffled = np.random.RandomState(0).permutation(len(targets))
     rows = np.sort(shuffled[:_DIGITS_TEST_SIZE] if split == "test" else shuffled[_DIGITS_TEST_SIZE:])
-    rows = rows[_kept_indices(len(rows), limit, split)]
+    rows = rows[_kept_indices(limit, split, len(rows))]
     pixels = np.rint(grey[rows] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1).repeat(3, axis=3)
     labels = torch.from_numpy(targets[rows].astype(np.int64))
     return ArrayImages(pixels, [f"digits/{split}/{row}" for row in rows], labels, [str(digit) for digit in range(10)])
@@ -129,7 +119,7 @@ def _open_cifar(dataset: type[CIFAR10], kind: str, split: str, root: Path, limit
             else f"delete {escape(str(folder))} to have it fetched again"
         )
         raise UserError(f"data.root {escape(str(root))}: no intact {kind} ({reason(error)}); {cure}") from error
-    kept = _kept_indices(len(images.data), limit, split)
+    kept = _kept_indices(limit, split, len(images.data))
     labels = torch.tensor(images.targets, dtype=torch.int64)[torch.from_numpy(kept)]
     return ArrayImages(images.data[kept], [f"{kind}/{split}/{i}" for i in kept], labels, list(images.classes))
 
@@ -162,10 +152,9 @@ def _find_tree(root: Path, split: str) -> ListedFiles:
 
     names, remarks = packed(labelled_names()), ignored.remarks(root / folder)
     labels_N = np.array(labels, np.int64)
-    for class_name, size in zip(classes, np.bincount(labels_N, minlength=len(classes)).tolist(), strict=True):
-        if size == 0:
-            nothing = f"data.root: class folder {escape(str(root / folder / class_name))} holds no image"
-            raise UserError("; ".join([nothing, *remarks]))
+    for label in np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 0):
+        nothing = f"data.root: class folder {escape(str(root / folder / classes[label]))} holds no image"
+        raise UserError("; ".join([nothing, *remarks]))
     return ListedFiles(root, names, labels_N, classes, remarks=remarks)
 
 
@@ -210,21 +199,15 @@ def _read_list(root: Path | None, list_file: Path | None, *, must_exist: bool) -
 
 def _open_files(files: ListedFiles, kept: np.ndarray, on_broken: OnBroken, rendering: Rendering) -> FileImages:
     """The files at the places `kept`, (n,) int64."""
-    rows = torch.from_numpy(kept)
-    images = FileImages(
-        files.root,
-        (files.names[i] for i in kept),
-        None if files.labels is None else torch.as_tensor(files.labels, dtype=torch.int64)[rows],
-        files.class_names,
-        on_broken,
-        None if files.held_out is None else torch.tensor(files.held_out)[rows],
-        rendering,
-    )
+    rows, names = torch.from_numpy(kept), (files.names[i] for i in kept)
+    labels = None if files.labels is None else torch.as_tensor(files.labels, dtype=torch.int64)[rows]
+    held_out = None if files.held_out is None else torch.tensor(files.held_out)[rows]
+    images = FileImages(files.root, names, labels, files.class_names, on_broken, held_out, rendering)
     images.remarks = files.remarks
     return images
 
 
-def _kept_indices(count: int, limit: int | None, split: str) -> np.ndarray:
+def _kept_indices(limit: int | None, split: str, count: int) -> np.ndarray:
     """(limit,) int64: the images that a limit keeps, evenly spaced over 0 ... count - 1."""
     if limit is None:
         return np.arange(count, dtype=np.int64)

@@ -1,10 +1,11 @@
-"""Decodes image files to pixels, and says in plain words what is wrong with one."""
+"""Decodes image files to pixels, and explains in plain words what is wrong with one."""
 
 import io
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -55,12 +56,9 @@ class ImageError(OSError):
 
 
 def _explain(error: Exception) -> NoReturn:
-    """Raises an error of a decoder in plain words, as an `ImageError` or a `DecompressionBombError`.
+    """Raises a decoder's error, of whatever type, in plain words, as an `ImageError` or a `DecompressionBombError`.
 
     Errors of the file system and of memory are raised as they are.
-
-    Args:
-        error: OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error and more.
     """
     if isinstance(error, ImageError | MemoryError) or (isinstance(error, OSError) and error.strerror):
         raise error
@@ -78,20 +76,15 @@ def _words(error: Exception) -> str:
     return said or type(error).__name__
 
 
-def not_an_image(prefix: bytes) -> ImageError:
-    """The error for a file in none of the three formats, by its first bytes."""
+def _not_an_image(prefix: bytes) -> ImageError:
     found = next((f"{what}, " for magic, what in _FOREIGN.items() if prefix.lstrip().startswith(magic)), "")
     if prefix[4:8] == b"ftyp":
         found = "an AVIF, HEIF or video file, "
     return ImageError(f"{found}not a JPEG, PNG or WebP image")
 
 
-def without_size(prefix: bytes) -> ImageError:
-    """The error for a file whose header lacks a size or a known kind of pixels.
-
-    Args:
-        prefix: at least the file's first 26 bytes.
-    """
+def _without_size(prefix: bytes) -> ImageError:
+    """The error for a header without a size or a known kind of pixels, by the file's first 26 bytes or more."""
     if not prefix.startswith(b"\x89PNG"):
         return ImageError("its header gives a width or height of 0, or none")
     width, height = (int.from_bytes(prefix[place : place + 4]) for place in (16, 20))
@@ -100,19 +93,11 @@ def without_size(prefix: bytes) -> ImageError:
     return ImageError(f"its header says {width} x {height} pixels")
 
 
-def refuse_large_metadata(file: BinaryIO) -> None:
-    """Refuses an image by the declared sizes of what precedes its pixels, before any of that is read.
-
-    Raises:
-        ImageError: the sizes add up to more than `MAX_METADATA_MIB`.
-    """
-    if file.seek(0, 2) <= MAX_METADATA_MIB << 20:
-        return
-    total = 0
-    for size in _metadata_sizes(file):
-        total += size
-        if total > MAX_METADATA_MIB << 20:
-            raise ImageError(f"its text, profiles and other metadata are more than {MAX_METADATA_MIB} MiB")
+def _refuse_large_metadata(file: BinaryIO) -> None:
+    """Refuses an image by the declared sizes of what precedes its pixels, before any of that is read."""
+    most = MAX_METADATA_MIB << 20
+    if file.seek(0, 2) > most and any(total > most for total in accumulate(_metadata_sizes(file))):
+        raise ImageError(f"its text, profiles and other metadata are more than {MAX_METADATA_MIB} MiB")
 
 
 def _metadata_sizes(file: BinaryIO) -> Iterator[int]:
@@ -213,14 +198,14 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
     prefix = file.read(_PREFIX_BYTES)
     decoder = next((decoder for magic, decoder in _DECODERS.items() if prefix.startswith(magic)), None)
     if decoder is None or (decoder is WebPImageFile and prefix[8:12] != b"WEBP"):
-        raise not_an_image(prefix)
-    refuse_large_metadata(file)
+        raise _not_an_image(prefix)
+    _refuse_large_metadata(file)
     file.seek(0)
     try:
         image = decoder(file)
     except Exception as error:
         if "not identified by this driver" in str(error):
-            raise without_size(prefix) from error
+            raise _without_size(prefix) from error
         _explain(error)
     # PIL only warns up to twice the bound.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:

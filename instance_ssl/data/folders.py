@@ -11,7 +11,6 @@ from instance_ssl.errors import UserError, escape, reason, tried
 # What the root of a kind contains: tells a root that is a level too deep or too high.
 _MARKERS = {"tree": "train", "sun397": "SUN397", "dtd": "dtd/dtd", "inaturalist2018": "train2018.json"}
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-_NAMES = "JPEG, PNG or WebP"
 _SHOWN_SUFFIXES = 8
 _LONGEST_SUFFIX = 16
 _MOST_SUFFIXES = 1000
@@ -25,11 +24,7 @@ _RUN_MARKS = (
 
 
 def required_root(root: Path | None, kind: str) -> Path:
-    """The root of a kind that needs one.
-
-    Raises:
-        UserError: it is not set.
-    """
+    """The root of a kind that needs one; raises UserError where it is not set."""
     if root is None:
         raise UserError(f"data.root is not set; data.kind '{kind}' needs a folder")
     return root
@@ -66,13 +61,7 @@ def _root_meant(root: Path, marker: str) -> Path | None:
 
 @dataclass
 class Ignored:
-    """What a scan has skipped: files by extension, and folders of runs. Its size is bounded.
-
-    Attributes:
-        files: number of files of each extension, in lower case; "" for names without one.
-        num_runs: number of folders of runs.
-        first_run: the first of them; "" without any.
-    """
+    """What a scan has skipped: files by extension in lower case, and folders of runs. Its size is bounded."""
 
     files: Counter[str] = field(default_factory=Counter)
     num_runs: int = 0
@@ -83,18 +72,17 @@ class Ignored:
         suffix = os.path.splitext(name)[1].lower()
         self.files[suffix if suffix in self.files or len(self.files) < _MOST_SUFFIXES else _OTHER_SUFFIXES] += 1
 
-    def add_run(self, path: Path) -> None:
-        """Counts a folder of a run."""
-        self.num_runs += 1
-        self.first_run = self.first_run or str(path)
-
     def remarks(self, root: Path) -> list[str]:
         """One line for files and one for runs, each only if there are any."""
         lines = []
-        if self.files:
-            count, kinds = self.files.total(), ", ".join(f"{number:,} {name}" for name, number in self._named())
+        if count := self.files.total():
+            common = self.files.most_common(_SHOWN_SUFFIXES)
+            named = [(escape(suffix[:_LONGEST_SUFFIX]) or "without extension", number) for suffix, number in common]
+            if rest := count - sum(number for _, number in common):
+                named.append(("of other extensions", rest))
+            kinds = ", ".join(f"{number:,} {name}" for name, number in named)
             files = "1 file that is" if count == 1 else f"{count:,} files that are"
-            lines.append(f"ignored in {escape(str(root))}: {files} not {_NAMES} by name: {kinds}")
+            lines.append(f"ignored in {escape(str(root))}: {files} not JPEG, PNG or WebP by name: {kinds}")
         if self.num_runs:
             which = "a folder" if self.num_runs == 1 else f"{self.num_runs:,} folders"
             first = "" if self.num_runs == 1 else "first "
@@ -102,12 +90,6 @@ class Ignored:
                 f"ignored in {escape(str(root))}: {which} of this project's runs ({first}{escape(self.first_run)})"
             )
         return lines
-
-    def _named(self) -> list[tuple[str, int]]:
-        common = self.files.most_common(_SHOWN_SUFFIXES)
-        named = [(escape(suffix[:_LONGEST_SUFFIX]) or "without extension", number) for suffix, number in common]
-        rest = self.files.total() - sum(number for _, number in common)
-        return [*named, ("of other extensions", rest)] if rest else named
 
 
 def class_folders(root: Path, folder: str) -> list[str]:
@@ -148,7 +130,8 @@ def _walk(root: Path, folder: str, visited: set[tuple[int, int]], ignored: Ignor
         if not is_folder:
             yield folder + name
         elif _is_of_a_run(root / folder / name):
-            ignored.add_run(root / folder / name)
+            ignored.num_runs += 1
+            ignored.first_run = ignored.first_run or str(root / folder / name)
         else:
             yield from _walk(root, folder + name, visited, ignored)
 

@@ -9,6 +9,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -26,10 +27,9 @@ from instance_ssl.data.decode import (
     image_pixels,
     open_image,
 )
-from instance_ssl.data.folders import escape
-from instance_ssl.data.name_table import NameTable, pack_names
+from instance_ssl.data.name_table import NameTable, pack_names, take_rows
 from instance_ssl.data.unreadable_images import REFUSE, OnBroken, check_files
-from instance_ssl.errors import RankError, reason
+from instance_ssl.errors import RankError, escape, reason
 from instance_ssl.files.name_lists import list_line, read_lines, write_names
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class ImageSource(ABC):
         """Image `index` in RGB mode.
 
         Raises:
-            RankError: the image cannot be read; one line that names the file.
+            RankError: the image is gone, truncated or otherwise undecodable; one line that names the file.
         """
 
     def load_pixels(self, index: int, choose_reduction: ChooseReduction) -> torch.Tensor:
@@ -140,17 +140,12 @@ class ArrayImages(ImageSource):
         pixels = np.ascontiguousarray(pixels)
         digest = hashlib.sha256(repr(pixels.shape).encode())
         digest.update(pixels.reshape(-1).data)
-        columns = {**pack_names(names), "pixels": pixels, **label_column(labels)}
+        columns = {**pack_names(names), "pixels": pixels, **_label_column(labels)}
         super().__init__(columns, class_names, digest.hexdigest())
-
-    @property
-    def pixels(self) -> np.ndarray:
-        """(N, H, W, 3) uint8, read-only."""
-        return self.columns["pixels"]
 
     def load(self, index: int) -> Image.Image:
         """Image `index` in RGB mode, a copy."""
-        return Image.fromarray(self.pixels[index])
+        return Image.fromarray(self.columns["pixels"][index])
 
 
 class EncodedImages(ImageSource):
@@ -165,7 +160,7 @@ class EncodedImages(ImageSource):
     def __init__(
         self, columns: Mapping[str, np.ndarray], class_names: list[str] | None, rendering: Rendering = AS_SHOWN
     ) -> None:
-        super().__init__(columns, class_names, names_digest(columns, rendering))
+        super().__init__(columns, class_names, digest_of(NameTable(columns), columns["sizes"], rendering))
         self.rendering = rendering
 
     @abstractmethod
@@ -181,11 +176,7 @@ class EncodedImages(ImageSource):
         """The name of image `index`'s file in messages, escaped."""
 
     def load(self, index: int) -> Image.Image:
-        """Image `index` in RGB mode, turned and composed as `rendering` says; 16-bit grey keeps its upper 8 bits.
-
-        Raises:
-            RankError: the file is gone, truncated or otherwise undecodable.
-        """
+        """Image `index` in RGB mode, turned and composed as `rendering` says; 16-bit grey keeps its upper 8 bits."""
         try:
             with open_image(io.BytesIO(self.read(index))) as image:
                 return convert_to_rgb(image, self.rendering)
@@ -193,20 +184,13 @@ class EncodedImages(ImageSource):
             raise self._undecodable(index, error) from error
 
     def load_pixels(self, index: int, choose_reduction: ChooseReduction) -> torch.Tensor:
-        """Image `index` as (3, H, W) uint8, RGB; a JPEG is smaller by the chosen factor.
-
-        Raises:
-            RankError: the file is gone, truncated or otherwise undecodable.
-        """
+        """Image `index` as (3, H, W) uint8, RGB; a JPEG is smaller by the chosen factor."""
         try:
-            return decode_pixels(
-                self.read(index), choose_reduction, self.rendering, lambda error: self._log_refusal(index, error)
-            )
+            return decode_pixels(self.read(index), choose_reduction, self.rendering, partial(self._warn_once, index))
         except Exception as error:
             raise self._undecodable(index, error) from error
 
-    def _log_refusal(self, index: int, error: Exception) -> None:
-        """Warns once that torchvision refuses files like this one."""
+    def _warn_once(self, index: int, error: Exception) -> None:
         if not _HAS_WARNED[0]:
             _HAS_WARNED[0] = 1
             why = reason(error).rpartition(", ")[2]  # without the line in torchvision's sources
@@ -252,14 +236,14 @@ class FileImages(EncodedImages):
         rendering: Rendering = AS_SHOWN,
     ) -> None:
         self.root = root
-        packed = pack_names(names)
-        listed = NameTable(packed)
-        sizes, problems = check_files(root, listed, on_broken)
-        columns = {**packed, "sizes": sizes, **label_column(labels)}
+        columns = pack_names(names)
+        listed = NameTable(columns)
+        columns["sizes"], problems = check_files(root, listed, on_broken)
+        columns |= _label_column(labels)
         if problems:
             self.left_out = [f"{list_line(listed[index])}: {why}" for index, why in problems.items()]
             kept = np.delete(np.arange(len(listed)), list(problems))
-            columns = {**pack_names(listed[int(i)] for i in kept), "sizes": sizes[kept], **label_column(labels, kept)}
+            columns = take_rows(columns, kept)
             held_out = None if held_out is None else held_out[torch.from_numpy(kept)]
         super().__init__(columns, class_names, rendering)
         if held_out is not None:
@@ -281,20 +265,12 @@ class FileImages(EncodedImages):
         return escape(str(self.root / self.names[index]))
 
 
-def label_column(labels: torch.Tensor | None, kept: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """The column of the labels, only of the `kept` rows where given; empty without labels."""
-    if labels is None:
-        return {}
-    return {"labels": labels.numpy() if kept is None else labels.numpy()[kept]}
-
-
-def names_digest(columns: Mapping[str, np.ndarray], rendering: Rendering) -> str:
-    """SHA-256 of names and sizes in bytes, in order: equal for the same files in folders and in tars."""
-    return digest_of(NameTable(columns), columns["sizes"], rendering)
+def _label_column(labels: torch.Tensor | None) -> dict[str, np.ndarray]:
+    return {} if labels is None else {"labels": labels.numpy()}
 
 
 def digest_of(names: Iterable[str], sizes: np.ndarray, rendering: Rendering) -> str:
-    """`names_digest` of the same number of names and sizes."""
+    """SHA-256 of as many names as sizes in bytes, in order: equal for the same files in folders and in tars."""
     digest = hashlib.sha256()
     for name, size in zip(names, sizes.tolist(), strict=True):
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0%d\0" % size)

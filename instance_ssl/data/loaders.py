@@ -9,6 +9,7 @@ import traceback
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -16,15 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from instance_ssl.data.augmentations import Transform
-from instance_ssl.data.folders import escape
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.sampler import BatchKeys, Key
 from instance_ssl.data.views import ViewBatch, ViewDataset, ViewItem
-from instance_ssl.errors import LoaderFault, RankError, UserError
+from instance_ssl.errors import LoaderFault, RankError, UserError, escape
 
 Batch = tuple[Tensor, Tensor]
 _PREFETCHED_BATCHES = 2  # per worker, ready or in the making
-# What comes of an image that cannot be read: the end, another image of its batch in its place, or a shorter batch.
+# Of an image that cannot be read: the loader raises, another image of its batch replaces it, or the batch is shorter.
 OnBroken = Literal["error", "substitute", "drop"]
 
 
@@ -51,7 +51,7 @@ class BatchLoader:
             _Batches(dataset, on_broken),
             sampler=self._batches,
             batch_size=None,  # the sampler's items are batches already
-            collate_fn=_keep,
+            collate_fn=lambda batch: batch,
             num_workers=num_workers,
             # Only forked workers share what this process holds; Python 3.14's default would send each a copy.
             multiprocessing_context="fork" if num_workers > 0 else None,
@@ -125,13 +125,13 @@ def image_loader(
     seed: int = 0,
     on_unreadable: Callable[[dict[int, str]], None] | None = None,
 ) -> Iterable[Batch]:
-    """Batches (images (b, 3, S, S) float32, ids (b,) int64) of the given lists of images, in order.
+    """Loads batches (images (b, 3, S, S) float32, ids (b,) int64) of the given lists of images, in order.
 
     Args:
         transform: a view, usually deterministic.
         batches: image indices of each batch, read again at every pass; empty batches are skipped.
         seed: of a random view.
-        on_unreadable: told id → why of a batch's images that cannot be read, before the batch comes without them
+        on_unreadable: receives id → why of a batch's unreadable images before the batch is yielded without them
             (with images (0, 3, 0, 0), where none is left); None: the first of them is an error.
 
     Raises:
@@ -144,9 +144,7 @@ def image_loader(
 
 
 class PartLoader:
-    """One random view of each image of a rank's part of a global batch, part after part.
-
-    Workers live as long as the loader.
+    """Loads one random view of each image of a rank's part of a global batch. Workers live as long as the loader.
 
     Args:
         transform: the view; it depends on (seed, epoch, image) alone.
@@ -168,22 +166,11 @@ class PartLoader:
             RankError: from the iteration, when an image cannot be decoded.
         """
         size = self._max_batch_size
-        self._keys.epoch, self._keys.batches = epoch, _Pieces(parts, size)
+        pieces = (part[first : first + size] for part in parts for first in range(0, len(part), size))
+        self._keys.epoch, self._keys.batches = epoch, pieces
         batches = iter(self._loader)
         for part in parts:
             yield islice(batches, -(-len(part) // size))
-
-
-class _Pieces(Iterable[Sequence[int]]):
-    """Parts cut into pieces of no more than `size` images, piece after piece."""
-
-    def __init__(self, parts: Iterable[Sequence[int]], size: int) -> None:
-        self._parts, self._size = parts, size
-
-    def __iter__(self) -> Iterator[Sequence[int]]:
-        for part in self._parts:
-            for first in range(0, len(part), self._size):
-                yield part[first : first + self._size]
 
 
 class _Gate(Sampler[list[Key]]):
@@ -203,8 +190,7 @@ class _FirstViews:
     """Drops the view dimension of a loader of one view per image, and reports unreadable images."""
 
     def __init__(self, loader: BatchLoader, on_unreadable: Callable[[dict[int, str]], None] | None = None) -> None:
-        self._loader = loader
-        self._on_unreadable = on_unreadable
+        self._loader, self._on_unreadable = loader, on_unreadable
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
@@ -217,8 +203,7 @@ class _Batches(Dataset[ViewBatch | UserError | LoaderFault]):
     """Whole batches; an error comes back as a value, for DataLoader adds a traceback to one that is raised."""
 
     def __init__(self, dataset: ViewDataset, on_broken: OnBroken) -> None:
-        self._dataset = dataset
-        self._on_broken = on_broken
+        self._dataset, self._on_broken = dataset, on_broken
 
     def __getitem__(self, keys: list[Key]) -> ViewBatch | UserError | LoaderFault:
         places: list[ViewItem | None] = []
@@ -243,7 +228,7 @@ class _Batches(Dataset[ViewBatch | UserError | LoaderFault]):
                 "repair it, or raise train_micro_batch_size_per_gpu"
             )
         if self._on_broken != "drop":
-            items = with_substitutes(places)
+            items = _with_substitutes(places)
         return self._dataset.collate(items)._replace(unreadable=unreadable or None)
 
     def _fault(self, key: Key, error: Exception) -> LoaderFault:
@@ -256,19 +241,10 @@ class _Batches(Dataset[ViewBatch | UserError | LoaderFault]):
         return fault
 
 
-def with_substitutes(places: Sequence[ViewItem | None]) -> list[ViewItem]:
-    """In each empty place the next item there is, counted round; one at least is there."""
-    there = [place for place, item in enumerate(places) if item is not None]
-    filled = []
-    for place in range(len(places)):
-        item = places[there[bisect_left(there, place) % len(there)]]
-        assert item is not None
-        filled.append(item)
-    return filled
-
-
-def _keep(batch: Any) -> Any:
-    return batch
+def _with_substitutes(places: Sequence[ViewItem | None]) -> list[ViewItem]:
+    """Fills each empty place with the next item after it, or the first item after the last."""
+    found = [(place, item) for place, item in enumerate(places) if item is not None]
+    return [found[bisect_left(found, place, key=itemgetter(0)) % len(found)][1] for place in range(len(places))]
 
 
 def _prepare_worker(_: int) -> None:

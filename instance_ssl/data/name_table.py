@@ -29,9 +29,8 @@ class NameTable(Sequence[str]):
         Raises:
             ValueError: the arrays do not belong together.
         """
-        if ends.dtype != np.int64 or text.dtype != np.uint8 or len(ends) == 0 or ends[0] != 0 or ends[-1] != len(text):
-            raise ValueError("not a table of names")
-        if (np.diff(ends) < 0).any():
+        is_typed = ends.dtype == np.int64 and text.dtype == np.uint8 and len(ends) > 0
+        if not is_typed or ends[0] != 0 or ends[-1] != len(text) or (np.diff(ends) < 0).any():
             raise ValueError("not a table of names")
         return cls({"names": text, "name_ends": ends})
 
@@ -51,15 +50,14 @@ class NameTable(Sequence[str]):
         if not -count <= index < count:
             raise IndexError(f"name {index} of {count}")
         start = index % count
-        return _decode(self._text[self._ends[start] : self._ends[start + 1]].tobytes())
+        return self._text[self._ends[start] : self._ends[start + 1]].tobytes().decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), _NAMES_PER_CHUNK):
             places = self._ends[first : first + _NAMES_PER_CHUNK + 1]
             chunk = self._text[places[0] : places[-1]].tobytes()
-            offsets = (places - places[0]).tolist()
-            for start, end in pairwise(offsets):
-                yield _decode(chunk[start:end])
+            for start, end in pairwise((places - places[0]).tolist()):
+                yield chunk[start:end].decode("utf-8", "surrogateescape")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
@@ -86,16 +84,24 @@ def packed(names: Iterable[str]) -> NameTable:
     return NameTable(pack_names(names))
 
 
+def take_rows(columns: Mapping[str, np.ndarray], places: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of the names at these places, (M,) int64, and of whatever else has an entry per name."""
+    names = NameTable(columns)
+    others = {key: column[places] for key, column in columns.items() if key not in ("names", "name_ends")}
+    return {**pack_names(names[place] for place in places.tolist()), **others}
+
+
+def hashes_of(names: Sequence[str]) -> np.ndarray:
+    """(N,) int64: Python's hash of each name."""
+    return np.fromiter((hash(name) for name in names), np.int64, count=len(names))
+
+
 def repetitions(names: NameTable) -> dict[int, int]:
     """Place → place of the first equal name, ascending, for every name that occurred before."""
-    hashes = np.fromiter((hash(name) for name in names), np.int64, count=len(names))
+    hashes = hashes_of(names)
     order = hashes.argsort(kind="stable")
     alike = (hashes[order[1:]] == hashes[order[:-1]]).nonzero()[0]
     first_of: dict[str, int] = {}
     places = sorted({*order[alike].tolist(), *order[alike + 1].tolist()})
     firsts = {place: first_of.setdefault(names[place], place) for place in places}
     return {place: first for place, first in firsts.items() if place != first}
-
-
-def _decode(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")

@@ -3,6 +3,7 @@
 None is downloaded. Images are ordered by their names as plain strings.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from instance_ssl.data.folders import escape
-from instance_ssl.errors import UserError, reason
+from instance_ssl.errors import UserError, escape, reason
 from instance_ssl.files.name_lists import read_names
 from instance_ssl.files.structured import MalformedError, parse_json
 
@@ -21,6 +21,8 @@ _INATURALIST_KEYS: dict[str, dict[str, type]] = {
     "annotations": {"image_id": int, "category_id": int},
     "categories": {"id": int, "name": str},
 }
+# What no file's name holds: zero, and the halves of characters that do not stand for a byte (surrogateescape).
+_IMPOSSIBLE = re.compile(r"[\0\ud800-\udc7f\udd00-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,14 @@ def find_dtd(root: Path, split: str) -> ListedFiles:
     def is_there(name: str) -> bool:
         return (root / base / "images" / name).exists()
 
-    parts = {
-        part: _lines(root / base / "labels" / f"{part}1.txt", "DTD", is_there) for part in ("train", "val", "test")
-    }
+    files = {part: root / base / "labels" / f"{part}1.txt" for part in ("train", "val", "test")}
+    parts = {part: _lines(path, "DTD", is_there) for part, path in files.items()}
     class_names = sorted({_folder(entry) for entries in parts.values() for entry in entries})
-    shown, prefix = root / base / "labels", f"{base}/images/"
     if split == "test":
-        return _labelled(root, shown / "test1.txt", sorted(parts["test"]), class_names, prefix)
+        return _labelled(root, files["test"], sorted(parts["test"]), class_names, f"{base}/images/")
     held_out = set(parts["val"])
     entries = sorted([*parts["train"], *held_out])
-    found = _labelled(root, shown / "train1.txt", entries, class_names, prefix)
+    found = _labelled(root, files["train"], entries, class_names, f"{base}/images/")
     return replace(found, held_out=[entry in held_out for entry in entries])
 
 
@@ -113,7 +113,7 @@ def find_inaturalist2018(root: Path, split: str) -> ListedFiles:
     rows = []
     for image in content["images"]:
         name, category = image["file_name"], category_of.get(image["id"])
-        if "\0" in name or not _is_text(name):
+        if _IMPOSSIBLE.search(name):
             raise UserError(f"data.root: {escape(str(path))} names {escape(name)}, which no file can be called")
         if category not in class_of:
             raise UserError(f"data.root: {escape(str(path))} gives {escape(name)} no category of train2018.json")
@@ -136,15 +136,13 @@ def _lines(path: Path, what: str, is_there: Callable[[str], bool]) -> list[str]:
 def _labelled(root: Path, path: Path, entries: list[str], class_names: list[str], prefix: str) -> ListedFiles:
     """The files that the list at `path` names, each in the folder of its class."""
     class_index = {name: index for index, name in enumerate(class_names)}
-    names, labels = [], []
-    for entry in entries:
-        if (class_name := _folder(entry)) not in class_index:
-            raise UserError(f"data.root: {escape(str(path))} names {escape(entry)}, which lies in no class's folder")
-        names.append(prefix + entry)
-        labels.append(class_index[class_name])
-    if not names:
+    labels = [class_index.get(_folder(entry), -1) for entry in entries]
+    if -1 in labels:
+        entry = entries[labels.index(-1)]
+        raise UserError(f"data.root: {escape(str(path))} names {escape(entry)}, which lies in no class's folder")
+    if not entries:
         raise UserError(f"data.root: {escape(str(path))} names no image")
-    return ListedFiles(root, names, labels, class_names)
+    return ListedFiles(root, [prefix + entry for entry in entries], labels, class_names)
 
 
 def _folder(entry: str) -> str:
@@ -160,14 +158,6 @@ def _read_inaturalist(path: Path) -> dict[str, Any]:
         raise UserError(f"data.root: {escape(str(path))} cannot be read: {reason(error)}") from error
     keys = "; ".join(f"{name} with {' and '.join(inner)}" for name, inner in _INATURALIST_KEYS.items())
     raise UserError(f"data.root: {escape(str(path))} is not a list of iNaturalist's: it must hold {keys}")
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _are_entries(rows: Any, keys: dict[str, type]) -> bool:

@@ -18,11 +18,10 @@ from typing import Any, BinaryIO, cast
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from instance_ssl.data.folders import escape
 from instance_ssl.data.image_sources import EncodedImages
 from instance_ssl.data.tar_index import index_shard
 from instance_ssl.data.unreadable_images import OnBroken
-from instance_ssl.errors import UserError, reason
+from instance_ssl.errors import UserError, escape, reason
 from instance_ssl.files.atomic import whole_file, write_json, write_lines
 from instance_ssl.files.disk_space import why_not_written
 from instance_ssl.files.hashing import HashingFile
@@ -56,10 +55,6 @@ class PackedSet:
     size: int
     quality: int
     left_out: int
-
-    def to_json(self) -> dict[str, object]:
-        """What the file holds."""
-        return {"format": _FORMAT, **asdict(self)}
 
 
 def read_packed_set(folder: Path) -> PackedSet | None:
@@ -153,8 +148,9 @@ def _begin(source: EncodedImages, folder: Path, packing: Packing) -> dict[str, r
         if any(folder.iterdir()):
             raise UserError(f"--output {escape(str(folder))} is not empty: give another folder")
         sampled = range(0, len(source), math.ceil(len(source) / _SAMPLED))
-        sizes = [_member_bytes(content) for index in sampled if (content := _try(source, index, packing)[0])]
-        mean = sum(sizes) / len(sizes) if sizes else _BLOCK
+        contents = (content for index in sampled if (content := _try(source, index, packing)[0]))
+        blocks = [1 - -len(content) // _BLOCK for content in contents]  # its header, and whole blocks of content
+        mean = _BLOCK * sum(blocks) / len(blocks) if blocks else _BLOCK
         write_json(path, {**wanted, "images_per_shard": max(1, round(packing.shard_mib * 2**20 / mean))})
     try:
         begun = read_json(path)
@@ -186,13 +182,13 @@ def _write_shards(
 ) -> list[tuple[str, str]]:
     """Writes the missing shards; returns name and reason of every image excluded from the set."""
     context = multiprocessing.get_context("fork")
-    counter = context.Value("q", sum(len(ids) for name, ids in shards.items() if _is_done(folder / name)))
     missing = {name: ids for name, ids in shards.items() if not _is_done(folder / name)}
+    counter = context.Value("q", len(source) - sum(map(len, missing.values())))
+    known = {"source": source, "packing": packing, "on_broken": on_broken, "counter": counter}
     with ProcessPoolExecutor(
-        packing.workers, mp_context=context, initializer=_enter_worker, initargs=(source, packing, on_broken, counter)
+        packing.workers, mp_context=context, initializer=_worker.update, initargs=(known,)
     ) as pool:
-        tasks: set[Future[None]] = {pool.submit(_write_shard, folder / name, ids) for name, ids in missing.items()}
-        pending = tasks
+        pending: set[Future[None]] = {pool.submit(_write_shard, folder / name, ids) for name, ids in missing.items()}
         while pending:
             done, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
             on_progress(counter.value, len(source))
@@ -207,11 +203,7 @@ def _write_shards(
     return left_out
 
 
-_worker: dict[str, Any] = {}
-
-
-def _enter_worker(source: EncodedImages, packing: Packing, on_broken: OnBroken, counter: Any) -> None:
-    _worker.update(source=source, packing=packing, on_broken=on_broken, counter=counter)
+_worker: dict[str, Any] = {}  # what a process packs, set as it starts
 
 
 def _write_shard(path: Path, ids: range) -> None:
@@ -260,7 +252,7 @@ def _finish(
     )
     if left_out:
         write_lines((f"{name}: {why}" for name, why in left_out), folder / "left_out.txt")
-    write_json(folder / RECORD, packed_set.to_json())
+    write_json(folder / RECORD, {"format": _FORMAT, **asdict(packed_set)})
     return packed_set
 
 
@@ -305,10 +297,6 @@ def _label_name(name: str) -> str:
     return f"{folder}{slash}{base.partition('.')[0]}.cls"
 
 
-def _member_bytes(content: bytes) -> int:
-    return _BLOCK + -(-len(content) // _BLOCK) * _BLOCK
-
-
 def _record_of(shard: Path) -> Path:
     return shard.with_name(shard.name + ".json")
 
@@ -324,8 +312,8 @@ def _is_done(shard: Path) -> bool:
         same = {name: record.get(name) for name in ("bytes", "time")} == _stamp(shard)
     except (OSError, ValueError):
         return False
-    return same and isinstance(record.get("sha256"), str) and _are_pairs(record.get("left_out"))
-
-
-def _are_pairs(rows: Any) -> bool:
-    return isinstance(rows, list) and all(isinstance(row, list) and list(map(type, row)) == [str, str] for row in rows)
+    rows = record.get("left_out")
+    are_pairs = isinstance(rows, list) and all(
+        isinstance(row, list) and list(map(type, row)) == [str, str] for row in rows
+    )
+    return same and isinstance(record.get("sha256"), str) and are_pairs

@@ -52,17 +52,17 @@ class GlobalBatchSampler(Sampler[list[Key]]):
 
     Global batch g of an epoch is epoch_order[g * B : (g + 1) * B], whatever the number of ranks. Seen as an array of
     (accumulation_steps, world_size, micro_batch_size), entry [m, rank] is micro-batch m of a rank. The last images,
-    too few for a global batch, are dropped; which ones, changes with the epoch.
+    too few for a global batch, are dropped, a different set each epoch.
 
     Set `epoch` before each pass, and `start_step` to resume within an epoch: that many global batches are skipped.
 
     Attributes:
         steps_per_epoch: global batches an epoch.
         accumulation_steps: micro-batches of a rank a global batch.
-        num_dropped: images an epoch leaves out.
+        num_dropped: images dropped in an epoch.
 
     Raises:
-        ValueError: the global batch is larger than the data set, or no multiple of micro_batch_size * world_size.
+        ValueError: the global batch is larger than the data set, or is not a multiple of micro_batch_size * world_size.
     """
 
     def __init__(
@@ -81,14 +81,9 @@ class GlobalBatchSampler(Sampler[list[Key]]):
             raise ValueError(f"a global batch of {global_batch_size} from {num_images} images is not possible")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} does not exist")
-        self.num_images = num_images
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed, self.shards = seed, shards
-        self.epoch = 0
-        self.start_step = 0
+        self.num_images, self.global_batch_size, self.micro_batch_size = num_images, global_batch_size, micro_batch_size
+        self.rank, self.world_size, self.seed, self.shards = rank, world_size, seed, shards
+        self.epoch = self.start_step = 0
         self._ordered_epoch, self._epoch_order = -1, torch.empty(0, dtype=torch.int64)
         self.steps_per_epoch, self.num_dropped = divmod(num_images, global_batch_size)
         self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)

@@ -4,22 +4,22 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from instance_ssl.data.decode import AS_SHOWN, Rendering
-from instance_ssl.data.folders import escape, existing_root
+from instance_ssl.data.decode import Rendering
+from instance_ssl.data.folders import existing_root
 from instance_ssl.data.image_sources import EncodedImages
-from instance_ssl.data.name_table import NameTable, pack_names, repetitions
+from instance_ssl.data.name_table import NameTable, pack_names, repetitions, take_rows
 from instance_ssl.data.pack import PackedSet, read_packed_set
 from instance_ssl.data.tar_index import ShardIndex, index_shard
 from instance_ssl.data.unreadable_images import OnBroken
-from instance_ssl.errors import UserError, tried
+from instance_ssl.errors import UserError, escape, tried
 from instance_ssl.files.name_lists import list_line
 
 _OPEN_SHARDS = 64
@@ -37,15 +37,10 @@ _REMARKS = (
 class TarImages(EncodedImages):
     """Images of tar shards: shards ordered by name, images by their place in the shard.
 
-    `digest` covers names and sizes in bytes, in order, as for the same files in a folder.
-
     Args:
         shards: S tar files.
         shard_bytes: size of each.
-        columns: what `pack_names` returns; `shards` (N,) int32 and `offsets` (N,) int64, where each image begins;
-            `sizes` (N,) int64; `labels` where there are any.
-        class_names: of the labels, or None.
-        rendering: how orientation and transparency are treated.
+        columns: also `shards` (N,) int32, ascending, and `offsets` (N,) int64: where each image begins.
     """
 
     def __init__(
@@ -54,21 +49,16 @@ class TarImages(EncodedImages):
         shard_bytes: Sequence[int],
         columns: dict[str, np.ndarray],
         class_names: list[str] | None,
-        rendering: Rendering = AS_SHOWN,
+        rendering: Rendering,
     ) -> None:
         super().__init__(columns, class_names, rendering)
         self._shards, self._shard_bytes = list(shards), list(shard_bytes)
         self._open: dict[int, IO[bytes]] = {}
 
     @property
-    def shard_of(self) -> np.ndarray:
-        """(N,) int32, ascending: which shard each image lies in."""
-        return self.columns["shards"]
-
-    @property
     def shard_starts(self) -> np.ndarray:
         """(S,) int64, ascending from 0: the first image of each stretch that lies in one shard."""
-        return np.flatnonzero(np.diff(self.shard_of, prepend=-1))
+        return np.flatnonzero(np.diff(self.columns["shards"], prepend=-1))
 
     def probes(self) -> list[tuple[Path, int]]:
         """Every shard and its size."""
@@ -85,7 +75,7 @@ class TarImages(EncodedImages):
 
     def where(self, index: int) -> str:
         """The shard's path and the image's name."""
-        return escape(f"{self._shards[self.columns['shards'][index]]}: {self.names[index]}")
+        return _where(self._shards, self.columns, index)
 
     def _opened(self, shard: int) -> IO[bytes]:
         file = self._open.get(shard)
@@ -103,32 +93,15 @@ class TarImages(EncodedImages):
         return {**self.__dict__, "_open": {}}
 
 
-@dataclass(frozen=True)
-class TarListing:
-    """All images of some shards, readable or not.
-
-    Attributes:
-        shards: the tar files, by name.
-        shard_bytes: size of each.
-        columns: see `TarImages`.
-        problems: row → what is wrong, for images whose header cannot be read.
-        class_names: of the labels, or None; in plain shards, the labels in use, as text.
-        remarks: what the user should know, a line each.
-    """
-
-    shards: list[Path]
-    shard_bytes: list[int]
-    columns: dict[str, np.ndarray]
-    problems: dict[int, str]
-    class_names: list[str] | None
-    remarks: list[str]
-
-    def __len__(self) -> int:
-        return len(self.columns["offsets"])
-
-
-def list_tar(root: Path | None, pattern: str | None, split: str) -> TarListing:
-    """Lists the images of a split.
+def open_tar(
+    root: Path | None,
+    pattern: str | None,
+    split: str,
+    keep: Callable[[int], np.ndarray],
+    on_broken: OnBroken,
+    rendering: Rendering,
+) -> TarImages:
+    """Opens those images of a split that are kept and can be read.
 
     The train split has the shards that `pattern` names, or root/train/*.tar, root/train*.tar or else all of root/*.tar;
     the test split root/val/*.tar, root/val*.tar, root/test/*.tar or root/test*.tar. In a packed set, which has a record
@@ -137,9 +110,10 @@ def list_tar(root: Path | None, pattern: str | None, split: str) -> TarListing:
     Args:
         root: `data.root`; may be None where `pattern` is given.
         pattern: `data.shards`, relative to the root: a path with *, ?, [a-z], {a,b} and {000..146} in it.
+        keep: number of images, readable or not -> the places to keep, (n,) int64.
 
     Raises:
-        UserError: one line that names the key and the path at fault.
+        UserError: one line that names the key and the path at fault, or an image that `on_broken` refuses.
     """
     shards = _find_shards(root, pattern, split)
     packed_set = _packed_set(shards, complete=pattern is None)
@@ -160,41 +134,24 @@ def list_tar(root: Path | None, pattern: str | None, split: str) -> TarListing:
             remarks.append(
                 f"labels run from {class_names[0]} to {highest} with {len(class_names):,} in use, which are the classes"
             )
-    problems: dict[int, str] = {}
-    first = 0
-    for index in indexes:
-        problems |= {first + place: why for place, why in index.problems.items()}
-        first += len(index.names)
-    return TarListing(shards, [index.shard_bytes for index in indexes], columns, problems, class_names, remarks)
-
-
-def open_listing(
-    listing: TarListing, kept: np.ndarray, on_broken: OnBroken, rendering: Rendering = AS_SHOWN
-) -> TarImages:
-    """Opens the images at the places `kept`, (n,) int64, of a listing, except those that cannot be read.
-
-    Raises:
-        UserError: where `on_broken` does not let one pass.
-    """
-    columns = listing.columns
     names = NameTable(columns)
-    broken = [place for place in kept.tolist() if place in listing.problems] if listing.problems else []
-    shown = [listing.shards[columns["shards"][place]] for place in broken]
-    on_broken.judge(
-        [
-            (escape(f"{shard}: {names[place]}"), listing.problems[place])
-            for shard, place in zip(shown, broken, strict=True)
-        ],
-        len(kept),
-    )
-    if broken or len(kept) < len(listing):
-        kept = kept[~np.isin(kept, broken)]
-        others = {name: column[kept] for name, column in columns.items() if name not in ("names", "name_ends")}
-        columns = {**pack_names(names[place] for place in kept.tolist()), **others}
-    images = TarImages(listing.shards, listing.shard_bytes, columns, listing.class_names, rendering)
-    images.remarks = listing.remarks
-    images.left_out = [f"{list_line(names[place])}: {listing.problems[place]}" for place in broken]
+    kept = keep(len(names))
+    starts = accumulate((len(index.names) for index in indexes), initial=0)
+    problems = {
+        first + row: why for first, index in zip(starts, indexes, strict=False) for row, why in index.problems.items()
+    }
+    broken = [place for place in kept.tolist() if place in problems] if problems else []
+    on_broken.judge([(_where(shards, columns, place), problems[place]) for place in broken], len(kept))
+    if broken or len(kept) < len(names):
+        columns = take_rows(columns, kept[~np.isin(kept, broken)])
+    images = TarImages(shards, [index.shard_bytes for index in indexes], columns, class_names, rendering)
+    images.remarks = remarks
+    images.left_out = [f"{list_line(names[place])}: {problems[place]}" for place in broken]
     return images
+
+
+def _where(shards: Sequence[Path], columns: Mapping[str, np.ndarray], place: int) -> str:
+    return escape(f"{shards[columns['shards'][place]]}: {NameTable(columns)[place]}")
 
 
 def _index_all(shards: Sequence[Path], packed_set: PackedSet | None) -> list[ShardIndex]:
@@ -231,12 +188,8 @@ def _join(indexes: Sequence[ShardIndex], shards: Sequence[Path], remarks: Sequen
         del columns["labels"]
     elif len(unlabelled):
         place = int(unlabelled[0])
-        where = escape(f"{shards[columns['shards'][place]]}: {names[place]}")
-        raise UserError(
-            "; ".join(
-                [f"data.root: {where} has no .cls, as other images have: give all of them one, or none", *remarks]
-            )
-        )
+        lacking = f"data.root: {_where(shards, columns, place)} has no .cls, as other images have: "
+        raise UserError("; ".join([f"{lacking}give all of them one, or none", *remarks]))
     if repeated := repetitions(names):
         columns |= pack_names(_told_apart(names, repeated))
     return columns
@@ -271,11 +224,7 @@ def _train_classes(root: Path | None, pattern: str | None) -> tuple[np.ndarray, 
 
 
 def _numbered(labels: np.ndarray, values: np.ndarray, folder: Path) -> np.ndarray:
-    """The labels as places in `values`, which ascend.
-
-    Raises:
-        UserError: a label is not among them.
-    """
+    """The labels as places in `values`, which ascend; a label that is not among them is a UserError."""
     if len(absent := np.setdiff1d(labels, values)):
         raise UserError(
             f"data.root: {escape(str(folder))} has images of class {absent[0]}, which no training image has: "
@@ -300,7 +249,10 @@ def _find_shards(root: Path | None, pattern: str | None, split: str) -> list[Pat
     """The shards of a split, at least one, ordered by name."""
     if split == "train" and pattern is not None:
         base = "" if root is None else str(existing_root(root, "tar"))
-        found = {path for text in _expand(pattern) for path in _matches(base, text)}
+        found: set[str] = set()
+        for text in _expand(pattern):  # an absent file without wildcards gets its own error later
+            has_magic = glob.has_magic(text)
+            found |= {*glob.glob(os.path.join(glob.escape(base), text))} if has_magic else {os.path.join(base, text)}
         if not found:
             raise UserError(f"data.shards {escape(pattern)} names no tar shard below {escape(os.path.abspath(base))}")
         return sorted(Path(path) for path in found)
@@ -320,12 +272,6 @@ def _find_shards(root: Path | None, pattern: str | None, split: str) -> list[Pat
         f"data.root {escape(tried(root))} holds no {split} shard: {', '.join(_PLACES[split])} "
         f"(runners/pack_dataset.py --split {split} makes them)"
     )
-
-
-def _matches(base: str, text: str) -> list[str]:
-    if glob.has_magic(text):
-        return glob.glob(os.path.join(glob.escape(base), text))
-    return [os.path.join(base, text)]
 
 
 def _expand(pattern: str) -> list[str]:

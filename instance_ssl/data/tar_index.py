@@ -11,6 +11,7 @@ import os
 import posixpath
 import tarfile
 import zipfile
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,9 +21,9 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from instance_ssl.data.decode import open_image
-from instance_ssl.data.folders import SUFFIXES, escape
+from instance_ssl.data.folders import SUFFIXES
 from instance_ssl.data.name_table import NameTable, pack_names, packed
-from instance_ssl.errors import UserError, reason
+from instance_ssl.errors import UserError, escape, reason
 from instance_ssl.files.atomic import whole_file
 
 _VERSION = 2  # 1 joined labels to neighbours, and kept every image of a sample
@@ -71,10 +72,8 @@ class _Members:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self._offsets: list[int] = []
-        self._sizes: list[int] = []
         self._stems: list[str] = []
-        self._archive_of: list[int] = []
+        self._offsets, self._sizes, self._archive_of = array("q"), array("q"), array("q")
         self._problems: dict[int, str] = {}
         self._labels: list[dict[str, int]] = []  # by archive and stem
         self._images: set[tuple[int, str]] = set()
@@ -94,10 +93,9 @@ class _Members:
         self._archive_of.append(len(self._labels) - 1)
 
     def add_label(self, stem: str, label: int) -> bool:
-        """Adds a label; False: the stem has one in this archive already."""
-        labels = self._labels[-1]
-        is_first = stem not in labels
-        labels.setdefault(stem, label)
+        """Adds a label, unless the stem has one in this archive already; returns whether it did."""
+        is_first = stem not in self._labels[-1]
+        self._labels[-1].setdefault(stem, label)
         return is_first
 
     def join(self, shard_bytes: int) -> ShardIndex:
@@ -201,11 +199,7 @@ def index_shard(shard: Path, *, every_member: bool) -> ShardIndex:
 
 
 def _write(index: ShardIndex, path: Path, status: os.stat_result, *, every_member: bool) -> bool:
-    """Writes an index file, whole or not at all; returns whether that was possible.
-
-    Args:
-        status: of the shard.
-    """
+    """Writes an index file for a shard of this status, whole or not at all; returns whether that was possible."""
     content: dict[str, Any] = {
         "version": _VERSION,
         "shard": np.array([status.st_size, status.st_mtime_ns, every_member], np.int64),
@@ -239,9 +233,8 @@ def _read(path: Path, status: os.stat_result, every_member: bool) -> ShardIndex 
     try:
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
-        if content["version"] != _VERSION:
-            return None
-        if content["shard"].tolist() != [status.st_size, status.st_mtime_ns, every_member]:
+        stamp = [status.st_size, status.st_mtime_ns, every_member]
+        if content["version"] != _VERSION or content["shard"].tolist() != stamp:
             return None
         names = NameTable.checked(content["names"], content["name_ends"])
         problems = NameTable.checked(content["problem_names"], content["problem_name_ends"])

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from instance_ssl.data.decode import open_image
-from instance_ssl.data.folders import escape
-from instance_ssl.errors import UserError, reason
+from instance_ssl.errors import UserError, escape, reason
 
 _HEADERS_PER_TASK = 256
 _NAMED = 5

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from instance_ssl.data.augmentations import DrawnView, RandomView, Transform
+from instance_ssl.data.augmentations import RandomView, Transform
 from instance_ssl.data.colour import apply_colours, views_at_once
-from instance_ssl.data.crop import crop_resized, reduction_for
+from instance_ssl.data.crop import Crop, crop_resized, reduction_for
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.sampler import Key, mixed_seed
 
@@ -24,13 +24,7 @@ def sample_seed(seed: int, epoch: int, index: int, view: int) -> int:
 
 
 class ViewItem(NamedTuple):
-    """The views of one image.
-
-    Attributes:
-        views: (V, 3, S, S) float32, normalised; uint8 where `colours` is given.
-        id: instance id of the image.
-        colours: (V, P) float32, the colour changes still to be made; None: the views are finished.
-    """
+    """The views of one image, with the shapes of a `ViewBatch` less its first dimension."""
 
     views: Tensor
     id: int
@@ -70,11 +64,8 @@ class ViewDataset(Dataset[ViewItem]):
     def __init__(
         self, source: ImageSource, transform: Transform, num_views: int, seed: int, *, leave_colours: bool = False
     ) -> None:
-        self.source = source
-        self.transform = transform
-        self.num_views = num_views
-        self.seed = seed
-        self.leave_colours = leave_colours
+        self.source, self.transform, self.num_views = source, transform, num_views
+        self.seed, self.leave_colours = seed, leave_colours
 
     def __len__(self) -> int:
         return len(self.source)
@@ -111,18 +102,18 @@ class ViewDataset(Dataset[ViewItem]):
         return ViewBatch(flat.view(shape), ids)
 
     def _crops(self, key: Key, view: RandomView) -> ViewItem:
-        drawn: list[DrawnView] = []
+        drawn: list[tuple[Crop, list[float]]] = []
         full_width = 0
 
         def draw(width: int, height: int) -> int:
             nonlocal full_width
             full_width = width
             drawn.extend(self._seeded(key, lambda: view.draw(width, height)))
-            return reduction_for([one.crop for one in drawn], view.image_size)
+            return reduction_for([crop for crop, _ in drawn], view.image_size)
 
         pixels = self.source.load_pixels(key[1], draw)
-        crops = [crop_resized(pixels, one.crop, full_width, view.image_size).permute(1, 2, 0) for one in drawn]
-        return ViewItem(torch.stack(crops).permute(0, 3, 1, 2), key[1], torch.tensor([one.colours for one in drawn]))
+        crops = [crop_resized(pixels, crop, full_width, view.image_size).permute(1, 2, 0) for crop, _ in drawn]
+        return ViewItem(torch.stack(crops).permute(0, 3, 1, 2), key[1], torch.tensor([row for _, row in drawn]))
 
     def _seeded(self, key: Key, make: Callable[[], T]) -> list[T]:
         """Calls `make` for each view under that view's seed."""

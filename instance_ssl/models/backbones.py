@@ -1,16 +1,18 @@
-"""Backbones: torchvision's ResNets with a stem that fits the image, and a small network for small images.
+"""Backbones: torchvision's ResNets with a stem that fits the image, and a small network; activation checkpointing.
 
 A backbone maps images (b, 3, S, S) to features (b, F) and carries its width as `feature_dim`.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from instance_ssl.config.choices import BackboneName, StemName
-from instance_ssl.models.activation_checkpointing import run_stages
 
 # Images up to this side keep their resolution: the ImageNet stem divides it by four before the first block and costs
 # about 8 points of accuracy at 32 pixels (lightly-ai/lightly #1419).
@@ -42,7 +44,7 @@ class ResNet(nn.Module):
         network = self.network
         stem = network.maxpool(network.relu(network.bn1(network.conv1(channels_last(images)))))
         stages = (network.layer1, network.layer2, network.layer3, network.layer4)
-        return network.avgpool(run_stages(stages, stem, recompute=self.recompute_stages)).flatten(1)
+        return network.avgpool(_run_stages(stages, stem, recompute=self.recompute_stages)).flatten(1)
 
 
 class SmallCnn(nn.Module):
@@ -68,7 +70,45 @@ class SmallCnn(nn.Module):
         """Features (b, F) of images (b, 3, S, S)."""
         # A block is four of `blocks`, the last three: nested, they would have other keys in a checkpoint.
         stages = [self.blocks[first : first + 4] for first in range(0, len(self.blocks), 4)]
-        return self.pool(run_stages(stages, channels_last(images), recompute=self.recompute_stages)).flatten(1)
+        return self.pool(_run_stages(stages, channels_last(images), recompute=self.recompute_stages)).flatten(1)
+
+
+def _run_stages(stages: Iterable[nn.Module], activations: Tensor, *, recompute: bool) -> Tensor:
+    """One stage after another, the same to the bit with and without activation checkpointing.
+
+    With it (`recompute`), only the input of each stage is kept for the backward pass, which runs the stage once more
+    under the same autocast. Batch norm's running statistics move in the forward pass alone. Stages draw no random
+    numbers.
+    """
+    for stage in stages:
+        activations = _recomputed(stage, activations) if recompute and torch.is_grad_enabled() else stage(activations)
+    return activations
+
+
+def _recomputed(stage: nn.Module, activations: Tensor) -> Tensor:
+    return checkpoint(
+        stage,
+        activations,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), _copied_buffers(stage)),
+    )
+
+
+@contextmanager
+def _copied_buffers(stage: nn.Module) -> Iterator[None]:
+    """Lets `stage` write to copies of its buffers.
+
+    Not None in their place: the second run must save tensors like those of the first, one by one.
+    """
+    owned = [(module, name, value) for module in stage.modules() for name, value in module.named_buffers(recurse=False)]
+    for module, name, value in owned:
+        setattr(module, name, value.clone())
+    try:
+        yield
+    finally:
+        for module, name, value in owned:
+            setattr(module, name, value)
 
 
 def channels_last(images: Tensor) -> Tensor:

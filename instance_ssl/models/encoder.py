@@ -6,7 +6,7 @@ from instance_ssl.config.choices import BackboneName, ProjectionName, StemName
 from instance_ssl.models.backbones import ResNet, SmallCnn, build_backbone
 
 
-def build_projection(name: ProjectionName, feature_dim: int, hidden_dim: int | None, embedding_dim: int) -> nn.Module:
+def _build_projection(name: ProjectionName, feature_dim: int, hidden_dim: int | None, embedding_dim: int) -> nn.Module:
     """The head that is trained with the backbone and then discarded.
 
     `mlp`: Linear-ReLU-Linear without batch norm (PIC, MoCo v2). `mlp_bn`: with batch norm behind either layer, which
@@ -29,8 +29,7 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone: ResNet | SmallCnn, projection: nn.Module) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.projection = projection
+        self.backbone, self.projection = backbone, projection
 
     @property
     def feature_dim(self) -> int:
@@ -63,4 +62,4 @@ def build_encoder(
             again in the backward pass.
     """
     network = build_backbone(backbone, stem, image_size, recompute_stages=recompute_stages)
-    return Encoder(network, build_projection(projection, network.feature_dim, projection_hidden_dim, embedding_dim))
+    return Encoder(network, _build_projection(projection, network.feature_dim, projection_hidden_dim, embedding_dim))

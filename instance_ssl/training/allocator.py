@@ -20,8 +20,7 @@ def keep_freed_memory(environment: Mapping[str, str]) -> bool:
     tunables = environment.get("GLIBC_TUNABLES", "")
     if any(name.startswith("MALLOC_") for name in environment) or "glibc.malloc" in tunables:
         return False
-    mallopt = _mallopt()
-    if mallopt is None:
+    if (mallopt := _mallopt()) is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))
 
@@ -29,10 +28,7 @@ def keep_freed_memory(environment: Mapping[str, str]) -> bool:
 def _mallopt() -> Callable[[int, int], int] | None:
     """glibc's `mallopt`; None under musl, macOS or Windows."""
     try:
-        name = os.confstr("CS_GNU_LIBC_VERSION")
+        is_glibc = (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
     except (AttributeError, ValueError):
         return None
-    if name is None or not name.startswith("glibc"):
-        return None
-    function: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
-    return function
+    return ctypes.CDLL(None).mallopt if is_glibc else None

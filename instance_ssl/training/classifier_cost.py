@@ -133,11 +133,6 @@ class ClassifierMemory:
         """What is held all the time."""
         return self.weight + self.momentum + self.hard_classes + self.clock
 
-    @property
-    def peak(self) -> int:
-        """The classifier alone at its largest."""
-        return self.resident + max(self.first_pass, self.pending, self.update, self.refresh)
-
 
 def classifier_memory(size: ClassifierSize) -> ClassifierMemory:
     """Memory of rank 0's shard."""
@@ -169,11 +164,8 @@ def _block_bytes(size: ClassifierSize, num_classes: int, num_updated: int) -> tu
     """Buffers of a block in the first and the second pass, as the passes count them against their budget."""
     rows, width = size.gathered_rows, size.embedding_dim
     dtypes = {"row_dtype": size.row_dtype, "momentum_dtype": size.momentum_dtype}
-    update_rows = rows * size.accumulation_steps
-    return (
-        sums_block_bytes(size.options, num_classes, rows, width),
-        update_block_bytes(size.options, num_updated, update_rows, width, **dtypes),
-    )
+    update = update_block_bytes(size.options, num_updated, rows * size.accumulation_steps, width, **dtypes)
+    return sums_block_bytes(size.options, num_classes, rows, width), update
 
 
 def _blocks_to_run(size: ClassifierSize) -> int:
@@ -205,12 +197,7 @@ def step_flops(num_rows: int, num_classes: int, embedding_dim: int) -> int:
 
 @dataclass(frozen=True)
 class _AbsentRanks(Group):
-    """Rank 0 of a group whose other ranks do not run: collectives count their bytes and allocate their results.
-
-    Attributes:
-        labels_B: instance ids that all ranks bring.
-        hard_BK: their hard classes.
-    """
+    """Rank 0 of a group whose other ranks do not run: collectives count their bytes and allocate their results."""
 
     labels_B: Tensor = field(kw_only=True)
     hard_BK: Tensor = field(kw_only=True)

@@ -62,7 +62,7 @@ class Engine:
         return self._engine(images)
 
     def backward(self, x_bD: Tensor, gradient_bD: Tensor) -> None:
-        """Backpropagates ∂J/∂x of own rows; the encoder's gradients are summed over micro-batches and ranks.
+        """Backpropagates ∂J/∂x of the local rows; the encoder's gradients are summed over micro-batches and ranks.
 
         The scalar stands in for the loss because ZeRO hooks the backward pass of a scalar. It is not divided by the
         accumulation steps: J is already the mean over the whole optimizer step.
@@ -73,7 +73,7 @@ class Engine:
         """Closes a micro-batch; at the last one of a step updates the encoder. True when it moved.
 
         False at the last one means that the gradients were not finite, or overflowed the float16 loss scale, on any
-        rank: then nothing has moved. The schedule goes on all the same, for steps count batches of data.
+        rank: then nothing has moved. The schedule advances all the same, for steps count batches of data.
         """
         self._micro_batches_seen += 1
         if self._micro_batches_seen < self._accumulation_steps:
@@ -150,8 +150,7 @@ class Engine:
     def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Encoder state and momentum by name, whole, on the CPU. Collective.
 
-        Floating-point buffers are the ranks' mean. The training itself is not touched: it goes on alike whether or not
-        it is saved.
+        Floating-point buffers are the ranks' mean. Saving does not change the training.
         """
         state = {name: value.detach().to("cpu", copy=True) for name, value in self.encoder.state_dict().items()}
         for name, buffer in self.encoder.named_buffers():
@@ -162,34 +161,26 @@ class Engine:
         return state, {name: value.detach().to("cpu", copy=True) for name, value in momentum.items()}
 
     def _momentum_of(self, parameter: nn.Parameter) -> Tensor:
+        value = None
         if self._zero_stage == 0:
             value = self._engine.optimizer.state.get(parameter, {}).get("momentum_buffer")
-        elif self._base_optimizer_has_state():
+        elif self._engine.optimizer.optimizer.state:  # empty before the first step
             value = safe_get_full_optimizer_state(parameter, "momentum_buffer")
-        else:
-            value = None
         return torch.zeros_like(parameter) if value is None else value.view_as(parameter)
 
     def load_momentum(self, momentum: dict[str, Tensor]) -> None:
         """Sets the momentum of every parameter; encoder weights are loaded before the engine is built. Collective."""
-        if self._zero_stage > 0:
-            self._create_partitioned_momentum()
+        if self._zero_stage > 0:  # ZeRO makes its links to the momentum after the first step
+            zero = self._engine.optimizer
+            for partition in zero.single_partition_of_fp32_groups:
+                zero.optimizer.state[partition]["momentum_buffer"] = torch.zeros_like(partition)
+            zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.encoder.named_parameters():
             value = momentum[name].to(parameter)
             if self._zero_stage == 0:
                 self._engine.optimizer.state[parameter]["momentum_buffer"] = value.clone()
             else:
                 safe_set_full_optimizer_state(parameter, value, "momentum_buffer")
-
-    def _base_optimizer_has_state(self) -> bool:
-        return bool(self._engine.optimizer.optimizer.state)
-
-    def _create_partitioned_momentum(self) -> None:
-        """ZeRO makes its links to the momentum after the first step; a resumed run needs them before."""
-        zero = self._engine.optimizer
-        for partition in zero.single_partition_of_fp32_groups:
-            zero.optimizer.state[partition]["momentum_buffer"] = torch.zeros_like(partition)
-        zero._lazy_init_hp_params_optimizer_state()
 
 
 def versions() -> dict[str, Any]:

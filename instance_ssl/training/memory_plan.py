@@ -1,7 +1,7 @@
 """Plans a training step: bytes by part, bytes sent, FLOPs, and the most classes that fit.
 
 The encoder is built and run once on torch's fake tensors (meta tensors that know their device, and so follow autocast);
-the classifier is run by `classifier_cost.py`. The figures leave out the CUDA context (about 0.5 GiB), the workspaces of
+the classifier is run by `classifier_cost.py`. The plan excludes the CUDA context (about 0.5 GiB), the workspaces of
 libraries, and what the caching allocator loses between blocks.
 """
 
@@ -107,15 +107,10 @@ class EncoderMemory:
     reduction: int
 
     @property
-    def resident(self) -> int:
-        """What is held all the time."""
-        return self.weights + self.optimizer
-
-    @property
     def peak(self) -> int:
         """Peak of the encoder alone."""
         backward = self.gradients + max(self.backward_peak + self.buckets, self.reduction)
-        return self.resident + max(self.waiting + self.kept, backward)
+        return self.weights + self.optimizer + max(self.waiting + self.kept, backward)
 
 
 @dataclass(frozen=True)
@@ -164,7 +159,7 @@ def measure_encoder(
     return EncoderCost(
         num_parameters=sum(p.numel() for p in parameters),
         num_low_precision=sum(p.numel() for module in low for p in module.parameters(recurse=False)),
-        buffer_bytes=sum(b.numel() * b.element_size() for b in encoder.buffers()),
+        buffer_bytes=sum(b.nbytes for b in encoder.buffers()),
         kept=kept,
         backward_peak=backward_peak,
         first_backward_peak=first_backward_peak,
@@ -191,13 +186,13 @@ def engine_size(
 ) -> EngineSize:
     """From the resolved DeepSpeed JSON."""
     zero = engine.get("zero_optimization", {})
-    named = {"fp16": torch.float16, "bf16": torch.bfloat16, "bfp16": torch.bfloat16}
+    named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     contiguous = zero.get("contiguous_gradients", True)
     return EngineSize(
         world_size=world_size,
         accumulation_steps=accumulation_steps,
         autocast_dtype=autocast_dtype,
-        communication_dtype=named.get(engine.get("communication_data_type") or "fp32", torch.float32),
+        communication_dtype=named[engine.get("communication_data_type", "fp32")],
         zero_stage=zero.get("stage", 0),
         reduce_bucket_size=int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET_SIZE)),
         num_buckets=(2 if zero.get("overlap_comm", False) else 1) if contiguous else 0,
@@ -273,10 +268,7 @@ def plan_layout(layout: Layout, cost: EncoderCost, engine: EngineSize, classifie
         },
         "backward": gradients | pending | {"ZeRO buckets": encoder.buckets, "activations": encoder.backward_peak},
         "reduction": gradients | pending | {"gradients flattened": encoder.reduction},
-        "update": {
-            "block buffers": memory.update_block,
-            "features and labels": memory.update - memory.update_block,
-        },
+        "update": {"block buffers": memory.update_block, "features and labels": memory.update - memory.update_block},
         "hardest classes": {"unit rows, keys and a tile": memory.refresh},
     }
     steps = engine.accumulation_steps

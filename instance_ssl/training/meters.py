@@ -12,11 +12,7 @@ from instance_ssl.training.step import StepReport
 
 
 class TrainingMeter:
-    """Means over the steps since the last reading.
-
-    Args:
-        images_per_step: images (not views) of a global batch.
-    """
+    """Means over the steps since the last reading, each of `images_per_step` images (not views)."""
 
     def __init__(self, images_per_step: int) -> None:
         self._images_per_step = images_per_step
@@ -61,8 +57,7 @@ class InputWatch:
     _SHARE = 0.1
 
     def __init__(self) -> None:
-        self._intervals, self._pause = 0, 20
-        self._silent_until = 2
+        self._intervals, self._pause, self._silent_until = 0, 20, 2
 
     def should_warn(self, share: float) -> bool:
         """Whether to warn now, given the share of an interval's time that the slowest rank waited."""

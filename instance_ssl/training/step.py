@@ -13,7 +13,6 @@ from instance_ssl.data.colour import apply_colours
 from instance_ssl.data.views import ViewBatch
 from instance_ssl.models.backbones import channels_last
 from instance_ssl.training.engine import Engine
-from instance_ssl.training.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def train_step(
     """
     learning_rate, views = engine.learning_rate, _LocalViews(micro_batches, shard.group.device)
     outputs: list[ShardOutput] = []
-    applied, watch = False, Stopwatch(engine.group.device)
+    applied, watch = False, _Stopwatch(engine.group.device)
     shard.begin_step(positives)
     for micro_step in range(accumulation_steps):
         watch.start()
@@ -111,12 +110,7 @@ def train_step(
 
 
 class _LocalViews:
-    """This rank's micro-batches on the device.
-
-    Attributes:
-        wait_seconds: time waited for the loader so far.
-        unreadable: id → why, of images that were found unreadable so far.
-    """
+    """This rank's micro-batches on the device, the seconds waited for them, and unreadable images (id → why)."""
 
     def __init__(self, micro_batches: Iterator[ViewBatch], device: torch.device) -> None:
         self._micro_batches, self._device = micro_batches, device
@@ -132,10 +126,33 @@ class _LocalViews:
         return flatten_views(batch, self._device)
 
 
+class _Stopwatch:
+    """Times this rank's work between collectives; on a GPU by events in its stream, so that the host need not wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda, self._seconds, self._began = device.type == "cuda", 0.0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        if self._on_cuda:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        self._seconds += time.perf_counter() - self._began
+        if self._on_cuda:
+            self._events[-1][1].record()
+
+    def seconds(self) -> float:
+        """The longer of host and GPU time; call it once the GPU has reached the last stop."""
+        return max(self._seconds, sum(start.elapsed_time(stop) for start, stop in self._events) / 1e3)
+
+
 def _read(outputs: list[ShardOutput]) -> tuple[float, float, int]:
     """Reads loss, mean log Z and zero features of a step at once: each read makes the host wait for its GPU."""
-    figures = [torch.stack([output.loss, output.log_z, output.num_zero_features]) for output in outputs]
-    loss, log_z, zero_features = torch.stack(figures).sum(dim=0).tolist()
+    sums = [torch.stack([output.loss, output.log_z, output.num_zero_features]) for output in outputs]
+    loss, log_z, zero_features = torch.stack(sums).sum(dim=0).tolist()
     return loss, log_z / len(outputs), 0 if math.isnan(zero_features) else int(zero_features)
 
 

@@ -15,7 +15,6 @@ from instance_ssl.data.colour import (
     NORMALISE_MEAN,
     NORMALISE_STD,
     NUM_UNIFORM,
-    ROW_LENGTH,
     UNCHANGED,
     ColourRanges,
     apply_colours,
@@ -149,7 +148,7 @@ def test_factors_are_distributed_like_torchvision_s(strength: float) -> None:
     assert kolmogorov(sigmas, np.linspace(0.1, 2, 2000)) < 1
     for share, found in ((0.8, len(jittered)), (0.2, int(colours[:, 8].sum())), (0.5, len(sigmas))):
         assert abs(found / 6000 - share) < 4 * math.sqrt(share * (1 - share) / 6000)
-    assert colours.shape == (6000, ROW_LENGTH)
+    assert colours.shape == (6000, len(UNCHANGED))
 
 
 def test_nothing_is_drawn_that_is_not_asked_for() -> None:

@@ -35,9 +35,7 @@ def test_every_known_name_is_found_and_no_other() -> None:
 
 
 def test_names_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    import instance_ssl.data.list_changes as rearrangement
-
-    monkeypatch.setattr(rearrangement, "_hashes", lambda names: np.zeros(len(names), np.int64))
+    monkeypatch.setattr("instance_ssl.data.list_changes.hashes_of", lambda names: np.zeros(len(names), np.int64))
     assert places_of(["b", "x", "a"], ["a", "c", "b"]).tolist() == [2, -1, 0]
 
 

@@ -59,7 +59,7 @@ class FaultySource(ArrayImages):
 
 
 def broken(kind: type[ArrayImages]) -> ImageSource:
-    return kind(images(8).pixels, [str(i) for i in range(8)], None, None)
+    return kind(images(8).columns["pixels"], [str(i) for i in range(8)], None, None)
 
 
 def test_epoch_order_is_a_permutation_from_seed_and_epoch() -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,9 @@ def test_a_label_in_a_packed_set_is_that_of_the_image_before_it(tmp_path: Path) 
         members += [(f"a/{name}", encoded(number)), ("a/x.cls", b"%d\n" % label)]
     write_tar(tmp_path / "train/shard-000000.tar", members)
     record = PackedSet({"shard-000000.tar": ""}, "", 4, ["b", "c", "d"], "", 0, 90, 0)
-    (tmp_path / "train/index.json").write_text(json.dumps(record.to_json()))
+    (tmp_path / "train/index.json").write_text(
+        json.dumps({"format": "instance_ssl packed images, version 1", **asdict(record)})
+    )
     packed = opened("tar", tmp_path)
     assert packed.names == [f"a/{name}" for name in names]
     assert packed.labels is not None

@@ -53,7 +53,7 @@ def test_images_come_by_shard_and_place_with_their_labels(tmp_path: Path) -> Non
     write_tar(tmp_path / "val-0.tar", samples(2))
     train, test = open_tar(tmp_path), open_tar(tmp_path, "test")
     assert train.names == ["s5.jpg", "s7.jpg", "s1.jpg", "s9.jpg", "s3.jpg"]
-    assert train.shard_of.tolist() == [0, 0, 0, 1, 1]
+    assert train.columns["shards"].tolist() == [0, 0, 0, 1, 1]
     assert train.shard_starts.tolist() == [0, 3]
     assert train.labels is not None
     assert train.labels.tolist() == [2, 1, 1, 0, 0]
