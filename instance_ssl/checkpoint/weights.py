@@ -120,11 +120,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> N
         for name, value in own.items()
         if name in state and state[name].shape != value.shape
     ]
-    complaints = [
-        _first_of("missing", missing),
-        _first_of("extra", extra),
-        _first_of("of another shape", shapes),
-    ]
+    complaints = [_first_of("missing", missing), _first_of("extra", extra), _first_of("of another shape", shapes)]
     if missing or extra or shapes:
         told = "; ".join(complaint for complaint in complaints if complaint)
         raise UserError(

@@ -68,10 +68,7 @@ class TrainingSession:
         self._failed_saves = 0
         self._log = TrainingLog(stage)
         self._writer = DirectoryWriter(
-            stage.checkpoints_of(stage.name),
-            stage.world,
-            keep=self._checkpoint.keep,
-            is_permanent=self._is_permanent,
+            stage.checkpoints_of(stage.name), stage.world, keep=self._checkpoint.keep, is_permanent=self._is_permanent
         )
 
     def after_step(self, step: int, report: StepReport | None) -> None:
