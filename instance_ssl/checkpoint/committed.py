@@ -42,7 +42,7 @@ def step_of(directory: Path) -> int:
 
 
 def newest_sound_directory(parent: Path) -> Path | None:
-    """The newest committed directory that is what its name says, by the sizes of its files, unhashed."""
+    """The newest committed directory that `seems_whole`."""
     return next(filter(seems_whole, committed_directories(parent)), None)
 
 
@@ -62,16 +62,12 @@ def verify(directory: Path, group: "Group", names: tuple[str, ...] | None = None
     Args:
         names: the only files whose content matters; None: all, and no others of this project may be there.
     """
-    outcome = _look_at(directory, all_files=names is None) if group.rank == 0 else None
-    outcome = group.broadcast_object(outcome)
-    if isinstance(outcome, str):
-        return outcome
-    assert outcome is not None
-    chosen = sorted(name for name in outcome if names is None or name in names)
-    problem = None
-    for name in chosen[group.rank :: group.size]:
-        problem = problem or _compare(directory / name, outcome[name])
-    return next((text for text in group.all_gather_objects(problem) if text is not None), None)
+    records = group.broadcast_object(_look_at(directory, all_files=names is None) if group.rank == 0 else None)
+    if isinstance(records, str):
+        return records
+    chosen = sorted(name for name in records if names is None or name in names)
+    problems = (_find_change(directory / name, records[name]) for name in chosen[group.rank :: group.size])
+    return next(filter(None, group.all_gather_objects(next(filter(None, problems), None))), None)
 
 
 def checksum(files: Mapping[str, Any]) -> str:
@@ -116,7 +112,7 @@ def find_other_step(directory: Path) -> str | None:
     return None if step == step_of(directory) else f"its name says step {step_of(directory)}, {POSITION} says {step}"
 
 
-def _compare(path: Path, expected: FileRecord) -> str | None:
+def _find_change(path: Path, expected: FileRecord) -> str | None:
     try:
         with path.open("rb") as file:
             found = FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
@@ -128,9 +124,9 @@ def _compare(path: Path, expected: FileRecord) -> str | None:
 def seems_whole(directory: Path) -> bool:
     """Whether a committed directory is what its name says, by the sizes of its files, unhashed."""
     records = _look_at(directory, all_files=False)
-    if isinstance(records, str):
-        return False
     try:
-        return all((directory / name).stat().st_size == record.bytes for name, record in records.items())
+        return not isinstance(records, str) and all(
+            (directory / name).stat().st_size == record.bytes for name, record in records.items()
+        )
     except OSError:
         return False

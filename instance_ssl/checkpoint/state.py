@@ -104,7 +104,10 @@ def start_checkpoint(
     files: dict[str, Content] = {}
     if shard.replicas is None or shard.replicas.rank == 0:
         files[f"rows_{shard.start:09d}_{shard.stop:09d}.pt"] = shard.own_state()
-    files[f"rank_{world.rank:05d}.pt"] = {"buffers": own_buffers, "random": _random_state(world.device)}
+    random = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(world.device)
+    files[f"rank_{world.rank:05d}.pt"] = {"buffers": own_buffers, "random": random}
     if world.rank == 0:
         files[_ENCODER] = {"state": encoder_state, "momentum": encoder_momentum}
         files[POSITION] = json.dumps(asdict(position), indent=2) + "\n"
@@ -116,11 +119,10 @@ def start_checkpoint(
 def _find_infinite_rows(files: dict[str, Content]) -> str | None:
     for name, content in files.items():
         if name.startswith("rows_") and not isinstance(content, str):
-            # The Euclidean norm: at a fifteenth of the cost of the largest absolute value.
-            tensors = [content[key] for key in ("weight", "momentum")]
-            overflowed = [t for t in tensors if not torch.linalg.vector_norm(t.flatten()).isfinite()]
-            if not all(bool(tensor.isfinite().all()) for tensor in overflowed):
-                return f"{name}: rows of W are not finite"
+            for tensor in (content["weight"], content["momentum"]):
+                # First the Euclidean norm, which may overflow but costs a fifteenth of the largest absolute value.
+                if not torch.linalg.vector_norm(tensor.flatten()).isfinite() and not tensor.isfinite().all():
+                    return f"{name}: rows of W are not finite"
     return None
 
 
@@ -136,8 +138,7 @@ def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None 
     directories = group.broadcast_object(committed_directories(parent) if group.rank == 0 else None)
     damage: list[str] = []
     for directory in directories:
-        problem = verify(directory, group, names)
-        position = _read_position(directory) if problem is None else problem
+        position = _verified_position(directory, group, names)
         if isinstance(position, TrainingPosition):
             return Checkpoint(directory, position, tuple(damage), tuple(foreign_files(directory)))
         damage.append(f"{directory}: {position}")
@@ -149,32 +150,30 @@ def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None 
 def checkpoint_at(path: Path, group: Group, names: tuple[str, ...] | None = None) -> Checkpoint:
     """The checkpoint in a directory step_…, or the newest that verifies of the training in a run directory. Collective.
 
-    Args:
-        names: as for `newest_checkpoint`.
-
     Raises:
         UserError: when there is none, or what is there is damaged.
     """
     below = path / "pretrain/checkpoints"
-    if group.broadcast_object(below.is_dir()):
-        newest = newest_checkpoint(below, group, names)
-        if newest is not None:
-            return newest
-    problem = verify(path, group, names) if group.broadcast_object(path.is_dir()) else "there is no such directory"
-    position = _read_position(path) if problem is None else problem
+    if group.broadcast_object(below.is_dir()) and (newest := newest_checkpoint(below, group, names)) is not None:
+        return newest
+    is_there = group.broadcast_object(path.is_dir())
+    position = _verified_position(path, group, names) if is_there else "there is no such directory"
     if isinstance(position, str):
         raise UserError(f"{path} is no checkpoint ({position}): give a directory step_… or a run directory")
     return Checkpoint(path, position, foreign=tuple(foreign_files(path)))
 
 
 def intact_checkpoints(parent: Path, group: Group) -> list[Checkpoint]:
-    """All checkpoints that verify, oldest first; what was damaged beside each is not told. Collective."""
+    """All checkpoints that verify, oldest first. Collective."""
     directories = group.broadcast_object(committed_directories(parent) if group.rank == 0 else None)
-    found = []
-    for directory in reversed(directories):
-        if verify(directory, group) is None and isinstance(position := _read_position(directory), TrainingPosition):
-            found.append(Checkpoint(directory, position))
-    return found
+    found = [(directory, _verified_position(directory, group)) for directory in reversed(directories)]
+    return [Checkpoint(directory, position) for directory, position in found if isinstance(position, TrainingPosition)]
+
+
+def _verified_position(directory: Path, group: Group, names: tuple[str, ...] | None = None) -> TrainingPosition | str:
+    """What training.json of a checkpoint says, or what is wrong with the checkpoint."""
+    problem = verify(directory, group, names)
+    return _read_position(directory) if problem is None else problem
 
 
 def _read_position(directory: Path) -> TrainingPosition | str:
@@ -264,10 +263,3 @@ def checkpoint_bytes(shard: ClassifierShard, num_hard_classes: int, encoder_byte
     """
     row = shard.weight.shape[1] * (shard.weight.element_size() + shard.momentum_buffer.element_size())
     return shard.partition.total * (row + 4 * num_hard_classes) + 2 * encoder_bytes
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states

@@ -2,9 +2,9 @@
 
 import argparse
 import hashlib
-import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +82,9 @@ def read_weights(path: Path) -> Weights:
         # Of what others keep beside the tensors, the command line is the one class that is harmless and common.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = read_tensors(path, mapped=False)
-    found = _without_wrappers(_tensors(content))
+    found = _tensors(content)
+    bare = {".".join(part for part in name.split(".") if part not in _WRAPPERS): found[name] for name in found}
+    found = bare if len(bare) == len(found) else found
     if not found:
         what = f"'{escape(str(next(iter(content))))}' is no tensor" if content else "there are none"
         raise UserError(f"weights file {path}: expected tensors by torchvision's names, but {what}")
@@ -91,8 +93,8 @@ def read_weights(path: Path) -> Weights:
     for name, value in state.items():
         if not value.isfinite().all():
             raise UserError(f"weights file {path}: {escape(name)} is not finite; give an intact one")
-    rest = found.keys() - names.values()
-    others = [name for name in found if name in rest]
+    rest = set(names.values())
+    others = [name for name in found if name not in rest]
     aside = tuple(dict.fromkeys(_apart(name, prefix) for name in others))
     ignored = [name.removeprefix(prefix).removeprefix("state_dict.") for name in others]
     return Weights(state, ignored, sha256, prefix, aside)
@@ -120,9 +122,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> N
         for name, value in own.items()
         if name in state and state[name].shape != value.shape
     ]
-    complaints = [_first_of("missing", missing), _first_of("extra", extra), _first_of("of another shape", shapes)]
     if missing or extra or shapes:
-        told = "; ".join(complaint for complaint in complaints if complaint)
+        found = {"missing": missing, "extra": extra, "of another shape": shapes}
+        told = "; ".join(f"{len(names)} {what} ({_first_of(names)})" for what, names in found.items() if names)
         raise UserError(
             f"{origin} does not fit this encoder: {told}; give weights of the same network, or set model.backbone, "
             "model.stem (or data.image_size, which chooses it) and the other keys of model to what they are of"
@@ -159,31 +161,24 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     return found
 
 
-def _without_wrappers(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    bare = {".".join(part for part in name.split(".") if part not in _WRAPPERS): found[name] for name in found}
-    return bare if len(bare) == len(found) else found
-
-
 def _choose(found: dict[str, Tensor], choice: str | None, path: Path) -> tuple[str, dict[str, str]]:
     """The prefix of the backbone to take, and its names in the file by those in the network.
 
     Where there is none, all that is in the file but `fc`, for `load_state` to say what is missing.
-
-    Raises:
-        UserError: for several, naming them, or none of the choice.
     """
     backbones = _backbones(found)
-    chosen = backbones
-    if choice is not None:
-        chosen = {
-            prefix: names
-            for prefix, names in backbones.items()
-            if prefix.rstrip(".") == choice or (choice and f".{choice}." in f".{prefix}")
-        }
+    chosen = {
+        prefix: names
+        for prefix, names in backbones.items()
+        if choice is None or prefix.rstrip(".") == choice or (choice and f".{choice}." in f".{prefix}")
+    }
     trained = {prefix: names for prefix, names in chosen.items() if not _is_average(prefix, chosen)}
     distinct: dict[str, dict[str, str]] = {}
     for prefix, names in trained.items():
-        if not any(_same_tensors(found, names, others) for others in distinct.values()):
+        if not any(
+            names.keys() == others.keys() and all(torch.equal(found[names[n]], found[others[n]]) for n in names)
+            for others in distinct.values()
+        ):
             distinct[prefix] = names
     if len(distinct) == 1:
         return next(iter(distinct.items()))
@@ -226,11 +221,8 @@ def _named_children(below: Mapping[str, str]) -> dict[str, str] | None:
     if len(places) < len(_CHILDREN):
         return None
     renamed = dict(zip(map(str, places), _CHILDREN, strict=False))
-    named = {}
-    for name, full in below.items():
-        place, _, rest = name.partition(".")
-        if place in renamed:
-            named[f"{renamed[place]}.{rest}"] = full
+    parts = ((name.partition("."), full) for name, full in below.items())
+    named = {f"{renamed[place]}.{rest}": full for (place, _, rest), full in parts if place in renamed}
     return named if all(name in named for name in _RESNET) else None
 
 
@@ -253,33 +245,19 @@ def _parts(prefix: str) -> list[str]:
     return [part for part in prefix.split(".") if part not in ("", "module")]
 
 
-def _same_tensors(found: Mapping[str, Tensor], names: Mapping[str, str], others: Mapping[str, str]) -> bool:
-    return names.keys() == others.keys() and all(torch.equal(found[names[n]], found[others[n]]) for n in names)
+def _apart(name: str, prefix: str) -> str:
+    """The beginning of a name, in whole parts, that tells it from those below the prefix."""
+    return ".".join(name.split(".")[: _common_prefix([name, prefix]).count(".") + 1])
 
 
 def _common_prefix(names: Iterable[str]) -> str:
     """What all names begin with, in whole parts."""
-    parts = [name.split(".")[:-1] for name in names]
-    return "".join(f"{part}." for part in parts[0][: _num_common(parts)])
+    places = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, places))
 
 
-def _apart(name: str, prefix: str) -> str:
-    """The beginning of a name, in whole parts, that tells it from those below the prefix."""
-    parts = name.split(".")
-    return ".".join(parts[: _num_common([parts, prefix.split(".")[:-1]]) + 1])
-
-
-def _num_common(names: Iterable[Sequence[str]]) -> int:
-    """How many parts all names begin with."""
-    return sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False)))
-
-
-def _first_of(what: str, items: list[str]) -> str:
-    """`3 missing (a, b, …)`; nothing for none."""
-    if not items:
-        return ""
-    more = ", …" if len(items) > _SHOWN else ""
-    return f"{len(items)} {what} ({', '.join(items[:_SHOWN])}{more})"
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def _shape(tensor: Tensor) -> str:
