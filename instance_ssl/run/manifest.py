@@ -7,9 +7,11 @@
     data_changes.jsonl   a line for each update of the images
 
 A training knows one fixed set of images, 0 … N - 1. It finds them by name, whatever the order of the list. When images
-have come or gone, `update_images` rewrites the newest checkpoint and these files (`pending_update.py`).
+have come or gone, `update_images` rewrites the newest checkpoint and these files (`pending_update.py`). Functions raise
+a `UserError` where a file is damaged or cannot be read or written.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -52,11 +54,10 @@ def as_known(run_directory: Path, data: DataConfig, stages: Sequence[str]) -> Ca
         before = _read(run_directory)
         if before is None:
             return source
-        is_same = before == _record_of(source)
         refusal = _why_not_updated(run_directory, stages)
         left_out = bool(read_left_out(run_directory)) and _has_classifier(run_directory)
         must_update = refusal is None and ("update_images" in stages or left_out)
-        if is_same and (not must_update or "sizes" not in source.columns):
+        if before == _record_of(source) and (not must_update or "sizes" not in source.columns):
             return source
         known = _KnownImages(run_directory, before["num_instances"], source)
         known.refuse_changed()
@@ -70,14 +71,7 @@ def as_known(run_directory: Path, data: DataConfig, stages: Sequence[str]) -> Ca
 
 
 class _KnownImages:
-    """Where the images of a run are in a list of today.
-
-    Attributes:
-        have_changed: whether any have come or gone.
-
-    Raises:
-        UserError: when the run has no record of sizes, by which images are compared, or a damaged one.
-    """
+    """Where the images of a run are in a list of today, and whether any `have_changed`: come or gone."""
 
     def __init__(self, run_directory: Path, count: int, source: ImageSource) -> None:
         self._run_directory, self._source = run_directory, source
@@ -102,14 +96,14 @@ class _KnownImages:
         self.have_changed = bool(len(self._new)) or not self._is_there_N.all()
 
     def refuse_changed(self) -> None:
-        """Raises `UserError` for files that have another size and are not recorded as broken."""
+        """Refuses files that have another size and are not recorded as broken."""
         if len(changed := self._is_changed_N.nonzero()[0]):
             raise _changed(self._run_directory, f"{_list(self._names, changed)} {_have(changed)} another size")
 
     def refuse_lost(self) -> None:
-        """Raises `UserError` for images that are not in the list, but for those known to be unreadable."""
+        """Refuses to lose images that are not in the list, but for those known to be unreadable."""
         # A name may hold ": " itself, so each place that could end it is looked up.
-        unreadable = {line[:end] for line in self._source.left_out for end in _ends(line)}
+        unreadable = {line[: end.start()] for line in self._source.left_out for end in re.finditer(": ", line)}
         gone = ((self._places_N < 0) & ~self._is_broken_N).nonzero()[0]
         lost = [index for index in gone.tolist() if list_line(self._names[index]) not in unreadable]
         if lost:
@@ -117,7 +111,7 @@ class _KnownImages:
             raise _changed(self._run_directory, f"{_list(self._names, lost)} {_have(lost)} gone", cure)
 
     def refuse_new(self, why: str) -> None:
-        """Raises `UserError` for images that are not of the run."""
+        """Refuses images that are not of the run."""
         if len(self._new):
             what = f"{_list(self._source.names, self._new)} {_have(self._new)} come, and {why}"
             raise _changed(self._run_directory, what)
@@ -157,11 +151,7 @@ def _has_classifier(run_directory: Path) -> bool:
 
 
 def record(source: ImageSource, run_directory: Path, world: Group) -> None:
-    """Writes the manifest of a run that has none, or has learned nothing yet by the one it has. Collective.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
+    """Writes the manifest of a run that has none, or has learned nothing yet by the one it has. Collective."""
 
     def write() -> None:
         try:
@@ -204,10 +194,10 @@ def _read(run_directory: Path) -> dict[str, Any] | None:
         if not path.exists():
             return None
         record = read_json(path)
-        num_instances, digest = record.get("num_instances"), record.get("digest")
-        if type(num_instances) is not int or num_instances < 1 or not isinstance(digest, str):
+        count, digest = record.get("num_instances"), record.get("digest")
+        if type(count) is not int or count < 1 or not isinstance(digest, str):
             raise MalformedError("it must hold num_instances and digest")
-        return {"num_instances": num_instances, "digest": digest}
+        return {"num_instances": count, "digest": digest}
     except (OSError, MalformedError) as error:
         raise UserError(f"{path} is damaged ({reason(error)}): restore it or give another --run-dir") from None
 
@@ -216,14 +206,7 @@ def known_images(run_directory: Path, count: int) -> tuple[NameTable, np.ndarray
     """Names of the first `count` images of a run and their sizes in bytes, (count,) int64.
 
     The sizes are None where a run has none: its images are not files, or an early version began it.
-
-    Raises:
-        UserError: when a file is damaged.
     """
-    return _known_names(run_directory, count), _known_sizes(run_directory, count)
-
-
-def _known_names(run_directory: Path, count: int) -> NameTable:
     path = run_directory / "instances.txt"
     try:
         names = packed(islice(read_instances(path), count))
@@ -233,24 +216,16 @@ def _known_names(run_directory: Path, count: int) -> NameTable:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if len(names) != count:
         raise UserError(f"{path} has {len(names)} names of {count}: restore it or give another --run-dir")
-    return names
-
-
-def _known_sizes(run_directory: Path, count: int) -> np.ndarray | None:
     path = run_directory / "instance_sizes.npy"
     if not path.exists():
-        return None
+        return names, None
     try:
         sizes = np.load(path, allow_pickle=False)
         if sizes.dtype != np.int64 or sizes.ndim != 1 or len(sizes) < count:
             raise ValueError
     except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile, MemoryError):
         raise UserError(f"{path} is damaged: restore it or give another --run-dir") from None
-    return sizes[:count]
-
-
-def _ends(line: str) -> list[int]:
-    return [place for place in range(len(line)) if line.startswith(": ", place)]
+    return names, sizes[:count]
 
 
 def _changed(run_directory: Path, what: str, cure: str = "") -> UserError:

@@ -22,11 +22,7 @@ from instance_ssl.training.step import StepReport
 
 
 class Rollback(Exception):
-    """Sends the training back to its newest checkpoint, from which it skips one step.
-
-    Attributes:
-        step: the step to skip, counted over the whole training.
-    """
+    """Sends the training back to its newest checkpoint, from which it skips `step`, counted over the whole training."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"step {step}")
@@ -102,8 +98,7 @@ class TrainingSession:
 
     def save(self) -> None:
         """Starts a checkpoint of the state as it is; the files are written while training continues."""
-        if self._writer.is_busy:
-            self._commit()
+        self._commit()
         started = time.perf_counter()
         position = TrainingPosition(
             step=self.step,
@@ -131,8 +126,7 @@ class TrainingSession:
             UserError: the state could not be written.
         """
         self._failed_saves = self._checkpoint.tolerated_failures
-        if self._writer.is_busy:
-            self._commit()
+        self._commit()
         if self._saved_step != self.step:
             self.save()
             self._commit()
@@ -151,24 +145,23 @@ class TrainingSession:
         flags = [self._stage.guard.reason is not None, self._writer.is_writing, self._broken.has_news]
         agreed = torch.tensor(flags, dtype=torch.int64, device=self._stage.world.device)
         stop, writing, news = self._stage.world.all_reduce_max_(agreed).tolist()
-        if self._writer.is_busy and not writing:
+        if not writing:
             self._commit()
-        if news:
-            self._take_broken()
+        if news:  # images that any rank could not read in the last step
+            self._broken.share()
+            try:
+                self._broken.check_share()
+            except TooManyBroken:
+                self.finish()
+                raise
         if stop:
             self.finish()
             self._stage.stop_together()
 
-    def _take_broken(self) -> None:
-        """Logs and records images that any rank could not read in the last step; too many of them end the run."""
-        self._broken.share()
-        try:
-            self._broken.check_share()
-        except TooManyBroken:
-            self.finish()
-            raise
-
     def _commit(self) -> None:
+        """Commits the checkpoint that is being written, if there is one; tolerates some failures in a row."""
+        if not self._writer.is_busy:
+            return
         try:
             self._writer.commit()
             self._failed_saves = 0
@@ -181,9 +174,8 @@ class TrainingSession:
 
     def _is_due(self, is_last: bool) -> bool:
         every_steps = self._checkpoint.every_steps
-        if every_steps is not None and self.step % every_steps == 0:
-            return True
-        return is_last and self.step // self._steps_per_epoch % self._checkpoint.every_epochs == 0
+        is_nth_step = every_steps is not None and self.step % every_steps == 0
+        return is_nth_step or (is_last and self.step // self._steps_per_epoch % self._checkpoint.every_epochs == 0)
 
     def _is_permanent(self, step: int) -> bool:
         every, (epochs, rest) = self._checkpoint.keep_every_epochs, divmod(step, self._steps_per_epoch)
@@ -193,9 +185,8 @@ class TrainingSession:
         """Warns of steps that were not finite and of spikes of the loss; ends the run or rolls it back where due."""
         if not report.applied:
             self._skipped_in_a_row += 1
-            self._stage.log.say(
-                f"warning: step {self.step} has numbers that are not finite: skipped, nothing was updated"
-            )
+            problem = "has numbers that are not finite: skipped, nothing was updated"
+            self._stage.log.say(f"warning: step {self.step} {problem}")
             if self._skipped_in_a_row >= self._safety.max_skipped_steps:
                 self._give_up(report)
             return
@@ -206,23 +197,20 @@ class TrainingSession:
             self._stage.log.say(f"warning: step {self.step}: the loss is {report.loss:.3f} after a mean of {level:.3f}")
             self._log.note("train/loss_spike", report.loss)
             if self._safety.rollback:
-                if self._writer.is_busy:
-                    self._commit()
+                self._commit()
                 raise Rollback(self.step - 1)
         self._was_spike = is_spike
 
     def _give_up(self, report: StepReport) -> None:
         """Writes the batch that cannot be trained on, and ends the run."""
-        rank = self._stage.world.rank
-        path = self._stage.directory / f"not_finite_step_{self.step:09d}_rank_{rank:05d}.pt"
+        name = f"not_finite_step_{self.step:09d}_rank_{self._stage.world.rank:05d}.pt"
         if report.embeddings is not None:
             embeddings, ids = report.embeddings
             with contextlib.suppress(OSError, RuntimeError):  # a full disk must not hide why the run ends
-                torch.save({"embeddings": embeddings.cpu(), "instance_ids": ids.cpu()}, path)
-        if self._writer.is_busy:
-            self._commit()
+                torch.save({"embeddings": embeddings.cpu(), "instance_ids": ids.cpu()}, self._stage.directory / name)
+        self._commit()
         raise UserError(
             f"{self._skipped_in_a_row} steps in a row had numbers that are not finite; neither the encoder nor the "
-            f"classifier was updated, and the last batch is in {path.parent}/not_finite_*. Lower "
+            f"classifier was updated, and the last batch is in {self._stage.directory}/not_finite_*. Lower "
             "optimization.learning_rate or lengthen optimization.warmup_epochs, with another --run-dir"
         )
