@@ -23,11 +23,7 @@ _PACKAGES = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript"), "p
 
 
 def require_packages(formats: Sequence[str]) -> None:
-    """Refuses formats whose packages are not installed, before anything is written.
-
-    Raises:
-        UserError: naming the format and the package.
-    """
+    """Refuses (`UserError`) formats whose packages are not installed, before anything is written."""
     for form in formats:
         for package in _PACKAGES.get(form, ()):
             if importlib.util.find_spec(package) is None:

@@ -217,11 +217,7 @@ def initialize_from_file(path: str, rank: int, size: int) -> Group:
 
 
 def _join(init_method: str | None, rank: int, size: int, device: torch.device, seconds: float = _JOIN_SECONDS) -> Group:
-    """Meets the other ranks, if there are any (`init_method`), within `seconds` in total.
-
-    Raises:
-        RankError: the address is in use; an `AbsentPeersError` where a rank does not join, or leaves.
-    """
+    """Meets the other ranks, if there are any (`init_method`), within `seconds` in total."""
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
     def meet() -> None:
@@ -254,12 +250,9 @@ def _join(init_method: str | None, rank: int, size: int, device: torch.device, s
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
-    """Does blocking work within a total time, on a thread that is abandoned when it takes too long.
+    """Does blocking work on a thread, and abandons it with a `TimeoutError` when it takes too long.
 
     The work has several timeouts that add up, or none: a store's first answer is awaited forever.
-
-    Raises:
-        TimeoutError: it took longer; the process exits then.
     """
     problems: list[BaseException] = []
 

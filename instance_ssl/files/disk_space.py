@@ -25,10 +25,9 @@ def why_not_written(error: Exception, directory: Path, needed: int) -> str:
 
 @contextmanager
 def saving(path: Path, needed: int = 0) -> Iterator[None]:
-    """Wraps the writing of a file of about `needed` bytes, by one rank or all.
+    """Wraps the writing of a file of about `needed` bytes, and raises a `UserError` where it fails.
 
-    Raises:
-        UserError: the file could not be written; the block is not entered where the disk has no room.
+    The block is not entered where the disk has no room.
     """
     if problem := find_no_space(path.parent, needed):
         raise UserError(f"{escape(str(path))} could not be written: {problem}")

@@ -39,11 +39,7 @@ def read_json(path: Path, *, by_hand: bool = False) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Returns the objects of a file that holds one a line, and the number of broken lines.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Returns the objects of a file that holds one a line, and the number of broken lines."""
     *lines, rest = path.read_bytes().split(b"\n")
     found = []
     for line in lines:
@@ -76,11 +72,7 @@ def parse_json(text: str | bytes, *, by_hand: bool = False, is_large: bool = Fal
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Parses any value of safe YAML.
-
-    Raises:
-        MalformedError: as in `parse_json`, and for a duplicate key.
-    """
+    """Parses any value of safe YAML; raises as `parse_json`, and for a duplicate key."""
     try:
         values = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:

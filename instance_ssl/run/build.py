@@ -107,11 +107,7 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
 
 
 def _with_tried_kernels(stage: Stage, options: SoftmaxOptions) -> SoftmaxOptions:
-    """Keeps the Triton kernels if their self-test passes on every rank's GPU, else selects the PyTorch passes.
-
-    Raises:
-        UserError: the DeepSpeed JSON asks for `kernels: triton`, and they fail.
-    """
+    """Selects the PyTorch passes unless the Triton kernels pass their self-test on every rank's GPU."""
     if (wanted := stage.ds.classifier.kernels) == "torch":
         return options
     problem: str | None = "they need a GPU from Ampere on, Triton, a C compiler and Python's headers"

@@ -44,7 +44,7 @@ def open_images(
         arrange: applied by rank 0 first.
 
     Raises:
-        UserError: on all ranks: the images cannot be opened, or another rank's disk does not hold the same files.
+        UserError: the images cannot be opened, or another rank's disk does not hold the same files.
     """
 
     def say(seconds: float) -> None:

@@ -32,11 +32,7 @@ class PlanRequest:
     gpu_memory_gib: float
 
     def settings(self, world_size: int) -> DeepSpeedSettings:
-        """Reads the DeepSpeed JSON for this many ranks.
-
-        Raises:
-            UserError: the batch, or the JSON's group size, cannot be divided over them.
-        """
+        """Reads the DeepSpeed JSON for this many ranks, and refuses ranks that cannot share the batch or the rows."""
         return load_ds_config(
             self.ds_path,
             global_batch_size=self.config.optimization.global_batch_size,
@@ -55,11 +51,7 @@ def add_plan_arguments(parser: ArgumentParser, *, world_size: int | None = None)
 
 
 def read_plan_request(arguments: argparse.Namespace) -> PlanRequest:
-    """Reads and checks the arguments of `add_plan_arguments` as a run would check them.
-
-    Raises:
-        UserError: a mistake in the arguments or files, or a batch that the ranks cannot divide.
-    """
+    """Reads the arguments of `add_plan_arguments`, and refuses (`UserError`) what a run would refuse."""
     if arguments.world_size < 1:
         raise UserError(f"--world-size {arguments.world_size}: give at least one rank")
     if arguments.gpu_memory_gib <= 0:

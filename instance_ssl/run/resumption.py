@@ -15,11 +15,7 @@ def run_digests(stage: Stage) -> dict[str, str]:
 
 
 def accept(checkpoint: Checkpoint, stage: Stage) -> None:
-    """Logs what is odd about a checkpoint to start from, and refuses one of another run.
-
-    Raises:
-        UserError: saying which of configuration and images differs.
-    """
+    """Logs what is odd about a checkpoint to start from, and refuses one of another run."""
     log_oddities(checkpoint, stage)
     require_same_run(checkpoint, run_digests(stage))
 

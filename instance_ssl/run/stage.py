@@ -48,11 +48,7 @@ class Stage:
         return self.run_directory / stage / "checkpoints"
 
     def check_together(self) -> None:
-        """Stops all ranks if any was asked to stop; for work that all ranks do in step. Collective.
-
-        Raises:
-            Stopped: on all ranks.
-        """
+        """Raises `Stopped` on all ranks if any was asked to stop; for work that all do in step. Collective."""
         self.guard.beat()
         wanted = torch.tensor([int(self.guard.reason is not None)], device=self.world.device)
         if self.world.all_reduce_max_(wanted).item():

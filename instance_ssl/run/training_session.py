@@ -36,10 +36,8 @@ class TrainingSession:
     (the loss) or agreed on once a step, in one small all-reduce.
 
     Args:
-        steps_per_epoch: global batches per epoch.
         broken: the images that cannot be read, known and met on the way.
         start: the checkpoint that the training starts from.
-        progress: counts steps.
     """
 
     def __init__(
@@ -120,11 +118,7 @@ class TrainingSession:
         self._log.note("speed/checkpoint_pause_seconds", time.perf_counter() - started)
 
     def finish(self) -> None:
-        """Waits until the state is on the disk. There is no later save to try again, so a failure ends the run.
-
-        Raises:
-            UserError: the state could not be written.
-        """
+        """Waits until the state is on the disk. There is no later save to try again: a failure raises a `UserError`."""
         self._failed_saves = self._checkpoint.tolerated_failures
         self._commit()
         if self._saved_step != self.step:
@@ -132,11 +126,7 @@ class TrainingSession:
             self._commit()
 
     def check_together(self) -> None:
-        """Stops on request, between steps, in long work other than training (the search for the hardest classes).
-
-        Raises:
-            Stopped: a stop was requested on any rank; the state has been saved.
-        """
+        """Saves and raises `Stopped` on request, in long work between steps (the search for the hardest classes)."""
         self._stage.guard.beat()
         self._look_around()
 

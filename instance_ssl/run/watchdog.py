@@ -41,9 +41,8 @@ class Stopped(Exception):
 class ProcessId:
     """A local process: its number, which the system reuses, and its start time.
 
-    Attributes:
-        began: on Linux in clock ticks since boot, which setting the system clock does not change; elsewhere in seconds
-            since the epoch.
+    The time is in clock ticks since boot on Linux, where psutil's `create_time` changes with the system clock; in
+    seconds since the epoch elsewhere.
     """
 
     pid: int
@@ -64,7 +63,6 @@ class ProcessId:
 
 
 def _beginning(process: psutil.Process) -> float:
-    """`ProcessId.began`. psutil's `create_time` adds the boot time, and changes with the system clock."""
     if sys.platform != "linux":
         return process.create_time()
     try:
@@ -132,11 +130,7 @@ class Guard:
         self.reason = self.reason or reason
 
     def check(self) -> None:
-        """Stops work that has nothing to save.
-
-        Raises:
-            Stopped: a stop was requested on this rank.
-        """
+        """Raises `Stopped` if a stop was requested on this rank; for work that has nothing to save."""
         self.beat()
         if self.reason is not None:
             raise Stopped(self.reason)
