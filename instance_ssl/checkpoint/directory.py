@@ -53,7 +53,8 @@ class DirectoryWriter:
         self._world = world
         self._keep, self._is_permanent = keep, is_permanent
         self._thread: threading.Thread | None = None
-        self._step = self._needed = 0
+        self._final = self._temporary = parent  # where the directory appears, and where it is written
+        self._needed = 0
         self._records: dict[str, FileRecord] = {}
         self._problem: str | None = None
 
@@ -76,7 +77,9 @@ class DirectoryWriter:
         as well; it returns why the files must not be committed, or None.
         """
         assert not self.is_busy
-        self._step, self._records, self._problem = step, {}, None
+        self._final = self.parent / f"step_{step:09d}"
+        self._temporary = self.parent / f"{_TEMPORARY}{self._final.name}"
+        self._records, self._problem = {}, None
         self._needed = sum(self._world.all_gather_objects(sum(map(content_bytes, files.values()))))
         self._thread = threading.Thread(target=self._write, args=(files, find_problem), name="checkpoint")
         self._thread.start()
@@ -102,14 +105,6 @@ class DirectoryWriter:
                 f"checkpoint {self._final} could not be written ({problem}); older checkpoints are untouched"
             )
         return self._final
-
-    @property
-    def _final(self) -> Path:
-        return self.parent / f"step_{self._step:09d}"
-
-    @property
-    def _temporary(self) -> Path:
-        return self.parent / f"{_TEMPORARY}{self._final.name}"
 
     def _write(self, files: Mapping[str, Content], find_problem: Callable[[], str | None]) -> None:
         try:

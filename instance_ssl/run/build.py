@@ -71,27 +71,25 @@ def describe_stem_cost(config: ExperimentConfig) -> str | None:
 
 def classifier_shard(stage: Stage) -> ClassifierShard:
     """Builds this rank's shard of W, not yet initialised, in groups of its own."""
+    ds, device, seed, num_classes = stage.ds, stage.world.device, stage.config.seed, len(stage.source)
     classifier, optimization = stage.config.classifier, stage.config.optimization
-    group, replicas = comm.split(stage.world, stage.ds.group_size(stage.world.size))
+    embedding_dim = stage.config.model.embedding_dim
+    group, replicas = comm.split(stage.world, ds.group_size(stage.world.size))
     options = SoftmaxOptions(
         temperature=classifier.temperature,
         form=classifier.loss_form,
-        matmul_dtype=stage.ds.matmul_dtype,
-        block_bytes=choose_block_bytes(stage.ds.block_bytes, stage.world.device),
-        kernels=choose_kernels(
-            stage.ds.classifier.kernels, stage.world.device, stage.config.model.embedding_dim, stage.ds.matmul_dtype
-        ),
+        matmul_dtype=ds.matmul_dtype,
+        block_bytes=choose_block_bytes(ds.block_bytes, device),
+        kernels=choose_kernels(ds.classifier.kernels, device, embedding_dim, ds.matmul_dtype),
     )
-    if stage.world.device.type == "cuda":
+    if device.type == "cuda":
         options = _with_tried_kernels(stage, options)
     sampler = None
     if classifier.sampling != "full":
-        sampler = ClassSampler(
-            classifier.sampling, len(stage.source), classifier.num_sampled_classes, stage.config.seed
-        )
+        sampler = ClassSampler(classifier.sampling, num_classes, classifier.num_sampled_classes, seed)
     return ClassifierShard(
-        len(stage.source),
-        stage.config.model.embedding_dim,
+        num_classes,
+        embedding_dim,
         group,
         options,
         replicas=replicas,
@@ -99,10 +97,10 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
         momentum=optimization.momentum,
         weight_decay=optimization.weight_decay if classifier.weight_decay is None else classifier.weight_decay,
         learning_rate_multiplier=classifier.learning_rate_multiplier,
-        row_dtype=stage.ds.row_dtype,
-        momentum_dtype=stage.ds.momentum_dtype,
+        row_dtype=ds.row_dtype,
+        momentum_dtype=ds.momentum_dtype,
         sampler=sampler,
-        seed=stage.config.seed,
+        seed=seed,
     )
 
 
@@ -114,8 +112,8 @@ def _with_tried_kernels(stage: Stage, options: SoftmaxOptions) -> SoftmaxOptions
     if options.kernels == "triton":
         shape = stage.world.device, stage.config.model.embedding_dim
         problem = disagreement(*shape, options, stage.ds.row_dtype, stage.ds.momentum_dtype)
-    problems = stage.world.all_gather_objects(problem)
-    found = next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None), None)
+    problems = enumerate(stage.world.all_gather_objects(problem))
+    found = next((f"rank {rank}: {problem}" for rank, problem in problems if problem is not None), None)
     if found is None:
         return options
     if wanted == "triton":

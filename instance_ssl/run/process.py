@@ -1,5 +1,6 @@
 """A process of a run from its start to its exit code: guard, log, status and error messages."""
 
+import os
 import secrets
 import socket
 import time
@@ -76,7 +77,8 @@ def exit_code(work: Callable[[], None], process: Process) -> int:
             process.end("failed", str(error))
         if not isinstance(error, RankError):  # then all ranks are here and exit together
             process.leave_world()
-            if (process.guard.is_launched or launched.is_by_torchrun()) and launched.is_beside_rank_0():
+            has_launcher = process.guard.is_launched or "TORCHELASTIC_RUN_ID" in os.environ
+            if has_launcher and 0 < launched.rank() == launched.local_rank():  # beside rank 0
                 # A launcher ends all ranks at the first exit it sees, and rank 0, which prints it, may still start up.
                 process.guard.await_end(seconds=60)
         return EXIT_LOST_PEER if isinstance(error, AbsentPeersError) else EXIT_USER_ERROR

@@ -67,7 +67,7 @@ def read_request(arguments: argparse.Namespace, stages: Sequence[str], *, needs_
         needs_labels=needs_labels,
         trains=trains,
     )
-    if launched.is_on_one_machine():
+    if launched.world_size() == launched.local_size():
         checks.check_sources(config.evaluation)
         if not (request.run_directory / UPDATE).exists():  # else the run directory is between two states
             request.check_run_directory()
