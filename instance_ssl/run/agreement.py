@@ -35,9 +35,9 @@ def together(work: Callable[[], _T], world: Group) -> _T:
         result = work()
     except UserError as error:
         problem = describe_shortage(error) or str(error)
-    problem = next((text for text in world.all_gather_objects(problem) if text is not None), None)
-    if problem is not None:
-        raise UserError(problem)
+    for found in world.all_gather_objects(problem):
+        if found is not None:
+            raise UserError(found)
     return cast(_T, result)
 
 
@@ -57,13 +57,10 @@ def on_rank_0(work: Callable[[], _T], world: Group, on_wait: Callable[[float], N
     """
     started = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(work) if world.rank == 0 else None
-        while True:
-            if result is not None:
-                wait([result], timeout=_SECONDS_BETWEEN_SIGNS)
-            if world.broadcast_object(result is not None and result.done()):
-                return None if result is None else result.result()
+        results = [pool.submit(work)] if world.rank == 0 else []
+        while not world.broadcast_object(bool(wait(results, timeout=_SECONDS_BETWEEN_SIGNS).done)):
             on_wait(time.perf_counter() - started)
+        return results[0].result() if results else None
 
 
 def share_images(opened: ImageSource | None, run_directory: Path | None, world: Group) -> ImageSource:

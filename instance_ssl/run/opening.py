@@ -95,8 +95,8 @@ def _log_excluded(sources: Iterable[ImageSource], log: RunLog) -> None:
     for source in sources:
         for line in source.left_out[:_SHOWN_EXCLUDED]:
             log.say(f"excluded, it cannot be read: {line}")
-        if len(source.left_out) > _SHOWN_EXCLUDED:
-            log.say(f"excluded, they cannot be read: {len(source.left_out) - _SHOWN_EXCLUDED:,} more images")
+        if (more := len(source.left_out) - _SHOWN_EXCLUDED) > 0:
+            log.say(f"excluded, they cannot be read: {more:,} more images")
 
 
 def _versions_in_use() -> str:
