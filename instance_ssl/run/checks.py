@@ -155,17 +155,13 @@ def check_size(config: ExperimentConfig, num_images: int, micro_batch_size: int,
     hard, batch = config.classifier.num_hard_classes, config.optimization.global_batch_size
     wrong, overrides, micro_batch = [], [], micro_batch_size
     if batch > num_images:
-        wrong.append(
-            f"optimization.global_batch_size {batch} exceeds the {num_images} images: a batch holds an image once at "
-            "most"
-        )
+        why = "a batch holds an image once at most"
+        wrong.append(f"optimization.global_batch_size {batch} exceeds the {num_images} images: {why}")
         batch, micro_batch = _batch_that_fits(num_images, micro_batch_size, world_size)
         overrides.append(f"optimization.global_batch_size={batch}")
     if hard >= num_images:
-        wrong.append(
-            f"classifier.num_hard_classes {hard} must be below the number of images {num_images}: a class has only "
-            f"{num_images - 1} others"
-        )
+        limit = f"the number of images {num_images}: a class has only {num_images - 1} others"
+        wrong.append(f"classifier.num_hard_classes {hard} must be below {limit}")
         overrides.append(f"classifier.num_hard_classes={max(1, num_images // 10)}")
     if wrong:
         smaller = "" if micro_batch == micro_batch_size else f" and {micro_batch_advice(micro_batch, path)}"

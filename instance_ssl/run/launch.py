@@ -19,7 +19,6 @@ _HOST_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=([1-9][0-9]*)")
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]")
 # Prefixes of the variables that DeepSpeed exports to the nodes, besides those in .deepspeed_env.
 _EXPORTED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
-_ENVIRONMENT_FILE = ".deepspeed_env"
 # The hostfile that `deepspeed` reads by default.
 _DEFAULT_HOSTFILE = Path("/job/hostfile")
 # What a launcher sets for each rank; MPI's launchers set the number of processes instead.
@@ -91,7 +90,7 @@ def check_launch(launch: Launch, environment: Mapping[str, str]) -> None:
         if name.startswith(_EXPORTED):
             _require_plain(value, f"the variable {name}={value}")
     for directory in (Path.cwd(), Path.home()):
-        exports = directory / _ENVIRONMENT_FILE
+        exports = directory / ".deepspeed_env"
         if exports.is_file():
             for number, line in enumerate(_read_lines(exports, str(exports)), start=1):
                 if "=" not in line:
@@ -139,9 +138,8 @@ def _started_together(environment: Mapping[str, str]) -> str | None:
     if "SLURM_PROCID" not in environment or "SLURM_PTY_PORT" in environment:  # `srun --pty`: a shell
         return None
     is_step = any(name in environment for name in ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS"))
-    if not is_step and environment.get("ENVIRONMENT") == "BATCH":
-        return None
-    if _count(environment.get("SLURM_STEP_ID")) >= _SLURM_OWN_STEPS:
+    is_batch = not is_step and environment.get("ENVIRONMENT") == "BATCH"
+    if is_batch or _count(environment.get("SLURM_STEP_ID")) >= _SLURM_OWN_STEPS:
         return None
     names = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
     tasks = next((_count(environment[name]) for name in names if name in environment), 1)
@@ -159,8 +157,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = _HOST_LINE.fullmatch(text)
-        if match is None:
+        if (match := _HOST_LINE.fullmatch(text)) is None:
             raise UserError(f"--hostfile {path}, line {number}: expected `host slots=N`, found {text!r}")
         host, slots = match.groups()
         if host in hosts:

@@ -22,12 +22,11 @@ import numpy as np
 
 from instance_ssl.checkpoint.committed import committed_directories
 from instance_ssl.config.data import DataConfig
-from instance_ssl.data.folders import escape
 from instance_ssl.data.image_sources import ImageSource, read_instances, write_instances
 from instance_ssl.data.list_changes import places_of, taken
 from instance_ssl.data.name_table import NameTable, packed
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError, reason
+from instance_ssl.errors import UserError, escape, reason
 from instance_ssl.files.atomic import whole_file, write_json, write_lines
 from instance_ssl.files.disk_space import why_not_written
 from instance_ssl.files.name_lists import list_line
@@ -36,7 +35,6 @@ from instance_ssl.run.agreement import rank_0_alone
 from instance_ssl.run.broken_record import Broken, as_line, left_out_path, read_broken, read_left_out
 from instance_ssl.run.records import sound_result
 
-UPDATING_STAGES = ("pretrain", "update_images")
 _NAMED = 3
 
 
@@ -60,11 +58,7 @@ def as_known(run_directory: Path, data: DataConfig, stages: Sequence[str]) -> Ca
         if before == _record_of(source) and (not must_update or "sizes" not in source.columns):
             return source
         known = _KnownImages(run_directory, before["num_instances"], source)
-        known.refuse_changed()
-        if not data.allow_lost:
-            known.refuse_lost()
-        if refusal is not None:
-            known.refuse_new(refusal)
+        known.refuse_changes(allow_lost=data.allow_lost, why_none_new=refusal)
         return known.arranged(drops_broken=must_update or (refusal is None and known.have_changed))
 
     return arrange
@@ -82,39 +76,36 @@ class _KnownImages:
         self._places_N = places_of(self._names, source.names)
         has_other_size_N = (self._places_N >= 0) & (listed_sizes[self._places_N] != sizes_N)
         self._is_there_N = (self._places_N >= 0) & ~has_other_size_N
-        record = read_broken(run_directory)
+        self._record = read_broken(run_directory)
         self._is_broken_N = np.zeros(count, bool)
         self._is_broken_N[[index for index in read_left_out(run_directory) if index < count]] = True
-        self._is_broken_N[_recorded(record, self._names, sizes_N)] = True
+        self._is_broken_N[_recorded(self._record, self._names, sizes_N)] = True
         self._is_changed_N = has_other_size_N & ~self._is_broken_N
-        self._broken_places = _recorded(record, source.names, listed_sizes)
+        self._broken_places = _recorded(self._record, source.names, listed_sizes)
         is_new = np.ones(len(source), bool)
         is_new[self._places_N[self._is_there_N]] = False
         is_new[self._broken_places] = False
         self._new = is_new.nonzero()[0]
-        self._record = record
         self.have_changed = bool(len(self._new)) or not self._is_there_N.all()
 
-    def refuse_changed(self) -> None:
-        """Refuses files that have another size and are not recorded as broken."""
-        if len(changed := self._is_changed_N.nonzero()[0]):
-            raise _changed(self._run_directory, f"{_list(self._names, changed)} {_have(changed)} another size")
+    def refuse_changes(self, *, allow_lost: bool, why_none_new: str | None) -> None:
+        """Refuses files of another size that are not recorded as broken, and lost and new images unless allowed."""
+        self._refuse(self._names, self._is_changed_N.nonzero()[0].tolist(), "another size")
+        if not allow_lost:
+            # Unreadable images are not lost. A name may hold ": " itself: each place that could end it is looked up.
+            unreadable = {line[: end.start()] for line in self._source.left_out for end in re.finditer(": ", line)}
+            gone = ((self._places_N < 0) & ~self._is_broken_N).nonzero()[0].tolist()
+            lost = [index for index in gone if list_line(self._names[index]) not in unreadable]
+            self._refuse(self._names, lost, "gone", cure=", or set data.allow_lost to drop their classes")
+        if why_none_new is not None:
+            self._refuse(self._source.names, self._new.tolist(), f"come, and {why_none_new}")
 
-    def refuse_lost(self) -> None:
-        """Refuses to lose images that are not in the list, but for those known to be unreadable."""
-        # A name may hold ": " itself, so each place that could end it is looked up.
-        unreadable = {line[: end.start()] for line in self._source.left_out for end in re.finditer(": ", line)}
-        gone = ((self._places_N < 0) & ~self._is_broken_N).nonzero()[0]
-        lost = [index for index in gone.tolist() if list_line(self._names[index]) not in unreadable]
-        if lost:
-            cure = ", or set data.allow_lost to drop their classes"
-            raise _changed(self._run_directory, f"{_list(self._names, lost)} {_have(lost)} gone", cure)
-
-    def refuse_new(self, why: str) -> None:
-        """Refuses images that are not of the run."""
-        if len(self._new):
-            what = f"{_list(self._source.names, self._new)} {_have(self._new)} come, and {why}"
-            raise _changed(self._run_directory, what)
+    def _refuse(self, names: Sequence[str], indices: list[int], what: str, cure: str = "") -> None:
+        if indices:
+            first = ", ".join(escape(names[index]) for index in indices[:_NAMED])
+            more = f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else ""
+            have = "has" if len(indices) == 1 else "have"
+            raise _changed(self._run_directory, f"{first}{more} {have} {what}", cure)
 
     def arranged(self, *, drops_broken: bool) -> ImageSource:
         """The images of the run that are there, in its order, and then the new ones."""
@@ -141,7 +132,7 @@ def _why_not_updated(run_directory: Path, stages: Sequence[str]) -> str | None:
         return None if "initialize_classifier" in stages else "the classifier is not initialised"
     if sound_result(run_directory / "pretrain") is not None:
         return "training is complete"
-    if set(UPDATING_STAGES).isdisjoint(stages):
+    if {"pretrain", "update_images"}.isdisjoint(stages):
         return "only runners/pretrain.py, runners/pipeline.py and runners/update_images.py add them to the run"
     return None
 
@@ -233,12 +224,3 @@ def _changed(run_directory: Path, what: str, cure: str = "") -> UserError:
         f"the images have changed since {run_directory} was begun ({what}): restore them{cure}, or give another "
         "--run-dir"
     )
-
-
-def _list(names: NameTable | Any, indices: Any) -> str:
-    first = ", ".join(escape(names[int(index)]) for index in list(indices)[:_NAMED])
-    return first + (f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else "")
-
-
-def _have(indices: Any) -> str:
-    return "has" if len(indices) == 1 else "have"
