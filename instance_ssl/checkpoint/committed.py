@@ -1,4 +1,4 @@
-"""What a directory that was committed must hold, and which of those there are is sound; imports no torch."""
+"""Finds and verifies committed directories; imports no torch."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from instance_ssl.distributed.comm import Group
 
 MANIFEST = "MANIFEST.json"
-# Of every directory, if it has one: the "step" in it is that of the directory's name.
+# Where a directory has this file, its "step" is that of the directory's name.
 POSITION = "training.json"
 _COMMITTED_NAME = re.compile(r"step_[0-9]{9,}")
-# What only a checkpoint of this project holds; other files that lie in one are somebody's own, and no harm.
+# Files that only this project writes into a checkpoint; others in it are ignored.
 _OURS = re.compile(rf"(rows|rank)_.*\.pt|encoder\.pt|sampling\.pt|{re.escape(POSITION)}")
 
 
@@ -31,7 +31,7 @@ class FileRecord:
 
 
 def committed_directories(parent: Path) -> list[Path]:
-    """Directories with the name of a committed one, newest first, whole or not; what else is there is left alone."""
+    """Directories with the name of a committed one, newest first, whole or not."""
     named = [path for path in parent.glob("step_*") if _COMMITTED_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(named, key=step_of, reverse=True)
 
@@ -55,12 +55,12 @@ def foreign_files(directory: Path) -> list[str]:
 
 
 def verify(directory: Path, group: "Group", names: tuple[str, ...] | None = None) -> str | None:
-    """None when the directory is what its manifest says, else the first problem. Collective; the ranks share the work.
+    """Returns the first difference between a directory and its manifest, or None. Collective; the ranks share the work.
 
-    A name step_… must be that of its content. Files that are not this project's are no problem (`foreign_files`).
+    The step in the directory's name must be that of its content. `foreign_files` are ignored.
 
     Args:
-        names: the only files whose content matters; None: all, and no others of this project may be there.
+        names: the only files to compare; None: all, and no others of this project may be there.
     """
     records = group.broadcast_object(_look_at(directory, all_files=names is None) if group.rank == 0 else None)
     if isinstance(records, str):
@@ -102,7 +102,7 @@ def _look_at(directory: Path, *, all_files: bool) -> dict[str, FileRecord] | str
 
 
 def find_other_step(directory: Path) -> str | None:
-    """What is wrong with a directory's name that is not that of its content: it is a copy by another name, say."""
+    """What is wrong with a directory whose name gives another step than its content: a renamed copy, say."""
     if not _COMMITTED_NAME.fullmatch(directory.name) or not (directory / POSITION).exists():
         return None
     try:
@@ -122,7 +122,7 @@ def _find_change(path: Path, expected: FileRecord) -> str | None:
 
 
 def seems_whole(directory: Path) -> bool:
-    """Whether a committed directory is what its name says, by the sizes of its files, unhashed."""
+    """Whether a committed directory matches its manifest and name, judged by the sizes of its files, unhashed."""
     records = _look_at(directory, all_files=False)
     try:
         return not isinstance(records, str) and all(

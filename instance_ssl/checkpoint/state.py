@@ -1,17 +1,16 @@
-"""The state of a training as files free of the world size, and back.
+"""Writes and reads the state of a training, whatever the number of ranks.
 
     checkpoints/step_000000440/
         encoder.pt            encoder state and momentum by name, float32, whole (whatever the ZeRO stage); batch-norm
                               statistics are the ranks' mean
         rows_000000000_000000719.pt …   rows [start, stop) of W, their momentum, hard classes and clock, by global row
-        rank_00000.pt …       what is a rank's own: its batch-norm statistics and random generators
-        sampling.pt           what sampled instance classification remembers, where a run samples
-        training.json         step, epoch, world size, digests of config and images, figures of the last epoch
+        rank_00000.pt …       one rank's batch-norm statistics and random generators
+        sampling.pt           state of the class sampler, where a run samples
+        training.json         `TrainingPosition`
         MANIFEST.json         size and SHA-256 of every file
 
-Rows are found by number, so any number of ranks reads what any other wrote; at the same number of ranks a run goes on
-to the bit. `torch.distributed.checkpoint` would do the first too, but its index is a pickle and it has no hashes; rows
-that are written in order of number need none of it.
+Rows are found by number, so any number of ranks reads what any other wrote; the same number resumes bit for bit.
+`torch.distributed.checkpoint` would do the first too, but its index is a pickle and it has no hashes.
 """
 
 import json
@@ -46,13 +45,13 @@ class TrainingPosition:
         num_instances: N.
         embedding_dim: D.
         world_size: ranks that wrote.
-        figures: means of the last whole epoch.
-        digests: of the configuration and of the images, which a run that goes on must share.
+        figures: metrics of the last whole epoch.
+        digests: of the configuration and of the images; a run that resumes must have the same.
         loss_scale: state of float16's loss scale.
-        skipped_in_a_row: steps that have not moved anything, counted back from this one.
+        skipped_in_a_row: skipped steps up to this one.
         loss_level: what the next loss is compared with, for spikes.
         matmul_dtype: precision of the classifier's products; None before the first step.
-        stretches: of checkpoints of an earlier version, (first step, first epoch, steps an epoch) of each part of the
+        stretches: in checkpoints of an earlier version, (first step, first epoch, steps an epoch) of each part of the
             training, one more for each time that its data set grew. `update_images` renumbers the steps of several.
     """
 
@@ -96,10 +95,10 @@ def start_checkpoint(
     shard: ClassifierShard,
     world: Group,
 ) -> None:
-    """Begins to write the state as it is now, copied, so that training may go on. `writer.commit` ends it.
+    """Starts to write a copy of the state, so that training may continue; `writer.commit` completes it.
 
-    A state with rows that are not finite is not committed, for it must not displace a good one. A finite loss keeps
-    them finite: ‖∂J/∂w‖ ≤ 2/(τ ‖w‖), and rows as short as 1e-12 have no gradient. What is left is broken memory.
+    A state with rows that are not finite is not committed: it must not replace a good one. A finite loss keeps them
+    finite (‖∂J/∂w‖ ≤ 2/(τ ‖w‖), and rows as short as 1e-12 have no gradient), so only broken memory is left.
     """
     files: dict[str, Content] = {}
     if shard.replicas is None or shard.replicas.rank == 0:
@@ -133,7 +132,7 @@ def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None 
         names: the only files whose content matters, `ENCODER_FILES` say; None: all.
 
     Raises:
-        UserError: when there are checkpoints but not one is whole: training never starts over in silence.
+        UserError: there are checkpoints but not one is whole: training never starts over silently.
     """
     directories = group.broadcast_object(committed_directories(parent) if group.rank == 0 else None)
     damage: list[str] = []
@@ -171,13 +170,13 @@ def intact_checkpoints(parent: Path, group: Group) -> list[Checkpoint]:
 
 
 def _verified_position(directory: Path, group: Group, names: tuple[str, ...] | None = None) -> TrainingPosition | str:
-    """What training.json of a checkpoint says, or what is wrong with the checkpoint."""
+    """What training.json of a checkpoint holds, or what is wrong with the checkpoint."""
     problem = verify(directory, group, names)
     return _read_position(directory) if problem is None else problem
 
 
 def _read_position(directory: Path) -> TrainingPosition | str:
-    """What training.json says, or what is wrong with it (another version of this project wrote it, say)."""
+    """What training.json holds, or what is wrong with it (another version of this project wrote it, say)."""
     try:
         text = json.dumps(read_json(directory / POSITION))  # as JSON, whose lists may stand for tuples
         return TypeAdapter(TrainingPosition).validate_json(text, strict=True)
@@ -220,12 +219,11 @@ def load_rows(checkpoint: Checkpoint, shard: ClassifierShard, old_ids_n: Tensor 
 
     Args:
         old_ids_n: (n,) int64 on the CPU, for a checkpoint of other images: the row of the checkpoint that each local
-            row takes, -1 for a row that stays as it is. Hard classes are then dropped, and rows that a sampled softmax
-            has yet to bring up to date are brought up to date. None: row i takes row i.
+            row takes, -1 for a row that keeps its values. Then hard classes are dropped, and rows that a sampled
+            softmax has yet to update are updated. None: row i takes row i.
 
     Raises:
-        UserError: when the checkpoint has another number of rows (without `old_ids_n`) or another embedding dimension,
-            or lacks rows.
+        UserError: the checkpoint lacks rows, or has another embedding dimension or (without `old_ids_n`) other rows.
     """
     position = checkpoint.position
     found = (position.num_instances, position.embedding_dim)

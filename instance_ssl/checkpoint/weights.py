@@ -1,4 +1,4 @@
-"""A backbone's weights by torchvision's names, from a file that somebody else may have made."""
+"""Reads a backbone's weights by torchvision's names from a file of any origin."""
 
 import argparse
 import hashlib
@@ -20,7 +20,7 @@ _SHOWN = 3
 _DEEPEST = 8
 # Parts of names that wrappers put anywhere: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# Names that a ResNet has, and a small_cnn; and the children of a ResNet that have tensors, for a Sequential of them.
+# Names that a ResNet has, and a small_cnn; then the children of a ResNet that have tensors, for a Sequential of them.
 _RESNET = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
 _SMALL_CNN = ("blocks.0.weight", "blocks.1.running_mean", "blocks.4.weight", "blocks.8.weight")
 _BACKBONE_PART = re.compile(r"(conv|bn|layer)[0-9]+")
@@ -37,14 +37,14 @@ _TRAINED = {
 
 
 class Weights(NamedTuple):
-    """Tensors of a file by their names in the network, and what was left aside.
+    """Tensors of a file by their names in the network, and what was ignored.
 
     Attributes:
         state: without heads and the prefix, on the CPU.
-        ignored: names in the file of what is no backbone's, such as fc.weight; without the prefix where they have it.
+        ignored: names of the file's other tensors, such as fc.weight; without the prefix where they have it.
         sha256: of the file, in hexadecimal.
         prefix: what the names in the file begin with, "" or ending in a dot.
-        aside: what `ignored` is of, shortest names that tell it from the backbone.
+        aside: the modules of `ignored`: the shortest prefixes that distinguish them from the backbone.
     """
 
     state: dict[str, Tensor]
@@ -58,12 +58,11 @@ def read_weights(path: Path) -> Weights:
     """Reads a backbone from a file of safetensors or of `torch.save`, by its content: named tensors, however nested.
 
     Nothing in the file is run. The backbone is found by its names below any prefix, or as a Sequential of a ResNet's
-    children; heads and all else are left aside. Where a network and its moving average are there (encoder_q and
-    encoder_k, student and teacher, model and model_ema), it is the network; `file.pth#teacher` asks for another one.
+    children; heads and all else are ignored. Of a network and its moving average (encoder_q and encoder_k, student and
+    teacher, model and model_ema), the network is taken; `file.pth#teacher` selects another one.
 
     Raises:
-        UserError: the file is absent, damaged, holds code, no named tensors or several backbones, or a number in it is
-            not finite.
+        UserError: the file is absent or damaged, or holds code, no or several backbones, or numbers that are not finite.
     """
     path, choice = split_part(path)
     try:
@@ -112,7 +111,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> N
         origin: what the tensors come from, for the error.
 
     Raises:
-        UserError: one line: which keys are missing, which are there without a use, and which shapes differ.
+        UserError: naming keys that are missing, extra or of another shape.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]
@@ -164,7 +163,7 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
 def _choose(found: dict[str, Tensor], choice: str | None, path: Path) -> tuple[str, dict[str, str]]:
     """The prefix of the backbone to take, and its names in the file by those in the network.
 
-    Where there is none, all that is in the file but `fc`, for `load_state` to say what is missing.
+    Where there is none: all tensors but `fc`, so that `load_state` reports what is missing.
     """
     backbones = _backbones(found)
     chosen = {
@@ -227,7 +226,7 @@ def _named_children(below: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def _is_average(prefix: str, prefixes: Iterable[str]) -> bool:
-    """Whether a network's name says that it is the moving average of another one there."""
+    """Whether a network is, by its name, the moving average of another one there."""
     there = [_parts(other) for other in prefixes]
     parts = _parts(prefix)
     for place, part in enumerate(parts):

@@ -19,5 +19,5 @@ def local_rank() -> int:
 
 
 def local_size() -> int:
-    """Returns the number of ranks on this machine, as deepspeed and torchrun say it; 1 where nobody does."""
+    """Returns the number of ranks on this machine, which deepspeed and torchrun set; 1 where it is unset."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)

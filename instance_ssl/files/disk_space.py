@@ -1,4 +1,4 @@
-"""Checks for room on a disk before a save, and says in one line why a file could not be written."""
+"""Checks for room on a disk before a save, and explains in one line why a file could not be written."""
 
 import errno
 import shutil

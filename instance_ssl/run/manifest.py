@@ -42,10 +42,10 @@ def as_known(run_directory: Path, data: DataConfig, stages: Sequence[str]) -> Ca
     """Returns a function that gives images their ids in a run. One process alone calls it.
 
     Images that the run knows come first, in the run's order; new ones follow in the order of the list. Where one of the
-    `stages` updates the run, images that it is to drop are left out.
+    `stages` updates the run, images that it is to drop are excluded.
 
     Raises:
-        UserError: from that function, for images that have changed, are gone without leave, or that nobody adds.
+        UserError: from that function, for images that have changed, are lost, or that no stage adds.
     """
 
     def arrange(source: ImageSource) -> ImageSource:

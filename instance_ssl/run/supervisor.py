@@ -34,7 +34,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Supervisor:
-    """Runs one launch until it is done, fails for good, or is told to stop.
+    """Runs one launch until it completes, fails for good, or receives a signal.
 
     Args:
         restarts: how often in a row a failed run is restarted.
