@@ -62,7 +62,7 @@ def read_weights(path: Path) -> Weights:
     teacher, model and model_ema), the network is taken; `file.pth#teacher` selects another one.
 
     Raises:
-        UserError: the file is absent or damaged, or holds code, no or several backbones, or numbers that are not finite.
+        UserError: the file is absent or damaged, or holds code, no or several backbones or numbers that are not finite.
     """
     path, choice = split_part(path)
     try:
