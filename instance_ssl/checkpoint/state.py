@@ -202,10 +202,8 @@ def _read(path: Path, *names: str) -> dict[str, Any]:
 
 def load_own_buffers(checkpoint: Checkpoint, world: Group) -> dict[str, Tensor] | None:
     """This rank's buffers, and its random generators restored; None when another number of ranks wrote."""
-    if checkpoint.position.world_size != world.size:
-        return None
     path = checkpoint.directory / f"rank_{world.rank:05d}.pt"
-    if not path.exists():
+    if checkpoint.position.world_size != world.size or not path.exists():
         return None
     content = _read(path, "buffers", "random")
     torch.set_rng_state(content["random"]["cpu"])
@@ -226,8 +224,7 @@ def load_rows(checkpoint: Checkpoint, shard: ClassifierShard, old_ids_n: Tensor 
         UserError: the checkpoint lacks rows, or has another embedding dimension or (without `old_ids_n`) other rows.
     """
     position = checkpoint.position
-    found = (position.num_instances, position.embedding_dim)
-    expected = (shard.partition.total, shard.weight.shape[1])
+    found, expected = (position.num_instances, position.embedding_dim), (shard.partition.total, shard.weight.shape[1])
     if found[1] != expected[1] or (old_ids_n is None and found[0] != expected[0]):
         raise UserError(f"{checkpoint.directory} holds {found[0]} x {found[1]} weights, this run needs {expected}")
     shard.steps_taken = position.step

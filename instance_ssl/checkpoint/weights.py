@@ -208,10 +208,9 @@ def _backbones(found: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
 
 def _prefixes_before(name: str) -> list[str]:
     """Where a backbone may begin that has a tensor of this name."""
-    ends = [known for known in (_RESNET[2], _SMALL_CNN[0]) if f".{name}".endswith(f".{known}")]
     if numbered := re.fullmatch(r"((?:.*\.)?)[0-9]+\.0\.conv1\.weight", name, re.DOTALL):
         return [numbered[1]]
-    return [name.removesuffix(end) for end in ends]
+    return [name.removesuffix(end) for end in (_RESNET[2], _SMALL_CNN[0]) if f".{name}".endswith(f".{end}")]
 
 
 def _named_children(below: Mapping[str, str]) -> dict[str, str] | None:

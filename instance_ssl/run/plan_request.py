@@ -57,15 +57,10 @@ def read_plan_request(arguments: argparse.Namespace) -> PlanRequest:
     if arguments.gpu_memory_gib <= 0:
         raise UserError(f"--gpu-memory-gib {arguments.gpu_memory_gib}: give a positive number")
     config, given = load_config(arguments.config, arguments.set), arguments.num_instances
-    request = PlanRequest(
-        config,
-        arguments.deepspeed_config,
-        _count_images(config.data) if given is None else given,
-        arguments.world_size,
-        arguments.gpu_memory_gib,
-    )
-    micro_batch_size = request.settings(request.world_size).micro_batch_size
-    check_size(config, request.num_instances, micro_batch_size, request.world_size, request.ds_path)
+    num_instances = _count_images(config.data) if given is None else given
+    ds_path, world_size = arguments.deepspeed_config, arguments.world_size
+    request = PlanRequest(config, ds_path, num_instances, world_size, arguments.gpu_memory_gib)
+    check_size(config, num_instances, request.settings(world_size).micro_batch_size, world_size, ds_path)
     return request
 
 

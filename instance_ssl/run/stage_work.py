@@ -37,13 +37,13 @@ def run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], process
         held.enter_context(process.guard.hangs_after(stage.config.safety.hang_seconds, stage.directory))
         held.enter_context(stage.log.metrics_in(stage.directory))
         started = time.perf_counter()
-        # Before the work: a training that runs beside an evaluation may commit a newer one meanwhile.
+        # Before an evaluation: a training that runs beside it may commit a newer one meanwhile.
         newest = _newest_checkpoint(stage)
         figures = function(stage)
         if stage.name in records.BOUND_STAGES:
             newest = _newest_checkpoint(stage)
-        record = {"stage": stage.name, **figures, "newest_checkpoint": newest}
-        record["seconds"] = round(time.perf_counter() - started, 3)
+        seconds = round(time.perf_counter() - started, 3)
+        record = {"stage": stage.name, **figures, "newest_checkpoint": newest, "seconds": seconds}
         stage.on_rank_0(lambda: _conclude(stage, record, process.run))
         process.directory = None
 
