@@ -94,7 +94,8 @@ def read_weights(path: Path) -> Weights:
             raise UserError(f"weights file {path}: {escape(name)} is not finite; give an intact one")
     rest = set(names.values())
     others = [name for name in found if name not in rest]
-    aside = tuple(dict.fromkeys(_apart(name, prefix) for name in others))
+    num_shared = {name: _common_prefix([name, prefix]).count(".") for name in others}
+    aside = tuple(dict.fromkeys(".".join(name.split(".")[: num_shared[name] + 1]) for name in others))
     ignored = [name.removeprefix(prefix).removeprefix("state_dict.") for name in others]
     return Weights(state, ignored, sha256, prefix, aside)
 
@@ -241,11 +242,6 @@ def _is_average(prefix: str, prefixes: Iterable[str]) -> bool:
 def _parts(prefix: str) -> list[str]:
     """The parts of a prefix, without DistributedDataParallel's, which one of two networks alone may have."""
     return [part for part in prefix.split(".") if part not in ("", "module")]
-
-
-def _apart(name: str, prefix: str) -> str:
-    """The beginning of a name, in whole parts, that tells it from those below the prefix."""
-    return ".".join(name.split(".")[: _common_prefix([name, prefix]).count(".") + 1])
 
 
 def _common_prefix(names: Iterable[str]) -> str:

@@ -39,13 +39,8 @@ def ring_bytes(collective: Collective, tensor_bytes: int, size: int) -> int:
     Args:
         tensor_bytes: of one rank's input (all-gather), output (reduce-scatter) or both (all-reduce, broadcast).
     """
-    times = {
-        "all_gather": size - 1,
-        "reduce_scatter": size - 1,
-        "all_reduce": 2 * (size - 1) / size,
-        "broadcast": min(1, size - 1),
-    }
-    return round(tensor_bytes * times[collective])
+    times = {"all_reduce": 2 * (size - 1) / size, "broadcast": min(1, size - 1)}.get(collective, size - 1)
+    return round(tensor_bytes * times)
 
 
 @dataclass(frozen=True)
