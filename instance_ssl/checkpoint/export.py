@@ -25,9 +25,12 @@ _PACKAGES = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript"), "p
 
 def require_packages(formats: Sequence[str]) -> None:
     """Refuses (`UserError`) formats whose packages are not installed, before anything is written."""
-    for form, package in ((form, package) for form in formats for package in _PACKAGES.get(form, ())):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f'export.formats: {form} needs {package}: pip install -e ".[export]", or leave {form} out')
+    for form in formats:
+        for package in _PACKAGES.get(form, ()):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f'export.formats: {form} needs {package}: pip install -e ".[export]", or leave {form} out'
+                )
 
 
 def torchvision_state(backbone: ResNet | SmallCnn) -> dict[str, Tensor]:
