@@ -1,7 +1,7 @@
 """Images that cannot be read, where `data.on_broken` is `skip`: counted, logged once and recorded in D/broken.txt.
 
-Their classes stay. A training replaces them in its batches; a pass over all images goes without them, and their rows
-get a random direction. The next update of the images removes both (`stages/update_images.py`).
+Their classes stay. A training replaces them in its batches; a pass over all images skips them, and their rows get a
+random direction. The next update of the images removes both (`stages/update_images.py`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,12 +33,12 @@ class BrokenImages:
         self._known, self._num_removed = stage.on_rank_0(self._read)
 
     def meet(self, unreadable: Mapping[int, str]) -> None:
-        """Takes id → why of images that this rank could not read, for the next `share`."""
+        """Collects id → why of images that this rank could not read, for the next `share`."""
         self._met.update({index: why for index, why in unreadable.items() if index not in self._known})
 
     @property
     def has_news(self) -> bool:
-        """Whether this rank has met any that the others do not know of."""
+        """Whether this rank has met any that the others do not know."""
         return bool(self._met)
 
     def anyone_has_news(self) -> bool:
@@ -103,7 +103,7 @@ def readable_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (b, 3, S, S) of a view and their ids (b,), for each list of ids; b is 0 for an empty one.
 
-    Where `data.on_broken` is `skip`, a batch comes without the images that cannot be read, and `broken` meets them.
+    Where `data.on_broken` is `skip`, a batch lacks the images that cannot be read, and `broken` meets them.
 
     Raises:
         RankError: at the first such image otherwise.

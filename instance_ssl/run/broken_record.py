@@ -1,7 +1,7 @@
 """D/broken.txt: the images that training could not read, one a line, in the order in which they were found.
 
 A line holds the file's size in bytes, the reason and the name, separated by tabs. As long as the file has this size it
-counts as broken, and the next update of the images leaves it out; a repaired file is a new image. A last line that was
+counts as broken, and the next update of the images excludes it; a repaired file is a new image. A last line that was
 not written to its end does not count. Functions raise a `UserError` where the record cannot be read or written.
 """
 

@@ -50,7 +50,7 @@ def describe_encoder(config: ExperimentConfig) -> str:
 
 
 def describe_stem_cost(config: ExperimentConfig) -> str | None:
-    """Returns what the 3x3 stem that `auto` chose costs against the ImageNet stem; None where it was not chosen so."""
+    """Returns what the 3x3 stem costs against the ImageNet stem; None unless `auto` chose it."""
     model, size = config.model, config.data.image_size
     if model.backbone == "small_cnn" or model.stem != "auto" or choose_stem(model.backbone, "auto", size) != "small":
         return None

@@ -72,7 +72,7 @@ class TrainingSession:
         )
 
     def after_step(self, step: int, report: StepReport | None) -> None:
-        """Takes the report of a step of this epoch, None for one that was skipped; logs and saves where that is due.
+        """Takes the report of a step of this epoch (None: it was skipped); logs and saves where that is due.
 
         Raises:
             Stopped: a stop was requested on any rank; the state has been saved.
@@ -137,7 +137,7 @@ class TrainingSession:
         self._look_around()
 
     def _look_around(self) -> None:
-        """One all-reduce: is a stop requested anywhere, is anyone still writing, has anyone met what is unreadable?"""
+        """Agrees in one all-reduce whether any rank has to stop, is still writing or has met unreadable images."""
         flags = [self._stage.guard.reason is not None, self._writer.is_writing, self._broken.has_news]
         agreed = torch.tensor(flags, dtype=torch.int64, device=self._stage.world.device)
         stop, writing, news = self._stage.world.all_reduce_max_(agreed).tolist()
@@ -242,7 +242,7 @@ class TrainingLog:
         self._stage.log.metrics(step, metrics)
 
     def epoch_means(self) -> dict[str, float | None]:
-        """The epoch's means by plain name, and a new start; warns of embeddings that were 0."""
+        """Returns the epoch's means by plain name and resets them; warns of embeddings that were 0."""
         metrics = self._epoch.read(self._stage.world.device)
         if metrics["train/zero_features"]:
             self._stage.log.say(
