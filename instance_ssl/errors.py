@@ -45,11 +45,11 @@ def unescape(line: str) -> str:
 
 def printable(text: str, kept: str = "") -> str:
     """Escapes the characters that would not show, except those in `kept`. Backslashes stay single."""
-    return _UNPRINTABLE.sub(lambda found: found.group() if found.group() in kept else _as_escape(found.group()), text)
 
+    def shown(found: re.Match[str]) -> str:
+        return found[0] if found[0] in kept else found[0].encode("unicode_escape").decode()
 
-def _as_escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    return _UNPRINTABLE.sub(shown, text)
 
 
 def reason(error: BaseException) -> str:

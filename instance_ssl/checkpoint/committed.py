@@ -1,4 +1,4 @@
-"""What a directory that was committed must hold, and which of those there are is sound; imports no torch."""
+"""Finds and verifies committed directories; imports no torch."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from instance_ssl.distributed.comm import Group
 
 MANIFEST = "MANIFEST.json"
-# Of every directory, if it has one: the "step" in it is that of the directory's name.
+# Where a directory has this file, its "step" is that of the directory's name.
 POSITION = "training.json"
 _COMMITTED_NAME = re.compile(r"step_[0-9]{9,}")
-# What only a checkpoint of this project holds; other files that lie in one are somebody's own, and no harm.
+# Files that only this project writes into a checkpoint; others in it are ignored.
 _OURS = re.compile(rf"(rows|rank)_.*\.pt|encoder\.pt|sampling\.pt|{re.escape(POSITION)}")
 
 
@@ -31,7 +31,7 @@ class FileRecord:
 
 
 def committed_directories(parent: Path) -> list[Path]:
-    """Directories with the name of a committed one, newest first, whole or not; what else is there is left alone."""
+    """Directories with the name of a committed one, newest first, whole or not."""
     named = [path for path in parent.glob("step_*") if _COMMITTED_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(named, key=step_of, reverse=True)
 
@@ -42,7 +42,7 @@ def step_of(directory: Path) -> int:
 
 
 def newest_sound_directory(parent: Path) -> Path | None:
-    """The newest committed directory that is what its name says, by the sizes of its files, unhashed."""
+    """The newest committed directory that `seems_whole`."""
     return next(filter(seems_whole, committed_directories(parent)), None)
 
 
@@ -55,23 +55,19 @@ def foreign_files(directory: Path) -> list[str]:
 
 
 def verify(directory: Path, group: "Group", names: tuple[str, ...] | None = None) -> str | None:
-    """None when the directory is what its manifest says, else the first problem. Collective; the ranks share the work.
+    """Returns the first difference between a directory and its manifest, or None. Collective; the ranks share the work.
 
-    A name step_… must be that of its content. Files that are not this project's are no problem (`foreign_files`).
+    The step in the directory's name must be that of its content. `foreign_files` are ignored.
 
     Args:
-        names: the only files whose content matters; None: all, and no others of this project may be there.
+        names: the only files to compare; None: all, and no others of this project may be there.
     """
-    outcome = _look_at(directory, all_files=names is None) if group.rank == 0 else None
-    outcome = group.broadcast_object(outcome)
-    if isinstance(outcome, str):
-        return outcome
-    assert outcome is not None
-    chosen = sorted(name for name in outcome if names is None or name in names)
-    problem = None
-    for name in chosen[group.rank :: group.size]:
-        problem = problem or _compare(directory / name, outcome[name])
-    return next((text for text in group.all_gather_objects(problem) if text is not None), None)
+    records = group.broadcast_object(_look_at(directory, all_files=names is None) if group.rank == 0 else None)
+    if isinstance(records, str):
+        return records
+    chosen = sorted(name for name in records if names is None or name in names)
+    problems = (_find_change(directory / name, records[name]) for name in chosen[group.rank :: group.size])
+    return next(filter(None, group.all_gather_objects(next(filter(None, problems), None))), None)
 
 
 def checksum(files: Mapping[str, Any]) -> str:
@@ -106,7 +102,7 @@ def _look_at(directory: Path, *, all_files: bool) -> dict[str, FileRecord] | str
 
 
 def find_other_step(directory: Path) -> str | None:
-    """What is wrong with a directory's name that is not that of its content: it is a copy by another name, say."""
+    """What is wrong with a directory whose name gives another step than its content: a renamed copy, say."""
     if not _COMMITTED_NAME.fullmatch(directory.name) or not (directory / POSITION).exists():
         return None
     try:
@@ -116,7 +112,7 @@ def find_other_step(directory: Path) -> str | None:
     return None if step == step_of(directory) else f"its name says step {step_of(directory)}, {POSITION} says {step}"
 
 
-def _compare(path: Path, expected: FileRecord) -> str | None:
+def _find_change(path: Path, expected: FileRecord) -> str | None:
     try:
         with path.open("rb") as file:
             found = FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
@@ -126,11 +122,11 @@ def _compare(path: Path, expected: FileRecord) -> str | None:
 
 
 def seems_whole(directory: Path) -> bool:
-    """Whether a committed directory is what its name says, by the sizes of its files, unhashed."""
+    """Whether a committed directory matches its manifest and name, judged by the sizes of its files, unhashed."""
     records = _look_at(directory, all_files=False)
-    if isinstance(records, str):
-        return False
     try:
-        return all((directory / name).stat().st_size == record.bytes for name, record in records.items())
+        return not isinstance(records, str) and all(
+            (directory / name).stat().st_size == record.bytes for name, record in records.items()
+        )
     except OSError:
         return False

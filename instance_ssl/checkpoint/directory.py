@@ -53,7 +53,7 @@ class DirectoryWriter:
         self._world = world
         self._keep, self._is_permanent = keep, is_permanent
         self._thread: threading.Thread | None = None
-        self._step = 0
+        self._final = self._temporary = parent  # where the directory appears, and where it is written
         self._needed = 0
         self._records: dict[str, FileRecord] = {}
         self._problem: str | None = None
@@ -77,7 +77,9 @@ class DirectoryWriter:
         as well; it returns why the files must not be committed, or None.
         """
         assert not self.is_busy
-        self._step, self._records, self._problem = step, {}, None
+        self._final = self.parent / f"step_{step:09d}"
+        self._temporary = self.parent / f"{_TEMPORARY}{self._final.name}"
+        self._records, self._problem = {}, None
         self._needed = sum(self._world.all_gather_objects(sum(map(content_bytes, files.values()))))
         self._thread = threading.Thread(target=self._write, args=(files, find_problem), name="checkpoint")
         self._thread.start()
@@ -104,20 +106,10 @@ class DirectoryWriter:
             )
         return self._final
 
-    @property
-    def _final(self) -> Path:
-        return self.parent / f"step_{self._step:09d}"
-
-    @property
-    def _temporary(self) -> Path:
-        return self.parent / f"{_TEMPORARY}{self._final.name}"
-
     def _write(self, files: Mapping[str, Content], find_problem: Callable[[], str | None]) -> None:
         try:
             self._problem = find_problem()
-            if self._problem is not None:
-                return
-            if not self._temporary.exists():  # else another rank's files already take part of the room
+            if self._problem is None and not self._temporary.exists():  # else other ranks' files take part of the room
                 self._problem = find_no_space(self.parent, self._needed)
             if self._problem is not None:
                 return
@@ -152,43 +144,30 @@ def content_bytes(content: Any) -> int:
 
 
 def write_file(path: Path, content: Content) -> FileRecord:
-    """Writes a file, syncs it, and returns its size and hash.
-
-    Raises:
-        OSError: the file cannot be written. torch's own error about that names a line of its C++ code.
-    """
+    """Writes a file, syncs it, and returns its size and hash; raises OSError where it cannot be written."""
     with path.open("wb") as file:
         hashing = HashingFile(file)
         if isinstance(content, str):
             hashing.write(content.encode())
         else:
+            # Without torch's own checksums, which would take half as long again as SHA-256 does.
+            before = torch.serialization.get_crc32_options()
+            torch.serialization.set_crc32_options(False)
             try:
-                _save_tensors(content, cast(BinaryIO, hashing))
-            except RuntimeError as error:
+                torch.save(content, cast(BinaryIO, hashing))
+            except RuntimeError as error:  # names a line of torch's C++ code
                 raise hashing.error or error from None
+            finally:
+                torch.serialization.set_crc32_options(before)
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(hashing.size, hashing.digest.hexdigest())
 
 
 def replace_file(path: Path, content: Content) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-        UserError: it cannot be written, or the disk has no room for it.
-    """
+    """Writes a file whole or not at all; raises as `saved_file`."""
     with saved_file(path, content_bytes(content)) as temporary:
         write_file(temporary, content)
-
-
-def _save_tensors(content: dict[str, Any], file: BinaryIO) -> None:
-    """`torch.save` without its own checksums, which would take half as long again as SHA-256 does."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(content, file)
-    finally:
-        torch.serialization.set_crc32_options(before)
 
 
 def read_tensors(path: Path, *, mapped: bool = True) -> dict[str, Any]:
@@ -222,8 +201,7 @@ def retain(parent: Path, keep: int, is_permanent: Callable[[int], bool]) -> None
     Damaged directories are neither counted nor removed. Damage is judged by file size: hashing all would take longer
     than the save.
     """
-    intact = [directory for directory in committed_directories(parent) if seems_whole(directory)]
-    for directory in intact[keep:]:
+    for directory in [path for path in committed_directories(parent) if seems_whole(path)][keep:]:
         if not is_permanent(step_of(directory)):
             remove_directory(directory)
 

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +24,7 @@ _PACKAGES = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript"), "p
 
 
 def require_packages(formats: Sequence[str]) -> None:
-    """Refuses formats whose packages are not installed, before anything is written.
-
-    Raises:
-        UserError: naming the format and the package.
-    """
+    """Refuses (`UserError`) formats whose packages are not installed, before anything is written."""
     for form in formats:
         for package in _PACKAGES.get(form, ()):
             if importlib.util.find_spec(package) is None:
@@ -78,17 +75,10 @@ def detectron2_name(name: str) -> str:
 
     conv1 → stem.conv1, layer1.0.bn2 → res2.0.conv2.norm, layer1.0.downsample.1 → res2.0.shortcut.norm.
     """
-    parts = name.split(".")
-    if parts[0].startswith("layer"):
-        place, parts = [f"res{int(parts[0].removeprefix('layer')) + 1}", parts[1]], parts[2:]
-    else:
-        place = ["stem"]
-    if parts[0] == "downsample":
-        layer = ["shortcut"] if parts[1] == "0" else ["shortcut", "norm"]
-        return ".".join([*place, *layer, *parts[2:]])
-    if parts[0].startswith("bn"):
-        return ".".join([*place, f"conv{parts[0].removeprefix('bn')}", "norm", *parts[1:]])
-    return ".".join([*place, *parts])
+    name = name if name.startswith("layer") else f"stem.{name}"
+    name = re.sub("^layer([0-9])", lambda found: f"res{int(found[1]) + 1}", name)
+    name = re.sub(r"\.bn([0-9])", r".conv\1.norm", name)
+    return name.replace(".downsample.0", ".shortcut").replace(".downsample.1", ".shortcut.norm")
 
 
 def write_detectron2(state: dict[str, Tensor], path: Path) -> None:

@@ -35,15 +35,12 @@ def keys_digest(keys: Mapping[str, Any]) -> str:
 
 
 def require_same_keys(recorded: Mapping[str, Any], now: Mapping[str, Any], run: str) -> None:
-    """Refuses to continue a run with other keys: what was learned under some is not mixed with others.
+    """Refuses (`UserError`) to continue a run with other keys: what was learned under some is not mixed with others.
 
     Args:
         recorded: dotted keys of the experiment as the run has recorded them, free ones included.
         now: those asked for.
         run: names the run in the message.
-
-    Raises:
-        UserError: naming the first key that differs, and the keys that may.
     """
     bound = bound_keys(now)
     changed = [key for key, value in bound.items() if recorded.get(key) != value]
@@ -62,13 +59,10 @@ def require_same_keys(recorded: Mapping[str, Any], now: Mapping[str, Any], run: 
 
 
 def require_same_run(checkpoint: "Checkpoint", digests: Mapping[str, str]) -> None:
-    """Refuses a checkpoint of another experiment.
+    """Refuses (`UserError`) a checkpoint of another experiment.
 
     Args:
         digests: of this experiment, by what they are of: "configuration", "images", ….
-
-    Raises:
-        UserError: naming what differs.
     """
     for name, digest in digests.items():
         if checkpoint.position.digests.get(name, digest) != digest:

@@ -1,17 +1,16 @@
-"""The state of a training as files free of the world size, and back.
+"""Writes and reads the state of a training, whatever the number of ranks.
 
     checkpoints/step_000000440/
         encoder.pt            encoder state and momentum by name, float32, whole (whatever the ZeRO stage); batch-norm
                               statistics are the ranks' mean
         rows_000000000_000000719.pt …   rows [start, stop) of W, their momentum, hard classes and clock, by global row
-        rank_00000.pt …       what is a rank's own: its batch-norm statistics and random generators
-        sampling.pt           what sampled instance classification remembers, where a run samples
-        training.json         step, epoch, world size, digests of config and images, figures of the last epoch
+        rank_00000.pt …       one rank's batch-norm statistics and random generators
+        sampling.pt           state of the class sampler, where a run samples
+        training.json         `TrainingPosition`
         MANIFEST.json         size and SHA-256 of every file
 
-Rows are found by number, so any number of ranks reads what any other wrote; at the same number of ranks a run goes on
-to the bit. `torch.distributed.checkpoint` would do the first too, but its index is a pickle and it has no hashes; rows
-that are written in order of number need none of it.
+Rows are found by number, so any number of ranks reads what any other wrote; the same number resumes bit for bit.
+`torch.distributed.checkpoint` would do the first too, but its index is a pickle and it has no hashes.
 """
 
 import json
@@ -46,13 +45,13 @@ class TrainingPosition:
         num_instances: N.
         embedding_dim: D.
         world_size: ranks that wrote.
-        figures: means of the last whole epoch.
-        digests: of the configuration and of the images, which a run that goes on must share.
+        figures: metrics of the last whole epoch.
+        digests: of the configuration and of the images; a run that resumes must have the same.
         loss_scale: state of float16's loss scale.
-        skipped_in_a_row: steps that have not moved anything, counted back from this one.
+        skipped_in_a_row: skipped steps up to this one.
         loss_level: what the next loss is compared with, for spikes.
         matmul_dtype: precision of the classifier's products; None before the first step.
-        stretches: of checkpoints of an earlier version, (first step, first epoch, steps an epoch) of each part of the
+        stretches: in checkpoints of an earlier version, (first step, first epoch, steps an epoch) of each part of the
             training, one more for each time that its data set grew. `update_images` renumbers the steps of several.
     """
 
@@ -96,15 +95,18 @@ def start_checkpoint(
     shard: ClassifierShard,
     world: Group,
 ) -> None:
-    """Begins to write the state as it is now, copied, so that training may go on. `writer.commit` ends it.
+    """Starts to write a copy of the state, so that training may continue; `writer.commit` completes it.
 
-    A state with rows that are not finite is not committed, for it must not displace a good one. A finite loss keeps
-    them finite: ‖∂J/∂w‖ ≤ 2/(τ ‖w‖), and rows as short as 1e-12 have no gradient. What is left is broken memory.
+    A state with rows that are not finite is not committed: it must not replace a good one. A finite loss keeps them
+    finite (‖∂J/∂w‖ ≤ 2/(τ ‖w‖), and rows as short as 1e-12 have no gradient), so only broken memory is left.
     """
     files: dict[str, Content] = {}
     if shard.replicas is None or shard.replicas.rank == 0:
         files[f"rows_{shard.start:09d}_{shard.stop:09d}.pt"] = shard.own_state()
-    files[f"rank_{world.rank:05d}.pt"] = {"buffers": own_buffers, "random": _random_state(world.device)}
+    random = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(world.device)
+    files[f"rank_{world.rank:05d}.pt"] = {"buffers": own_buffers, "random": random}
     if world.rank == 0:
         files[_ENCODER] = {"state": encoder_state, "momentum": encoder_momentum}
         files[POSITION] = json.dumps(asdict(position), indent=2) + "\n"
@@ -116,11 +118,10 @@ def start_checkpoint(
 def _find_infinite_rows(files: dict[str, Content]) -> str | None:
     for name, content in files.items():
         if name.startswith("rows_") and not isinstance(content, str):
-            # The Euclidean norm: at a fifteenth of the cost of the largest absolute value.
-            tensors = [content[key] for key in ("weight", "momentum")]
-            overflowed = [t for t in tensors if not torch.linalg.vector_norm(t.flatten()).isfinite()]
-            if not all(bool(tensor.isfinite().all()) for tensor in overflowed):
-                return f"{name}: rows of W are not finite"
+            for tensor in (content["weight"], content["momentum"]):
+                # First the Euclidean norm, which may overflow but costs a fifteenth of the largest absolute value.
+                if not torch.linalg.vector_norm(tensor.flatten()).isfinite() and not tensor.isfinite().all():
+                    return f"{name}: rows of W are not finite"
     return None
 
 
@@ -131,13 +132,12 @@ def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None 
         names: the only files whose content matters, `ENCODER_FILES` say; None: all.
 
     Raises:
-        UserError: when there are checkpoints but not one is whole: training never starts over in silence.
+        UserError: there are checkpoints but not one is whole: training never starts over silently.
     """
     directories = group.broadcast_object(committed_directories(parent) if group.rank == 0 else None)
     damage: list[str] = []
     for directory in directories:
-        problem = verify(directory, group, names)
-        position = _read_position(directory) if problem is None else problem
+        position = _verified_position(directory, group, names)
         if isinstance(position, TrainingPosition):
             return Checkpoint(directory, position, tuple(damage), tuple(foreign_files(directory)))
         damage.append(f"{directory}: {position}")
@@ -149,36 +149,34 @@ def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None 
 def checkpoint_at(path: Path, group: Group, names: tuple[str, ...] | None = None) -> Checkpoint:
     """The checkpoint in a directory step_…, or the newest that verifies of the training in a run directory. Collective.
 
-    Args:
-        names: as for `newest_checkpoint`.
-
     Raises:
         UserError: when there is none, or what is there is damaged.
     """
     below = path / "pretrain/checkpoints"
-    if group.broadcast_object(below.is_dir()):
-        newest = newest_checkpoint(below, group, names)
-        if newest is not None:
-            return newest
-    problem = verify(path, group, names) if group.broadcast_object(path.is_dir()) else "there is no such directory"
-    position = _read_position(path) if problem is None else problem
+    if group.broadcast_object(below.is_dir()) and (newest := newest_checkpoint(below, group, names)) is not None:
+        return newest
+    is_there = group.broadcast_object(path.is_dir())
+    position = _verified_position(path, group, names) if is_there else "there is no such directory"
     if isinstance(position, str):
         raise UserError(f"{path} is no checkpoint ({position}): give a directory step_… or a run directory")
     return Checkpoint(path, position, foreign=tuple(foreign_files(path)))
 
 
 def intact_checkpoints(parent: Path, group: Group) -> list[Checkpoint]:
-    """All checkpoints that verify, oldest first; what was damaged beside each is not told. Collective."""
+    """All checkpoints that verify, oldest first. Collective."""
     directories = group.broadcast_object(committed_directories(parent) if group.rank == 0 else None)
-    found = []
-    for directory in reversed(directories):
-        if verify(directory, group) is None and isinstance(position := _read_position(directory), TrainingPosition):
-            found.append(Checkpoint(directory, position))
-    return found
+    found = [(directory, _verified_position(directory, group)) for directory in reversed(directories)]
+    return [Checkpoint(directory, position) for directory, position in found if isinstance(position, TrainingPosition)]
+
+
+def _verified_position(directory: Path, group: Group, names: tuple[str, ...] | None = None) -> TrainingPosition | str:
+    """What training.json of a checkpoint holds, or what is wrong with the checkpoint."""
+    problem = verify(directory, group, names)
+    return _read_position(directory) if problem is None else problem
 
 
 def _read_position(directory: Path) -> TrainingPosition | str:
-    """What training.json says, or what is wrong with it (another version of this project wrote it, say)."""
+    """What training.json holds, or what is wrong with it (another version of this project wrote it, say)."""
     try:
         text = json.dumps(read_json(directory / POSITION))  # as JSON, whose lists may stand for tuples
         return TypeAdapter(TrainingPosition).validate_json(text, strict=True)
@@ -204,10 +202,8 @@ def _read(path: Path, *names: str) -> dict[str, Any]:
 
 def load_own_buffers(checkpoint: Checkpoint, world: Group) -> dict[str, Tensor] | None:
     """This rank's buffers, and its random generators restored; None when another number of ranks wrote."""
-    if checkpoint.position.world_size != world.size:
-        return None
     path = checkpoint.directory / f"rank_{world.rank:05d}.pt"
-    if not path.exists():
+    if checkpoint.position.world_size != world.size or not path.exists():
         return None
     content = _read(path, "buffers", "random")
     torch.set_rng_state(content["random"]["cpu"])
@@ -221,16 +217,14 @@ def load_rows(checkpoint: Checkpoint, shard: ClassifierShard, old_ids_n: Tensor 
 
     Args:
         old_ids_n: (n,) int64 on the CPU, for a checkpoint of other images: the row of the checkpoint that each local
-            row takes, -1 for a row that stays as it is. Hard classes are then dropped, and rows that a sampled softmax
-            has yet to bring up to date are brought up to date. None: row i takes row i.
+            row takes, -1 for a row that keeps its values. Then hard classes are dropped, and rows that a sampled
+            softmax has yet to update are updated. None: row i takes row i.
 
     Raises:
-        UserError: when the checkpoint has another number of rows (without `old_ids_n`) or another embedding dimension,
-            or lacks rows.
+        UserError: the checkpoint lacks rows, or has another embedding dimension or (without `old_ids_n`) other rows.
     """
     position = checkpoint.position
-    found = (position.num_instances, position.embedding_dim)
-    expected = (shard.partition.total, shard.weight.shape[1])
+    found, expected = (position.num_instances, position.embedding_dim), (shard.partition.total, shard.weight.shape[1])
     if found[1] != expected[1] or (old_ids_n is None and found[0] != expected[0]):
         raise UserError(f"{checkpoint.directory} holds {found[0]} x {found[1]} weights, this run needs {expected}")
     shard.steps_taken = position.step
@@ -264,10 +258,3 @@ def checkpoint_bytes(shard: ClassifierShard, num_hard_classes: int, encoder_byte
     """
     row = shard.weight.shape[1] * (shard.weight.element_size() + shard.momentum_buffer.element_size())
     return shard.partition.total * (row + 4 * num_hard_classes) + 2 * encoder_bytes
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states

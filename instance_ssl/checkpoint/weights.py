@@ -1,10 +1,10 @@
-"""A backbone's weights by torchvision's names, from a file that somebody else may have made."""
+"""Reads a backbone's weights by torchvision's names from a file of any origin."""
 
 import argparse
 import hashlib
-import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ _SHOWN = 3
 _DEEPEST = 8
 # Parts of names that wrappers put anywhere: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# Names that a ResNet has, and a small_cnn; and the children of a ResNet that have tensors, for a Sequential of them.
+# Names that a ResNet has, and a small_cnn; then the children of a ResNet that have tensors, for a Sequential of them.
 _RESNET = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
 _SMALL_CNN = ("blocks.0.weight", "blocks.1.running_mean", "blocks.4.weight", "blocks.8.weight")
 _BACKBONE_PART = re.compile(r"(conv|bn|layer)[0-9]+")
@@ -37,14 +37,14 @@ _TRAINED = {
 
 
 class Weights(NamedTuple):
-    """Tensors of a file by their names in the network, and what was left aside.
+    """Tensors of a file by their names in the network, and what was ignored.
 
     Attributes:
         state: without heads and the prefix, on the CPU.
-        ignored: names in the file of what is no backbone's, such as fc.weight; without the prefix where they have it.
+        ignored: names of the file's other tensors, such as fc.weight; without the prefix where they have it.
         sha256: of the file, in hexadecimal.
         prefix: what the names in the file begin with, "" or ending in a dot.
-        aside: what `ignored` is of, shortest names that tell it from the backbone.
+        aside: the modules of `ignored`: the shortest prefixes that distinguish them from the backbone.
     """
 
     state: dict[str, Tensor]
@@ -58,12 +58,11 @@ def read_weights(path: Path) -> Weights:
     """Reads a backbone from a file of safetensors or of `torch.save`, by its content: named tensors, however nested.
 
     Nothing in the file is run. The backbone is found by its names below any prefix, or as a Sequential of a ResNet's
-    children; heads and all else are left aside. Where a network and its moving average are there (encoder_q and
-    encoder_k, student and teacher, model and model_ema), it is the network; `file.pth#teacher` asks for another one.
+    children; heads and all else are ignored. Of a network and its moving average (encoder_q and encoder_k, student and
+    teacher, model and model_ema), the network is taken; `file.pth#teacher` selects another one.
 
     Raises:
-        UserError: the file is absent, damaged, holds code, no named tensors or several backbones, or a number in it is
-            not finite.
+        UserError: the file is absent or damaged, or holds code, no or several backbones or numbers that are not finite.
     """
     path, choice = split_part(path)
     try:
@@ -82,7 +81,9 @@ def read_weights(path: Path) -> Weights:
         # Of what others keep beside the tensors, the command line is the one class that is harmless and common.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = read_tensors(path, mapped=False)
-    found = _without_wrappers(_tensors(content))
+    found = _tensors(content)
+    bare = {".".join(part for part in name.split(".") if part not in _WRAPPERS): found[name] for name in found}
+    found = bare if len(bare) == len(found) else found
     if not found:
         what = f"'{escape(str(next(iter(content))))}' is no tensor" if content else "there are none"
         raise UserError(f"weights file {path}: expected tensors by torchvision's names, but {what}")
@@ -91,9 +92,10 @@ def read_weights(path: Path) -> Weights:
     for name, value in state.items():
         if not value.isfinite().all():
             raise UserError(f"weights file {path}: {escape(name)} is not finite; give an intact one")
-    rest = found.keys() - names.values()
-    others = [name for name in found if name in rest]
-    aside = tuple(dict.fromkeys(_apart(name, prefix) for name in others))
+    rest = set(names.values())
+    others = [name for name in found if name not in rest]
+    num_shared = {name: _common_prefix([name, prefix]).count(".") for name in others}
+    aside = tuple(dict.fromkeys(".".join(name.split(".")[: num_shared[name] + 1]) for name in others))
     ignored = [name.removeprefix(prefix).removeprefix("state_dict.") for name in others]
     return Weights(state, ignored, sha256, prefix, aside)
 
@@ -110,7 +112,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> N
         origin: what the tensors come from, for the error.
 
     Raises:
-        UserError: one line: which keys are missing, which are there without a use, and which shapes differ.
+        UserError: naming keys that are missing, extra or of another shape.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]
@@ -120,13 +122,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> N
         for name, value in own.items()
         if name in state and state[name].shape != value.shape
     ]
-    complaints = [
-        _first_of("missing", missing),
-        _first_of("extra", extra),
-        _first_of("of another shape", shapes),
-    ]
     if missing or extra or shapes:
-        told = "; ".join(complaint for complaint in complaints if complaint)
+        found = {"missing": missing, "extra": extra, "of another shape": shapes}
+        told = "; ".join(f"{len(names)} {what} ({_first_of(names)})" for what, names in found.items() if names)
         raise UserError(
             f"{origin} does not fit this encoder: {told}; give weights of the same network, or set model.backbone, "
             "model.stem (or data.image_size, which chooses it) and the other keys of model to what they are of"
@@ -163,31 +161,24 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     return found
 
 
-def _without_wrappers(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    bare = {".".join(part for part in name.split(".") if part not in _WRAPPERS): found[name] for name in found}
-    return bare if len(bare) == len(found) else found
-
-
 def _choose(found: dict[str, Tensor], choice: str | None, path: Path) -> tuple[str, dict[str, str]]:
     """The prefix of the backbone to take, and its names in the file by those in the network.
 
-    Where there is none, all that is in the file but `fc`, for `load_state` to say what is missing.
-
-    Raises:
-        UserError: for several, naming them, or none of the choice.
+    Where there is none: all tensors but `fc`, so that `load_state` reports what is missing.
     """
     backbones = _backbones(found)
-    chosen = backbones
-    if choice is not None:
-        chosen = {
-            prefix: names
-            for prefix, names in backbones.items()
-            if prefix.rstrip(".") == choice or (choice and f".{choice}." in f".{prefix}")
-        }
+    chosen = {
+        prefix: names
+        for prefix, names in backbones.items()
+        if choice is None or prefix.rstrip(".") == choice or (choice and f".{choice}." in f".{prefix}")
+    }
     trained = {prefix: names for prefix, names in chosen.items() if not _is_average(prefix, chosen)}
     distinct: dict[str, dict[str, str]] = {}
     for prefix, names in trained.items():
-        if not any(_same_tensors(found, names, others) for others in distinct.values()):
+        if not any(
+            names.keys() == others.keys() and all(torch.equal(found[names[n]], found[others[n]]) for n in names)
+            for others in distinct.values()
+        ):
             distinct[prefix] = names
     if len(distinct) == 1:
         return next(iter(distinct.items()))
@@ -218,10 +209,9 @@ def _backbones(found: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
 
 def _prefixes_before(name: str) -> list[str]:
     """Where a backbone may begin that has a tensor of this name."""
-    ends = [known for known in (_RESNET[2], _SMALL_CNN[0]) if f".{name}".endswith(f".{known}")]
     if numbered := re.fullmatch(r"((?:.*\.)?)[0-9]+\.0\.conv1\.weight", name, re.DOTALL):
         return [numbered[1]]
-    return [name.removesuffix(end) for end in ends]
+    return [name.removesuffix(end) for end in (_RESNET[2], _SMALL_CNN[0]) if f".{name}".endswith(f".{end}")]
 
 
 def _named_children(below: Mapping[str, str]) -> dict[str, str] | None:
@@ -230,16 +220,13 @@ def _named_children(below: Mapping[str, str]) -> dict[str, str] | None:
     if len(places) < len(_CHILDREN):
         return None
     renamed = dict(zip(map(str, places), _CHILDREN, strict=False))
-    named = {}
-    for name, full in below.items():
-        place, _, rest = name.partition(".")
-        if place in renamed:
-            named[f"{renamed[place]}.{rest}"] = full
+    parts = ((name.partition("."), full) for name, full in below.items())
+    named = {f"{renamed[place]}.{rest}": full for (place, _, rest), full in parts if place in renamed}
     return named if all(name in named for name in _RESNET) else None
 
 
 def _is_average(prefix: str, prefixes: Iterable[str]) -> bool:
-    """Whether a network's name says that it is the moving average of another one there."""
+    """Whether a network is, by its name, the moving average of another one there."""
     there = [_parts(other) for other in prefixes]
     parts = _parts(prefix)
     for place, part in enumerate(parts):
@@ -257,33 +244,14 @@ def _parts(prefix: str) -> list[str]:
     return [part for part in prefix.split(".") if part not in ("", "module")]
 
 
-def _same_tensors(found: Mapping[str, Tensor], names: Mapping[str, str], others: Mapping[str, str]) -> bool:
-    return names.keys() == others.keys() and all(torch.equal(found[names[n]], found[others[n]]) for n in names)
-
-
 def _common_prefix(names: Iterable[str]) -> str:
     """What all names begin with, in whole parts."""
-    parts = [name.split(".")[:-1] for name in names]
-    return "".join(f"{part}." for part in parts[0][: _num_common(parts)])
+    places = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, places))
 
 
-def _apart(name: str, prefix: str) -> str:
-    """The beginning of a name, in whole parts, that tells it from those below the prefix."""
-    parts = name.split(".")
-    return ".".join(parts[: _num_common([parts, prefix.split(".")[:-1]]) + 1])
-
-
-def _num_common(names: Iterable[Sequence[str]]) -> int:
-    """How many parts all names begin with."""
-    return sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False)))
-
-
-def _first_of(what: str, items: list[str]) -> str:
-    """`3 missing (a, b, …)`; nothing for none."""
-    if not items:
-        return ""
-    more = ", …" if len(items) > _SHOWN else ""
-    return f"{len(items)} {what} ({', '.join(items[:_SHOWN])}{more})"
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -32,19 +32,15 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         mean_C, var_C, count = _statistics(input.detach(), self.group)
-        self._follow(mean_C, var_C * (count / (count - 1).clamp_min(1)))
-        return _Normalise.apply(input, self.weight, self.bias, mean_C, (var_C + self.eps).rsqrt(), count, self.group)
-
-    @torch.no_grad()
-    def _follow(self, mean_C: Tensor, unbiased_C: Tensor) -> None:
-        """Updates the running averages; without a momentum they are the mean of all batches."""
         assert self.num_batches_tracked is not None
         assert self.running_mean is not None
         assert self.running_var is not None
         self.num_batches_tracked.add_(1)
+        # Without a momentum the running averages are the mean of all batches.
         weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean_C, weight)
-        self.running_var.lerp_(unbiased_C, weight)
+        self.running_var.lerp_(var_C * (count / (count - 1).clamp_min(1)), weight)
+        return _Normalise.apply(input, self.weight, self.bias, mean_C, (var_C + self.eps).rsqrt(), count, self.group)
 
 
 def synchronise_batch_norm(module: nn.Module, group: Group) -> None:

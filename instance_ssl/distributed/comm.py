@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from instance_ssl.distributed import launched
 from instance_ssl.distributed.clock import AwakeClock
@@ -39,13 +39,8 @@ def ring_bytes(collective: Collective, tensor_bytes: int, size: int) -> int:
     Args:
         tensor_bytes: of one rank's input (all-gather), output (reduce-scatter) or both (all-reduce, broadcast).
     """
-    times = {
-        "all_gather": size - 1,
-        "reduce_scatter": size - 1,
-        "all_reduce": 2 * (size - 1) / size,
-        "broadcast": min(1, size - 1),
-    }
-    return round(tensor_bytes * times[collective])
+    times = {"all_reduce": 2 * (size - 1) / size, "broadcast": min(1, size - 1)}.get(collective, size - 1)
+    return round(tensor_bytes * times)
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class Group:
         own = torch.tensor([count], dtype=torch.int64, device=self.device)
         out = torch.empty(self.size, dtype=torch.int64, device=self.device)
         _all_gather_single(out, own, group=self.handle)
-        return [int(value) for value in out.tolist()]
+        return out.tolist()
 
     def all_gather_rows(self, rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Concatenates every rank's rows, (b, …) → (B, …), in order of rank.
@@ -80,19 +75,15 @@ class Group:
         Args:
             counts: rows of each rank; None if all ranks hold equally many.
         """
-        rows = rows.contiguous()
         if counts is None or len(set(counts)) == 1:
             out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
             self._count("all_gather", rows)
-            _all_gather_single(out, rows, group=self.handle)
+            _all_gather_single(out, rows.contiguous(), group=self.handle)
             return out
-        longest = max(counts)
-        padded = rows.new_zeros((longest, *rows.shape[1:]))
+        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
-        out = rows.new_empty((self.size * longest, *rows.shape[1:]))
-        self._count("all_gather", padded)
-        _all_gather_single(out, padded, group=self.handle)
-        return torch.cat([out[r * longest : r * longest + count] for r, count in enumerate(counts)])
+        parts = self.all_gather_rows(padded).split(max(counts))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def reduce_scatter_rows(self, rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Sums (B, …) over the ranks and returns the local rows (b, …): the transpose of `all_gather_rows`."""
@@ -101,14 +92,8 @@ class Group:
             self._count("reduce_scatter", out)
             _reduce_scatter_single(out, rows.contiguous(), group=self.handle)
             return out
-        longest = max(counts)
-        padded = rows.new_zeros((self.size * longest, *rows.shape[1:]))
-        for r, part in enumerate(torch.split(rows, list(counts))):
-            padded[r * longest : r * longest + part.shape[0]] = part
-        out = rows.new_empty((longest, *rows.shape[1:]))
-        self._count("reduce_scatter", out)
-        _reduce_scatter_single(out, padded, group=self.handle)
-        return out[: counts[self.rank]]
+        padded = nn.utils.rnn.pad_sequence(rows.split(list(counts)), batch_first=True)
+        return self.reduce_scatter_rows(padded.flatten(0, 1))[: counts[self.rank]]
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Sums over the ranks, in place."""
@@ -161,12 +146,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A collective in flight.
-
-    Attributes:
-        tensor: the received tensor, kept alive until it has arrived.
-        work: the handle of `torch.distributed`.
-    """
+    """A collective in flight: the received tensor, kept alive until it has arrived, and torch's handle."""
 
     tensor: Tensor
     work: Any
@@ -209,20 +189,21 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
         # bfloat16 products are summed in float32 throughout: the hard-class search relies on their error bound.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if launched.world_size() > 1:
-        return _join("env://", launched.rank(), launched.world_size(), device, seconds=join_seconds)
+        return _join("env://", launched.rank(), launched.world_size(), device, join_seconds)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
-    return _join(None, 0, 1, device, store=dist.HashStore())
+    return _join(None, 0, 1, device)
 
 
 def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
     """Whether a GPU can run one of these: code for its own generation (sm_86), or older code that can be recompiled."""
     own = 10 * capability[0] + capability[1]
-    for architecture in architectures:
+
+    def serves(architecture: str) -> bool:
         kind, _, number = architecture.partition("_")
         version = int("".join(filter(str.isdigit, number)) or 0)
-        if version <= own and (kind == "compute" or version // 10 == capability[0]):
-            return True
-    return False
+        return version <= own and (kind == "compute" or version // 10 == capability[0])
+
+    return any(map(serves, architectures))
 
 
 def initialize_from_file(path: str, rank: int, size: int) -> Group:
@@ -230,27 +211,15 @@ def initialize_from_file(path: str, rank: int, size: int) -> Group:
     return _join(f"file://{path}", rank, size, torch.device("cpu"))
 
 
-def _join(
-    init_method: str | None,
-    rank: int,
-    size: int,
-    device: torch.device,
-    *,
-    store: Any = None,
-    seconds: float = _JOIN_SECONDS,
-) -> Group:
-    """Meets the other ranks within `seconds` in total.
-
-    Raises:
-        RankError: the address is in use; an `AbsentPeersError` where a rank does not join, or leaves.
-    """
+def _join(init_method: str | None, rank: int, size: int, device: torch.device, seconds: float = _JOIN_SECONDS) -> Group:
+    """Meets the other ranks, if there are any (`init_method`), within `seconds` in total."""
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
     def meet() -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has its own
         if init_method is None:
-            met = store
+            met = dist.HashStore()
         else:
             met, _, _ = next(dist.rendezvous(init_method, rank, size, timeout=_TIMEOUT))
             met.set_timeout(_TIMEOUT)
@@ -276,12 +245,9 @@ def _join(
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
-    """Does blocking work within a total time, on a thread that is abandoned when it takes too long.
+    """Does blocking work on a thread, and abandons it with a `TimeoutError` when it takes too long.
 
     The work has several timeouts that add up, or none: a store's first answer is awaited forever.
-
-    Raises:
-        TimeoutError: it took longer; the process exits then.
     """
     problems: list[BaseException] = []
 
@@ -308,8 +274,7 @@ def split(world: Group, group_size: int) -> tuple[Group, Group | None]:
     The groups are new even where the first is the whole world, so that their collectives never queue behind the
     engine's. With one group there are no peers: None. `group_size` divides the world. Later calls return the same.
     """
-    firsts = range(0, world.size, group_size)
-    groups = [list(range(first, first + group_size)) for first in firsts]
+    groups = [list(range(first, first + group_size)) for first in range(0, world.size, group_size)]
     own = _new_group(world, groups)
     if len(groups) == 1:
         return own, None
@@ -324,13 +289,9 @@ def first_ranks(world: Group, size: int) -> Group | None:
 
 def _new_group(world: Group, groups: list[list[int]]) -> Group:
     """Returns which of these disjoint groups holds this rank; every rank of the world creates all of them, in order."""
-    mine: Group | None = None
-    for ranks in groups:
-        handle = dist.new_group(ranks=ranks, timeout=_TIMEOUT)
-        if world.rank in ranks:
-            mine = Group(handle, ranks.index(world.rank), len(ranks), world.device)
-    assert mine is not None  # the groups cover the world
-    return mine
+    handles = [dist.new_group(ranks=ranks, timeout=_TIMEOUT) for ranks in groups]
+    ranks, handle = next((r, h) for r, h in zip(groups, handles, strict=True) if world.rank in r)
+    return Group(handle, ranks.index(world.rank), len(ranks), world.device)
 
 
 def set_timeouts(seconds: float = _TIMEOUT.total_seconds()) -> None:
@@ -344,10 +305,9 @@ def lost_peer(error: BaseException) -> bool:
 
     Each later group, DeepSpeed's own included, meets in that store again.
     """
-    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
-        return True
     signs = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "connectFullMesh failed")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    is_sign = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return is_sign or isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
 
 
 def finalize() -> None:

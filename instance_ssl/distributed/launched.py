@@ -19,15 +19,5 @@ def local_rank() -> int:
 
 
 def local_size() -> int:
-    """Returns the number of ranks on this machine, as deepspeed and torchrun say it; 1 where nobody does."""
+    """Returns the number of ranks on this machine, which deepspeed and torchrun set; 1 where it is unset."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-
-
-def is_beside_rank_0() -> bool:
-    """Whether rank 0 is another process on the same machine."""
-    return 0 < rank() == local_rank()
-
-
-def is_by_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ

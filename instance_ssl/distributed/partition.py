@@ -5,11 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Partition:
-    """`total` rows in `size` contiguous parts; the first `total % size` parts have one row more.
-
-    Raises:
-        ValueError: `size` is not positive, or `total` is negative.
-    """
+    """`total` ≥ 0 rows in `size` ≥ 1 contiguous parts; the first `total % size` parts have one row more."""
 
     total: int
     size: int

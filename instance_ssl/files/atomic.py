@@ -45,11 +45,7 @@ def whole_file(path: Path, *, several_writers: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def saved_file(path: Path, needed: int = 0) -> Iterator[Path]:
-    """`whole_file` for about `needed` bytes, with errors for the user.
-
-    Raises:
-        UserError: the file cannot be written, or the disk has no room for it.
-    """
+    """`whole_file` for about `needed` bytes; a `UserError` where it cannot be written or the disk has no room."""
     with saving(path, needed), whole_file(path) as temporary:
         yield temporary
 

@@ -1,4 +1,4 @@
-"""Checks for room on a disk before a save, and says in one line why a file could not be written."""
+"""Checks for room on a disk before a save, and explains in one line why a file could not be written."""
 
 import errno
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 from instance_ssl.errors import UserError, escape, reason
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_ROOM_BYTES = 2**20  # a disk with less is full
 
 
 def find_no_space(directory: Path, needed: int) -> str | None:
@@ -18,32 +19,26 @@ def find_no_space(directory: Path, needed: int) -> str | None:
 
 def why_not_written(error: Exception, directory: Path, needed: int) -> str:
     """Returns in one line why a file of about `needed` bytes was not written. Some libraries raise no `OSError`."""
-    if error.errno in _FULL if isinstance(error, OSError) else is_full(directory):
+    if error.errno in _FULL if isinstance(error, OSError) else _free(directory) < _ROOM_BYTES:
         return _no_space(directory, needed)
     return reason(error)
 
 
 @contextmanager
 def saving(path: Path, needed: int = 0) -> Iterator[None]:
-    """Wraps the writing of a file of about `needed` bytes, by one rank or all.
+    """Wraps the writing of a file of about `needed` bytes, and raises a `UserError` where it fails.
 
-    Raises:
-        UserError: the file could not be written; the block is not entered where the disk has no room.
+    The block is not entered where the disk has no room.
     """
     if problem := find_no_space(path.parent, needed):
         raise UserError(f"{escape(str(path))} could not be written: {problem}")
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and not is_full(path.parent):
+        if not isinstance(error, OSError) and _free(path.parent) >= _ROOM_BYTES:
             raise
         why = why_not_written(error, path.parent, needed)
         raise UserError(f"{escape(str(path))} could not be written: {why}") from None
-
-
-def is_full(directory: Path) -> bool:
-    """Whether less than 1 MiB is free."""
-    return _free(directory) < 2**20
 
 
 def in_mib(size: int) -> str:

@@ -23,18 +23,15 @@ class HashingFile:
 
     def write(self, data: bytes | memoryview) -> int:
         """Writes and hashes; large pieces are hashed by a thread in the meantime."""
-        hashing = threading.Thread(target=self.digest.update, args=(data,)) if len(data) >= _THREAD_BYTES else None
-        if hashing is None:
-            self.digest.update(data)
-        else:
-            hashing.start()
+        hashing = threading.Thread(target=self.digest.update, args=(data,))
+        (hashing.start if len(data) >= _THREAD_BYTES else hashing.run)()
         try:
             self._file.write(data)
         except OSError as error:
             self.error = self.error or error
             raise
         finally:
-            if hashing is not None:
+            if hashing.is_alive():
                 hashing.join()
         self.size += len(data)
         return len(data)

@@ -32,11 +32,7 @@ def write_names(names: Iterable[str], path: Path) -> None:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Yields the names that `write_names` wrote.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Yields the names that `write_names` wrote."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             yield unescape(line.removesuffix("\n"))

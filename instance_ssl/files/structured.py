@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from instance_ssl.errors import printable
 
 _MAX_DEPTH, _MAX_VALUES, _MAX_INTEGER, _MAX_LINE = 100, 200_000, 2**63, 300
+_TOO_DEEP = f"it nests more than {_MAX_DEPTH} levels"
 
 
 class MalformedError(ValueError):
@@ -37,24 +39,14 @@ def read_json(path: Path, *, by_hand: bool = False) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Returns the objects of a file that holds one a line, and the number of broken lines.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    lines = path.read_bytes().split(b"\n")
-    ends_whole = not lines.pop()
-    found, broken = [], 0 if ends_whole else 1
+    """Returns the objects of a file that holds one a line, and the number of broken lines."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    found = []
     for line in lines:
-        try:
-            values = parse_json(line)
-        except MalformedError:
-            values = None
-        if isinstance(values, dict):
-            found.append(values)
-        else:
-            broken += 1
-    return found, broken
+        with suppress(MalformedError):
+            found.append(parse_json(line))
+    sound = [values for values in found if isinstance(values, dict)]
+    return sound, len(lines) - len(sound) + bool(rest)
 
 
 def parse_json(text: str | bytes, *, by_hand: bool = False, is_large: bool = False) -> Any:
@@ -69,7 +61,7 @@ def parse_json(text: str | bytes, *, by_hand: bool = False, is_large: bool = Fal
     try:
         values = json.loads(text, object_pairs_hook=_without_repetition if by_hand else None)
     except RecursionError:
-        raise MalformedError(_too_deep()) from None
+        raise MalformedError(_TOO_DEEP) from None
     except UnicodeDecodeError:
         raise MalformedError("not UTF-8 text") from None
     except ValueError as error:
@@ -80,17 +72,9 @@ def parse_json(text: str | bytes, *, by_hand: bool = False, is_large: bool = Fal
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Parses any value of safe YAML.
-
-    Raises:
-        MalformedError: as in `parse_json`, and for a duplicate key.
-    """
+    """Parses any value of safe YAML; raises as `parse_json`, and for a duplicate key."""
     try:
-        loader = _Loader(text)
-        try:
-            values = loader.get_single_data()
-        finally:
-            loader.dispose()
+        values = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -124,11 +108,7 @@ class _Loader(yaml.SafeLoader):
 
     def _refuse_depth(self, depth: int) -> None:
         if depth >= _MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=_too_deep(), problem_mark=self.get_mark())
-
-
-def _too_deep() -> str:
-    return f"it nests more than {_MAX_DEPTH} levels"
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=self.get_mark())
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,11 +126,16 @@ def _check(values: Any, *, finite: bool = False) -> None:
         value, depth = left.pop()
         count += 1
         if depth > _MAX_DEPTH + 1:
-            raise MalformedError(_too_deep())
+            raise MalformedError(_TOO_DEEP)
         if count > _MAX_VALUES:
             raise MalformedError(f"it holds more than {_MAX_VALUES:,} values")
         if isinstance(value, str):
-            _check_text(value)
+            try:
+                value.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:
+                raise MalformedError(f"it holds half a character, in '{value[:40]}'") from None
+            if "\0" in value:
+                raise MalformedError(f"it holds a zero character, in '{value[:40]}'")
         elif isinstance(value, int):
             if not -_MAX_INTEGER <= value < _MAX_INTEGER:
                 raise MalformedError("it holds an integer beyond 64 bits")
@@ -159,12 +144,3 @@ def _check(values: Any, *, finite: bool = False) -> None:
         elif isinstance(value, dict | list | set | tuple):
             inner: Iterable[Any] = (*value, *value.values()) if isinstance(value, dict) else value
             left += [(item, depth + 1) for item in inner]
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        raise MalformedError(f"it holds half a character, in '{text[:40]}'") from None
-    if "\0" in text:
-        raise MalformedError(f"it holds a zero character, in '{text[:40]}'")

@@ -25,28 +25,24 @@ _SECONDS_BETWEEN_SIGNS = 30.0
 
 
 def together(work: Callable[[], _T], world: Group) -> _T:
-    """Does work that may fail on one rank alone (reading its own file, say) and fails on all if it does. Collective.
+    """Does work that may fail on one rank alone (reading its own file, say). Collective.
 
     Raises:
-        UserError: on all ranks, with the first rank's reason.
+        UserError: on all ranks, with the first rank's reason, if the work of any raises one.
     """
     result, problem = None, None
     try:
         result = work()
     except UserError as error:
         problem = describe_shortage(error) or str(error)
-    problem = next((text for text in world.all_gather_objects(problem) if text is not None), None)
-    if problem is not None:
-        raise UserError(problem)
+    for found in world.all_gather_objects(problem):
+        if found is not None:
+            raise UserError(found)
     return cast(_T, result)
 
 
 def rank_0_alone(work: Callable[[], _T], world: Group) -> _T:
-    """Does work on rank 0 and returns its (picklable) result, or raises its failure, on all ranks. Collective.
-
-    Raises:
-        UserError: on all ranks.
-    """
+    """Does work on rank 0 and returns its (picklable) result, or raises its `UserError`, on all ranks. Collective."""
     return cast(_T, world.broadcast_object(together(lambda: work() if world.rank == 0 else None, world)))
 
 
@@ -61,13 +57,10 @@ def on_rank_0(work: Callable[[], _T], world: Group, on_wait: Callable[[float], N
     """
     started = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(work) if world.rank == 0 else None
-        while True:
-            if result is not None:
-                wait([result], timeout=_SECONDS_BETWEEN_SIGNS)
-            if world.broadcast_object(result is not None and result.done()):
-                return None if result is None else result.result()
+        results = [pool.submit(work)] if world.rank == 0 else []
+        while not world.broadcast_object(bool(wait(results, timeout=_SECONDS_BETWEEN_SIGNS).done)):
             on_wait(time.perf_counter() - started)
+        return results[0].result() if results else None
 
 
 def share_images(opened: ImageSource | None, run_directory: Path | None, world: Group) -> ImageSource:
@@ -102,24 +95,28 @@ def _write_columns(source: ImageSource | None, folder: Path, held: ExitStack) ->
     Other starts in the same run directory wait until then.
     """
     assert source is not None
+
+    def remove_columns() -> None:
+        for path in folder.glob("*.npy"):
+            path.unlink(missing_ok=True)
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = held.enter_context((folder / "lock").open("w"))
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        _remove_columns(folder)  # of a start that was killed
-        held.callback(_remove_columns, folder)
+        remove_columns()  # of a start that was killed
+        held.callback(remove_columns)
         needed = sum(column.nbytes for column in source.columns.values())
         if problem := find_no_space(folder, needed):
             raise UserError(f"--run-dir {escape(str(folder.parent))}: {problem}, for the list of images")
         # A name never used before cannot be that of an old file on a node with a disk of its own.
-        token = secrets.token_hex(8)
-        files = {name: f"{name}_{token}.npy" for name in source.columns}
+        files = {name: f"{name}_{secrets.token_hex(8)}.npy" for name in source.columns}
         for name, file in files.items():
             np.save(folder / file, source.columns[name])
+        return files
     except OSError as error:
         why = why_not_written(error, folder.parent, 0)
         raise UserError(f"--run-dir {escape(str(folder.parent))}: {why}") from error
-    return files
 
 
 def _map_column(path: Path, rank: int) -> np.ndarray:
@@ -130,8 +127,3 @@ def _map_column(path: Path, rank: int) -> np.ndarray:
             f"rank {rank} on {socket.gethostname()} cannot read {escape(str(path))}, which rank 0 has written "
             f"({reason(error)}): give a --run-dir on a file system that all nodes share"
         ) from error
-
-
-def _remove_columns(folder: Path) -> None:
-    for path in folder.glob("*.npy"):
-        path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Images that cannot be read, where `data.on_broken` is `skip`: counted, logged once and recorded in D/broken.txt.
 
-Their classes stay. A training replaces them in its batches; a pass over all images goes without them, and their rows
-get a random direction. The next update of the images removes both (`stages/update_images.py`).
+Their classes stay. A training replaces them in its batches; a pass over all images skips them, and their rows get a
+random direction. The next update of the images removes both (`stages/update_images.py`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,24 +25,20 @@ class TooManyBroken(UserError):
 
 
 class BrokenImages:
-    """The images of a run that could not be read, the same on all ranks. Every rank calls the same methods in order.
-
-    Raises:
-        UserError: when the record cannot be read.
-    """
+    """The images of a run that could not be read, the same on all ranks. Every rank calls the same methods in order."""
 
     def __init__(self, stage: Stage) -> None:
-        self._stage = stage
+        self._stage, self._path = stage, record_path(stage.run_directory)
         self._met: dict[int, str] = {}
         self._known, self._num_removed = stage.on_rank_0(self._read)
 
     def meet(self, unreadable: Mapping[int, str]) -> None:
-        """Takes id → why of images that this rank could not read, for the next `share`."""
+        """Collects id → why of images that this rank could not read, for the next `share`."""
         self._met.update({index: why for index, why in unreadable.items() if index not in self._known})
 
     @property
     def has_news(self) -> bool:
-        """Whether this rank has met any that the others do not know of."""
+        """Whether this rank has met any that the others do not know."""
         return bool(self._met)
 
     def anyone_has_news(self) -> bool:
@@ -51,11 +47,7 @@ class BrokenImages:
         return bool(world.all_reduce_max_(torch.tensor([int(self.has_news)], device=world.device)).item())
 
     def share(self) -> None:
-        """Logs and records what any rank has met. Collective.
-
-        Raises:
-            UserError: when it cannot be recorded.
-        """
+        """Logs and records what any rank has met. Collective."""
         parts = self._stage.world.all_gather_objects(self._met)
         self._met = {}
         met = {index: why for part in parts for index, why in part.items() if index not in self._known}
@@ -65,8 +57,7 @@ class BrokenImages:
             if number <= _NAMED:
                 self._stage.log.say(f"warning: {why}; skipped from now on, its class stays")
             elif number % _NAMED == 0:
-                path = record_path(self._stage.run_directory)
-                self._stage.log.say(f"warning: {number} images cannot be read so far, see {path}")
+                self._stage.log.say(f"warning: {number} images cannot be read so far, see {self._path}")
 
     @property
     def ids(self) -> Tensor:
@@ -74,18 +65,14 @@ class BrokenImages:
         return torch.tensor(sorted(self._known), dtype=torch.int64)
 
     def check_share(self) -> None:
-        """Refuses to train while too many images cannot be read, those that an update has removed included.
-
-        Raises:
-            TooManyBroken: naming files.
-        """
+        """Raises `TooManyBroken` where too many images cannot be read, those that an update has removed included."""
         share, total = self._stage.config.data.max_broken_share, len(self._stage.source) + self._num_removed
         count = len(self._known) + self._num_removed
         if count > share * total:
             named = "; ".join([*self._known.values()][-_NAMED_AT_THE_END:])
             raise TooManyBroken(
                 f"{count} of {total} images cannot be read, more than data.max_broken_share {share} ({named}): repair "
-                f"them, or raise the share; {record_path(self._stage.run_directory)} lists all"
+                f"them, or raise the share; {self._path} lists all"
             )
 
     def _read(self) -> tuple[dict[int, str], int]:
@@ -116,7 +103,7 @@ def readable_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (b, 3, S, S) of a view and their ids (b,), for each list of ids; b is 0 for an empty one.
 
-    Where `data.on_broken` is `skip`, a batch comes without the images that cannot be read, and `broken` meets them.
+    Where `data.on_broken` is `skip`, a batch lacks the images that cannot be read, and `broken` meets them.
 
     Raises:
         RankError: at the first such image otherwise.

@@ -1,7 +1,8 @@
 """D/broken.txt: the images that training could not read, one a line, in the order in which they were found.
 
 A line holds the file's size in bytes, the reason and the name, separated by tabs. As long as the file has this size it
-counts as broken, and the next update of the images leaves it out; a repaired file is a new image.
+counts as broken, and the next update of the images excludes it; a repaired file is a new image. A last line that was
+not written to its end does not count. Functions raise a `UserError` where the record cannot be read or written.
 """
 
 import os
@@ -17,12 +18,7 @@ _LOST = "not in the data set any more"
 
 @dataclass(frozen=True)
 class Broken:
-    """An image that could not be read.
-
-    Attributes:
-        size: of its file in bytes.
-        why: one line.
-    """
+    """Size in bytes of a file that could not be read, and why, in one line."""
 
     size: int
     why: str
@@ -39,24 +35,13 @@ def record_path(run_directory: Path) -> Path:
 
 
 def read_broken(run_directory: Path) -> dict[str, Broken]:
-    """The recorded images by name. A last line that was not written to its end does not count.
-
-    Raises:
-        UserError: when the record cannot be read.
-    """
-    found = {}
-    for fields in _read_lines(record_path(run_directory), 3):
-        size, why, name = fields
-        found[unescape(name)] = Broken(int(size), why)
-    return found
+    """The recorded images by name."""
+    lines = _read_lines(record_path(run_directory), 3)
+    return {unescape(name): Broken(int(size), why) for size, why, name in lines}
 
 
 def append_broken(run_directory: Path, found: Mapping[str, Broken]) -> None:
-    """Adds images, by name, to the record, and drops a last line that was not written to its end.
-
-    Raises:
-        UserError: when the record cannot be written.
-    """
+    """Adds images, by name, to the record, and drops a last line that was not written to its end."""
     path = record_path(run_directory)
     # The reason may hold escaped names, which are not escaped twice.
     lines = [
@@ -82,9 +67,6 @@ def read_left_out(run_directory: Path) -> dict[int, str | None]:
     """Id → why of the images that an earlier version excluded; None for one that was not in the data set any more.
 
     A line is id, step, reason and name, with tabs between.
-
-    Raises:
-        UserError: when the record cannot be read.
     """
     lines = _read_lines(left_out_path(run_directory), 4)
     return {int(index): None if why == _LOST else why for index, _, why, _ in lines}

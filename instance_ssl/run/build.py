@@ -50,7 +50,7 @@ def describe_encoder(config: ExperimentConfig) -> str:
 
 
 def describe_stem_cost(config: ExperimentConfig) -> str | None:
-    """Returns what the 3x3 stem that `auto` chose costs against the ImageNet stem; None where it was not chosen so."""
+    """Returns what the 3x3 stem costs against the ImageNet stem; None unless `auto` chose it."""
     model, size = config.model, config.data.image_size
     if model.backbone == "small_cnn" or model.stem != "auto" or choose_stem(model.backbone, "auto", size) != "small":
         return None
@@ -71,27 +71,25 @@ def describe_stem_cost(config: ExperimentConfig) -> str | None:
 
 def classifier_shard(stage: Stage) -> ClassifierShard:
     """Builds this rank's shard of W, not yet initialised, in groups of its own."""
+    ds, device, seed, num_classes = stage.ds, stage.world.device, stage.config.seed, len(stage.source)
     classifier, optimization = stage.config.classifier, stage.config.optimization
-    group, replicas = comm.split(stage.world, stage.ds.group_size(stage.world.size))
+    embedding_dim = stage.config.model.embedding_dim
+    group, replicas = comm.split(stage.world, ds.group_size(stage.world.size))
     options = SoftmaxOptions(
         temperature=classifier.temperature,
         form=classifier.loss_form,
-        matmul_dtype=stage.ds.matmul_dtype,
-        block_bytes=choose_block_bytes(stage.ds.block_bytes, stage.world.device),
-        kernels=choose_kernels(
-            stage.ds.classifier.kernels, stage.world.device, stage.config.model.embedding_dim, stage.ds.matmul_dtype
-        ),
+        matmul_dtype=ds.matmul_dtype,
+        block_bytes=choose_block_bytes(ds.block_bytes, device),
+        kernels=choose_kernels(ds.classifier.kernels, device, embedding_dim, ds.matmul_dtype),
     )
-    if stage.world.device.type == "cuda":
+    if device.type == "cuda":
         options = _with_tried_kernels(stage, options)
     sampler = None
     if classifier.sampling != "full":
-        sampler = ClassSampler(
-            classifier.sampling, len(stage.source), classifier.num_sampled_classes, stage.config.seed
-        )
+        sampler = ClassSampler(classifier.sampling, num_classes, classifier.num_sampled_classes, seed)
     return ClassifierShard(
-        len(stage.source),
-        stage.config.model.embedding_dim,
+        num_classes,
+        embedding_dim,
         group,
         options,
         replicas=replicas,
@@ -99,27 +97,23 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
         momentum=optimization.momentum,
         weight_decay=optimization.weight_decay if classifier.weight_decay is None else classifier.weight_decay,
         learning_rate_multiplier=classifier.learning_rate_multiplier,
-        row_dtype=stage.ds.row_dtype,
-        momentum_dtype=stage.ds.momentum_dtype,
+        row_dtype=ds.row_dtype,
+        momentum_dtype=ds.momentum_dtype,
         sampler=sampler,
-        seed=stage.config.seed,
+        seed=seed,
     )
 
 
 def _with_tried_kernels(stage: Stage, options: SoftmaxOptions) -> SoftmaxOptions:
-    """Keeps the Triton kernels if their self-test passes on every rank's GPU, else selects the PyTorch passes.
-
-    Raises:
-        UserError: the DeepSpeed JSON asks for `kernels: triton`, and they fail.
-    """
+    """Selects the PyTorch passes unless the Triton kernels pass their self-test on every rank's GPU."""
     if (wanted := stage.ds.classifier.kernels) == "torch":
         return options
     problem: str | None = "they need a GPU from Ampere on, Triton, a C compiler and Python's headers"
     if options.kernels == "triton":
         shape = stage.world.device, stage.config.model.embedding_dim
         problem = disagreement(*shape, options, stage.ds.row_dtype, stage.ds.momentum_dtype)
-    problems = stage.world.all_gather_objects(problem)
-    found = next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None), None)
+    problems = enumerate(stage.world.all_gather_objects(problem))
+    found = next((f"rank {rank}: {problem}" for rank, problem in problems if problem is not None), None)
     if found is None:
         return options
     if wanted == "triton":

@@ -1,4 +1,7 @@
-"""Refuses mistakes in what was asked for, each in one line; imports no torch."""
+"""Refuses mistakes in what was asked for; imports no torch.
+
+Each check raises a `UserError` of one line that names the key, the path or the stage at fault and what to do.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +9,6 @@ from pathlib import Path
 import psutil
 
 from instance_ssl.checkpoint.committed import MANIFEST, committed_directories, newest_sound_directory
-from instance_ssl.config.data import DataConfig
 from instance_ssl.config.deepspeed import micro_batch_advice
 from instance_ssl.config.evaluation import EvaluationConfig
 from instance_ssl.config.experiment import ExperimentConfig
@@ -25,18 +27,12 @@ _READERS = {
 }
 # Stages that only read an encoder: neither the batch nor W has to fit the images or the ranks.
 READING_STAGES = ("export", "evaluate_knn", "evaluate_linear", "evaluate_retrieval")
-
-
 # Kinds of data whose images lie below `data.root`.
 _IN_FOLDERS = ("tree", "sun397", "dtd", "inaturalist2018", "folder")
 
 
 def check_hostfile() -> None:
-    """Refuses a hostfile that is not there, with which DeepSpeed would train on this machine alone.
-
-    Raises:
-        UserError: naming it.
-    """
+    """Refuses a hostfile that is not there, with which DeepSpeed would train on this machine alone."""
     for launcher in launchers_of(psutil.Process()):
         hostfile = given_hostfile(launcher.cmdline())
         if hostfile is not None and not (Path(launcher.cwd()) / hostfile).is_file():
@@ -47,11 +43,7 @@ def check_hostfile() -> None:
 
 
 def check_labels(config: ExperimentConfig) -> None:
-    """Refuses to evaluate with images that have no labels.
-
-    Raises:
-        UserError: naming the kind of data.
-    """
+    """Refuses to evaluate with images that have no labels."""
     kind = (config.evaluation.data or config.data).kind
     if kind in ("folder", "list"):
         raise UserError(
@@ -61,30 +53,18 @@ def check_labels(config: ExperimentConfig) -> None:
 
 
 def check_folders(config: ExperimentConfig, *, needs_labels: bool) -> None:
-    """Refuses image folders that are not there. What is in them is looked at once the ranks have met.
-
-    Raises:
-        UserError: naming the key and the path.
-    """
-    _check_folder(config.data)
-    if needs_labels and config.evaluation.data is not None:
-        try:
-            _check_folder(config.evaluation.data)
-        except UserError as mistake:
-            raise UserError(f"evaluation.data: {mistake}") from None
-
-
-def _check_folder(data: DataConfig) -> None:
-    if data.kind in _IN_FOLDERS:
-        existing_root(data.root, data.kind)
+    """Refuses image folders that are not there. What is in them is looked at once the ranks have met."""
+    sections = {"": config.data, "evaluation.data: ": config.evaluation.data if needs_labels else None}
+    for prefix, data in sections.items():
+        if data is not None and data.kind in _IN_FOLDERS:
+            try:
+                existing_root(data.root, data.kind)
+            except UserError as mistake:
+                raise UserError(f"{prefix}{mistake}") from None
 
 
 def check_sources(evaluation: EvaluationConfig) -> None:
-    """Refuses a file or checkpoint to evaluate that is not there.
-
-    Raises:
-        UserError: naming the key and the path.
-    """
+    """Refuses a file or checkpoint to evaluate that is not there."""
     if (problem := absent_source(evaluation)) is not None:
         raise UserError(problem)
 
@@ -106,9 +86,6 @@ def check_made_before(config: ExperimentConfig, run_directory: Path, stages: Seq
     """Refuses stages that start from a checkpoint that is not there and that no stage before them makes.
 
     A stage that has a result is let through: it may be complete.
-
-    Raises:
-        UserError: naming the stage to run first.
     """
     for place, stage in enumerate(stages):
         for maker in _checkpoints_read(config, stage):
@@ -141,11 +118,7 @@ def _checkpoints_read(config: ExperimentConfig, stage: str) -> list[str]:
 
 
 def check_run_to_export(config: ExperimentConfig, run_directory: Path) -> None:
-    """Refuses the default run directory where it has no encoder to export: --run-dir was forgotten.
-
-    Raises:
-        UserError: naming the keys that choose another encoder.
-    """
+    """Refuses the default run directory where it has no encoder to export: --run-dir was forgotten."""
     for maker in _checkpoints_read(config, "export"):
         if not committed_directories(run_directory / maker / "checkpoints"):
             raise UserError(
@@ -173,9 +146,6 @@ def check_size(config: ExperimentConfig, num_images: int, micro_batch_size: int,
 
     Args:
         path: of the DeepSpeed JSON, whose micro-batch may have to shrink too.
-
-    Raises:
-        UserError: naming the keys and values that fit.
     """
     if num_images < max(2, world_size):
         raise UserError(
@@ -185,17 +155,13 @@ def check_size(config: ExperimentConfig, num_images: int, micro_batch_size: int,
     hard, batch = config.classifier.num_hard_classes, config.optimization.global_batch_size
     wrong, overrides, micro_batch = [], [], micro_batch_size
     if batch > num_images:
-        wrong.append(
-            f"optimization.global_batch_size {batch} exceeds the {num_images} images: a batch holds an image once at "
-            "most"
-        )
+        why = "a batch holds an image once at most"
+        wrong.append(f"optimization.global_batch_size {batch} exceeds the {num_images} images: {why}")
         batch, micro_batch = _batch_that_fits(num_images, micro_batch_size, world_size)
         overrides.append(f"optimization.global_batch_size={batch}")
     if hard >= num_images:
-        wrong.append(
-            f"classifier.num_hard_classes {hard} must be below the number of images {num_images}: a class has only "
-            f"{num_images - 1} others"
-        )
+        limit = f"the number of images {num_images}: a class has only {num_images - 1} others"
+        wrong.append(f"classifier.num_hard_classes {hard} must be below {limit}")
         overrides.append(f"classifier.num_hard_classes={max(1, num_images // 10)}")
     if wrong:
         smaller = "" if micro_batch == micro_batch_size else f" and {micro_batch_advice(micro_batch, path)}"

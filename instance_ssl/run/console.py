@@ -33,11 +33,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser whose complaints are errors like all others: one line, from rank 0, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises the message.
-
-        Raises:
-            UserError: always.
-        """
+        """Raises the message as a `UserError`."""
         raise UserError(f"{message} (--help lists the flags)")
 
     def print_help(self, file: Any = None) -> None:
@@ -59,20 +55,22 @@ def one_line(text: str, encoding: str | None) -> str:
 
 def tell(text: str) -> None:
     """Prints lines on standard output."""
-    with heard_or_not(sys.stdout):
-        print(printable(text, sys.stdout.encoding), flush=True)
+    _write(text, sys.stdout)
 
 
 def complain(line: str) -> None:
     """Prints one line on standard error."""
-    with heard_or_not(sys.stderr):
-        print(one_line(line, sys.stderr.encoding), file=sys.stderr, flush=True)
+    _write(errors.printable(line), sys.stderr)
 
 
 def show_traceback(error: BaseException) -> None:
     """Prints an error with its traceback on standard error."""
-    with heard_or_not(sys.stderr):
-        print(printable("".join(traceback.format_exception(error)), sys.stderr.encoding), file=sys.stderr, flush=True)
+    _write("".join(traceback.format_exception(error)), sys.stderr)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    with heard_or_not(stream):
+        print(printable(text, stream.encoding), file=stream, flush=True)
 
 
 def exit_code_of(tool: Callable[[], int | None]) -> int:

@@ -34,8 +34,7 @@ def locked(directory: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock; the message names it.
     """
-    path = directory / "lock"
-    with path.open("a+") as file:
+    with (directory / "lock").open("a+") as file:
         try:
             # A record lock: forked loader processes do not inherit it, so it ends with this process.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,14 +58,8 @@ def write_status(directory: Path, state: State, reason: str | None = None, run: 
     """
     if reason is not None and len(reason) > _MAX_REASON:
         reason = reason[:_MAX_REASON] + "…"
-    status = {
-        "state": state,
-        "reason": reason,
-        "run": run,
-        "host": socket.gethostname(),
-        "process": os.getpid(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    status = {"state": state, "reason": reason, "run": run, "host": socket.gethostname(), "process": os.getpid()}
+    status["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     path, room = directory / "status.json", directory / _ROOM
     with contextlib.suppress(OSError):
         # Overwriting reserved blocks and renaming takes no room, unlike `whole_file`.
@@ -109,15 +102,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def require_space(directory: Path, checkpoint_bytes: int, keep: int) -> None:
-    """Refuses a disk without room for the checkpoints of a run.
+    """Refuses (`UserError`) a disk without room for the checkpoints of a run.
 
     Args:
         directory: of the checkpoints; those already in it will make room for new ones.
-        checkpoint_bytes: size of one.
         keep: number that stays; one more is written before the oldest is removed.
-
-    Raises:
-        UserError: saying how much is needed and free.
     """
     there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if directory.exists() else 0
     needed = (keep + 1) * checkpoint_bytes

@@ -17,11 +17,7 @@ from instance_ssl.run.log import RunLog
 
 
 def open_split(data: DataConfig, split: Literal["train", "test"]) -> ImageSource:
-    """Opens the training or the test images.
-
-    Raises:
-        UserError: one line that names the key and the path at fault.
-    """
+    """Opens the training or the test images; a `UserError` names the key and the path at fault."""
     return open_source(
         data.kind,
         split,
@@ -48,7 +44,7 @@ def open_images(
         arrange: applied by rank 0 first.
 
     Raises:
-        UserError: on all ranks: the images cannot be opened, or another rank's disk does not hold the same files.
+        UserError: the images cannot be opened, or another rank's disk does not hold the same files.
     """
 
     def say(seconds: float) -> None:
@@ -68,13 +64,10 @@ def open_images(
 def open_evaluation(
     config: ExperimentConfig, source: ImageSource | None, world: Group, log: RunLog
 ) -> tuple[ImageSource | None, ImageSource | None]:
-    """Opens the images that evaluations read, so that mistakes show before the training. Collective.
+    """Opens the training and test images of evaluations, so that mistakes show before the training. Collective.
 
     Args:
         source: the images to train on; None on all ranks but 0, as in what is returned.
-
-    Returns:
-        Training and test images.
 
     Raises:
         UserError: naming the key.
@@ -92,15 +85,12 @@ def open_evaluation(
         if config.evaluation.data is None:
             raise
         raise UserError(f"evaluation.data: {mistake}") from None
-    rank_0_alone(lambda: _check_labelled(config, train, test), world)
+    rank_0_alone(lambda: _check_labelled(config, data.kind, train, test), world)
     return train, test
 
 
-def _check_labelled(config: ExperimentConfig, train: ImageSource | None, test: ImageSource | None) -> None:
-    assert train is not None
-    assert test is not None
-    if train.labels is None or test.labels is None:
-        kind = (config.evaluation.data or config.data).kind
+def _check_labelled(config: ExperimentConfig, kind: str, train: ImageSource | None, test: ImageSource | None) -> None:
+    if train is None or train.labels is None or test is None or test.labels is None:
         raise UserError(
             f"data.kind {kind}: these images have no labels to evaluate with (.cls files beside them in the tar): "
             "point evaluation.data at a labelled set"

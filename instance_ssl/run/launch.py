@@ -2,6 +2,7 @@
 
 With a hostfile that does not exist, DeepSpeed trains on this machine alone and says nothing. Over ssh it puts
 arguments, exported variables and paths into a shell line on every node, unquoted: a value with a `;` would be executed.
+Each mistake is a `UserError` that names the line, the argument or the variable.
 """
 
 import os
@@ -15,10 +16,9 @@ from instance_ssl.errors import UserError
 
 _HOST_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=([1-9][0-9]*)")
 # Characters without a meaning to any shell.
-_PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]*")
+_PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]")
 # Prefixes of the variables that DeepSpeed exports to the nodes, besides those in .deepspeed_env.
 _EXPORTED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
-_ENVIRONMENT_FILE = ".deepspeed_env"
 # The hostfile that `deepspeed` reads by default.
 _DEFAULT_HOSTFILE = Path("/job/hostfile")
 # What a launcher sets for each rank; MPI's launchers set the number of processes instead.
@@ -34,8 +34,6 @@ class Launch:
     """A parsed `deepspeed` command.
 
     Attributes:
-        command: as given.
-        hostfile: the value of --hostfile, or None.
         uses_ssh: whether other nodes, if any, are reached over ssh.
         script: the runner and its own arguments.
     """
@@ -57,11 +55,7 @@ class Launch:
 
 
 def take_apart(command: Sequence[str]) -> Launch:
-    """Parses a command line that starts with `deepspeed` and names a runner.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Parses a command line, which must start with `deepspeed` and name a runner."""
     if not command or Path(command[0]).name != "deepspeed":
         raise UserError("give the whole command that starts the run: supervise.py … deepspeed … runners/pretrain.py …")
     place = next((place for place, word in enumerate(command) if word.endswith(".py")), None)
@@ -78,22 +72,15 @@ def given_hostfile(flags: Sequence[str]) -> Path | None:
     for flag, following in zip(flags, (*flags[1:], ""), strict=False):
         name, equals, value = flag.partition("=")
         if len(name) >= len("--ho") and "--hostfile".startswith(name):
-            found = value if equals else following
+            found = Path(value if equals else following)
         elif flag.startswith("-H"):
-            found = flag[2:] or following
-    return None if found is None else Path(found)
+            found = Path(flag[2:] or following)
+    return found
 
 
 def check_launch(launch: Launch, environment: Mapping[str, str]) -> None:
-    """Refuses a launch that would not do what the user asked.
-
-    Raises:
-        UserError: naming the hostfile's line, the argument or the variable.
-    """
-    if launch.hostfile is None:
-        return
-    hosts = read_hostfile(launch.hostfile)
-    if len(hosts) < 2 or not launch.uses_ssh:
+    """Refuses a launch that would not do what the user asked, given the launcher's environment."""
+    if launch.hostfile is None or len(read_hostfile(launch.hostfile)) < 2 or not launch.uses_ssh:
         return
     for argument in launch.script:
         _require_plain(argument, f"the argument {argument}")
@@ -103,31 +90,19 @@ def check_launch(launch: Launch, environment: Mapping[str, str]) -> None:
         if name.startswith(_EXPORTED):
             _require_plain(value, f"the variable {name}={value}")
     for directory in (Path.cwd(), Path.home()):
-        exports = directory / _ENVIRONMENT_FILE
+        exports = directory / ".deepspeed_env"
         if exports.is_file():
-            try:
-                lines = exports.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{exports}: {_why(error)}") from None
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(_read_lines(exports, str(exports)), start=1):
                 if "=" not in line:
                     raise UserError(f"{exports}, line {number}: expected NAME=value")
                 _require_plain(line, f"{exports}, line {number}: {line}")
 
 
 def check_world(environment: Mapping[str, str]) -> None:
-    """Refuses a rank that was not told its place among the others: it would run alone.
-
-    Args:
-        environment: of this process.
-
-    Raises:
-        UserError: naming the variable and what starts the ranks.
-    """
+    """Refuses a rank that was not told its place among the others, given its environment: it would run alone."""
     place = {name: environment[name] for name in _PLACE if environment.get(name)}
     if not {"RANK", "WORLD_SIZE"} & set(place):
-        started = _started_together(environment)
-        if started is not None:
+        if started := _started_together(environment):
             raise UserError(
                 f"{started}, but RANK and WORLD_SIZE are unset: each would start its own run in the same directory; "
                 "start one task a node, and in it `deepspeed --no_ssh …` or `torchrun …` (instance_ssl/run/README.md), "
@@ -163,9 +138,8 @@ def _started_together(environment: Mapping[str, str]) -> str | None:
     if "SLURM_PROCID" not in environment or "SLURM_PTY_PORT" in environment:  # `srun --pty`: a shell
         return None
     is_step = any(name in environment for name in ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS"))
-    if not is_step and environment.get("ENVIRONMENT") == "BATCH":
-        return None
-    if _count(environment.get("SLURM_STEP_ID")) >= _SLURM_OWN_STEPS:
+    is_batch = not is_step and environment.get("ENVIRONMENT") == "BATCH"
+    if is_batch or _count(environment.get("SLURM_STEP_ID")) >= _SLURM_OWN_STEPS:
         return None
     names = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
     tasks = next((_count(environment[name]) for name in names if name in environment), 1)
@@ -177,22 +151,13 @@ def _count(text: str | None) -> int:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Reads the number of ranks of each host.
-
-    Raises:
-        UserError: the file is missing, or a line is not `host slots=N`; names the line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--hostfile {path}: {_why(error)}") from None
+    """Reads the number of ranks of each host, from lines `host slots=N`."""
     hosts: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_read_lines(path, f"--hostfile {path}"), start=1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = _HOST_LINE.fullmatch(text)
-        if match is None:
+        if (match := _HOST_LINE.fullmatch(text)) is None:
             raise UserError(f"--hostfile {path}, line {number}: expected `host slots=N`, found {text!r}")
         host, slots = match.groups()
         if host in hosts:
@@ -205,13 +170,15 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def _why(error: OSError | UnicodeDecodeError) -> str | None:
-    return error.strerror if isinstance(error, OSError) else "not text"
+def _read_lines(path: Path, what: str) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what}: {error.strerror if isinstance(error, OSError) else 'not text'}") from None
 
 
 def _require_plain(text: str, what: str) -> None:
-    if _PLAIN.fullmatch(text) is None:
-        strange = next(character for character in text if _PLAIN.fullmatch(character) is None)
+    if strange := next((character for character in text if _PLAIN.fullmatch(character) is None), None):
         raise UserError(
             f"{what} holds {strange!r}, which the nodes' shells would interpret, and DeepSpeed does not quote: "
             "put settings into the YAML file, and keep paths and variables plain"

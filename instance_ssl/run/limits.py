@@ -17,14 +17,12 @@ _SIGNS = {
     "memory": ("Cannot allocate memory", "can't allocate memory", "bad_alloc", "failed to map segment"),
 }
 _ERRNOS = {errno.EMFILE: "open files", errno.ENFILE: "open files", errno.ENOMEM: "memory"}
+_LIMITS = {"-n": resource.RLIMIT_NOFILE, "-u": resource.RLIMIT_NPROC, "-v": resource.RLIMIT_AS}
+_TO_BLAME = {"open files": ("-n",), "threads or processes": ("-u", "-v"), "memory": ("-v",)}
 
 
 def check_limits() -> None:
-    """Refuses limits under which a run would fail somewhere and misreport the failure.
-
-    Raises:
-        RankError: naming the limit.
-    """
+    """Refuses (`RankError`) limits under which a run would fail somewhere and misreport the failure."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= files < _OPEN_FILES:
         raise RankError(f"only {files} files may be open at a time, a run needs {_OPEN_FILES}: raise `ulimit -n`")
@@ -45,7 +43,8 @@ def describe_shortage(error: BaseException | None) -> str | None:
         if lacks == "threads or processes" and error is not first:
             lacks = None  # a held lock raises the same message, and is handled
         if lacks is not None:
-            return f"out of {lacks} ({_limits(lacks)}): {str(error).splitlines()[0] if str(error) else 'no more'}"
+            limits = ", ".join(map(_ulimit, _TO_BLAME[lacks]))
+            return f"out of {lacks} ({limits}): {str(error).splitlines()[0] if str(error) else 'no more'}"
         error = error.__cause__ or error.__context__
     return None
 
@@ -60,18 +59,8 @@ def _lacks(error: BaseException) -> str | None:
     return next((what for what, signs in _SIGNS.items() if any(sign in str(error) for sign in signs)), None)
 
 
-def _limits(lacks: str) -> str:
-    """Formats the limits that may be to blame as the shell's `ulimit` names them."""
-    by_flag = {
-        "open files": {"-n": resource.RLIMIT_NOFILE},
-        "threads or processes": {"-u": resource.RLIMIT_NPROC, "-v": resource.RLIMIT_AS},
-        "memory": {"-v": resource.RLIMIT_AS},
-    }[lacks]
-    return ", ".join(f"ulimit {flag}: {_described(number)}" for flag, number in by_flag.items())
-
-
-def _described(number: int) -> str:
-    limit, _ = resource.getrlimit(number)
-    if limit == resource.RLIM_INFINITY:
-        return "unlimited"
-    return f"{limit / 2**30:.1f} GiB" if number == resource.RLIMIT_AS else f"{limit}"
+def _ulimit(flag: str) -> str:
+    """Formats a limit as the shell's `ulimit` names it."""
+    limit, _ = resource.getrlimit(_LIMITS[flag])
+    shown = f"{limit / 2**30:.1f} GiB" if flag == "-v" else f"{limit}"
+    return f"ulimit {flag}: {'unlimited' if limit == resource.RLIM_INFINITY else shown}"

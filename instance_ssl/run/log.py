@@ -52,15 +52,14 @@ class RunLog:
             yield
         finally:
             if self._scalars is not None:
-                self._unless_broken(self._scalars.close)
+                self._unless_broken(self._scalars.records.close)
             self._directory = self._resumed_at = self._scalars = None
 
     def forget_after(self, step: int) -> None:
         """Drops the metrics of later steps, which a resumed run repeats."""
         if self._directory is None:
             return
-        self._resumed_at = step
-        path = self._directory / "metrics.jsonl"
+        self._resumed_at, path = step, self._directory / "metrics.jsonl"
         if path.exists():
             self._unless_broken(lambda: self._cut_metrics(path, step))
 
@@ -116,23 +115,18 @@ class _ScalarFile:
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._event = Event
-        self._records = RecordWriter((directory / name).open("wb"))
+        self.records = RecordWriter((directory / name).open("wb"))
         self._append(file_version="brain.Event:2")
         if resumed_at is not None:
             self._append(step=resumed_at + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one step's values, by tag."""
-        summary = {"value": [{"tag": name, "simple_value": value} for name, value in values.items()]}
-        self._append(step=step, summary=summary)
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._records.close()
+        self._append(step=step, summary={"value": [{"tag": tag, "simple_value": values[tag]} for tag in values]})
 
     def _append(self, **fields: Any) -> None:
-        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
-        self._records.flush()
+        self.records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self.records.flush()
 
 
 class Progress:
@@ -156,8 +150,7 @@ class Progress:
     def advance(self, count: int = 1, note: str = "") -> None:
         """Adds `count` finished units; `note` is shown beside the rate."""
         self._log.on_progress()
-        self._done += count
-        self._note = note
+        self._done, self._note = self._done + count, note
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
@@ -180,4 +173,4 @@ class Progress:
         rate = self.rate
         left = (self._total - self._done) / rate if rate > 0 else float("inf")
         parts = [f"{self._label}: {self._done}/{self._total} {self._unit}", f"{rate:.1f} {self._unit}/s"]
-        return ", ".join([*parts, f"{left:.0f} s left", *([self._note] if self._note else [])])
+        return ", ".join(filter(None, [*parts, f"{left:.0f} s left", self._note]))

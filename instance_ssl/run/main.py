@@ -40,10 +40,7 @@ class StageSpec(NamedTuple):
 
     def load(self) -> "Callable[[Stage], dict[str, Any]]":
         """Returns the stage's function."""
-        if self.function is not None:
-            return self.function
-        run: Callable[[Stage], dict[str, Any]] = import_module(f"instance_ssl.stages.{self.name}").run
-        return run
+        return self.function or import_module(f"instance_ssl.stages.{self.name}").run
 
 
 def run_stages(
@@ -99,8 +96,6 @@ def run_measurement(parse: Callable[[], Namespace], measure: "Callable[[Namespac
 
 
 def _run(work: Callable[[Process], None]) -> int:
-    """Does the work of this process. A launch or limits that cannot serve are refused first."""
-
     def checked() -> int:
         check_world(os.environ)
         check_limits()

@@ -7,9 +7,11 @@
     data_changes.jsonl   a line for each update of the images
 
 A training knows one fixed set of images, 0 … N - 1. It finds them by name, whatever the order of the list. When images
-have come or gone, `update_images` rewrites the newest checkpoint and these files (`pending_update.py`).
+have come or gone, `update_images` rewrites the newest checkpoint and these files (`pending_update.py`). Functions raise
+a `UserError` where a file is damaged or cannot be read or written.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,12 +22,11 @@ import numpy as np
 
 from instance_ssl.checkpoint.committed import committed_directories
 from instance_ssl.config.data import DataConfig
-from instance_ssl.data.folders import escape
 from instance_ssl.data.image_sources import ImageSource, read_instances, write_instances
 from instance_ssl.data.list_changes import places_of, taken
 from instance_ssl.data.name_table import NameTable, packed
 from instance_ssl.distributed.comm import Group
-from instance_ssl.errors import UserError, reason
+from instance_ssl.errors import UserError, escape, reason
 from instance_ssl.files.atomic import whole_file, write_json, write_lines
 from instance_ssl.files.disk_space import why_not_written
 from instance_ssl.files.name_lists import list_line
@@ -34,7 +35,6 @@ from instance_ssl.run.agreement import rank_0_alone
 from instance_ssl.run.broken_record import Broken, as_line, left_out_path, read_broken, read_left_out
 from instance_ssl.run.records import sound_result
 
-UPDATING_STAGES = ("pretrain", "update_images")
 _NAMED = 3
 
 
@@ -42,42 +42,30 @@ def as_known(run_directory: Path, data: DataConfig, stages: Sequence[str]) -> Ca
     """Returns a function that gives images their ids in a run. One process alone calls it.
 
     Images that the run knows come first, in the run's order; new ones follow in the order of the list. Where one of the
-    `stages` updates the run, images that it is to drop are left out.
+    `stages` updates the run, images that it is to drop are excluded.
 
     Raises:
-        UserError: from that function, for images that have changed, are gone without leave, or that nobody adds.
+        UserError: from that function, for images that have changed, are lost, or that no stage adds.
     """
 
     def arrange(source: ImageSource) -> ImageSource:
         before = _read(run_directory)
         if before is None:
             return source
-        is_same = before == _record_of(source)
         refusal = _why_not_updated(run_directory, stages)
         left_out = bool(read_left_out(run_directory)) and _has_classifier(run_directory)
         must_update = refusal is None and ("update_images" in stages or left_out)
-        if is_same and (not must_update or "sizes" not in source.columns):
+        if before == _record_of(source) and (not must_update or "sizes" not in source.columns):
             return source
         known = _KnownImages(run_directory, before["num_instances"], source)
-        known.refuse_changed()
-        if not data.allow_lost:
-            known.refuse_lost()
-        if refusal is not None:
-            known.refuse_new(refusal)
+        known.refuse_changes(allow_lost=data.allow_lost, why_none_new=refusal)
         return known.arranged(drops_broken=must_update or (refusal is None and known.have_changed))
 
     return arrange
 
 
 class _KnownImages:
-    """Where the images of a run are in a list of today.
-
-    Attributes:
-        have_changed: whether any have come or gone.
-
-    Raises:
-        UserError: when the run has no record of sizes, by which images are compared, or a damaged one.
-    """
+    """Where the images of a run are in a list of today, and whether any `have_changed`: come or gone."""
 
     def __init__(self, run_directory: Path, count: int, source: ImageSource) -> None:
         self._run_directory, self._source = run_directory, source
@@ -88,39 +76,36 @@ class _KnownImages:
         self._places_N = places_of(self._names, source.names)
         has_other_size_N = (self._places_N >= 0) & (listed_sizes[self._places_N] != sizes_N)
         self._is_there_N = (self._places_N >= 0) & ~has_other_size_N
-        record = read_broken(run_directory)
+        self._record = read_broken(run_directory)
         self._is_broken_N = np.zeros(count, bool)
         self._is_broken_N[[index for index in read_left_out(run_directory) if index < count]] = True
-        self._is_broken_N[_recorded(record, self._names, sizes_N)] = True
+        self._is_broken_N[_recorded(self._record, self._names, sizes_N)] = True
         self._is_changed_N = has_other_size_N & ~self._is_broken_N
-        self._broken_places = _recorded(record, source.names, listed_sizes)
+        self._broken_places = _recorded(self._record, source.names, listed_sizes)
         is_new = np.ones(len(source), bool)
         is_new[self._places_N[self._is_there_N]] = False
         is_new[self._broken_places] = False
         self._new = is_new.nonzero()[0]
-        self._record = record
         self.have_changed = bool(len(self._new)) or not self._is_there_N.all()
 
-    def refuse_changed(self) -> None:
-        """Raises `UserError` for files that have another size and are not recorded as broken."""
-        if len(changed := self._is_changed_N.nonzero()[0]):
-            raise _changed(self._run_directory, f"{_list(self._names, changed)} {_have(changed)} another size")
+    def refuse_changes(self, *, allow_lost: bool, why_none_new: str | None) -> None:
+        """Refuses files of another size that are not recorded as broken, and lost and new images unless allowed."""
+        self._refuse(self._names, self._is_changed_N.nonzero()[0].tolist(), "another size")
+        if not allow_lost:
+            # Unreadable images are not lost. A name may hold ": " itself: each place that could end it is looked up.
+            unreadable = {line[: end.start()] for line in self._source.left_out for end in re.finditer(": ", line)}
+            gone = ((self._places_N < 0) & ~self._is_broken_N).nonzero()[0].tolist()
+            lost = [index for index in gone if list_line(self._names[index]) not in unreadable]
+            self._refuse(self._names, lost, "gone", cure=", or set data.allow_lost to drop their classes")
+        if why_none_new is not None:
+            self._refuse(self._source.names, self._new.tolist(), f"come, and {why_none_new}")
 
-    def refuse_lost(self) -> None:
-        """Raises `UserError` for images that are not in the list, but for those known to be unreadable."""
-        # A name may hold ": " itself, so each place that could end it is looked up.
-        unreadable = {line[:end] for line in self._source.left_out for end in _ends(line)}
-        gone = ((self._places_N < 0) & ~self._is_broken_N).nonzero()[0]
-        lost = [index for index in gone.tolist() if list_line(self._names[index]) not in unreadable]
-        if lost:
-            cure = ", or set data.allow_lost to drop their classes"
-            raise _changed(self._run_directory, f"{_list(self._names, lost)} {_have(lost)} gone", cure)
-
-    def refuse_new(self, why: str) -> None:
-        """Raises `UserError` for images that are not of the run."""
-        if len(self._new):
-            what = f"{_list(self._source.names, self._new)} {_have(self._new)} come, and {why}"
-            raise _changed(self._run_directory, what)
+    def _refuse(self, names: Sequence[str], indices: list[int], what: str, cure: str = "") -> None:
+        if indices:
+            first = ", ".join(escape(names[index]) for index in indices[:_NAMED])
+            more = f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else ""
+            have = "has" if len(indices) == 1 else "have"
+            raise _changed(self._run_directory, f"{first}{more} {have} {what}", cure)
 
     def arranged(self, *, drops_broken: bool) -> ImageSource:
         """The images of the run that are there, in its order, and then the new ones."""
@@ -147,7 +132,7 @@ def _why_not_updated(run_directory: Path, stages: Sequence[str]) -> str | None:
         return None if "initialize_classifier" in stages else "the classifier is not initialised"
     if sound_result(run_directory / "pretrain") is not None:
         return "training is complete"
-    if set(UPDATING_STAGES).isdisjoint(stages):
+    if {"pretrain", "update_images"}.isdisjoint(stages):
         return "only runners/pretrain.py, runners/pipeline.py and runners/update_images.py add them to the run"
     return None
 
@@ -157,11 +142,7 @@ def _has_classifier(run_directory: Path) -> bool:
 
 
 def record(source: ImageSource, run_directory: Path, world: Group) -> None:
-    """Writes the manifest of a run that has none, or has learned nothing yet by the one it has. Collective.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
+    """Writes the manifest of a run that has none, or has learned nothing yet by the one it has. Collective."""
 
     def write() -> None:
         try:
@@ -204,10 +185,10 @@ def _read(run_directory: Path) -> dict[str, Any] | None:
         if not path.exists():
             return None
         record = read_json(path)
-        num_instances, digest = record.get("num_instances"), record.get("digest")
-        if type(num_instances) is not int or num_instances < 1 or not isinstance(digest, str):
+        count, digest = record.get("num_instances"), record.get("digest")
+        if type(count) is not int or count < 1 or not isinstance(digest, str):
             raise MalformedError("it must hold num_instances and digest")
-        return {"num_instances": num_instances, "digest": digest}
+        return {"num_instances": count, "digest": digest}
     except (OSError, MalformedError) as error:
         raise UserError(f"{path} is damaged ({reason(error)}): restore it or give another --run-dir") from None
 
@@ -216,14 +197,7 @@ def known_images(run_directory: Path, count: int) -> tuple[NameTable, np.ndarray
     """Names of the first `count` images of a run and their sizes in bytes, (count,) int64.
 
     The sizes are None where a run has none: its images are not files, or an early version began it.
-
-    Raises:
-        UserError: when a file is damaged.
     """
-    return _known_names(run_directory, count), _known_sizes(run_directory, count)
-
-
-def _known_names(run_directory: Path, count: int) -> NameTable:
     path = run_directory / "instances.txt"
     try:
         names = packed(islice(read_instances(path), count))
@@ -233,24 +207,16 @@ def _known_names(run_directory: Path, count: int) -> NameTable:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if len(names) != count:
         raise UserError(f"{path} has {len(names)} names of {count}: restore it or give another --run-dir")
-    return names
-
-
-def _known_sizes(run_directory: Path, count: int) -> np.ndarray | None:
     path = run_directory / "instance_sizes.npy"
     if not path.exists():
-        return None
+        return names, None
     try:
         sizes = np.load(path, allow_pickle=False)
         if sizes.dtype != np.int64 or sizes.ndim != 1 or len(sizes) < count:
             raise ValueError
     except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile, MemoryError):
         raise UserError(f"{path} is damaged: restore it or give another --run-dir") from None
-    return sizes[:count]
-
-
-def _ends(line: str) -> list[int]:
-    return [place for place in range(len(line)) if line.startswith(": ", place)]
+    return names, sizes[:count]
 
 
 def _changed(run_directory: Path, what: str, cure: str = "") -> UserError:
@@ -258,12 +224,3 @@ def _changed(run_directory: Path, what: str, cure: str = "") -> UserError:
         f"the images have changed since {run_directory} was begun ({what}): restore them{cure}, or give another "
         "--run-dir"
     )
-
-
-def _list(names: NameTable | Any, indices: Any) -> str:
-    first = ", ".join(escape(names[int(index)]) for index in list(indices)[:_NAMED])
-    return first + (f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else "")
-
-
-def _have(indices: Any) -> str:
-    return "has" if len(indices) == 1 else "have"

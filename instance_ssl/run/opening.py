@@ -30,23 +30,18 @@ def open_run(request: Request, process: Process, held: contextlib.ExitStack) -> 
 
     Returns:
         What the stages share; `name` is still empty.
-
-    Raises:
-        UserError: on all ranks.
     """
     config, ds, run_directory, log = request.config, request.ds, request.run_directory, process.log
     world = comm.initialize(config.safety.join_seconds)
     held.enter_context(process.guard.hangs_after(max(config.safety.hang_seconds, _LEAST_HANG_SECONDS)))
     process.meet(world)
-    _check_ranks_agree(
-        {
-            "configuration (--config, --set)": config.model_dump_json(),
-            "DeepSpeed configuration": ds.describe(),
-            "run directory": str(run_directory),
-            "version": _versions_in_use(),
-        },
-        world,
-    )
+    asked = {
+        "configuration (--config, --set)": config.model_dump_json(),
+        "DeepSpeed configuration": ds.describe(),
+        "run directory": str(run_directory),
+        "version": _versions_in_use(),
+    }
+    _check_ranks_agree(asked, world)
     _check_sources(config.evaluation, world)
     agreement.rank_0_alone(lambda: pending_update.finish(run_directory), world)
     agreement.rank_0_alone(request.check_run_directory, world)
@@ -77,14 +72,7 @@ def open_run(request: Request, process: Process, held: contextlib.ExitStack) -> 
 
 
 def _check_ranks_agree(fields: dict[str, str], world: Group) -> None:
-    """Refuses ranks that were started differently, such as a node with an old copy of the project. Collective.
-
-    Args:
-        fields: by name, what must be equal on all ranks.
-
-    Raises:
-        UserError: naming the field and the rank.
-    """
+    """Refuses ranks whose `fields` differ, such as those of a node with an old copy of the project. Collective."""
     by_rank = world.all_gather_objects(fields)
     for rank, theirs in enumerate(by_rank):
         for name, value in theirs.items():
@@ -97,30 +85,24 @@ def _check_ranks_agree(fields: dict[str, str], world: Group) -> None:
 
 
 def _check_sources(evaluation: EvaluationConfig, world: Group) -> None:
-    """Refuses a file or checkpoint to evaluate that any rank lacks. Collective.
-
-    Raises:
-        UserError: naming the key, the path and the rank.
-    """
+    """Refuses a file or checkpoint to evaluate that any rank lacks. Collective."""
     for rank, problem in enumerate(world.all_gather_objects(checks.absent_source(evaluation))):
         if problem is not None:
             raise UserError(problem + (f" where rank {rank} runs" if rank else ""))
 
 
 def _log_excluded(sources: Iterable[ImageSource], log: RunLog) -> None:
-    """Logs which images could not be read when the sources were opened: some by name, then how many more."""
     for source in sources:
         for line in source.left_out[:_SHOWN_EXCLUDED]:
             log.say(f"excluded, it cannot be read: {line}")
-        if len(source.left_out) > _SHOWN_EXCLUDED:
-            log.say(f"excluded, they cannot be read: {len(source.left_out) - _SHOWN_EXCLUDED:,} more images")
+        if (more := len(source.left_out) - _SHOWN_EXCLUDED) > 0:
+            log.say(f"excluded, they cannot be read: {more:,} more images")
 
 
 def _versions_in_use() -> str:
     """Returns what must be alike on all nodes: the libraries, and this project's own code."""
     digest = hashlib.sha256()
-    package = Path(__file__).resolve().parents[1]
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     libraries = ", ".join(f"{name} {version}" for name, version in engine.versions().items())
     return f"{libraries}, instance_ssl {digest.hexdigest()[:12]}"

@@ -8,6 +8,7 @@ file, and whoever opens the run directory next finishes what was interrupted. In
     instances.txt, data.json, …        become D's
 """
 
+from itertools import count
 from pathlib import Path
 
 from instance_ssl.checkpoint.directory import clear_leftovers, remove_directory
@@ -19,19 +20,20 @@ from instance_ssl.run.directory import UPDATE, locked
 
 _FILES = ("unreadable.txt", "instances.txt", "instance_sizes.npy", "data_changes.jsonl", "data.json")
 _MAPS = "instances_map_*.npy"
+_DRAFT = ".writing-update"
 
 
 def begin(run_directory: Path) -> Path:
     """An empty folder for the new state, on the run's file system."""
     clear_leftovers(run_directory)
-    _draft(run_directory).mkdir(parents=True)
-    return _draft(run_directory)
+    (run_directory / _DRAFT).mkdir(parents=True)
+    return run_directory / _DRAFT
 
 
 def commit(run_directory: Path) -> None:
     """Makes the new state the run's, and finishes that. The caller has the training's directory locked."""
-    sync_directory(_draft(run_directory))
-    _draft(run_directory).rename(_committed(run_directory))
+    sync_directory(run_directory / _DRAFT)
+    (run_directory / _DRAFT).rename(run_directory / UPDATE)
     sync_directory(run_directory)
     _apply(run_directory)
 
@@ -42,9 +44,9 @@ def finish(run_directory: Path) -> None:
     Raises:
         UserError: when another run has the training's directory, or it cannot be written to.
     """
-    if not _committed(run_directory).is_dir():
-        return
     training = run_directory / "pretrain"
+    if not (run_directory / UPDATE).is_dir():
+        return
     try:
         training.mkdir(exist_ok=True)
         with locked(training):
@@ -55,15 +57,13 @@ def finish(run_directory: Path) -> None:
 
 def retired_checkpoints(run_directory: Path) -> Path:
     """Where the next update moves the checkpoints of the training before it."""
-    training, number = run_directory / "pretrain", 1
-    while (training / f"checkpoints_before_update_{number}").exists():
-        number += 1
-    return training / f"checkpoints_before_update_{number}"
+    paths = (run_directory / f"pretrain/checkpoints_before_update_{number}" for number in count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def _apply(run_directory: Path) -> None:
     """Each step either has been done before or is done now."""
-    folder, training = _committed(run_directory), run_directory / "pretrain"
+    folder, training = run_directory / UPDATE, run_directory / "pretrain"
     (training / "left_out_steps.json").unlink(missing_ok=True)  # steps have other numbers from here on
     if (folder / "checkpoints").exists():
         checkpoints = training / "checkpoints"
@@ -84,11 +84,3 @@ def _move(path: Path, target: Path) -> None:
     if path.exists():
         path.replace(target)
         sync_directory(target.parent)
-
-
-def _draft(run_directory: Path) -> Path:
-    return run_directory / ".writing-update"
-
-
-def _committed(run_directory: Path) -> Path:
-    return run_directory / UPDATE

@@ -32,11 +32,7 @@ class PlanRequest:
     gpu_memory_gib: float
 
     def settings(self, world_size: int) -> DeepSpeedSettings:
-        """Reads the DeepSpeed JSON for this many ranks.
-
-        Raises:
-            UserError: the batch, or the JSON's group size, cannot be divided over them.
-        """
+        """Reads the DeepSpeed JSON for this many ranks, and refuses ranks that cannot share the batch or the rows."""
         return load_ds_config(
             self.ds_path,
             global_batch_size=self.config.optimization.global_batch_size,
@@ -55,25 +51,16 @@ def add_plan_arguments(parser: ArgumentParser, *, world_size: int | None = None)
 
 
 def read_plan_request(arguments: argparse.Namespace) -> PlanRequest:
-    """Reads and checks the arguments of `add_plan_arguments` as a run would check them.
-
-    Raises:
-        UserError: a mistake in the arguments or files, or a batch that the ranks cannot divide.
-    """
+    """Reads the arguments of `add_plan_arguments`, and refuses (`UserError`) what a run would refuse."""
     if arguments.world_size < 1:
         raise UserError(f"--world-size {arguments.world_size}: give at least one rank")
     if arguments.gpu_memory_gib <= 0:
         raise UserError(f"--gpu-memory-gib {arguments.gpu_memory_gib}: give a positive number")
     config, given = load_config(arguments.config, arguments.set), arguments.num_instances
-    request = PlanRequest(
-        config,
-        arguments.deepspeed_config,
-        _count_images(config.data) if given is None else given,
-        arguments.world_size,
-        arguments.gpu_memory_gib,
-    )
-    micro_batch_size = request.settings(request.world_size).micro_batch_size
-    check_size(config, request.num_instances, micro_batch_size, request.world_size, request.ds_path)
+    num_instances = _count_images(config.data) if given is None else given
+    ds_path, world_size = arguments.deepspeed_config, arguments.world_size
+    request = PlanRequest(config, ds_path, num_instances, world_size, arguments.gpu_memory_gib)
+    check_size(config, num_instances, request.settings(world_size).micro_batch_size, world_size, ds_path)
     return request
 
 

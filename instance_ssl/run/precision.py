@@ -31,13 +31,12 @@ def settle(ds: DeepSpeedSettings, world: Group, log: RunLog) -> DeepSpeedSetting
             "warning: torch_autocast.dtype float16 on a CPU: a CPU without float16 units takes up to ten times as long "
             "as in float32 and is less exact; give --deepspeed_config ds_configs/cpu_float32.json"
         )
-    if ds.autocast_dtype == torch.bfloat16:
-        rates = agreed_rates(quick_convolution_rate, world)
-        if rates.faster == torch.float32:
-            log.say(
-                f"warning: torch_autocast bfloat16 slows this CPU down: convolutions run at {rates}; {_INSTRUCTIONS}, "
-                "remove torch_autocast elsewhere"
-            )
+    is_bfloat16 = ds.autocast_dtype == torch.bfloat16
+    if is_bfloat16 and (rates := agreed_rates(quick_convolution_rate, world)).faster == torch.float32:
+        log.say(
+            f"warning: torch_autocast bfloat16 slows this CPU down: convolutions run at {rates}; {_INSTRUCTIONS}, "
+            "remove torch_autocast elsewhere"
+        )
     if ds.matmul_dtype != torch.bfloat16:
         return ds
     if ds.classifier.matmul_dtype == "auto":
@@ -45,8 +44,7 @@ def settle(ds: DeepSpeedSettings, world: Group, log: RunLog) -> DeepSpeedSetting
         chosen: DtypeName = "bfloat16" if dtype == torch.bfloat16 else "float32"
         log.say(f"classifier: matmul_dtype auto takes {chosen}: products run at {measured}")
         return replace(ds, auto_matmul=chosen)
-    rates = agreed_rates(quick_matmul_rate, world)
-    if rates.faster == torch.float32:
+    if (rates := agreed_rates(quick_matmul_rate, world)).faster == torch.float32:
         log.say(
             f"warning: instance_classifier.matmul_dtype bfloat16 slows this CPU down: products run at {rates}; "
             f"{_INSTRUCTIONS}, use auto or float32 elsewhere"

@@ -1,5 +1,6 @@
 """A process of a run from its start to its exit code: guard, log, status and error messages."""
 
+import os
 import secrets
 import socket
 import time
@@ -7,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from instance_ssl.distributed import launched
 from instance_ssl.errors import EXIT_USER_ERROR, AbsentPeersError, RankError, UserError
 from instance_ssl.run import limits
 from instance_ssl.run.console import complain, show_traceback
 from instance_ssl.run.directory import State, end_status, read_state
 from instance_ssl.run.log import RunLog
-from instance_ssl.run.watchdog import EXIT_LOST_PEER, Guard, Stopped, own_process_id
+from instance_ssl.run.watchdog import EXIT_LOST_PEER, Guard, ProcessId, Stopped
 
 if TYPE_CHECKING:
     from instance_ssl.distributed.comm import Group
@@ -40,11 +43,9 @@ class Process:
     def meet(self, world: "Group") -> None:
         """Gives the run an identifier, and tells the guard which local processes are the other ranks. Collective."""
         self.run = world.broadcast_object(secrets.token_hex(8))
-        peers = world.all_gather_objects((socket.gethostname(), own_process_id()))
         here = socket.gethostname()
-        self.guard.local_peers = {
-            rank: process for rank, (host, process) in enumerate(peers) if host == here and rank != self.rank
-        }
+        peers = enumerate(world.all_gather_objects((here, ProcessId.of(psutil.Process()))))
+        self.guard.local_peers = {rank: peer for rank, (host, peer) in peers if host == here and rank != self.rank}
 
     def leave_world(self) -> None:
         """Leaves the world, if this process has met the other ranks."""
@@ -62,11 +63,6 @@ class Process:
         """Returns the state in the stage's status.json, which another rank may have written."""
         return None if self.directory is None else read_state(self.directory, self.run)
 
-    def describe_loss(self) -> str:
-        """Returns which local rank has died, if one has."""
-        dead = self.guard.dead_peer()
-        return "another rank has stopped" if dead is None else f"rank {dead} on {socket.gethostname()} has died"
-
 
 def exit_code(work: Callable[[], None], process: Process) -> int:
     """Does the work and returns the exit code: 0, 1 (a bug), 2 (a `UserError`), 3 (a lost peer) or 75 (stopped)."""
@@ -81,7 +77,8 @@ def exit_code(work: Callable[[], None], process: Process) -> int:
             process.end("failed", str(error))
         if not isinstance(error, RankError):  # then all ranks are here and exit together
             process.leave_world()
-            if (process.guard.is_launched or launched.is_by_torchrun()) and launched.is_beside_rank_0():
+            has_launcher = process.guard.is_launched or "TORCHELASTIC_RUN_ID" in os.environ
+            if has_launcher and 0 < launched.rank() == launched.local_rank():  # beside rank 0
                 # A launcher ends all ranks at the first exit it sees, and rank 0, which prints it, may still start up.
                 process.guard.await_end(seconds=60)
         return EXIT_LOST_PEER if isinstance(error, AbsentPeersError) else EXIT_USER_ERROR
@@ -90,36 +87,32 @@ def exit_code(work: Callable[[], None], process: Process) -> int:
         if process.rank == 0 or process.guard.reason is not None:  # in an evaluation one rank may stop alone
             process.end("stopped", str(stop))
         return EXIT_STOPPED
-    except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):
-            cure = "lower data.num_workers if memory ran out"
-            complain(reason := f"rank {process.rank}: a loader process was killed; {cure} ({error})")
-            process.end("failed", reason)
-            return EXIT_FAILURE
-        if not _lost_peer(error):
-            return _fault(error, process)
-        time.sleep(1)  # a dying process may still exist for a moment
-        reason = process.describe_loss()
-        complain(f"rank {process.rank}: {reason}; stopping too")
-        # A launcher signals all ranks when one dies, so a signal proves no stop; a rank that stopped has written so.
-        told = process.told_state()
-        process.end("failed", reason)
-        if process.guard.is_launched:
-            time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
-        return EXIT_STOPPED if told == "stopped" else EXIT_LOST_PEER
     except Exception as error:
         return _fault(error, process)
     return 0
 
 
-def _lost_peer(error: RuntimeError) -> bool:
-    from instance_ssl.distributed import comm
-
-    return comm.lost_peer(error)
-
-
 def _fault(error: Exception, process: Process) -> int:
-    """Reports a shortage in one line, or else an unexpected error with its traceback, exit code 1."""
+    """Reports a killed loader, a lost peer or a shortage in one line, and any other error with its traceback."""
+    if isinstance(error, RuntimeError):
+        from instance_ssl.distributed import comm
+
+        if str(error).startswith("DataLoader worker"):
+            cure = "lower data.num_workers if memory ran out"
+            complain(reason := f"rank {process.rank}: a loader process was killed; {cure} ({error})")
+            process.end("failed", reason)
+            return EXIT_FAILURE
+        if comm.lost_peer(error):
+            time.sleep(1)  # a dying process may still exist for a moment
+            dead = process.guard.dead_peer()
+            reason = "another rank has stopped" if dead is None else f"rank {dead} on {socket.gethostname()} has died"
+            complain(f"rank {process.rank}: {reason}; stopping too")
+            # A launcher signals all ranks when one dies: a signal proves no stop, and a rank that stopped has said so.
+            told = process.told_state()
+            process.end("failed", reason)
+            if process.guard.is_launched:
+                time.sleep(4)  # the launcher reports the first exit it sees: let it be the other rank's
+            return EXIT_STOPPED if told == "stopped" else EXIT_LOST_PEER
     if (shortage := limits.describe_shortage(error)) is not None:
         return _fail(shortage, process)
     process.end("failed", line := f"rank {process.rank}: {type(error).__name__}: {error}")

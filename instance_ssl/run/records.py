@@ -17,11 +17,7 @@ BOUND_STAGES = ("initialize_classifier", "pretrain")
 
 
 def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
-    """Refuses an experiment other than the one that a run directory belongs to.
-
-    Raises:
-        UserError: naming the first key that differs, or a record that cannot be read.
-    """
+    """Refuses an experiment other than the one that a run directory belongs to, naming the first key that differs."""
     for stage in BOUND_STAGES:
         path = run_directory / stage / "config.yaml"
         if path.exists():
@@ -49,11 +45,9 @@ def is_complete(
         UserError: the stage's config.yaml cannot be read, or a training is complete but its checkpoints are gone.
     """
     result, config_path = sound_result(directory), directory / "config.yaml"
-    if result is None:
+    if result is None or (directory.name not in BOUND_STAGES and not config_path.exists()):
         return False
     if directory.name not in BOUND_STAGES:
-        if not config_path.exists():
-            return False
         recorded = load_recorded(config_path, "remove it to repeat the evaluation")
         of = result["data"].get("digest") if isinstance(result["data"], dict) else None
         now = newest_checkpoint, images_digest
@@ -77,9 +71,6 @@ def load_recorded(path: Path, cure: str) -> ExperimentConfig:
 
     Args:
         cure: for the message, what to do where the record is damaged.
-
-    Raises:
-        UserError: as `load_config`.
     """
     try:
         values = read_yaml(path)

@@ -21,6 +21,7 @@ class Request:
         ds_path: the DeepSpeed JSON, for messages.
         run_directory: absolute; the user did not name it where `has_default_directory`.
         needs_labels: whether a stage reads labelled images.
+        trains: whether a stage needs the training's batch and W.
     """
 
     stages: tuple[str, ...]
@@ -30,18 +31,10 @@ class Request:
     run_directory: Path
     has_default_directory: bool
     needs_labels: bool
-
-    @property
-    def trains(self) -> bool:
-        """Whether a stage needs the training's batch and W."""
-        return any(name not in checks.READING_STAGES for name in self.stages)
+    trains: bool
 
     def check_run_directory(self) -> None:
-        """Refuses a run directory that belongs to another experiment or lacks what the stages start from.
-
-        Raises:
-            UserError: naming the key, or the stage to run first.
-        """
+        """Refuses a run directory that belongs to another experiment or lacks what the stages start from."""
         records.check_unchanged(self.config, self.run_directory)
         if self.has_default_directory and self.stages == ("export",):
             checks.check_run_to_export(self.config, self.run_directory)
@@ -49,24 +42,20 @@ class Request:
 
 
 def read_request(arguments: argparse.Namespace, stages: Sequence[str], *, needs_labels: bool) -> Request:
-    """Reads and checks everything that can be refused before torch is imported.
+    """Reads the arguments of `parse_arguments` and refuses what can be refused before torch is imported.
 
     A single process checks paths here. Several ranks compare what they were asked and what they find once they have met
     (`opening.open_run`): one that was started differently must not be refused alone, in silence.
-
-    Args:
-        arguments: of `parse_arguments`.
 
     Raises:
         UserError: for a mistake that every rank finds alike.
     """
     checks.check_hostfile()
-    config = load_config(arguments.config, arguments.set)
-    optimization, trains = config.optimization, any(name not in checks.READING_STAGES for name in stages)
+    config, trains = load_config(arguments.config, arguments.set), not set(stages) <= set(checks.READING_STAGES)
     ds = load_ds_config(
         arguments.deepspeed_config,
-        global_batch_size=optimization.global_batch_size if trains else None,
-        max_grad_norm=optimization.max_grad_norm,
+        global_batch_size=config.optimization.global_batch_size if trains else None,
+        max_grad_norm=config.optimization.max_grad_norm,
         world_size=launched.world_size(),
     )
     if needs_labels:
@@ -79,6 +68,7 @@ def read_request(arguments: argparse.Namespace, stages: Sequence[str], *, needs_
         (arguments.run_dir or Path("runs") / arguments.config.stem).resolve(),
         has_default_directory=arguments.run_dir is None,
         needs_labels=needs_labels,
+        trains=trains,
     )
     if launched.world_size() == 1:
         checks.check_sources(config.evaluation)

@@ -1,4 +1,4 @@
-"""Checks the checkpoint that a stage starts from, and logs what is odd about it."""
+"""Checks the checkpoint that a stage starts from, and logs damaged newer ones and foreign files."""
 
 from instance_ssl.checkpoint.identity import keys_digest, require_same_run
 from instance_ssl.checkpoint.state import Checkpoint
@@ -15,11 +15,7 @@ def run_digests(stage: Stage) -> dict[str, str]:
 
 
 def accept(checkpoint: Checkpoint, stage: Stage) -> None:
-    """Logs what is odd about a checkpoint to start from, and refuses one of another run.
-
-    Raises:
-        UserError: saying which of configuration and images differs.
-    """
+    """Logs the oddities of a checkpoint to start from, and refuses one of another run."""
     log_oddities(checkpoint, stage)
     require_same_run(checkpoint, run_digests(stage))
 

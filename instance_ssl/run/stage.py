@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage gets: where it runs, on what, and where its files go.
+    """What a stage gets.
 
     Attributes:
         source: the training images.
@@ -48,39 +48,22 @@ class Stage:
         return self.run_directory / stage / "checkpoints"
 
     def check_together(self) -> None:
-        """Stops all ranks if any was asked to stop; for work that all ranks do in step. Collective.
-
-        Raises:
-            Stopped: on all ranks.
-        """
+        """Raises `Stopped` on all ranks if any was asked to stop; for work that all do in step. Collective."""
         self.guard.beat()
         wanted = torch.tensor([int(self.guard.reason is not None)], device=self.world.device)
         if self.world.all_reduce_max_(wanted).item():
             self.stop_together()
 
     def stop_together(self) -> NoReturn:
-        """Stops all ranks, with the reason given by any rank. Collective.
-
-        Raises:
-            Stopped: always.
-        """
-        reasons = [reason for reason in self.world.all_gather_objects(self.guard.reason) if reason is not None]
-        raise Stopped(reasons[0])
+        """Stops (`Stopped`) all ranks, with the reason given by any rank. Collective."""
+        raise Stopped(next(reason for reason in self.world.all_gather_objects(self.guard.reason) if reason is not None))
 
     def together(self, load: Callable[[], _T]) -> _T:
-        """Does work that may fail on one rank alone, and fails on all if it does (`agreement.together`). Collective.
-
-        Raises:
-            UserError: on all ranks, with the first one's reason.
-        """
+        """Does work that may fail on one rank alone, and then fails on all: see `agreement.together`. Collective."""
         return agreement.together(load, self.world)
 
     def on_rank_0(self, work: Callable[[], _T]) -> _T:
-        """Does work on rank 0, and returns its (picklable) result or raises its failure on all. Collective.
-
-        Raises:
-            UserError: on all ranks.
-        """
+        """Does work on rank 0, and returns its result or fails on all: see `agreement.rank_0_alone`. Collective."""
         return agreement.rank_0_alone(work, self.world)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:

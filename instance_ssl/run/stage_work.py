@@ -27,7 +27,8 @@ from instance_ssl.training import engine
 def run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], process: Process) -> None:
     """Runs one stage in its directory and writes result.json; a complete stage is skipped. Collective."""
     result_path = stage.directory / "result.json"
-    if stage.on_rank_0(lambda: _is_complete(stage)):
+    known = stage.directory, stage.config
+    if stage.on_rank_0(lambda: records.is_complete(*known, _newest_checkpoint(stage), stage.source.digest, stage.log)):
         stage.log.say(f"{stage.name}: already complete, see {result_path}")
         return
     with contextlib.ExitStack() as held:
@@ -36,13 +37,13 @@ def run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], process
         held.enter_context(process.guard.hangs_after(stage.config.safety.hang_seconds, stage.directory))
         held.enter_context(stage.log.metrics_in(stage.directory))
         started = time.perf_counter()
-        # Before the work: a training that runs beside an evaluation may commit a newer one meanwhile.
+        # Before an evaluation: a training that runs beside it may commit a newer one meanwhile.
         newest = _newest_checkpoint(stage)
         figures = function(stage)
         if stage.name in records.BOUND_STAGES:
             newest = _newest_checkpoint(stage)
-        record = {"stage": stage.name, **figures, "newest_checkpoint": newest}
-        record["seconds"] = round(time.perf_counter() - started, 3)
+        seconds = round(time.perf_counter() - started, 3)
+        record = {"stage": stage.name, **figures, "newest_checkpoint": newest, "seconds": seconds}
         stage.on_rank_0(lambda: _conclude(stage, record, process.run))
         process.directory = None
 
@@ -55,21 +56,12 @@ def _conclude(stage: Stage, record: dict[str, Any], run: str | None) -> None:
     write_status(stage.directory, "complete", run=run)
 
 
-def _is_complete(stage: Stage) -> bool:
-    newest = _newest_checkpoint(stage)
-    return records.is_complete(stage.directory, stage.config, newest, stage.source.digest, stage.log)
-
-
 def _newest_checkpoint(stage: Stage) -> str | None:
     return checks.what_is_evaluated(stage.config.evaluation, stage.checkpoints_of("pretrain"))
 
 
 def _enter(stage: Stage, run: str | None, held: contextlib.ExitStack) -> None:
-    """Locks the stage's directory and records what is run in it.
-
-    Raises:
-        UserError: another run has locked it, or it cannot be written to.
-    """
+    """Locks the stage's directory and records what is run in it."""
 
     def enter() -> None:
         try:

@@ -24,10 +24,9 @@ from instance_ssl.errors import EXIT_USER_ERROR
 from instance_ssl.run.console import complain
 from instance_ssl.run.directory import read_json
 from instance_ssl.run.launch import Launch
+from instance_ssl.run.process import EXIT_FAILURE, EXIT_STOPPED
 from instance_ssl.run.watchdog import descendants_of, is_launcher
 
-EXIT_DONE, EXIT_STOPPED = 0, 75
-_FAILED = 1
 _PR_SET_CHILD_SUBREAPER = 36
 # A run that lasted this long did not fail at its start: the count of restarts begins again.
 _LONG_RUN_SECONDS = 600.0
@@ -35,25 +34,16 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Supervisor:
-    """Runs one launch until it is done, fails for good, or is told to stop.
+    """Runs one launch until it completes, fails for good, or receives a signal.
 
     Args:
         restarts: how often in a row a failed run is restarted.
         pause_seconds: between a failure and the next start.
         grace_seconds: from a signal, or the launcher's exit, until remaining processes are killed.
-        say: prints a line.
     """
 
-    def __init__(
-        self,
-        launch: Launch,
-        *,
-        restarts: int,
-        pause_seconds: float,
-        grace_seconds: float,
-        say: Callable[[str], None] = complain,
-    ) -> None:
-        self._launch, self._say = launch, say
+    def __init__(self, launch: Launch, *, restarts: int, pause_seconds: float, grace_seconds: float) -> None:
+        self._launch = launch
         self._restarts, self._pause_seconds, self._grace_seconds = restarts, pause_seconds, grace_seconds
         self._before: dict[Path, _Status] = {}
         self._runner: subprocess.Popen[bytes] | None = None
@@ -62,20 +52,21 @@ class Supervisor:
 
     def run(self) -> int:
         """Runs until the end and returns the last exit code: 0 only if every stage that began is complete."""
-        _adopt_orphans()
+        if sys.platform == "linux":  # orphaned descendants become this process's children
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         failures = 0
         while True:
             began = self._clock.read()
             code = self._attempt()
-            if code in (EXIT_DONE, EXIT_USER_ERROR) or self._signal is not None:
+            if code in (0, EXIT_USER_ERROR) or self._signal is not None:
                 return code
             failures = 1 if self._clock.read() - began > _LONG_RUN_SECONDS else failures + 1
             if failures > self._restarts:
-                self._say(f"supervise: ended with {code}, and {self._restarts} restarts did not help: giving up")
+                complain(f"supervise: ended with {code}, and {self._restarts} restarts did not help: giving up")
                 return code
-            self._say(f"supervise: ended with {code}; restart {failures} of {self._restarts}")
+            complain(f"supervise: ended with {code}; restart {failures} of {self._restarts}")
             self._wait(lambda: self._signal is not None, self._pause_seconds)
             if self._signal is not None:
                 return EXIT_STOPPED
@@ -84,36 +75,36 @@ class Supervisor:
         self._before = {status.path: status for status in _statuses(self._launch.run_directory)}
         # Its own session: a Ctrl-C in the terminal reaches only this process, which passes it on once.
         self._runner = subprocess.Popen(self._launch.command, start_new_session=True)
-        if self._signal is not None:
-            self._pass_on()
-        told = self._clock.read() if self._signal is not None else None
+        told: float | None = None
         while self._runner.poll() is None:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
             now = self._clock.read()
             if self._signal is not None and told is None:
                 told = now
                 self._pass_on()
             if told is not None and now - told > self._grace_seconds:
-                self._say(f"supervise: still there {self._grace_seconds:.0f} s after the signal: killing the rest")
+                complain(f"supervise: still there {self._grace_seconds:.0f} s after the signal: killing the rest")
                 self._runner.kill()
                 break
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
         else:
-            self._hang_up()
+            # A node's ranks save when their connection ends. Debian's pdsh is a script around the program.
+            _send(signal.SIGTERM, _descendants(lambda one: one.name() in ("pdsh", "pdsh.bin", "ssh")))
             self._wait(lambda: not _descendants(), self._grace_seconds)  # ranks that the launcher left behind
-        code = self._runner.wait()  # before `_kill`, which would take its exit code along
-        _kill(_descendants())
+        code = self._runner.wait()  # before the rest is killed and reaped, which would take its exit code along
+        rest = _descendants()
+        _send(signal.SIGKILL, rest)
+        psutil.wait_procs(rest, timeout=10)
         return self._judge(code)
 
     def _judge(self, code: int) -> int:
         if code < 0:  # by a signal
             code = EXIT_STOPPED if self._signal is not None else 128 - code
-        if code == _FAILED and self._signal is not None and self._saved_elsewhere():
+        if code == EXIT_FAILURE and self._signal is not None and self._saved_elsewhere():
             code = EXIT_STOPPED
-        if code == EXIT_DONE:
-            unfinished = [status for status in self._own_statuses() if status.state != "complete"]
-            if unfinished:
-                self._say(f"supervise: the launcher reports success, but {unfinished[0]}")
-                code = _FAILED
+        unfinished = [status for status in self._own_statuses() if status.state != "complete"] if code == 0 else []
+        if unfinished:
+            complain(f"supervise: the launcher reports success, but {unfinished[0]}")
+            code = EXIT_FAILURE
         return code
 
     def _saved_elsewhere(self) -> bool:
@@ -141,20 +132,11 @@ class Supervisor:
 
     def _pass_on(self) -> None:
         """Signals this machine's ranks, which save and exit; over ssh the runner, which passes it on itself."""
-        ranks = _ranks()
-        self._say(f"supervise: {signal.Signals(self._signal or 0).name}: the run saves its state and exits")
+        ranks = _descendants(lambda one: is_launcher(psutil.Process(one.ppid())) and not is_launcher(one))
+        complain(f"supervise: {signal.Signals(self._signal or 0).name}: the run saves its state and exits")
         if not ranks and self._runner is not None:
             self._runner.terminate()
-        for rank in ranks:
-            with contextlib.suppress(psutil.Error):
-                rank.send_signal(signal.SIGTERM)
-
-    def _hang_up(self) -> None:
-        """Ends what a killed runner or pdsh leaves behind: a node's ranks save when their connection ends."""
-        for process in _descendants():
-            with contextlib.suppress(psutil.Error):
-                if process.name() in ("pdsh", "pdsh.bin", "ssh"):  # Debian's pdsh is a script around the program
-                    process.terminate()
+        _send(signal.SIGTERM, ranks)
 
     def _wait(self, until: Callable[[], bool], seconds: float) -> None:
         end = self._clock.read() + seconds
@@ -184,34 +166,17 @@ def _statuses(run_directory: Path | None) -> list[_Status]:
     return found
 
 
-def _descendants() -> list[psutil.Process]:
-    """Returns the running processes below this one, adopted ones included, and reaps finished ones."""
+def _descendants(is_meant: Callable[[psutil.Process], bool] = lambda one: True) -> list[psutil.Process]:
+    """Returns the running processes below this one, adopted ones included."""
     alive = []
     for process in descendants_of(psutil.Process()):
         with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:
+            if process.status() != psutil.STATUS_ZOMBIE and is_meant(process):
                 alive.append(process)
     return alive
 
 
-def _ranks() -> list[psutil.Process]:
-    """Returns the children of launchers that are not launchers themselves."""
-    found = []
-    for process in _descendants():
-        with contextlib.suppress(psutil.Error):
-            if is_launcher(psutil.Process(process.ppid())) and not is_launcher(process):
-                found.append(process)
-    return found
-
-
-def _kill(processes: list[psutil.Process]) -> None:
+def _send(number: signal.Signals, processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(processes, timeout=10)
-
-
-def _adopt_orphans() -> None:
-    """Makes this process the parent of orphaned descendants; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            process.send_signal(number)

@@ -6,7 +6,6 @@ dead local rank end the process from here, because nothing else would.
 
 import contextlib
 import faulthandler
-import itertools
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 
@@ -41,9 +41,8 @@ class Stopped(Exception):
 class ProcessId:
     """A local process: its number, which the system reuses, and its start time.
 
-    Attributes:
-        began: on Linux in clock ticks since boot, which setting the system clock does not change; elsewhere in seconds
-            since the epoch.
+    The time is in clock ticks since boot on Linux, where psutil's `create_time` changes with the system clock; in
+    seconds since the epoch elsewhere.
     """
 
     pid: int
@@ -64,7 +63,6 @@ class ProcessId:
 
 
 def _beginning(process: psutil.Process) -> float:
-    """`ProcessId.began`. psutil's `create_time` adds the boot time, and changes with the system clock."""
     if sys.platform != "linux":
         return process.create_time()
     try:
@@ -83,7 +81,6 @@ class Guard:
     with the machine or the `pdsh` at its other end.
 
     Args:
-        rank: for messages.
         on_end: called with one line before the guard ends the process.
 
     Attributes:
@@ -130,15 +127,10 @@ class Guard:
 
     def request(self, reason: str) -> None:
         """Requests a stop; the first reason is kept."""
-        if self.reason is None:
-            self.reason = reason
+        self.reason = self.reason or reason
 
     def check(self) -> None:
-        """Stops work that has nothing to save.
-
-        Raises:
-            Stopped: a stop was requested on this rank.
-        """
+        """Raises `Stopped` if a stop was requested on this rank; for work that has nothing to save."""
         self.beat()
         if self.reason is not None:
             raise Stopped(self.reason)
@@ -186,40 +178,37 @@ class Guard:
             self.request("the ssh connection that the launcher was started over has ended")
         silent = self._now - self._last_beat
         if silent > _SECONDS_TO_NOTICE and (dead := self.dead_peer()) is not None:
-            self._end_at_the_latest(EXIT_LOST_PEER)
-            self._end(f"rank {self.rank}: rank {dead} has died", EXIT_LOST_PEER)
+            self._end(EXIT_LOST_PEER, lambda: f"rank {dead} has died")
         if self._hang_seconds is not None and silent > self._hang_seconds:
-            self._end_at_the_latest(EXIT_HANG)
-            stacks = self._write_stacks()
-            time.sleep(_SECONDS_FOR_OTHERS)
-            what = f"nothing has moved for {silent:.0f} s (safety.hang_seconds); stacks {stacks}"
-            self._end(f"rank {self.rank}: {what}", EXIT_HANG)
+            self._end(EXIT_HANG, lambda: self._describe_hang(silent))
 
-    def _end_at_the_latest(self, code: int) -> None:
-        """Ends the process soon in any case: reporting can hang too, on a dead disk or a full pipe."""
+    def _end(self, code: int, describe: Callable[[], str]) -> None:
+        """Ends the process from this thread: the main thread is blocked in a collective."""
+        # In any case soon: reporting can hang too, on a dead disk or a full pipe.
         timer = threading.Timer(_SECONDS_FOR_WORDS, os._exit, [code])
         timer.daemon = True
         timer.start()
-
-    def _write_stacks(self) -> str:
-        """Writes the stacks of all threads and returns where they are."""
-        if self._stacks is not None:
-            with contextlib.suppress(OSError), self._stacks.open("w") as file:
-                faulthandler.dump_traceback(file)
-                return f"in {self._stacks}"
-        faulthandler.dump_traceback(sys.stderr)
-        return "above"
-
-    def _end(self, line: str, code: int) -> None:
-        """Ends the process from this thread: the main thread is blocked in a collective."""
+        line = f"rank {self.rank}: {describe()}"
         self._on_end(line)
         complain(line)
         os._exit(code)
 
+    def _describe_hang(self, seconds: float) -> str:
+        """Writes the stacks of all threads, gives the other ranks time to do so, and returns where they are."""
+        where = "above"
+        if self._stacks is not None:
+            with contextlib.suppress(OSError), self._stacks.open("w") as file:
+                faulthandler.dump_traceback(file)
+                where = f"in {self._stacks}"
+        if where == "above":
+            faulthandler.dump_traceback(sys.stderr)
+        time.sleep(_SECONDS_FOR_OTHERS)
+        return f"nothing has moved for {seconds:.0f} s (safety.hang_seconds); stacks {where}"
+
 
 def launchers_of(process: psutil.Process) -> list[psutil.Process]:
     """Returns the DeepSpeed launchers above a process, nearest first; none if it was started bare."""
-    return list(itertools.takewhile(is_launcher, _above(process)))
+    return list(takewhile(is_launcher, _above(process)))
 
 
 def _above(process: psutil.Process) -> Iterator[psutil.Process]:
@@ -252,11 +241,6 @@ def connection_of(launcher: psutil.Process) -> ProcessId | None:
         return None
     sshd = next((above for above in _above(launcher) if above.name().startswith("sshd")), None)
     return None if sshd is None else ProcessId.of(sshd)
-
-
-def own_process_id() -> ProcessId:
-    """Identifies this process."""
-    return ProcessId.of(psutil.Process())
 
 
 def is_launcher(process: psutil.Process) -> bool:

@@ -19,7 +19,6 @@ from instance_ssl.run.watchdog import (
     descendants_of,
     is_launcher,
     launchers_of,
-    own_process_id,
 )
 
 
@@ -44,7 +43,7 @@ def test_a_signal_only_leaves_a_request(handlers: None) -> None:
 
 
 def test_a_process_is_known_by_its_beginning_too() -> None:
-    own = own_process_id()
+    own = ProcessId.of(psutil.Process())
     assert own.is_alive()
     assert not ProcessId(own.pid, own.began - 1).is_alive()  # its number, but of a process before it
 
@@ -52,7 +51,7 @@ def test_a_process_is_known_by_its_beginning_too() -> None:
 def test_a_dead_peer_is_found_before_it_is_buried() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     guard = Guard(0)
-    guard.local_peers = {0: own_process_id(), 3: ProcessId.of(psutil.Process(child.pid))}
+    guard.local_peers = {0: ProcessId.of(psutil.Process()), 3: ProcessId.of(psutil.Process(child.pid))}
     assert guard.dead_peer() is None
     child.kill()
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
@@ -116,8 +115,7 @@ def test_time_in_which_a_process_was_stopped_is_no_hang(monkeypatch: pytest.Monk
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     guard = Guard(0)
-    monkeypatch.setattr(guard, "_end_at_the_latest", lambda code: None)
-    monkeypatch.setattr(guard, "_end", lambda line, code: ends.append(line))
+    monkeypatch.setattr(guard, "_end", lambda code, describe: ends.append(describe()))
 
     def look_after(seconds: float) -> None:
         now[0] += seconds
