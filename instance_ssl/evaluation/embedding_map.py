@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def evenly_spaced(total: int, count: int) -> Tensor:
+    """At most `count` of the ids 0 … total - 1, int64, the first and the last among them."""
+    return torch.linspace(0, total - 1, min(total, count), dtype=torch.float64).long().unique()
+
+
 def principal_components(features_nF: Tensor, num_components: int) -> Tensor:
     """Scores (n, c), float32, of the L2-normalised features along their directions of most variance.
 

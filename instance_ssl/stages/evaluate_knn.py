@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from instance_ssl.checkpoint.directory import replace_file
-from instance_ssl.evaluation.embedding_map import principal_components
+from instance_ssl.evaluation.embedding_map import evenly_spaced, principal_components
 from instance_ssl.evaluation.frozen_encoder import (
     TITLES,
     LabelledImages,
@@ -33,7 +33,7 @@ def run(stage: Stage) -> dict[str, Any]:
     results: dict[str, Any] = {}
     neighbour_ids: dict[str, list[list[int]]] = {}
     samples: dict[str, dict[str, Tensor]] = {}
-    query_ids = _evenly_spaced(len(images.test), _PICTURE_QUERIES)
+    query_ids = evenly_spaced(len(images.test), _PICTURE_QUERIES)
     for source in stage.config.evaluation.sources:
         representation = represent(stage, source)
         title = TITLES[source]
@@ -82,12 +82,8 @@ def _tell(stage: Stage, source: str, figures: dict[str, Any]) -> None:
 def _sample(stage: Stage, test_mF: Tensor) -> dict[str, Tensor]:
     """Principal components of the features of some test images, and their ids."""
     total, width = sum(stage.world.row_counts(len(test_mF))), test_mF.shape[1]
-    ids = _evenly_spaced(total, min(_MAP_IMAGES, max(2, _MAP_FLOATS // width)))
+    ids = evenly_spaced(total, min(_MAP_IMAGES, max(2, _MAP_FLOATS // width)))
     return {"ids": ids, "components": principal_components(_rows_of_all(stage, test_mF, ids), _MAP_COMPONENTS).cpu()}
-
-
-def _evenly_spaced(total: int, count: int) -> Tensor:
-    return torch.linspace(0, total - 1, min(total, count), dtype=torch.float64).long().unique()
 
 
 def _rows_of_all(stage: Stage, features_nF: Tensor, ids: Tensor) -> Tensor:
