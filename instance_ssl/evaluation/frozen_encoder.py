@@ -13,11 +13,11 @@ from instance_ssl.checkpoint.state import ENCODER_FILES, Checkpoint, checkpoint_
 from instance_ssl.checkpoint.weights import backbone_network, load_state, read_weights
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.evaluation import KnnConfig
-from instance_ssl.data.augmentations import Transform, centre_view
+from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.folders import escape
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.loaders import Batch, image_loader
-from instance_ssl.data.sampler import consecutive_batches
+from instance_ssl.data.sampler import LazyBatches, consecutive_batches
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import extract_features
@@ -136,20 +136,20 @@ def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
     return encoder, epoch
 
 
-def own_batches(stage: Stage, images: ImageSource, view: Transform) -> Iterable[Batch]:
-    """This rank's contiguous part of the images, in batches, each image once.
+def own_batches(stage: Stage, images: ImageSource, ids_N: Tensor) -> Iterable[Batch]:
+    """This rank's contiguous part of the ids, in batches, each image once, in the evaluation view.
 
     An unreadable image is an error whatever `data.on_broken` says: metrics cover all images or none.
     """
-    start, stop = Partition(len(images), stage.world.size).bounds(stage.world.rank)
-    size = stage.config.evaluation.batch_size
-    batches = consecutive_batches(start, stop, size)
-    return image_loader(images, view, batches, evaluation_data(stage).num_workers)
+    data, own = evaluation_data(stage), own_part(stage, ids_N)
+    pieces = consecutive_batches(0, len(own), stage.config.evaluation.batch_size)
+    batches = LazyBatches(len(pieces), lambda number: own[pieces[number]].tolist())
+    return image_loader(images, centre_view(data.image_size), batches, data.num_workers)
 
 
 def cached_features(stage: Stage, representation: Representation, images: ImageSource, label: str) -> Tensor:
     """Features (n, F) of this rank's contiguous part of the images, in the evaluation view."""
-    batches = own_batches(stage, images, centre_view(evaluation_data(stage).image_size))
+    batches = own_batches(stage, images, torch.arange(len(images)))
     with stage.log.progress(label, len(images), "images") as progress:
 
         def on_batch(count: int) -> None:
@@ -191,9 +191,9 @@ def vote(
     with search_progress(stage, label, len(images.test)) as on_chunk:
         return knn_accuracy(
             train_nF,
-            labels_of_own_part(stage, images.train_labels),
+            own_part(stage, images.train_labels),
             test_mF,
-            labels_of_own_part(stage, images.test_labels),
+            own_part(stage, images.test_labels),
             stage.world,
             neighbours=knn.neighbours,
             temperatures=knn.temperatures,
@@ -202,10 +202,9 @@ def vote(
         )
 
 
-def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:
-    """Labels of this rank's contiguous part of the images."""
-    start, stop = Partition(len(labels_N), stage.world.size).bounds(stage.world.rank)
-    return labels_N[start:stop]
+def own_part(stage: Stage, rows_N: Tensor) -> Tensor:
+    """This rank's contiguous part of a tensor's rows, one for each image."""
+    return rows_N[slice(*Partition(len(rows_N), stage.world.size).bounds(stage.world.rank))]
 
 
 def _frozen(stage: Stage, source: str, encoder: Encoder, epoch: int | None, origin: dict[str, Any]) -> Representation:

@@ -1,27 +1,26 @@
 """What the evaluations share that train on labelled images: the linear layer by SGD, and whole networks."""
 
-import contextlib
 import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from instance_ssl.data.augmentations import centre_view, probe_view
+from instance_ssl.data.augmentations import probe_view
 from instance_ssl.data.image_sources import ImageSource
-from instance_ssl.data.loaders import Batch, PartLoader, image_loader
-from instance_ssl.data.sampler import LazyBatches, consecutive_batches, epoch_order
-from instance_ssl.distributed.partition import Partition
+from instance_ssl.data.loaders import Batch, PartLoader
+from instance_ssl.data.sampler import epoch_order
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.cached_training import train_or_find
 from instance_ssl.evaluation.epoch_log import LabelledBatches, Progress
 from instance_ssl.evaluation.features import state_digest
-from instance_ssl.evaluation.fine_tuning import TrainingOptions, fine_tune, recipe
-from instance_ssl.evaluation.frozen_encoder import LabelledImages, evaluation_data
+from instance_ssl.evaluation.fine_tuning import TrainingOptions, fine_tune
+from instance_ssl.evaluation.frozen_encoder import LabelledImages, evaluation_data, own_batches
 from instance_ssl.evaluation.workload import Workload
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.build import own_parts
@@ -68,15 +67,6 @@ class Training:
     num_classes: int
     global_batch_size: int
     steps: int
-
-
-class Fit(Protocol):
-    """Trains on batches and tests; see `fine_tune` and `train_linear_classifier`."""
-
-    def __call__(
-        self, data: LabelledBatches, *, state: dict[str, Any] | None, on_epoch: Callable[[Progress], None]
-    ) -> dict[str, float]:
-        """Returns the metrics."""
 
 
 def whole_sets(images: LabelledImages) -> tuple[Subset, Subset]:
@@ -132,7 +122,7 @@ def fine_tune_once(
     """
     decisive = {
         "backbone": state_digest(encoder.backbone),
-        "options": recipe(options),
+        "options": asdict(options),
         "train": train.describe(),
         "test": test.describe(),
         "num_classes": num_classes,
@@ -142,20 +132,11 @@ def fine_tune_once(
         "precision": str(stage.ds.autocast_dtype),
     }
 
-    def fit(
-        data: LabelledBatches, *, state: dict[str, Any] | None, on_epoch: Callable[[Progress], None]
-    ) -> dict[str, Any]:
-        figures = fine_tune(
-            copy.deepcopy(encoder.backbone),
-            data,
-            stage.world,
-            options,
-            feature_dim=encoder.feature_dim,
-            seed=stage.config.seed,
-            autocast=lambda: _autocast(stage),
-            state=state,
-            on_epoch=on_epoch,
-        )
+    def fit(data: LabelledBatches, **resume: Any) -> dict[str, Any]:
+        # Float32 for float16, whose gradients would need loss scaling.
+        autocast = nullcontext if stage.ds.autocast_dtype == torch.float16 else stage.autocast
+        resume |= {"feature_dim": encoder.feature_dim, "seed": stage.config.seed, "autocast": autocast}
+        figures = fine_tune(copy.deepcopy(encoder.backbone), data, stage.world, options, **resume)
         return {"train_images": len(train.ids), **figures}
 
     training = Training(title, f"{tag}/train_loss", train, test, num_classes, options.global_batch_size, options.steps)
@@ -163,13 +144,13 @@ def fine_tune_once(
 
 
 def train_once(
-    stage: Stage, training: Training, decisive: dict[str, Any], fit: Fit, workload: Workload
+    stage: Stage, training: Training, decisive: dict[str, Any], fit: Callable[..., dict[str, Any]], workload: Workload
 ) -> dict[str, Any]:
     """Trains and tests, or finds that this has been done; resumes a training that was stopped. Collective.
 
     Args:
         decisive: all that decides the outcome, except the number of ranks.
-        fit: the training.
+        fit: returns the metrics from `LabelledBatches`, `state` and `on_epoch` (see `fine_tune`).
         workload: what it is part of.
 
     Raises:
@@ -198,13 +179,8 @@ def train_once(
 
 def _batches(stage: Stage, training: Training, steps_per_epoch: int, on_step: Callable[[], None]) -> LabelledBatches:
     data, train, test = evaluation_data(stage), training.train, training.test
-    loader = PartLoader(
-        train.images,
-        probe_view(data.image_size),
-        data.num_workers,
-        seed=stage.config.seed,
-        max_batch_size=stage.config.evaluation.batch_size,
-    )
+    settings = {"seed": stage.config.seed, "max_batch_size": stage.config.evaluation.batch_size}
+    loader = PartLoader(train.images, probe_view(data.image_size), data.num_workers, **settings)
 
     def train_parts(epoch: int) -> Iterator[Iterable[Batch]]:
         first = epoch * steps_per_epoch
@@ -215,27 +191,10 @@ def _batches(stage: Stage, training: Training, steps_per_epoch: int, on_step: Ca
             yield part
             on_step()
 
-    return LabelledBatches(
-        train_parts,
-        lambda: _own_test_batches(stage, test),
-        train.labels,
-        test.labels,
-        training.num_classes,
-        steps_per_epoch,
-    )
+    def test_batches() -> Iterator[Batch]:
+        for batch in own_batches(stage, test.images, test.ids):
+            stage.guard.check()
+            yield batch
 
-
-def _own_test_batches(stage: Stage, test: Subset) -> Iterator[Batch]:
-    """This rank's contiguous part of the subset, in batches, each image once."""
-    data = evaluation_data(stage)
-    own = test.ids[slice(*Partition(len(test.ids), stage.world.size).bounds(stage.world.rank))]
-    pieces = consecutive_batches(0, len(own), stage.config.evaluation.batch_size)
-    batches = LazyBatches(len(pieces), lambda number: own[pieces[number]].tolist())
-    for batch in image_loader(test.images, centre_view(data.image_size), batches, data.num_workers):
-        stage.guard.check()
-        yield batch
-
-
-def _autocast(stage: Stage) -> contextlib.AbstractContextManager[object]:
-    """The JSON's precision; float32 for float16, whose gradients would need loss scaling."""
-    return contextlib.nullcontext() if stage.ds.autocast_dtype == torch.float16 else stage.autocast()
+    labels = train.labels, test.labels
+    return LabelledBatches(train_parts, test_batches, *labels, training.num_classes, steps_per_epoch)

@@ -1,11 +1,12 @@
 """Stage: fine-tuning on another data set, learning rate and weight decay chosen on held-out training images."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from instance_ssl.evaluation.epoch_log import DivergedError
-from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
+from instance_ssl.evaluation.fine_tuning import TrainingOptions
 from instance_ssl.evaluation.frozen_encoder import TITLES, LabelledImages, load_backbone, open_labelled
 from instance_ssl.evaluation.label_lists import draw_balanced
 from instance_ssl.evaluation.labelled_training import (
@@ -47,7 +48,7 @@ def run(stage: Stage) -> dict[str, Any]:
             stage, encoder, options, workload,
             title=title, tag=tag, train=whole, test=test, num_classes=images.num_classes,
         )  # fmt: skip
-        results[source] = {"metric": fine_tune.metric, **figures, **record, "recipe": recipe(options)}
+        results[source] = {"metric": fine_tune.metric, **figures, **record, "recipe": asdict(options)}
         stage.log.say(f"fine-tuned, {TITLES[source]}: {fine_tune.metric} {figures[fine_tune.metric]:.2f} %")
         stage.log.metrics(epoch or 0, {f"{tag}_{fine_tune.metric}": figures[fine_tune.metric]})
     return {"figures": results, "evaluated_on": describe_images(stage, images)}

@@ -12,8 +12,8 @@ from instance_ssl.evaluation.frozen_encoder import (
     Representation,
     cached_features,
     embeddings_of,
-    labels_of_own_part,
     open_labelled,
+    own_part,
     represent,
     search_progress,
 )
@@ -62,7 +62,7 @@ def _retrieve(
         with search_progress(stage, "retrieval", len(images.train)) as on_chunk:
             return retrieval_recall(
                 rows,
-                labels_of_own_part(stage, images.train_labels),
+                own_part(stage, images.train_labels),
                 stage.world,
                 recall_at=stage.config.evaluation.retrieval.recall_at,
                 on_chunk=on_chunk,

@@ -1,12 +1,13 @@
 """Stage: fine-tuning on a small share of the training labels, and the supervised baseline on the same images."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
+from instance_ssl.evaluation.fine_tuning import TrainingOptions
 from instance_ssl.evaluation.frozen_encoder import TITLES, LabelledImages, load_backbone, open_labelled
 from instance_ssl.evaluation.label_lists import draw_balanced, read_label_list, write_label_list
 from instance_ssl.evaluation.labelled_training import (
@@ -45,7 +46,7 @@ def run(stage: Stage) -> dict[str, Any]:
                 stage, encoder, options, workload,
                 title=title, tag=tag, train=train, test=test, num_classes=images.num_classes,
             )  # fmt: skip
-            rows.append({"fraction": fraction, "labels": list_file, **figures, "recipe": recipe(options)})
+            rows.append({"fraction": fraction, "labels": list_file, **figures, "recipe": asdict(options)})
             stage.log.say(f"{title} ({len(ids)} images): {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
             stage.log.metrics(epoch or 0, {f"{tag}_top1": figures["top1"]})
         results[source] = {"layer": LAYERS, "epoch": epoch, "fractions": rows}
