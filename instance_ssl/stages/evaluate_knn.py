@@ -16,14 +16,14 @@ from instance_ssl.evaluation.frozen_encoder import (
     represent,
     vote,
 )
-from instance_ssl.evaluation.neighbour_picture import NeighbourRow, draw_neighbours, nearest_neighbours
+from instance_ssl.evaluation.knn import ShardedBank
+from instance_ssl.evaluation.neighbour_picture import NeighbourRow, draw_neighbours
 from instance_ssl.run.stage import Stage
 
 _PICTURE_QUERIES = 12
 _PICTURE_NEIGHBOURS = 6
 # The map's limits: test images, floats that their features may take, and principal components kept.
 _MAP_IMAGES, _MAP_FLOATS, _MAP_COMPONENTS = 1000, 20_000_000, 50
-MAP_FILE = "map.pt"
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -44,9 +44,8 @@ def run(stage: Stage) -> dict[str, Any]:
             votes = _vote(stage, images, train_nD, test_mD)
             figures["embeddings"] = {**votes, "layer": "projection output", "epoch": representation.epoch}
         results[source] = figures
-        neighbour_ids[source] = nearest_neighbours(
-            train_nF, _rows_of_all(stage, test_mF, query_ids), stage.world, min(_PICTURE_NEIGHBOURS, len(images.train))
-        ).tolist()
+        queries_qF, k = _rows_of_all(stage, test_mF, query_ids), min(_PICTURE_NEIGHBOURS, len(images.train))
+        neighbour_ids[source] = ShardedBank(train_nF, stage.world).search(queries_qF, k)[1].tolist()
         samples[source] = _sample(stage, test_mF)
         _tell(stage, source, results[source])
     picture = stage.directory / "neighbours.png"
@@ -54,7 +53,7 @@ def run(stage: Stage) -> dict[str, Any]:
     def write() -> None:
         _draw(picture, images, query_ids.tolist(), neighbour_ids)
         labels = {"labels": images.test_labels.cpu(), "class_names": images.test.class_names}
-        replace_file(stage.directory / MAP_FILE, {"sources": samples, **labels})
+        replace_file(stage.directory / "map.pt", {"sources": samples, **labels})
 
     stage.on_rank_0(write)
     return {"figures": results, "picture": str(picture.relative_to(stage.run_directory))}
