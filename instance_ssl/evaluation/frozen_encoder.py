@@ -102,17 +102,19 @@ def represent(stage: Stage, source: str) -> Representation:
     """
     if source == "pixels":
         feature_dim = 3 * evaluation_data(stage).image_size ** 2
-        return Representation(source, _pixels, feature_dim, None, None, "pixels, normalised by channel")
+        # As the encoder sees them; raw ones in [0, 1] would compare mostly brightness.
+        layer = "pixels, normalised by channel"
+        return Representation(source, lambda images: images.flatten(1), feature_dim, None, None, layer)
     return _frozen(stage, source, *_load(stage, source))
 
 
-def represent_checkpoint(stage: Stage, source: str, checkpoint: Checkpoint) -> Representation:
-    """Loads the representation of a checkpoint's encoder. Collective.
+def represent_checkpoint(stage: Stage, checkpoint: Checkpoint) -> Representation:
+    """Loads the representation of a training's checkpoint. Collective.
 
     Raises:
         UserError: when it does not fit.
     """
-    return _frozen(stage, source, *_load_checkpoint(stage, checkpoint))
+    return _frozen(stage, "trained", *_load_checkpoint(stage, checkpoint))
 
 
 def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
@@ -122,14 +124,11 @@ def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
 
     Args:
         source: `random` is the untrained network of the experiment's seed: it needs no earlier stage, and batch norm's
-            running statistics are 0 and 1. `trained` and `weights` as for `represent`.
+            running statistics are 0 and 1. `trained` and `weights` as for `represent`. Pixels have no encoder.
 
     Raises:
         UserError: when training has not run, or the given file or checkpoint does not fit.
-        ValueError: for pixels, which have no encoder.
     """
-    if source == "pixels":
-        raise ValueError("pixels have no encoder")
     if source == "random":
         return seeded_encoder(stage.config).to(stage.world.device), 0
     encoder, epoch, _ = _load(stage, source)
@@ -150,16 +149,9 @@ def own_batches(stage: Stage, images: ImageSource, ids_N: Tensor) -> Iterable[Ba
 def cached_features(stage: Stage, representation: Representation, images: ImageSource, label: str) -> Tensor:
     """Features (n, F) of this rank's contiguous part of the images, in the evaluation view."""
     batches = own_batches(stage, images, torch.arange(len(images)))
-    with stage.log.progress(label, len(images), "images") as progress:
-
-        def on_batch(count: int) -> None:
-            progress.advance(count * stage.world.size)  # rank 0 logs for all, which progress alike
-            stage.guard.check()
-
-        features_nF, _ = extract_features(
-            representation.features, batches, representation.feature_dim, stage.world.device, on_batch=on_batch
-        )
-    return features_nF
+    with stoppable_progress(stage, label, len(images), "images", in_step=False) as on_batch:
+        width, device = representation.feature_dim, stage.world.device
+        return extract_features(representation.features, batches, width, device, on_batch=on_batch)[0]
 
 
 def embeddings_of(stage: Stage, representation: Representation, features_nF: Tensor) -> Tensor | None:
@@ -173,22 +165,31 @@ def embeddings_of(stage: Stage, representation: Representation, features_nF: Ten
 
 
 @contextmanager
-def search_progress(stage: Stage, label: str, num_queries: int) -> Iterator[Callable[[int], None]]:
-    """Shows the progress of a search by all ranks; yields a function to call with each chunk's size. Collective."""
-    with stage.log.progress(label, num_queries, "queries") as progress:
+def stoppable_progress(
+    stage: Stage, label: str, total: int, unit: str, *, initial: int = 0, in_step: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Shows progress; yields a function to call with each batch's size, which raises Stopped where the run is to stop.
 
-        def on_chunk(count: int) -> None:
-            progress.advance(count)
-            stage.check_together()
+    Args:
+        in_step: the sizes are of all ranks, which call it together; else of this rank, and the others do as much.
+    """
+    with stage.log.progress(label, total, unit, initial) as progress:
 
-        yield on_chunk
+        def advance(count: int) -> None:
+            progress.advance(count if in_step else count * stage.world.size)
+            if in_step:
+                stage.check_together()
+            else:
+                stage.guard.check()
+
+        yield advance
 
 
 def vote(
     stage: Stage, images: LabelledImages, train_nF: Tensor, test_mF: Tensor, knn: KnnConfig, label: str
 ) -> dict[tuple[int, float], dict[str, float]]:
     """k-NN accuracies by (k, temperature) from this rank's features of the labelled images. Collective."""
-    with search_progress(stage, label, len(images.test)) as on_chunk:
+    with stoppable_progress(stage, label, len(images.test), "queries") as on_chunk:
         return knn_accuracy(
             train_nF,
             own_part(stage, images.train_labels),
@@ -219,10 +220,7 @@ def _frozen(stage: Stage, source: str, encoder: Encoder, epoch: int | None, orig
 
 def _load(stage: Stage, source: str) -> tuple[Encoder, int | None, dict[str, Any]]:
     """Encoder, epoch and origin of a source; `random` is the network after the prior's pass."""
-    if source == "weights":
-        encoder, origin = _load_weights(stage)
-        return encoder, None, origin
-    return _load_checkpoint(stage, _checkpoint(stage, source))
+    return _load_weights(stage) if source == "weights" else _load_checkpoint(stage, _checkpoint(stage, source))
 
 
 def _load_checkpoint(stage: Stage, checkpoint: Checkpoint) -> tuple[Encoder, int | None, dict[str, Any]]:
@@ -242,19 +240,19 @@ def _checkpoint(stage: Stage, source: str) -> Checkpoint:
     """The checkpoint of the source `random` or `trained`."""
     made_by = {"random": "initialize_classifier", "trained": "pretrain"}[source]
     other = stage.config.evaluation.checkpoint
+    checkpoint: Checkpoint | None
     if source == "trained" and other is not None:
         checkpoint = checkpoint_at(other, stage.world, ENCODER_FILES)
         stage.log.say(f"trained: {checkpoint.directory}, epoch {checkpoint.position.epoch}")
     else:
-        newest = newest_checkpoint(stage.checkpoints_of(made_by), stage.world, ENCODER_FILES)
-        if newest is None:
-            raise UserError(absent_checkpoint(stage.run_directory, made_by))
-        checkpoint = newest
+        checkpoint = newest_checkpoint(stage.checkpoints_of(made_by), stage.world, ENCODER_FILES)
+    if checkpoint is None:
+        raise UserError(absent_checkpoint(stage.run_directory, made_by))
     log_oddities(checkpoint, stage)
     return checkpoint
 
 
-def _load_weights(stage: Stage) -> tuple[Encoder, dict[str, Any]]:
+def _load_weights(stage: Stage) -> tuple[Encoder, None, dict[str, Any]]:
     """The encoder with the backbone of `evaluation.weights`, read by every rank, and the file's hash."""
     path = stage.config.evaluation.weights
     if path is None:
@@ -268,9 +266,5 @@ def _load_weights(stage: Stage) -> tuple[Encoder, dict[str, Any]]:
     more = f" and {len(weights.aside) - _NAMED} more" if len(weights.aside) > _NAMED else ""
     prefix = f" ({escape(weights.prefix)}*)" if weights.prefix else ""
     stage.log.say(f"weights: {path}{prefix}, sha256 {weights.sha256[:12]}{aside}{more}")
-    return encoder.to(stage.world.device), {"file": str(path), "sha256": weights.sha256, "prefix": weights.prefix}
-
-
-def _pixels(images: Tensor) -> Tensor:
-    """Pixels normalised by channel, as the encoder sees them; raw ones in [0, 1] would compare mostly brightness."""
-    return images.flatten(1)
+    origin = {"file": str(path), "sha256": weights.sha256, "prefix": weights.prefix}
+    return encoder.to(stage.world.device), None, origin

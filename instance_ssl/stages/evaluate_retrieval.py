@@ -15,7 +15,7 @@ from instance_ssl.evaluation.frozen_encoder import (
     open_labelled,
     own_part,
     represent,
-    search_progress,
+    stoppable_progress,
 )
 from instance_ssl.evaluation.prior_embeddings import prior_rows
 from instance_ssl.evaluation.retrieval import retrieval_recall
@@ -59,14 +59,9 @@ def _retrieve(
     """Recall of features and, where there is a projection, of embeddings."""
 
     def recall(rows: Tensor) -> dict[str, Any]:
-        with search_progress(stage, "retrieval", len(images.train)) as on_chunk:
-            return retrieval_recall(
-                rows,
-                own_part(stage, images.train_labels),
-                stage.world,
-                recall_at=stage.config.evaluation.retrieval.recall_at,
-                on_chunk=on_chunk,
-            )
+        labels_n, recall_at = own_part(stage, images.train_labels), stage.config.evaluation.retrieval.recall_at
+        with stoppable_progress(stage, "retrieval", len(images.train), "queries") as on_chunk:
+            return retrieval_recall(rows, labels_n, stage.world, recall_at=recall_at, on_chunk=on_chunk)
 
     figures: dict[str, Any] = {**recall(features_nF), **representation.record}
     embeddings_nD = embeddings_of(stage, representation, features_nF)

@@ -99,7 +99,7 @@ def run_own(stage: Stage) -> dict[str, Any]:
         position = checkpoint.position
         if position.step not in seconds_at:  # saved at a stop, between two lines of the log
             continue
-        representation = represent_checkpoint(stage, "trained", checkpoint)
+        representation = represent_checkpoint(stage, checkpoint)
         points.append(_point(stage, images, representation, position.epoch, seconds_at[position.step]))
     if not points:
         raise UserError(f"{stage.checkpoints_of(_TRAINING)} holds no checkpoints: run the stage {_TRAINING} first")
