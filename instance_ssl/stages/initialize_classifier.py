@@ -10,7 +10,6 @@ from torch import Tensor
 
 from instance_ssl.checkpoint.directory import DirectoryWriter, clear_leftovers, content_bytes
 from instance_ssl.checkpoint.state import (
-    Checkpoint,
     TrainingPosition,
     checkpoint_bytes,
     load_encoder,
@@ -56,7 +55,7 @@ def run(stage: Stage) -> dict[str, Any]:
     broken.check_share()
     if stage.world.rank == 0:
         clear_leftovers(stage.checkpoints_of(stage.name))
-    stage.on_rank_0(lambda: _require_space(stage, encoder, shard))
+    stage.on_rank_0(lambda: _require_space(stage, encoder, shard))  # before the pass, which may take hours
     if mode == "gaussian":
         initialize_gaussian(shard, config.seed)
     else:
@@ -71,7 +70,6 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def _require_space(stage: Stage, encoder: Encoder, shard: ClassifierShard) -> None:
-    """Before the pass, which may take hours."""
     size = checkpoint_bytes(shard, 0, content_bytes(encoder.state_dict()))
     if problem := find_no_space(stage.directory, size):
         raise UserError(f"{problem}, for the classifier: make room, or give a --run-dir on another disk")
@@ -85,7 +83,9 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, br
     mode, skips = stage.config.classifier.initialization, stage.config.data.on_broken == "skip"
     done = 0
     partial = newest_checkpoint(stage.directory / "partial", stage.world)
-    if partial is not None and not _is_of_this_order(partial, stage):
+    digests = {} if partial is None else partial.position.digests
+    known = digests.get("order", ""), digests.get("images")
+    if partial is not None and known != (_order_digest(stage), stage.source.digest):
         stage.log.say("the images have changed, or lie in other shards than before: the pass begins again")
         stage.on_rank_0(lambda: shutil.rmtree(stage.directory / "partial"))
         partial = None
@@ -118,14 +118,9 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, br
 
 
 def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, step: int) -> str:
-    position = TrainingPosition(
-        step,
-        0,
-        len(stage.source),
-        stage.config.model.embedding_dim,
-        stage.world.size,
-        digests=run_digests(stage) | {"order": _order_digest(stage)},
-    )
+    digests = run_digests(stage) | {"order": _order_digest(stage)}
+    width = stage.config.model.embedding_dim
+    position = TrainingPosition(step, 0, len(stage.source), width, stage.world.size, digests=digests)
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
     momentum = {name: torch.zeros_like(value, device="cpu") for name, value in encoder.named_parameters()}
     buffers = {name: value.cpu() for name, value in encoder.named_buffers()}
@@ -134,21 +129,16 @@ def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, s
     return str(writer.commit().relative_to(stage.run_directory))
 
 
-def _is_of_this_order(partial: Checkpoint, stage: Stage) -> bool:
-    digests = partial.position.digests
-    return digests.get("order", "") == _order_digest(stage) and digests.get("images") == stage.source.digest
-
-
 def _order_digest(stage: Stage) -> str:
-    """What the order of the images depends on beside the configuration: a pass goes on in that order alone."""
+    """What the order of the images depends on beside the configuration: a pass resumes in that order alone."""
     starts = stage.source.shard_starts
     return "" if starts is None else hashlib.sha256(starts.tobytes()).hexdigest()
 
 
 def _own_batches(stage: Stage, first: int, broken: BrokenImages) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of every global batch from `first` on, in an order shuffled by the seed.
+    """This rank's part of every global batch from `first` on, without what cannot be read.
 
-    Folders come sorted by class, and a batch's statistics should not. Batches go without what cannot be read.
+    The order is shuffled by the seed: folders come sorted by class, and a batch's statistics should not.
     """
     order = epoch_order(len(stage.source), stage.config.seed, 0, training_shards(stage))
     parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]

@@ -14,6 +14,7 @@ D/pretrain/checkpoints_before_update_<number>.
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.image_sources import digest_of
 from instance_ssl.data.list_changes import places_of
 from instance_ssl.errors import UserError
+from instance_ssl.evaluation.frozen_encoder import stoppable_progress
 from instance_ssl.files.disk_space import saving
 from instance_ssl.files.structured import read_json_lines
 from instance_ssl.run import manifest, pending_update
@@ -104,7 +106,8 @@ def _rewrite(stage: Stage, start: Checkpoint) -> None:
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(start, shard, torch.from_numpy(old_ids_N[shard.start : shard.stop])))
     if shard.sampler is not None:
-        shard.sampler.recent_classes = _renumbered(shard.sampler.recent_classes, old_ids_N)
+        new_ids = torch.from_numpy(_new_ids(old_ids_N, start.position.num_instances))[shard.sampler.recent_classes]
+        shard.sampler.recent_classes = new_ids[new_ids >= 0]
     new = torch.from_numpy((old_ids_N < 0).nonzero()[0])
     state, momentum = stage.together(lambda: load_encoder(start))
     _add_rows(stage, shard, state, new)
@@ -134,12 +137,6 @@ def _old_ids(stage: Stage, start: Checkpoint) -> np.ndarray:
     return old_ids_N
 
 
-def _renumbered(ids: Tensor, old_ids_N: np.ndarray) -> Tensor:
-    """New ids of old ones, without those that are removed."""
-    new_ids = torch.from_numpy(_new_ids(old_ids_N, int(max(ids.max().item() if len(ids) else 0, old_ids_N.max())) + 1))
-    return new_ids[ids][new_ids[ids] >= 0]
-
-
 def _new_ids(old_ids_N: np.ndarray, num_old: int) -> np.ndarray:
     """(num_old,) int64: the new id of each old one, -1 where it is removed."""
     new_ids = np.full(num_old, -1, np.int64)
@@ -166,15 +163,10 @@ def _add_rows(stage: Stage, shard: ClassifierShard, state: dict[str, Tensor], ne
         encoder = seeded_encoder(stage.config)
         encoder.load_state_dict(state)
         rows = _ScaledRows(shard, mean_row_norm(shard))
-        with stage.log.progress("new rows", len(new), "images") as progress, stage.autocast():
-
-            def on_batch(count: int) -> None:
-                progress.advance(count)
-                stage.check_together()
-
-            parts = own_parts(new, stage.config.classifier.initialization_batch_size, stage.world)
-            batches = readable_batches(stage, parts, broken, centre_view(stage.config.data.image_size))
-            encoder = encoder.to(stage.world.device)
+        parts = own_parts(new, stage.config.classifier.initialization_batch_size, stage.world)
+        batches = readable_batches(stage, parts, broken, centre_view(stage.config.data.image_size))
+        encoder = encoder.to(stage.world.device)
+        with stoppable_progress(stage, "new rows", len(new), "images") as on_batch, stage.autocast():
             initialize_from_features(rows, encoder, batches, "frozen", stage.world, on_batch=on_batch)
     if broken.anyone_has_news():
         broken.share()
@@ -184,19 +176,13 @@ def _add_rows(stage: Stage, shard: ClassifierShard, state: dict[str, Tensor], ne
 
 def _position(stage: Stage, start: Checkpoint) -> TrainingPosition:
     """The beginning of the epoch that the checkpoint is in."""
-    old = start.position
-    return TrainingPosition(
-        step=old.epoch * (len(stage.source) // stage.config.optimization.global_batch_size),
-        epoch=old.epoch,
+    return replace(
+        start.position,
+        step=start.position.epoch * _epoch_length(stage, len(stage.source)),
         num_instances=len(stage.source),
-        embedding_dim=old.embedding_dim,
         world_size=stage.world.size,
-        figures=old.figures,
         digests=run_digests(stage),
-        loss_scale=old.loss_scale,
-        skipped_in_a_row=old.skipped_in_a_row,
-        loss_level=old.loss_level,
-        matmul_dtype=old.matmul_dtype,
+        stretches=[],
     )
 
 
@@ -205,12 +191,12 @@ def _tell(stage: Stage, start: Checkpoint, old_ids_N: np.ndarray) -> None:
     removed, added = start.position.num_instances - num_kept, len(old_ids_N) - num_kept
     how = f" (classes {num_kept} to {len(old_ids_N) - 1}, their rows from their features)" if added else ""
     stage.log.say(f"updating the images: {removed} of {start.position.num_instances} removed, {added} added{how}")
-    if start.position.step != start.position.epoch * _epoch_length(stage, start):
+    if start.position.step != start.position.epoch * _epoch_length(stage, start.position.num_instances):
         stage.log.say(f"the training was in the middle of epoch {start.position.epoch + 1}, which begins again")
 
 
-def _epoch_length(stage: Stage, start: Checkpoint) -> int:
-    return start.position.num_instances // stage.config.optimization.global_batch_size
+def _epoch_length(stage: Stage, num_instances: int) -> int:
+    return num_instances // stage.config.optimization.global_batch_size
 
 
 def _begin(stage: Stage) -> Path:
@@ -254,15 +240,16 @@ def _commit(stage: Stage, start: Checkpoint, old_ids_N: np.ndarray, folder: Path
         pending_update.commit(run_directory)
     if retired.exists():
         every = stage.config.checkpoint.keep_every_epochs
-        retain(retired, 1, lambda step: every is not None and step % (every * _epoch_length(stage, start)) == 0)
+        length = _epoch_length(stage, old.num_instances)
+        retain(retired, 1, lambda step: every is not None and step % (every * length) == 0)
         stage.log.say(f"the checkpoint of before is kept in {retired}: remove it once nothing needs it")
 
 
 def _renumbered_metrics(stage: Stage, start: Checkpoint, path: Path) -> str:
     """The metrics of whole epochs, at the steps that they would have been at in epochs of today's length."""
     position, lines = start.position, []
-    stretches = position.stretches or [(0, 0, _epoch_length(stage, start))]
-    per_epoch = len(stage.source) // stage.config.optimization.global_batch_size
+    stretches = position.stretches or [(0, 0, _epoch_length(stage, position.num_instances))]
+    per_epoch = _epoch_length(stage, len(stage.source))
     for line in read_json_lines(path)[0]:
         if type(step := line.get("step")) is not int or step > position.step:
             continue
