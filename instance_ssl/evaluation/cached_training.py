@@ -54,22 +54,20 @@ def train_or_find(
     state = read_state(stage, state_path)
     if state is not None:
         stage.log.say(f"{title}: resuming after {state['epochs']} epochs")
-    try:
-        figures = train(state, _Saver(stage, state_path).offer)
-    except DivergedError as error:  # on all ranks, and it would diverge again
-        _conclude(stage, {"diverged": str(error)}, figures_path, state_path)
-        raise
-    _conclude(stage, figures, figures_path, state_path)
-    return figures
 
-
-def _conclude(stage: Stage, figures: dict[str, Any], figures_path: Path, state_path: Path) -> None:
-    def write() -> None:
+    def conclude(figures: dict[str, Any]) -> None:
         with saving(figures_path):
             write_json(figures_path, figures)
         state_path.unlink(missing_ok=True)
 
-    stage.on_rank_0(write)
+    try:
+        figures = train(state, _Saver(stage, state_path).offer)
+    except DivergedError as error:  # on all ranks, and it would diverge again
+        diverged = {"diverged": str(error)}
+        stage.on_rank_0(lambda: conclude(diverged))
+        raise
+    stage.on_rank_0(lambda: conclude(figures))
+    return figures
 
 
 def read_state(stage: Stage, path: Path) -> dict[str, Any] | None:

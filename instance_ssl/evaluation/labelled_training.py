@@ -35,12 +35,13 @@ class Subset:
 
     Attributes:
         ids: which, (n,) int64 on the CPU.
-        labels: classes of all images of the source, by id.
+        labels: classes 0 … num_classes - 1 of all images of the source, by id.
     """
 
     images: ImageSource
     ids: Tensor
     labels: Tensor
+    num_classes: int
 
     def describe(self) -> list[str]:
         """Digests of the source and of the ids with their labels."""
@@ -55,7 +56,6 @@ class Training:
     Attributes:
         title: for the console.
         loss_tag: of the train loss in the metrics.
-        num_classes: C.
         global_batch_size: images of a step; an epoch's last step takes what is left.
         steps: global batches in all; the last epoch may be cut short.
     """
@@ -64,7 +64,6 @@ class Training:
     loss_tag: str
     train: Subset
     test: Subset
-    num_classes: int
     global_batch_size: int
     steps: int
 
@@ -72,8 +71,8 @@ class Training:
 def whole_sets(images: LabelledImages) -> tuple[Subset, Subset]:
     """All training and all test images."""
     return (
-        Subset(images.train, torch.arange(len(images.train)), images.train_labels),
-        Subset(images.test, torch.arange(len(images.test)), images.test_labels),
+        Subset(images.train, torch.arange(len(images.train)), images.train_labels, images.num_classes),
+        Subset(images.test, torch.arange(len(images.test)), images.test_labels, images.num_classes),
     )
 
 
@@ -96,23 +95,15 @@ def describe_images(stage: Stage, images: LabelledImages) -> dict[str, Any]:
 
 
 def fine_tune_once(
-    stage: Stage,
-    encoder: Encoder,
-    options: TrainingOptions,
-    workload: Workload,
-    *,
-    title: str,
-    tag: str,
-    train: Subset,
-    test: Subset,
-    num_classes: int,
+    stage: Stage, workload: Workload, encoder: Encoder, options: TrainingOptions, title: str, tag: str, *sets: Subset
 ) -> dict[str, Any]:
     """Fine-tunes a copy of the encoder's backbone and tests it, or finds that this has been done. Collective.
 
     Args:
+        workload: what it is part of.
         title: for the console.
         tag: of the metrics.
-        num_classes: C.
+        sets: the training images, and the test images.
 
     Returns:
         What `fine_tune` returns, with "train_images".
@@ -120,12 +111,13 @@ def fine_tune_once(
     Raises:
         DivergedError: when the loss is not finite.
     """
+    train, test = sets
     decisive = {
         "backbone": state_digest(encoder.backbone),
         "options": asdict(options),
         "train": train.describe(),
         "test": test.describe(),
-        "num_classes": num_classes,
+        "num_classes": train.num_classes,
         "image_size": evaluation_data(stage).image_size,
         "batch_size": stage.config.evaluation.batch_size,  # a larger part is normalised piece by piece
         "seed": stage.config.seed,
@@ -139,7 +131,7 @@ def fine_tune_once(
         figures = fine_tune(copy.deepcopy(encoder.backbone), data, stage.world, options, **resume)
         return {"train_images": len(train.ids), **figures}
 
-    training = Training(title, f"{tag}/train_loss", train, test, num_classes, options.global_batch_size, options.steps)
+    training = Training(title, f"{tag}/train_loss", train, test, options.global_batch_size, options.steps)
     return train_once(stage, training, decisive, fit, workload)
 
 
@@ -197,4 +189,4 @@ def _batches(stage: Stage, training: Training, steps_per_epoch: int, on_step: Ca
             yield batch
 
     labels = train.labels, test.labels
-    return LabelledBatches(train_parts, test_batches, *labels, training.num_classes, steps_per_epoch)
+    return LabelledBatches(train_parts, test_batches, *labels, train.num_classes, steps_per_epoch)

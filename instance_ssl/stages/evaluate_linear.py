@@ -90,5 +90,5 @@ def _train(
         seed=seed,
     )
     title, loss_tag = f"{TITLES[source]}: linear classifier", f"linear/{source}_train_loss"
-    amount = images.num_classes, linear.global_batch_size, _steps(stage, images)
+    amount = linear.global_batch_size, _steps(stage, images)
     return train_once(stage, Training(title, loss_tag, *whole_sets(images), *amount), decisive, fit, workload)
