@@ -108,7 +108,6 @@ def train_linear_classifier(
     feature_dim: int,
     epochs: int = 100,
     learning_rate: float = 40.0,
-    momentum: float = 0.9,
     global_batch_size: int = 2048,
     seed: int = 0,
     state: dict[str, Any] | None = None,
@@ -139,7 +138,7 @@ def train_linear_classifier(
     weights_CF = torch.empty(data.num_classes, feature_dim)
     weights_CF.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
     theta = torch.cat([weights_CF, torch.zeros(data.num_classes, 1)], dim=1).to(group.device)
-    optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=momentum)
+    optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=0.9)
     steps_per_epoch = data.steps_per_epoch
 
     def train_epoch(epoch: int) -> float:

@@ -24,7 +24,7 @@ from instance_ssl.evaluation.detection.training import (
 )
 from instance_ssl.evaluation.detection.voc import VocImages, open_voc
 from instance_ssl.evaluation.features import state_digest
-from instance_ssl.evaluation.frozen_encoder import TITLES, evaluation_data, load_backbone
+from instance_ssl.evaluation.frozen_encoder import TITLES, evaluation_data, load_backbone, stoppable_progress
 from instance_ssl.evaluation.workload import Workload
 from instance_ssl.models.backbones import ResNet
 from instance_ssl.run.images import rendering_of
@@ -154,13 +154,7 @@ def _train(
     if detection.statistics_iterations:
         # The batches that would come next, which the training has not seen in this shape.
         coming = range(detection.iterations, detection.iterations + detection.statistics_iterations)
-
-        def checked() -> Iterator[DetectionBatch]:
-            for batch in _batches(stage, data, coming):
-                stage.check_together()
-                yield batch
-
-        training.recompute_statistics(checked())
+        training.recompute_statistics(_batches(stage, data, coming), stage.check_together)
     last = recent[-stage.config.log.every_steps :]
     return sum(last) / len(last) if last else None
 
@@ -185,13 +179,9 @@ def _detect(stage: Stage, source: str, model: Detector, data: VocImages) -> list
     indices = range(*Partition(len(data), stage.world.size).bounds(stage.world.rank))
     resizing = Resizing((detection.test_short_side,), detection.max_long_side, flip=False)
     images = single_images(data, resizing, evaluation_data(stage).num_workers, indices)
-    with stage.log.progress(f"{TITLES[source]}: detections", len(data), "images") as progress:
-
-        def on_image() -> None:
-            progress.advance(stage.world.size)  # rank 0 logs for all, which progress alike
-            stage.guard.check()
-
-        own = detect(model, images, [data.annotations[i] for i in indices], stage.world.device, on_image)
+    title, annotations = f"{TITLES[source]}: detections", [data.annotations[i] for i in indices]
+    with stoppable_progress(stage, title, len(data), "images", in_step=False) as advance:
+        own = detect(model, images, annotations, stage.world.device, lambda: advance(1))
     return gather_detections(own, stage.world)
 
 

@@ -31,7 +31,7 @@ def run(stage: Stage) -> dict[str, Any]:
     images = open_labelled(stage)
     results: dict[str, Any] = {}
     neighbour_ids: dict[str, list[list[int]]] = {}
-    samples: dict[str, dict[str, Tensor]] = {}
+    samples: dict[str, dict[str, Tensor]] = {}  # principal components of some test images, for a map
     query_ids = evenly_spaced(len(images.test), _PICTURE_QUERIES)
     for source in stage.config.evaluation.sources:
         representation = represent(stage, source)
@@ -46,7 +46,9 @@ def run(stage: Stage) -> dict[str, Any]:
         results[source] = figures
         queries_qF, k = _rows_of_all(stage, test_mF, query_ids), min(_PICTURE_NEIGHBOURS, len(images.train))
         neighbour_ids[source] = ShardedBank(train_nF, stage.world).search(queries_qF, k)[1].tolist()
-        samples[source] = _sample(stage, test_mF)
+        ids = evenly_spaced(len(images.test), min(_MAP_IMAGES, max(2, _MAP_FLOATS // test_mF.shape[1])))
+        components = principal_components(_rows_of_all(stage, test_mF, ids), _MAP_COMPONENTS)
+        samples[source] = {"ids": ids, "components": components.cpu()}
         _tell(stage, source, results[source])
     picture = stage.directory / "neighbours.png"
 
@@ -75,13 +77,6 @@ def _tell(stage: Stage, source: str, figures: dict[str, Any]) -> None:
     if embeddings:
         metrics[f"knn/{source}_embeddings_top1"] = embeddings["top1"]
     stage.log.metrics(figures["epoch"] or 0, metrics)
-
-
-def _sample(stage: Stage, test_mF: Tensor) -> dict[str, Tensor]:
-    """Principal components of the features of some test images, and their ids."""
-    total, width = sum(stage.world.row_counts(len(test_mF))), test_mF.shape[1]
-    ids = evenly_spaced(total, min(_MAP_IMAGES, max(2, _MAP_FLOATS // width)))
-    return {"ids": ids, "components": principal_components(_rows_of_all(stage, test_mF, ids), _MAP_COMPONENTS).cpu()}
 
 
 def _rows_of_all(stage: Stage, features_nF: Tensor, ids: Tensor) -> Tensor:

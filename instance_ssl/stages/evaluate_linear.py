@@ -25,10 +25,9 @@ def run(stage: Stage) -> dict[str, Any]:
     """Returns top-1 and top-5 of every source; checks that the encoder is bit-equal afterwards."""
     images = open_labelled(stage)
     linear, sources = stage.config.evaluation.linear, stage.config.evaluation.sources
-    workload = None
+    workload, steps = None, linear.epochs * math.ceil(len(images.train) / linear.global_batch_size)
     if linear.protocol == "sgd":
-        trainings = [_steps(stage, images)] * len(sources)
-        workload = Workload(stage.log.say, f"linear evaluation ({', '.join(sources)})", trainings)
+        workload = Workload(stage.log.say, f"linear evaluation ({', '.join(sources)})", [steps] * len(sources))
     results = {}
     for source in sources:
         representation = represent(stage, source)
@@ -36,7 +35,7 @@ def run(stage: Stage) -> dict[str, Any]:
         if workload is None:
             figures = _probe_cached(stage, representation, images)
         else:
-            figures = _train(stage, representation, images, workload)
+            figures = _train(stage, representation, images, steps, workload)
         if representation.encoder is not None and state_digest(representation.encoder) != before:
             raise RuntimeError("the frozen encoder has changed during linear evaluation")
         results[source] = {**figures, **representation.record}
@@ -60,13 +59,8 @@ def _probe_cached(stage: Stage, representation: Representation, images: Labelled
     )
 
 
-def _steps(stage: Stage, images: LabelledImages) -> int:
-    linear = stage.config.evaluation.linear
-    return linear.epochs * math.ceil(len(images.train) / linear.global_batch_size)
-
-
 def _train(
-    stage: Stage, representation: Representation, images: LabelledImages, workload: Workload
+    stage: Stage, representation: Representation, images: LabelledImages, steps: int, workload: Workload
 ) -> dict[str, float]:
     linear, seed = stage.config.evaluation.linear, stage.config.seed
     source, encoder = representation.source, representation.encoder
@@ -78,7 +72,6 @@ def _train(
         "seed": seed,
         "precision": str(stage.ds.autocast_dtype),
     }
-
     fit = partial(
         train_linear_classifier,
         representation.features,
@@ -90,5 +83,5 @@ def _train(
         seed=seed,
     )
     title, loss_tag = f"{TITLES[source]}: linear classifier", f"linear/{source}_train_loss"
-    amount = linear.global_batch_size, _steps(stage, images)
-    return train_once(stage, Training(title, loss_tag, *whole_sets(images), *amount), decisive, fit, workload)
+    training = Training(title, loss_tag, *whole_sets(images), linear.global_batch_size, steps)
+    return train_once(stage, training, decisive, fit, workload)

@@ -55,7 +55,13 @@ def run(stage: Stage) -> dict[str, Any]:
     broken.check_share()
     if stage.world.rank == 0:
         clear_leftovers(stage.checkpoints_of(stage.name))
-    stage.on_rank_0(lambda: _require_space(stage, encoder, shard))  # before the pass, which may take hours
+
+    def require_space() -> None:
+        size = checkpoint_bytes(shard, 0, content_bytes(encoder.state_dict()))
+        if problem := find_no_space(stage.directory, size):
+            raise UserError(f"{problem}, for the classifier: make room, or give a --run-dir on another disk")
+
+    stage.on_rank_0(require_space)  # before the pass, which may take hours
     if mode == "gaussian":
         initialize_gaussian(shard, config.seed)
     else:
@@ -67,12 +73,6 @@ def run(stage: Stage) -> dict[str, Any]:
     norms = torch.linalg.vector_norm(shard.weight.float(), dim=1)
     mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / len(stage.source)).item()
     return {"initialization": mode, "mean_row_norm": mean_norm, "broken_images": len(broken.ids), "checkpoint": path}
-
-
-def _require_space(stage: Stage, encoder: Encoder, shard: ClassifierShard) -> None:
-    size = checkpoint_bytes(shard, 0, content_bytes(encoder.state_dict()))
-    if problem := find_no_space(stage.directory, size):
-        raise UserError(f"{problem}, for the classifier: make room, or give a --run-dir on another disk")
 
 
 def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, broken: BrokenImages) -> None:

@@ -102,11 +102,16 @@ def newest_of_these_images(stage: Stage) -> Checkpoint:
 def _rewrite(stage: Stage, start: Checkpoint) -> None:
     """Writes what `start` is for the images as they are now, and makes it the run's newest checkpoint."""
     old_ids_N = stage.on_rank_0(lambda: _old_ids(stage, start))
-    _tell(stage, start, old_ids_N)
+    num_kept, old = int((old_ids_N >= 0).sum()), start.position
+    removed, added = old.num_instances - num_kept, len(old_ids_N) - num_kept
+    how = f" (classes {num_kept} to {len(old_ids_N) - 1}, their rows from their features)" if added else ""
+    stage.log.say(f"updating the images: {removed} of {old.num_instances} removed, {added} added{how}")
+    if old.step != old.epoch * _epoch_length(stage, old.num_instances):
+        stage.log.say(f"the training was in the middle of epoch {old.epoch + 1}, which begins again")
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(start, shard, torch.from_numpy(old_ids_N[shard.start : shard.stop])))
     if shard.sampler is not None:
-        new_ids = torch.from_numpy(_new_ids(old_ids_N, start.position.num_instances))[shard.sampler.recent_classes]
+        new_ids = torch.from_numpy(_new_ids(old_ids_N, old.num_instances))[shard.sampler.recent_classes]
         shard.sampler.recent_classes = new_ids[new_ids >= 0]
     new = torch.from_numpy((old_ids_N < 0).nonzero()[0])
     state, momentum = stage.together(lambda: load_encoder(start))
@@ -184,15 +189,6 @@ def _position(stage: Stage, start: Checkpoint) -> TrainingPosition:
         digests=run_digests(stage),
         stretches=[],
     )
-
-
-def _tell(stage: Stage, start: Checkpoint, old_ids_N: np.ndarray) -> None:
-    num_kept = int((old_ids_N >= 0).sum())
-    removed, added = start.position.num_instances - num_kept, len(old_ids_N) - num_kept
-    how = f" (classes {num_kept} to {len(old_ids_N) - 1}, their rows from their features)" if added else ""
-    stage.log.say(f"updating the images: {removed} of {start.position.num_instances} removed, {added} added{how}")
-    if start.position.step != start.position.epoch * _epoch_length(stage, start.position.num_instances):
-        stage.log.say(f"the training was in the middle of epoch {start.position.epoch + 1}, which begins again")
 
 
 def _epoch_length(stage: Stage, num_instances: int) -> int:

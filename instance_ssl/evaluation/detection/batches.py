@@ -15,6 +15,7 @@ from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD
 from instance_ssl.data.loaders import BatchLoader
 from instance_ssl.data.sampler import BatchKeys, Key, consecutive_batches, epoch_order
 from instance_ssl.data.views import ViewDataset, ViewItem, sample_seed
+from instance_ssl.distributed.partition import Partition
 from instance_ssl.evaluation.detection.voc import VocImages
 
 
@@ -97,10 +98,8 @@ class _EndlessOrder(Sampler[list[Key]]):
     ) -> None:
         self.kept = torch.tensor([i for i, annotation in enumerate(data.annotations) if len(annotation.classes_m)])
         self.seed, self.batch_size, self.iterations = seed, batch_size, iterations
-        # As equal as possible, the first ranks take one more.
-        share, longer = divmod(batch_size, world_size)
-        self.own_size = share + (rank < longer)
-        self.first = rank * share + min(rank, longer)
+        partition = Partition(batch_size, world_size)
+        self.own_size, self.first = partition.count(rank), partition.bounds(rank)[0]
 
     def __len__(self) -> int:
         return len(self.iterations) * self.own_size

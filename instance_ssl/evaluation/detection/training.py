@@ -80,7 +80,9 @@ class DetectorTraining:
         self.iteration += 1
         return figures
 
-    def recompute_statistics(self, batches: Iterable[DetectionBatch]) -> None:
+    def recompute_statistics(
+        self, batches: Iterable[DetectionBatch], on_batch: Callable[[], None] = lambda: None
+    ) -> None:
         """Replaces batch norm's running averages by plain means over these batches (detectron2's PRECISE_BN)."""
         norms = [module for module in self.model.modules() if isinstance(module, SynchronisedBatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
@@ -90,6 +92,7 @@ class DetectorTraining:
         self.model.train()
         with torch.no_grad():
             for batch in batches:
+                on_batch()
                 self._losses(batch)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
