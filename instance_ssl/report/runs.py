@@ -1,4 +1,4 @@
-"""What run directories hold, finished or not; read leniently, as a page is wanted of whatever there is."""
+"""Reads run directories, finished or not, leniently: whatever is there is shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -34,7 +34,7 @@ _STAGES = {
 _UNSAID = {"date", "commit", "versions", "world_size", "device", "seconds", "data", "newest_checkpoint", "stage"}
 _UNSAID |= {"picture"}
 _LONGEST_LIST = 8
-# Keys of a recipe that still stand in a line of small print; a longer one is folded up.
+# Most keys of a recipe that are shown in a line of small print; a longer one is folded.
 _SHORT_RECIPE = 10
 _Labelled = list[tuple[list[str], dict[str, Any]]]
 _HASH = re.compile("[0-9a-f]{40,64}")
@@ -47,7 +47,7 @@ class Rows:
     Attributes:
         rows: labelled rows of plain values.
         inner: labelled rows of the tables inside them, by the tables' name.
-        recipe: dotted keys of what is no figure.
+        recipe: dotted keys of what is not a metric.
     """
 
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Rows:
                 self.inner.setdefault(word(key), []).extend((label, dict(row)) for row in value)
 
     def keep(self, prefix: str, values: Mapping[str, Any]) -> None:
-        """Takes over what is no figure."""
+        """Adds to the recipe."""
         for key, value in values.items():
             name = f"{prefix}.{key}" if prefix else key
             if isinstance(value, Mapping):

@@ -77,10 +77,9 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def _earlier_export(stage: Stage, described: dict[str, Any]) -> dict[str, Any]:
-    """What stays of an export before this one: files by their SHA-256 and the rows, where they are of this encoder.
+    """What stays of an earlier export of this encoder: files by their SHA-256, and the rows.
 
-    Files of another encoder must not lie beside this one's: they are removed, which is said. Rows take long: they stay,
-    but the card is silent about them, which is said too.
+    Removes files of another encoder; its rows, which take long, stay but leave the card. Logs both.
     """
     card = read_json(stage.directory / "model_card.json") or {}
     same = all(card.get(key) == described[key] for key in ("encoder_sha256", "image_size"))
@@ -138,7 +137,7 @@ def _has_small_stem(stage: Stage) -> bool:
 
 
 def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
-    """What somebody who has only the files must know."""
+    """What a user of the files alone must know."""
     size = stage.config.data.image_size
     return {
         "architecture": stage.config.model.backbone,
@@ -153,13 +152,13 @@ def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
         "classifier": "none: fc is not in the files (with strict=False, torchvision's stays as it is)",
         "source": representation.source,
         "epoch": representation.epoch,
-        # Not where it lies: the card goes to others.
+        # Without its path: the card goes to others.
         **{key: value for key, value in representation.origin.items() if key not in ("checkpoint", "file")},
     }
 
 
 def _describe_files(stage: Stage, files: Iterable[str]) -> dict[str, Any]:
-    """How to load those of the files that need a word."""
+    """How to load those of the files that need an explanation."""
     described: dict[str, Any] = {}
     backbone = stage.config.model.backbone
     if backbone != "small_cnn" and "backbone.pth" in files:
@@ -202,7 +201,7 @@ def _write_rows(stage: Stage, representation: Representation, encoder: Encoder, 
 def _append_own_rows(
     stage: Stage, encoder: Encoder, images: ImageSource, part: Path, columns: dict[str, slice]
 ) -> None:
-    """This rank's contiguous part of the images, from the first one on whose row is not there yet."""
+    """Appends the missing rows of this rank's contiguous part of the images."""
     width = max(place.stop for place in columns.values())
     start, stop = Partition(len(images), stage.world.size).bounds(stage.world.rank)
 

@@ -38,7 +38,7 @@ from instance_ssl.run.resumption import accept, run_digests
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.watchdog import Stopped
 
-# Above all seeds of experiments: a random view of this pass is none that the training will see.
+# Above all seeds of experiments, so that training never sees a random view of this pass.
 _VIEW_SEEDS = 2**31
 
 
@@ -76,9 +76,9 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, broken: BrokenImages) -> None:
-    """The pass, from where it was stopped; at a stop, what has been done is kept.
+    """Makes the pass, resuming from what an earlier stop saved.
 
-    Batches done are the `step` of what is kept: they are the same global batches on any number of ranks.
+    Its `step` is the number of global batches done, which are the same on any number of ranks.
     """
     mode, skips = stage.config.classifier.initialization, stage.config.data.on_broken == "skip"
     done = 0

@@ -38,7 +38,7 @@ def run(stage: Stage) -> dict[str, Any]:
             stage.log.say(f"going back to the newest checkpoint; step {rollback.step} is skipped from now on")
             if stage.world.rank == 0:
                 write_json(stage.directory / _SKIPPED, {"steps": sorted({*skipped, rollback.step})})
-        gc.collect()  # the engine that is left behind refers to itself, and holds the encoder's memory
+        gc.collect()  # the old engine refers to itself, and holds the encoder's memory
 
 
 def _train(stage: Stage, start: Checkpoint, skipped_steps: frozenset[int]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
 
 
 def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engine:
-    """The engine with the encoder and its momentum as they were."""
+    """The engine with the checkpoint's encoder and momentum."""
     optimization = stage.config.optimization
     encoder = seeded_encoder(stage.config, recompute_stages=stage.ds.recompute_stages)
     state, momentum = stage.together(lambda: load_encoder(start))
@@ -138,7 +138,7 @@ def _require_space(stage: Stage, engine: Engine, shard: ClassifierShard) -> None
 
 
 def _refresh_hard_classes(stage: Stage, shard: ClassifierShard, session: TrainingSession) -> None:
-    """At the beginning of an epoch; a run that is stopped in it begins the epoch with it again."""
+    """At the start of an epoch; a stop in it repeats it on resume."""
     num_hard_classes = stage.config.classifier.num_hard_classes
     with stage.log.progress("hardest classes", 1, "passes") as progress:
 

@@ -1,15 +1,13 @@
 """Brings a run to a list of images that has changed: rewrites its newest checkpoint and its manifest.
 
-A training starts with this when images have come or gone since its last start; `runners/update_images.py` does it by
-itself, and then also drops the images that training could not read. Rows and momentum of the images that stay keep
-their bits. The row of a new image is the direction of its embedding by the encoder as it is, of the evaluation view,
-with the mean norm of the old rows, so that a step moves it as far as it moves them; its momentum is 0. Ids are
-contiguous again: images that stay keep their order, new ones follow. Epochs have another length, so the epoch that was
-begun begins again, and steps are renumbered as if all epochs had been that long.
+A training starts with this when its images have changed; `runners/update_images.py` does it alone, and then also drops
+the images that could not be read. Rows and momentum of the images that stay keep their bits. A new image's row is the
+embedding of its evaluation view by the current encoder, scaled to the mean norm of the old rows so that a step moves it
+as far as them; its momentum is 0. Ids are contiguous: images that stay keep their order, new ones follow. The epoch in
+progress starts again, and steps are renumbered as if all epochs had the new length.
 
-D/instances_map_<number>.npy then has the new id of each old one, (N,) int64, -1 where it was removed, and
-D/data_changes.jsonl a line more. The checkpoint of before, and those that `checkpoint.keep_every_epochs` keeps, lie in
-D/pretrain/checkpoints_before_update_<number>.
+D/instances_map_<number>.npy maps each old id to its new one, (N,) int64, -1 where removed; D/data_changes.jsonl gains a
+line. Earlier checkpoints move to D/pretrain/checkpoints_before_update_<number>.
 """
 
 import json
@@ -58,7 +56,7 @@ def run(stage: Stage) -> dict[str, Any]:
     """Updates the run now, rather than when its training starts next.
 
     Raises:
-        UserError: when a training is at work on the run, and as `newest_of_these_images`.
+        UserError: when a training of the run is running, and as `newest_of_these_images`.
     """
     training = stage.run_directory / "pretrain"
     with ExitStack() as held:
@@ -89,7 +87,7 @@ def newest_of_these_images(stage: Stage) -> Checkpoint:
         raise UserError(absent_checkpoint(stage.run_directory, "initialize_classifier"))
     log_oddities(found, stage)
     is_other = found.position.digests.get("images", stage.source.digest) != stage.source.digest
-    # What earlier versions did: classes that take no part, and epochs of several lengths.
+    # Earlier versions had excluded classes, and epochs of several lengths.
     has_left_out = stage.on_rank_0(left_out_path(stage.run_directory).exists)
     if is_other or has_left_out or len(found.position.stretches) > 1:
         _rewrite(stage, found)
@@ -100,7 +98,7 @@ def newest_of_these_images(stage: Stage) -> Checkpoint:
 
 
 def _rewrite(stage: Stage, start: Checkpoint) -> None:
-    """Writes what `start` is for the images as they are now, and makes it the run's newest checkpoint."""
+    """Rewrites `start` for the current images and makes it the run's newest checkpoint."""
     old_ids_N = stage.on_rank_0(lambda: _old_ids(stage, start))
     num_kept, old = int((old_ids_N >= 0).sum()), start.position
     removed, added = old.num_instances - num_kept, len(old_ids_N) - num_kept
@@ -196,7 +194,7 @@ def _epoch_length(stage: Stage, num_instances: int) -> int:
 
 
 def _begin(stage: Stage) -> Path:
-    """The folder of the new state. First records as broken what an earlier version left out because of that."""
+    """The folder of the new state. First records as broken what an earlier version excluded for that reason."""
     run_directory = stage.run_directory
     left_out = {index: why for index, why in read_left_out(run_directory).items() if why is not None}
     if left_out:
@@ -242,7 +240,7 @@ def _commit(stage: Stage, start: Checkpoint, old_ids_N: np.ndarray, folder: Path
 
 
 def _renumbered_metrics(stage: Stage, start: Checkpoint, path: Path) -> str:
-    """The metrics of whole epochs, at the steps that they would have been at in epochs of today's length."""
+    """The metrics of whole epochs, at the steps of epochs of the new length."""
     position, lines = start.position, []
     stretches = position.stretches or [(0, 0, _epoch_length(stage, position.num_instances))]
     per_epoch = _epoch_length(stage, len(stage.source))
