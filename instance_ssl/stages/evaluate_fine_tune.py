@@ -117,9 +117,10 @@ def _best(points: list[dict[str, Any]], metric: str) -> int:
     Raises:
         DivergedError: when every point diverged.
     """
-    values = [point[f"held_out_{metric}"] for point in points]
-    if all(value is None for value in values):
+    found = [point[f"held_out_{metric}"] for point in points]
+    values = [-1.0 if value is None else value for value in found]
+    if max(values) < 0:
         raise DivergedError(
             "fine-tuning diverged at every point of the grid: lower evaluation.fine_tune's learning rates"
         )
-    return max(range(len(values)), key=lambda place: -1.0 if values[place] is None else values[place])
+    return values.index(max(values))

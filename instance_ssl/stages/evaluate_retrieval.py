@@ -39,18 +39,11 @@ def run(stage: Stage) -> dict[str, Any]:
 def _running_prior(stage: Stage, images: LabelledImages) -> dict[str, Any]:
     """Evaluates the features of the pass that initialises the classifier."""
     encoder = seeded_encoder(stage.config).to(stage.world.device)
-    features_nF = prior_rows(
-        stage,
-        encoder.backbone,
-        encoder.feature_dim,
-        images.train,
-        torch.arange(len(images.train)),
-        centre_view(stage.config.data.image_size),
-        "running",
-        label="random network, running batch norms",
-    )[:, 0]
-    network = Representation("random", encoder.features, encoder.feature_dim, encoder, 0, "backbone output")
-    return {**_retrieve(stage, images, network, features_nF), "batch_norm": "running"}
+    ids, view = torch.arange(len(images.train)), centre_view(stage.config.data.image_size)
+    width, label = encoder.feature_dim, "random network, running batch norms"
+    features_nF = prior_rows(stage, encoder.backbone, width, images.train, ids, view, "running", label=label)[:, 0]
+    representation = Representation("random", encoder.features, width, encoder, 0, "backbone output")
+    return {**_retrieve(stage, images, representation, features_nF), "batch_norm": "running"}
 
 
 def _retrieve(

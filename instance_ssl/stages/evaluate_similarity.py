@@ -60,16 +60,11 @@ def _measure(stage: Stage, mode: InitializationMode, ids_N: Tensor) -> dict[str,
         view = centre_view(config.data.image_size)
         rows_n1D = prior_rows(stage, encoder, width, stage.source, ids_N, view, mode, label=f"{mode}: rows of W")
         weights_nD = rows_n1D[:, 0]
+    view = training_view(config.augmentation, config.data)
+    network_mode: InitializationMode = "batch" if mode == "gaussian" else mode
+    num_batches = math.ceil(len(ids_N) / classifier.initialization_batch_size)
     views_nVD = prior_rows(
-        stage,
-        encoder,
-        width,
-        stage.source,
-        ids_N,
-        training_view(config.augmentation, config.data),
-        "batch" if mode == "gaussian" else mode,
-        label=f"{mode}: views",
-        num_views=config.evaluation.similarity.num_views,
-        batches_done=math.ceil(len(ids_N) / classifier.initialization_batch_size),
-    )
+        stage, encoder, width, stage.source, ids_N, view, network_mode,
+        label=f"{mode}: views", num_views=config.evaluation.similarity.num_views, batches_done=num_batches,
+    )  # fmt: skip
     return instance_similarities(views_nVD, weights_nD, stage.world)
