@@ -61,14 +61,14 @@ def correlations(x: Sequence[float], y: Sequence[float]) -> dict[str, float | No
     return {"pearson": _pearson(x, y), "spearman": _pearson(_ranks(x), _ranks(y))}
 
 
-def draw_correlation(path: Path, points: Sequence[Mapping[str, float]], x: str, y: str, note: str) -> None:
+def draw_correlation(path: Path, points: Sequence[Mapping[str, float]], note: str) -> None:
     """Writes Figure 1(b) as a PNG: a point for each checkpoint, coloured by epoch."""
     from matplotlib.figure import Figure  # half a second, and one rank of one stage draws
 
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axes = figure.subplots()
-    xs, ys = [point[x] for point in points], [point[y] for point in points]
-    drawn = axes.scatter(xs, ys, c=[point["epoch"] for point in points], cmap="viridis", zorder=3)
+    xs, ys, epochs = ([point[key] for point in points] for key in ("instance_accuracy", "knn_top1", "epoch"))
+    drawn = axes.scatter(xs, ys, c=epochs, cmap="viridis", zorder=3)
     figure.colorbar(drawn, label="epoch")
     axes.set(xlabel="instance accuracy, %", ylabel="semantic accuracy (k-NN), %")
     axes.set_title(note, fontsize=10)

@@ -29,7 +29,7 @@ def train_or_find(
     stage: Stage,
     title: str,
     decisive: dict[str, Any],
-    train: Callable[[dict[str, Any] | None, Callable[[Progress], None]], dict[str, Any]],
+    train: Callable[[Any, Callable[[Progress], None]], dict[str, Any]],
 ) -> dict[str, Any]:
     """Returns the cached result, or trains. Collective.
 
@@ -41,8 +41,8 @@ def train_or_find(
         DivergedError: when the loss is not finite, now or in the cached training.
     """
     directory = stage.directory / "trainings"
-    name = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
-    name = stage.world.broadcast_object(name)
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    name = stage.world.broadcast_object(digest[:16])
     figures_path, state_path = directory / f"{name}.json", directory / f"{name}.pt"
     found = _read_figures(figures_path) if stage.world.rank == 0 else None
     if (found := stage.world.broadcast_object(found)) is not None:
@@ -54,22 +54,35 @@ def train_or_find(
     state = read_state(stage, state_path)
     if state is not None:
         stage.log.say(f"{title}: resuming after {state['epochs']} epochs")
-    try:
-        figures = train(state, _Saver(stage, state_path).offer)
-    except DivergedError as error:  # on all ranks, and it would diverge again
-        _conclude(stage, {"diverged": str(error)}, figures_path, state_path)
-        raise
-    _conclude(stage, figures, figures_path, state_path)
-    return figures
 
-
-def _conclude(stage: Stage, figures: dict[str, Any], figures_path: Path, state_path: Path) -> None:
-    def write() -> None:
+    def conclude(figures: dict[str, Any]) -> None:
         with saving(figures_path):
             write_json(figures_path, figures)
         state_path.unlink(missing_ok=True)
 
-    stage.on_rank_0(write)
+    not_before = 0.0
+
+    def offer(done: Progress) -> None:
+        """Saves this state atomically, or skips it where the last one is recent or the disk is full."""
+        nonlocal not_before
+        began = time.monotonic()
+        if stage.world.rank != 0 or began < not_before:
+            return
+        try:
+            replace_file(state_path, done.state())
+        except UserError as error:
+            stage.log.say(f"warning: {error}; a stop now would lose the epochs")
+        now = time.monotonic()
+        not_before = now + (now - began) / _SAVING_SHARE
+
+    try:
+        figures = train(state, offer)
+    except DivergedError as error:  # on all ranks, and it would diverge again
+        figures = {"diverged": str(error)}
+        stage.on_rank_0(lambda: conclude(figures))
+        raise
+    stage.on_rank_0(lambda: conclude(figures))
+    return figures
 
 
 def read_state(stage: Stage, path: Path) -> dict[str, Any] | None:
@@ -81,26 +94,6 @@ def read_state(stage: Stage, path: Path) -> dict[str, Any] | None:
     except UserError as error:
         stage.log.say(f"warning: {error}; this training starts again")
         return None
-
-
-class _Saver:
-    """Writes states atomically, and seldom enough to cost little time."""
-
-    def __init__(self, stage: Stage, path: Path) -> None:
-        self._stage, self._path = stage, path
-        self._not_before = 0.0
-
-    def offer(self, done: Progress) -> None:
-        """Writes this state, or skips it where the last one is recent or the disk is full."""
-        began = time.monotonic()
-        if self._stage.world.rank != 0 or began < self._not_before:
-            return
-        try:
-            replace_file(self._path, done.state())
-        except UserError as error:
-            self._stage.log.say(f"warning: {error}; a stop now would lose the epochs")
-        now = time.monotonic()
-        self._not_before = now + (now - began) / _SAVING_SHARE
 
 
 def _read_figures(path: Path) -> dict[str, Any] | None:

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def evenly_spaced(total: int, count: int) -> Tensor:
+    """At most `count` of the ids 0 … total - 1, int64, the first and the last among them."""
+    return torch.linspace(0, total - 1, min(total, count), dtype=torch.float64).long().unique()
+
+
 def principal_components(features_nF: Tensor, num_components: int) -> Tensor:
     """Scores (n, c), float32, of the L2-normalised features along their directions of most variance.
 
@@ -19,20 +24,20 @@ def principal_components(features_nF: Tensor, num_components: int) -> Tensor:
     return (scores_nc * torch.where(largest_c < 0, -1.0, 1.0)).float()
 
 
-def plane(components_nc: Tensor, seed: int = 0) -> tuple[Tensor, str]:
+def plane(components_nc: Tensor) -> tuple[Tensor, str]:
     """Returns points (n, 2) and the method's name: t-SNE of principal components, or else the first two of them.
 
     t-SNE (van der Maaten and Hinton 2008) is scikit-learn's: perplexity 30, or less for few points.
     """
-    count = components_nc.shape[0]
-    if components_nc.shape[1] < 2:
-        components_nc = torch.nn.functional.pad(components_nc, (0, 2 - components_nc.shape[1]))
+    count, width = components_nc.shape
+    components_nc = torch.nn.functional.pad(components_nc, (0, max(0, 2 - width)))
     try:
         from sklearn.manifold import TSNE
     except ImportError:
+        TSNE = None
+    if TSNE is None or count < 10:
         return components_nc[:, :2], "PCA"
-    if count < 10:
-        return components_nc[:, :2], "PCA"
-    perplexity = min(30.0, (count - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(components_nc.numpy())
+    points = TSNE(perplexity=min(30.0, (count - 1) / 3), init="pca", random_state=0).fit_transform(
+        components_nc.numpy()
+    )
     return torch.from_numpy(points), "t-SNE"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from instance_ssl.errors import UserError
 
@@ -55,33 +56,37 @@ class Progress:
 def train_epochs(
     train_epoch: Callable[[int], float],
     epochs: int,
+    optimizer: Optimizer,
+    name: str,
+    capture: Callable[[], Any],
+    restore: Callable[[Any], object],
     *,
-    capture: Callable[[], dict[str, Any]],
-    restore: Callable[[dict[str, Any]], None],
     state: dict[str, Any] | None,
-    on_epoch: Callable[[Progress], None] | None,
+    on_epoch: Callable[[Progress], None],
 ) -> float:
     """Trains the epochs that `state` does not cover and returns the mean loss of the last, nats.
 
     Args:
         train_epoch: trains epoch 0 … epochs - 1 and returns its mean loss.
-        capture, restore: the model and its optimizer, as tensors and plain values.
+        name: of the model in the state.
+        capture, restore: return and take the model as tensors and plain values.
         state: of an earlier training's `Progress`, to resume from.
         on_epoch: called at the end of every epoch.
     """
     epochs_done, train_loss = 0, math.nan
     if state is not None:
-        restore(state)
+        restore(state[name])
+        optimizer.load_state_dict(state["optimizer"])
         epochs_done, train_loss = state["epochs"], state["train_loss"]
 
     def state_now() -> dict[str, Any]:
-        return {**capture(), "epochs": epochs_done, "train_loss": train_loss}
+        model = {name: capture(), "optimizer": optimizer.state_dict()}
+        return {**model, "epochs": epochs_done, "train_loss": train_loss}
 
     for epoch in range(epochs_done, epochs):
         train_loss = train_epoch(epoch)
         epochs_done = epoch + 1
-        if on_epoch is not None:
-            on_epoch(Progress(epochs_done, train_loss, state_now))
+        on_epoch(Progress(epochs_done, train_loss, state_now))
     return train_loss
 
 

@@ -4,9 +4,8 @@ Every rank appends the rows of its contiguous part of the images to a file of it
 rank joins the parts in order of rank, which is the order of the images.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -62,9 +61,10 @@ def join_parts(parts: Sequence[Path], width: int, columns: slice, path: Path) ->
         header = {"descr": _DTYPE.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
+            step = max(1, _CHUNK_BYTES // (width * _DTYPE.itemsize)) * width
             with part.open("rb") as source:
-                for chunk in _chunks(source, width):
-                    file.write(np.ascontiguousarray(chunk[:, columns]).tobytes())
+                while len(values := np.frombuffer(source.read(step * _DTYPE.itemsize), _DTYPE)):
+                    file.write(np.ascontiguousarray(values.reshape(-1, width)[:, columns]).tobytes())
 
 
 def write_parquet(names: Sequence[str], arrays: Mapping[str, Path], path: Path) -> None:
@@ -87,9 +87,3 @@ def write_parquet(names: Sequence[str], arrays: Mapping[str, Path], path: Path) 
                 for array in columns.values()
             ]
             writer.write_table(pyarrow.Table.from_arrays([pyarrow.array(chunk), *lists], schema=schema))
-
-
-def _chunks(file: BinaryIO, width: int) -> Iterator[np.ndarray]:
-    step = max(1, _CHUNK_BYTES // (width * _DTYPE.itemsize))
-    while len(values := np.frombuffer(file.read(step * width * _DTYPE.itemsize), _DTYPE)):
-        yield values.reshape(-1, width)

@@ -14,7 +14,7 @@ def extract_features(
     feature_dim: int,
     device: torch.device,
     *,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = lambda count: None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the features of this rank's images, in the order of its batches.
 
@@ -37,8 +37,7 @@ def extract_features(
         for batch_images, batch_ids in batches:
             features.append(forward_frozen(model, batch_images, feature_dim, device))
             ids.append(batch_ids.to(device))
-            if on_batch is not None:
-                on_batch(batch_images.shape[0])
+            on_batch(batch_images.shape[0])
     # Outside inference mode, so that callers get ordinary tensors that they may train on or write to.
     return torch.cat(features), torch.cat(ids)
 

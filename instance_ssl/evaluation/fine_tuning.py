@@ -7,7 +7,7 @@ batch however unevenly the ranks share it. Batch norm sees the images of its own
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -67,7 +67,7 @@ def fine_tune(
     seed: int,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     state: dict[str, Any] | None = None,
-    on_epoch: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[Progress], None] = lambda done: None,
 ) -> dict[str, float]:
     """Trains the backbone and a linear classifier on it, then classifies each test image once.
 
@@ -106,22 +106,13 @@ def fine_tune(
         _average_statistics(network, group)
         return loss
 
-    def capture() -> dict[str, Any]:
-        return {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-
-    def restore(state: dict[str, Any]) -> None:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-
-    train_loss = train_epochs(train_epoch, epochs, capture=capture, restore=restore, state=state, on_epoch=on_epoch)
+    put = network.load_state_dict
+    train_loss = train_epochs(
+        train_epoch, epochs, optimizer, "network", network.state_dict, put, state=state, on_epoch=on_epoch
+    )
     test_labels = data.test_labels.long().to(group.device)
     accuracy = _accuracy(network, data.test_batches(), test_labels, data.num_classes, group, autocast)
     return {**accuracy, "train_loss": train_loss, "epochs": epochs}
-
-
-def recipe(options: TrainingOptions) -> dict[str, Any]:
-    """The options as plain values, for result.json."""
-    return {**asdict(options), "milestones": list(options.milestones)}
 
 
 class _Network(nn.Module):
@@ -228,9 +219,5 @@ def _accuracy(
         raise ValueError("no test images")
     tested = images_C > 0
     mean_per_class = 100 * (best_C[tested].double() / images_C[tested]).mean().item()
-    return {
-        "top1": 100 * best / total,
-        "top5": 100 * among_5 / total,
-        "mean_per_class": mean_per_class,
-        "test_images": total,
-    }
+    accuracies = {"top1": 100 * best / total, "top5": 100 * among_5 / total, "mean_per_class": mean_per_class}
+    return {**accuracies, "test_images": total}

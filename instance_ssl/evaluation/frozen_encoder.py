@@ -13,11 +13,11 @@ from instance_ssl.checkpoint.state import ENCODER_FILES, Checkpoint, checkpoint_
 from instance_ssl.checkpoint.weights import backbone_network, load_state, read_weights
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.evaluation import KnnConfig
-from instance_ssl.data.augmentations import Transform, centre_view
+from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.folders import escape
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.loaders import Batch, image_loader
-from instance_ssl.data.sampler import consecutive_batches
+from instance_ssl.data.sampler import LazyBatches, consecutive_batches
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.features import extract_features
@@ -102,17 +102,19 @@ def represent(stage: Stage, source: str) -> Representation:
     """
     if source == "pixels":
         feature_dim = 3 * evaluation_data(stage).image_size ** 2
-        return Representation(source, _pixels, feature_dim, None, None, "pixels, normalised by channel")
+        # As the encoder sees them; raw ones in [0, 1] would compare mostly brightness.
+        layer = "pixels, normalised by channel"
+        return Representation(source, lambda images: images.flatten(1), feature_dim, None, None, layer)
     return _frozen(stage, source, *_load(stage, source))
 
 
-def represent_checkpoint(stage: Stage, source: str, checkpoint: Checkpoint) -> Representation:
-    """Loads the representation of a checkpoint's encoder. Collective.
+def represent_checkpoint(stage: Stage, checkpoint: Checkpoint) -> Representation:
+    """Loads the representation of a training's checkpoint. Collective.
 
     Raises:
         UserError: when it does not fit.
     """
-    return _frozen(stage, source, *_load_checkpoint(stage, checkpoint))
+    return _frozen(stage, "trained", *_load_checkpoint(stage, checkpoint))
 
 
 def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
@@ -122,44 +124,34 @@ def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
 
     Args:
         source: `random` is the untrained network of the experiment's seed: it needs no earlier stage, and batch norm's
-            running statistics are 0 and 1. `trained` and `weights` as for `represent`.
+            running statistics are 0 and 1. `trained` and `weights` as for `represent`. Pixels have no encoder.
 
     Raises:
         UserError: when training has not run, or the given file or checkpoint does not fit.
-        ValueError: for pixels, which have no encoder.
     """
-    if source == "pixels":
-        raise ValueError("pixels have no encoder")
     if source == "random":
         return seeded_encoder(stage.config).to(stage.world.device), 0
     encoder, epoch, _ = _load(stage, source)
     return encoder, epoch
 
 
-def own_batches(stage: Stage, images: ImageSource, view: Transform) -> Iterable[Batch]:
-    """This rank's contiguous part of the images, in batches, each image once.
+def own_batches(stage: Stage, images: ImageSource, ids_N: Tensor) -> Iterable[Batch]:
+    """This rank's contiguous part of the ids, in batches, each image once, in the evaluation view.
 
     An unreadable image is an error whatever `data.on_broken` says: metrics cover all images or none.
     """
-    start, stop = Partition(len(images), stage.world.size).bounds(stage.world.rank)
-    size = stage.config.evaluation.batch_size
-    batches = consecutive_batches(start, stop, size)
-    return image_loader(images, view, batches, evaluation_data(stage).num_workers)
+    data, own = evaluation_data(stage), own_part(stage, ids_N)
+    pieces = consecutive_batches(0, len(own), stage.config.evaluation.batch_size)
+    batches = LazyBatches(len(pieces), lambda number: own[pieces[number]].tolist())
+    return image_loader(images, centre_view(data.image_size), batches, data.num_workers)
 
 
 def cached_features(stage: Stage, representation: Representation, images: ImageSource, label: str) -> Tensor:
     """Features (n, F) of this rank's contiguous part of the images, in the evaluation view."""
-    batches = own_batches(stage, images, centre_view(evaluation_data(stage).image_size))
-    with stage.log.progress(label, len(images), "images") as progress:
-
-        def on_batch(count: int) -> None:
-            progress.advance(count * stage.world.size)  # rank 0 logs for all, which progress alike
-            stage.guard.check()
-
-        features_nF, _ = extract_features(
-            representation.features, batches, representation.feature_dim, stage.world.device, on_batch=on_batch
-        )
-    return features_nF
+    batches = own_batches(stage, images, torch.arange(len(images)))
+    with stoppable_progress(stage, label, len(images), "images", in_step=False) as on_batch:
+        width, device = representation.feature_dim, stage.world.device
+        return extract_features(representation.features, batches, width, device, on_batch=on_batch)[0]
 
 
 def embeddings_of(stage: Stage, representation: Representation, features_nF: Tensor) -> Tensor | None:
@@ -173,27 +165,36 @@ def embeddings_of(stage: Stage, representation: Representation, features_nF: Ten
 
 
 @contextmanager
-def search_progress(stage: Stage, label: str, num_queries: int) -> Iterator[Callable[[int], None]]:
-    """Shows the progress of a search by all ranks; yields a function to call with each chunk's size. Collective."""
-    with stage.log.progress(label, num_queries, "queries") as progress:
+def stoppable_progress(
+    stage: Stage, label: str, total: int, unit: str, *, initial: int = 0, in_step: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Shows progress; yields a function to call with each batch's size, which raises Stopped where the run is to stop.
 
-        def on_chunk(count: int) -> None:
-            progress.advance(count)
-            stage.check_together()
+    Args:
+        in_step: the sizes are of all ranks, which call it together; else of this rank, and the others do as much.
+    """
+    with stage.log.progress(label, total, unit, initial) as progress:
 
-        yield on_chunk
+        def advance(count: int) -> None:
+            progress.advance(count if in_step else count * stage.world.size)
+            if in_step:
+                stage.check_together()
+            else:
+                stage.guard.check()
+
+        yield advance
 
 
 def vote(
     stage: Stage, images: LabelledImages, train_nF: Tensor, test_mF: Tensor, knn: KnnConfig, label: str
 ) -> dict[tuple[int, float], dict[str, float]]:
     """k-NN accuracies by (k, temperature) from this rank's features of the labelled images. Collective."""
-    with search_progress(stage, label, len(images.test)) as on_chunk:
+    with stoppable_progress(stage, label, len(images.test), "queries") as on_chunk:
         return knn_accuracy(
             train_nF,
-            labels_of_own_part(stage, images.train_labels),
+            own_part(stage, images.train_labels),
             test_mF,
-            labels_of_own_part(stage, images.test_labels),
+            own_part(stage, images.test_labels),
             stage.world,
             neighbours=knn.neighbours,
             temperatures=knn.temperatures,
@@ -202,10 +203,9 @@ def vote(
         )
 
 
-def labels_of_own_part(stage: Stage, labels_N: Tensor) -> Tensor:
-    """Labels of this rank's contiguous part of the images."""
-    start, stop = Partition(len(labels_N), stage.world.size).bounds(stage.world.rank)
-    return labels_N[start:stop]
+def own_part(stage: Stage, rows_N: Tensor) -> Tensor:
+    """This rank's contiguous part of a tensor's rows, one for each image."""
+    return rows_N[slice(*Partition(len(rows_N), stage.world.size).bounds(stage.world.rank))]
 
 
 def _frozen(stage: Stage, source: str, encoder: Encoder, epoch: int | None, origin: dict[str, Any]) -> Representation:
@@ -220,10 +220,7 @@ def _frozen(stage: Stage, source: str, encoder: Encoder, epoch: int | None, orig
 
 def _load(stage: Stage, source: str) -> tuple[Encoder, int | None, dict[str, Any]]:
     """Encoder, epoch and origin of a source; `random` is the network after the prior's pass."""
-    if source == "weights":
-        encoder, origin = _load_weights(stage)
-        return encoder, None, origin
-    return _load_checkpoint(stage, _checkpoint(stage, source))
+    return _load_weights(stage) if source == "weights" else _load_checkpoint(stage, _checkpoint(stage, source))
 
 
 def _load_checkpoint(stage: Stage, checkpoint: Checkpoint) -> tuple[Encoder, int | None, dict[str, Any]]:
@@ -243,19 +240,19 @@ def _checkpoint(stage: Stage, source: str) -> Checkpoint:
     """The checkpoint of the source `random` or `trained`."""
     made_by = {"random": "initialize_classifier", "trained": "pretrain"}[source]
     other = stage.config.evaluation.checkpoint
+    checkpoint: Checkpoint | None
     if source == "trained" and other is not None:
         checkpoint = checkpoint_at(other, stage.world, ENCODER_FILES)
         stage.log.say(f"trained: {checkpoint.directory}, epoch {checkpoint.position.epoch}")
     else:
-        newest = newest_checkpoint(stage.checkpoints_of(made_by), stage.world, ENCODER_FILES)
-        if newest is None:
-            raise UserError(absent_checkpoint(stage.run_directory, made_by))
-        checkpoint = newest
+        checkpoint = newest_checkpoint(stage.checkpoints_of(made_by), stage.world, ENCODER_FILES)
+    if checkpoint is None:
+        raise UserError(absent_checkpoint(stage.run_directory, made_by))
     log_oddities(checkpoint, stage)
     return checkpoint
 
 
-def _load_weights(stage: Stage) -> tuple[Encoder, dict[str, Any]]:
+def _load_weights(stage: Stage) -> tuple[Encoder, None, dict[str, Any]]:
     """The encoder with the backbone of `evaluation.weights`, read by every rank, and the file's hash."""
     path = stage.config.evaluation.weights
     if path is None:
@@ -269,9 +266,5 @@ def _load_weights(stage: Stage) -> tuple[Encoder, dict[str, Any]]:
     more = f" and {len(weights.aside) - _NAMED} more" if len(weights.aside) > _NAMED else ""
     prefix = f" ({escape(weights.prefix)}*)" if weights.prefix else ""
     stage.log.say(f"weights: {path}{prefix}, sha256 {weights.sha256[:12]}{aside}{more}")
-    return encoder.to(stage.world.device), {"file": str(path), "sha256": weights.sha256, "prefix": weights.prefix}
-
-
-def _pixels(images: Tensor) -> Tensor:
-    """Pixels normalised by channel, as the encoder sees them; raw ones in [0, 1] would compare mostly brightness."""
-    return images.flatten(1)
+    origin = {"file": str(path), "sha256": weights.sha256, "prefix": weights.prefix}
+    return encoder.to(stage.world.device), None, origin

@@ -32,9 +32,7 @@ class ShardedBank:
         self._first_id = sum(counts[: group.rank])
         self._bank_nF = _normalise(bank_nF, block_rows)
         self._not_finite_n = ~finite_rows(self._bank_nF)
-        self._all_finite = not bool(self._not_finite_n.any())
-        if not self._all_finite:
-            self._bank_nF[self._not_finite_n] = 0
+        self._bank_nF[self._not_finite_n] = 0
         self._group = group
         self._block_rows = block_rows
 
@@ -51,8 +49,6 @@ class ShardedBank:
         Returns:
             Cosine similarities (q, k), float32, descending, and global image ids (q, k), int64.
         """
-        if not 1 <= k <= self.total:
-            raise ValueError(f"{k} neighbours of {self.total} images")
         queries = queries_qF.shape[0]
         own_qk = self._search_own(_normalise(queries_qF), k)
         every_Tqk = self._group.all_gather_rows(own_qk).view(self._group.size, queries, k)
@@ -66,8 +62,7 @@ class ShardedBank:
             block_bF = self._bank_nF[start : start + self._block_rows]
             # Float64 products rounded to float32 do not depend on the block's shape: equal images have equal scores.
             scores_qb = (queries_qF @ block_bF.double().T).float()
-            if not self._all_finite:
-                scores_qb[:, self._not_finite_n[start : start + self._block_rows]] = -torch.inf
+            scores_qb.masked_fill_(self._not_finite_n[start : start + self._block_rows], -torch.inf)
             packed_qb = pack_scores(scores_qb, self._first_id + start)
             packed_qb = packed_qb.topk(min(k, packed_qb.shape[1])).values
             best_qk = torch.cat([best_qk, packed_qb], dim=1).topk(k).values
@@ -128,10 +123,7 @@ def knn_accuracy(
 
 
 def query_chunks(
-    queries_mF: Tensor,
-    counts: Sequence[int],
-    group: Group,
-    chunk_rows: int,
+    queries_mF: Tensor, counts: Sequence[int], group: Group, chunk_rows: int
 ) -> Iterator[tuple[int, slice, Tensor]]:
     """Broadcasts every rank's queries in turn: yields the owner, its rows, and the queries (q, F)."""
     for owner, count in enumerate(counts):

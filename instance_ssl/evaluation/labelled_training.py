@@ -1,27 +1,26 @@
 """What the evaluations share that train on labelled images: the linear layer by SGD, and whole networks."""
 
-import contextlib
 import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from instance_ssl.data.augmentations import centre_view, probe_view
+from instance_ssl.data.augmentations import probe_view
 from instance_ssl.data.image_sources import ImageSource
-from instance_ssl.data.loaders import Batch, PartLoader, image_loader
-from instance_ssl.data.sampler import LazyBatches, consecutive_batches, epoch_order
-from instance_ssl.distributed.partition import Partition
+from instance_ssl.data.loaders import Batch, PartLoader
+from instance_ssl.data.sampler import epoch_order
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.cached_training import train_or_find
 from instance_ssl.evaluation.epoch_log import LabelledBatches, Progress
 from instance_ssl.evaluation.features import state_digest
-from instance_ssl.evaluation.fine_tuning import TrainingOptions, fine_tune, recipe
-from instance_ssl.evaluation.frozen_encoder import LabelledImages, evaluation_data
+from instance_ssl.evaluation.fine_tuning import TrainingOptions, fine_tune
+from instance_ssl.evaluation.frozen_encoder import LabelledImages, evaluation_data, own_batches
 from instance_ssl.evaluation.workload import Workload
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.build import own_parts
@@ -36,12 +35,13 @@ class Subset:
 
     Attributes:
         ids: which, (n,) int64 on the CPU.
-        labels: classes of all images of the source, by id.
+        labels: classes 0 … num_classes - 1 of all images of the source, by id.
     """
 
     images: ImageSource
     ids: Tensor
     labels: Tensor
+    num_classes: int
 
     def describe(self) -> list[str]:
         """Digests of the source and of the ids with their labels."""
@@ -56,7 +56,6 @@ class Training:
     Attributes:
         title: for the console.
         loss_tag: of the train loss in the metrics.
-        num_classes: C.
         global_batch_size: images of a step; an epoch's last step takes what is left.
         steps: global batches in all; the last epoch may be cut short.
     """
@@ -65,25 +64,15 @@ class Training:
     loss_tag: str
     train: Subset
     test: Subset
-    num_classes: int
     global_batch_size: int
     steps: int
-
-
-class Fit(Protocol):
-    """Trains on batches and tests; see `fine_tune` and `train_linear_classifier`."""
-
-    def __call__(
-        self, data: LabelledBatches, *, state: dict[str, Any] | None, on_epoch: Callable[[Progress], None]
-    ) -> dict[str, float]:
-        """Returns the metrics."""
 
 
 def whole_sets(images: LabelledImages) -> tuple[Subset, Subset]:
     """All training and all test images."""
     return (
-        Subset(images.train, torch.arange(len(images.train)), images.train_labels),
-        Subset(images.test, torch.arange(len(images.test)), images.test_labels),
+        Subset(images.train, torch.arange(len(images.train)), images.train_labels, images.num_classes),
+        Subset(images.test, torch.arange(len(images.test)), images.test_labels, images.num_classes),
     )
 
 
@@ -106,23 +95,15 @@ def describe_images(stage: Stage, images: LabelledImages) -> dict[str, Any]:
 
 
 def fine_tune_once(
-    stage: Stage,
-    encoder: Encoder,
-    options: TrainingOptions,
-    workload: Workload,
-    *,
-    title: str,
-    tag: str,
-    train: Subset,
-    test: Subset,
-    num_classes: int,
+    stage: Stage, workload: Workload, encoder: Encoder, options: TrainingOptions, title: str, tag: str, *sets: Subset
 ) -> dict[str, Any]:
     """Fine-tunes a copy of the encoder's backbone and tests it, or finds that this has been done. Collective.
 
     Args:
+        workload: what it is part of.
         title: for the console.
         tag: of the metrics.
-        num_classes: C.
+        sets: the training images, and the test images.
 
     Returns:
         What `fine_tune` returns, with "train_images".
@@ -130,46 +111,38 @@ def fine_tune_once(
     Raises:
         DivergedError: when the loss is not finite.
     """
+    train, test = sets
     decisive = {
         "backbone": state_digest(encoder.backbone),
-        "options": recipe(options),
+        "options": asdict(options),
         "train": train.describe(),
         "test": test.describe(),
-        "num_classes": num_classes,
+        "num_classes": train.num_classes,
         "image_size": evaluation_data(stage).image_size,
         "batch_size": stage.config.evaluation.batch_size,  # a larger part is normalised piece by piece
         "seed": stage.config.seed,
         "precision": str(stage.ds.autocast_dtype),
     }
 
-    def fit(
-        data: LabelledBatches, *, state: dict[str, Any] | None, on_epoch: Callable[[Progress], None]
-    ) -> dict[str, Any]:
-        figures = fine_tune(
-            copy.deepcopy(encoder.backbone),
-            data,
-            stage.world,
-            options,
-            feature_dim=encoder.feature_dim,
-            seed=stage.config.seed,
-            autocast=lambda: _autocast(stage),
-            state=state,
-            on_epoch=on_epoch,
-        )
+    def fit(data: LabelledBatches, **resume: Any) -> dict[str, Any]:
+        # Float32 for float16, whose gradients would need loss scaling.
+        autocast = nullcontext if stage.ds.autocast_dtype == torch.float16 else stage.autocast
+        resume |= {"feature_dim": encoder.feature_dim, "seed": stage.config.seed, "autocast": autocast}
+        figures = fine_tune(copy.deepcopy(encoder.backbone), data, stage.world, options, **resume)
         return {"train_images": len(train.ids), **figures}
 
-    training = Training(title, f"{tag}/train_loss", train, test, num_classes, options.global_batch_size, options.steps)
+    training = Training(title, f"{tag}/train_loss", train, test, options.global_batch_size, options.steps)
     return train_once(stage, training, decisive, fit, workload)
 
 
 def train_once(
-    stage: Stage, training: Training, decisive: dict[str, Any], fit: Fit, workload: Workload
+    stage: Stage, training: Training, decisive: dict[str, Any], fit: Callable[..., dict[str, Any]], workload: Workload
 ) -> dict[str, Any]:
     """Trains and tests, or finds that this has been done; resumes a training that was stopped. Collective.
 
     Args:
         decisive: all that decides the outcome, except the number of ranks.
-        fit: the training.
+        fit: returns the metrics from `LabelledBatches`, `state` and `on_epoch` (see `fine_tune`).
         workload: what it is part of.
 
     Raises:
@@ -198,13 +171,8 @@ def train_once(
 
 def _batches(stage: Stage, training: Training, steps_per_epoch: int, on_step: Callable[[], None]) -> LabelledBatches:
     data, train, test = evaluation_data(stage), training.train, training.test
-    loader = PartLoader(
-        train.images,
-        probe_view(data.image_size),
-        data.num_workers,
-        seed=stage.config.seed,
-        max_batch_size=stage.config.evaluation.batch_size,
-    )
+    settings = {"seed": stage.config.seed, "max_batch_size": stage.config.evaluation.batch_size}
+    loader = PartLoader(train.images, probe_view(data.image_size), data.num_workers, **settings)
 
     def train_parts(epoch: int) -> Iterator[Iterable[Batch]]:
         first = epoch * steps_per_epoch
@@ -215,27 +183,10 @@ def _batches(stage: Stage, training: Training, steps_per_epoch: int, on_step: Ca
             yield part
             on_step()
 
-    return LabelledBatches(
-        train_parts,
-        lambda: _own_test_batches(stage, test),
-        train.labels,
-        test.labels,
-        training.num_classes,
-        steps_per_epoch,
-    )
+    def test_batches() -> Iterator[Batch]:
+        for batch in own_batches(stage, test.images, test.ids):
+            stage.guard.check()
+            yield batch
 
-
-def _own_test_batches(stage: Stage, test: Subset) -> Iterator[Batch]:
-    """This rank's contiguous part of the subset, in batches, each image once."""
-    data = evaluation_data(stage)
-    own = test.ids[slice(*Partition(len(test.ids), stage.world.size).bounds(stage.world.rank))]
-    pieces = consecutive_batches(0, len(own), stage.config.evaluation.batch_size)
-    batches = LazyBatches(len(pieces), lambda number: own[pieces[number]].tolist())
-    for batch in image_loader(test.images, centre_view(data.image_size), batches, data.num_workers):
-        stage.guard.check()
-        yield batch
-
-
-def _autocast(stage: Stage) -> contextlib.AbstractContextManager[object]:
-    """The JSON's precision; float32 for float16, whose gradients would need loss scaling."""
-    return contextlib.nullcontext() if stage.ds.autocast_dtype == torch.float16 else stage.autocast()
+    labels = train.labels, test.labels
+    return LabelledBatches(train_parts, test_batches, *labels, train.num_classes, steps_per_epoch)

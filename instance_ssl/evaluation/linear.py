@@ -18,7 +18,6 @@ from instance_ssl.evaluation.epoch_log import Batches, LabelledBatches, Progress
 from instance_ssl.evaluation.features import evaluation_mode, extract_features
 
 _BLOCK_ROWS = 65536
-_HISTORY = 10
 
 
 def places(scores_nC: Tensor, labels_n: Tensor) -> Tensor:
@@ -109,11 +108,10 @@ def train_linear_classifier(
     feature_dim: int,
     epochs: int = 100,
     learning_rate: float = 40.0,
-    momentum: float = 0.9,
     global_batch_size: int = 2048,
     seed: int = 0,
     state: dict[str, Any] | None = None,
-    on_epoch: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[Progress], None] = lambda done: None,
 ) -> dict[str, float]:
     """Trains a linear layer by SGD on features of augmented images, the encoder frozen in evaluation mode.
 
@@ -136,24 +134,23 @@ def train_linear_classifier(
         DivergedError: when the loss is not finite.
         ValueError: when an epoch has no training images or there are no test images.
     """
-    theta = _initial_weights(data.num_classes, feature_dim, seed).to(group.device)
-    optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=momentum)
+    # Drawn on the CPU: the same on every rank and device.
+    weights_CF = torch.empty(data.num_classes, feature_dim)
+    weights_CF.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
+    theta = torch.cat([weights_CF, torch.zeros(data.num_classes, 1)], dim=1).to(group.device)
+    optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=0.9)
     steps_per_epoch = data.steps_per_epoch
 
     def train_epoch(epoch: int) -> float:
-        rates = [_cosine(learning_rate, epoch + step / steps_per_epoch, epochs) for step in range(steps_per_epoch)]
+        epochs_done = (epoch + step / steps_per_epoch for step in range(steps_per_epoch))
+        rates = [learning_rate * 0.5 * (1 + math.cos(math.pi * done / epochs)) for done in epochs_done]
         parts = _labelled_parts(data.train_parts(epoch), features, feature_dim, data.labels, group.device)
         return _train_epoch(optimizer, theta, rates, parts, group)
 
-    def capture() -> dict[str, Any]:
-        return {"theta": theta, "optimizer": optimizer.state_dict()}
-
-    def restore(state: dict[str, Any]) -> None:
-        theta.copy_(state["theta"])
-        optimizer.load_state_dict(state["optimizer"])
-
     with evaluation_mode(features):
-        train_loss = train_epochs(train_epoch, epochs, capture=capture, restore=restore, state=state, on_epoch=on_epoch)
+        train_loss = train_epochs(
+            train_epoch, epochs, optimizer, "theta", lambda: theta, theta.copy_, state=state, on_epoch=on_epoch
+        )
         one_by_one = ([batch] for batch in data.test_batches())
         rows = _labelled_parts(one_by_one, features, feature_dim, data.test_labels, group.device)
         accuracy = _accuracy(theta, rows, group)
@@ -218,7 +215,7 @@ def _fit(
     theta = start_theta.clone()
     total = sum(group.row_counts(rows.labels_n.shape[0]))
     optimizer = torch.optim.LBFGS(
-        [theta], max_iter=max_iterations, tolerance_grad=1e-6, history_size=_HISTORY, line_search_fn="strong_wolfe"
+        [theta], max_iter=max_iterations, tolerance_grad=1e-6, history_size=10, line_search_fn="strong_wolfe"
     )
 
     @torch.no_grad()
@@ -251,16 +248,6 @@ def _loss_and_gradient(theta: Tensor, rows_bF: Tensor, labels_b: Tensor) -> Tens
     return torch.cat([loss[None], gradient.flatten()])
 
 
-def _initial_weights(num_classes: int, feature_dim: int, seed: int) -> Tensor:
-    """Weights ~ N(0, 0.01²) and bias 0, (C, F + 1), drawn on the CPU to be the same on every rank and device."""
-    weights_CF = torch.empty(num_classes, feature_dim).normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
-    return torch.cat([weights_CF, torch.zeros(num_classes, 1)], dim=1)
-
-
-def _cosine(learning_rate: float, epochs_done: float, epochs: int) -> float:
-    return learning_rate * 0.5 * (1 + math.cos(math.pi * epochs_done / epochs))
-
-
 def _labelled_parts(
     parts: Iterable[Batches],
     features: Callable[[Tensor], Tensor],
@@ -275,6 +262,7 @@ def _labelled_parts(
         yield features_nF, labels[ids_n]
 
 
+@torch.no_grad()
 def _train_epoch(
     optimizer: torch.optim.SGD,
     theta: Tensor,
@@ -282,22 +270,16 @@ def _train_epoch(
     parts: Iterator[tuple[Tensor, Tensor]],
     group: Group,
 ) -> float:
-    """Takes one step per learning rate and returns the mean loss of the epoch's images."""
-    totals = torch.zeros(2, dtype=torch.float64, device=theta.device)
+    """Steps once per rate along a global batch's mean gradient; returns the mean loss of the epoch's images."""
+    totals = torch.zeros(2, dtype=torch.float64, device=theta.device)  # summed loss, number of images
     for rate, (rows_bF, labels_b) in zip(rates, parts, strict=True):
         optimizer.param_groups[0]["lr"] = rate
-        totals += _step(optimizer, theta, rows_bF, labels_b, group)
+        images = torch.full((1,), labels_b.shape[0], dtype=theta.dtype, device=theta.device)
+        packed = group.all_reduce_sum_(torch.cat([images, _loss_and_gradient(theta, rows_bF, labels_b)]))
+        theta.grad = (packed[2:] / packed[0].clamp_min(1)).view_as(theta)
+        optimizer.step()
+        totals += torch.stack([packed[1], packed[0]])
     return mean_loss(totals, "linear classifier", "lower its learning rate")
-
-
-@torch.no_grad()
-def _step(optimizer: torch.optim.SGD, theta: Tensor, rows_bF: Tensor, labels_b: Tensor, group: Group) -> Tensor:
-    """Steps along the mean gradient of the global batch; returns its summed loss and number of images, (2,)."""
-    images = torch.full((1,), labels_b.shape[0], dtype=theta.dtype, device=theta.device)
-    packed = group.all_reduce_sum_(torch.cat([images, _loss_and_gradient(theta, rows_bF, labels_b)]))
-    theta.grad = (packed[2:] / packed[0].clamp_min(1)).view_as(theta)
-    optimizer.step()
-    return torch.stack([packed[1], packed[0]])
 
 
 def _accuracy(theta: Tensor, rows: Iterable[tuple[Tensor, Tensor]], group: Group) -> dict[str, float]:

@@ -13,6 +13,7 @@ from instance_ssl.data.loaders import BatchLoader
 from instance_ssl.data.sampler import BatchKeys, epoch_order
 from instance_ssl.data.views import ViewBatch, ViewDataset
 from instance_ssl.distributed.partition import Partition
+from instance_ssl.evaluation.frozen_encoder import stoppable_progress
 from instance_ssl.run.build import own_parts
 from instance_ssl.run.stage import Stage
 
@@ -43,22 +44,13 @@ def prior_rows(
     """
     start, stop = Partition(len(ids_N), stage.world.size).bounds(stage.world.rank)
     rows = OwnRows(start * num_views, stop * num_views, width, stage.world.device)
-    with stage.log.progress(label, len(ids_N), "images") as progress, stage.autocast():
-
-        def on_batch(count: int) -> None:
-            progress.advance(count // num_views)
-            stage.check_together()
-
-        batches = _own_batches(stage, images, ids_N, view, num_views)
+    batches = _own_batches(stage, images, ids_N, view, num_views)
+    with stoppable_progress(stage, label, len(ids_N), "images") as advance, stage.autocast():
         initialize_from_features(
-            rows, network, batches, mode, stage.world, batches_done=batches_done, on_batch=on_batch
-        )
+            rows, network, batches, mode, stage.world,
+            batches_done=batches_done, on_batch=lambda count: advance(count // num_views),
+        )  # fmt: skip
     return rows.rows_nD.view(stop - start, num_views, width)
-
-
-def num_batches(stage: Stage, num_images: int) -> int:
-    """Number of batches of one pass."""
-    return -(-num_images // stage.config.classifier.initialization_batch_size)
 
 
 def _own_batches(

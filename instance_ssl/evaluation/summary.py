@@ -1,7 +1,5 @@
 """The table at the end of a pipeline, from its stages' results."""
 
-from typing import Any
-
 from instance_ssl.errors import UserError, printable
 from instance_ssl.evaluation.frozen_encoder import TITLES
 from instance_ssl.files.structured import MalformedError, read_json
@@ -27,7 +25,8 @@ def _write(stage: Stage) -> list[str]:
 
 
 def _lines(stage: Stage) -> list[str]:
-    knn, linear, pretrain = (_result(stage, name) for name in ("evaluate_knn", "evaluate_linear", "pretrain"))
+    stages = "evaluate_knn", "evaluate_linear", "pretrain"
+    knn, linear, pretrain = (read_json(stage.run_directory / name / "result.json") for name in stages)
     lines = [f"{'':16}{'k-NN top-1':>12}{'linear top-1':>14}"]
     for source in stage.config.evaluation.sources:
         row = knn["figures"][source]["top1"], linear["figures"][source]["top1"]
@@ -40,7 +39,3 @@ def _lines(stage: Stage) -> list[str]:
         f"nearest neighbours: {stage.run_directory / knn['picture']}",
         f"run directory: {stage.run_directory}",
     ]
-
-
-def _result(stage: Stage, name: str) -> dict[str, Any]:
-    return read_json(stage.run_directory / name / "result.json")

@@ -18,19 +18,15 @@ def main(words: Sequence[str] | None = None) -> int:
 
     def write() -> None:
         arguments = parser.parse_args(words)
-        _write(arguments.runs, arguments.output or arguments.runs[0] / "report.html")
+        runs, output = open_runs(arguments.runs), arguments.output or arguments.runs[0] / "report.html"
+        from instance_ssl.report.page import build_page  # late, for it imports torch
+
+        page = printable(build_page(runs), "utf-8")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_text(output, page)
+        except OSError as error:
+            raise UserError(f"--output {output}: {why_not_written(error, output.parent, len(page))}") from None
+        tell(f"{output}: {len(page.encode()) / 2**20:.1f} MiB, {len(runs)} run(s)")
 
     return exit_code_of(write)
-
-
-def _write(runs: Sequence[Path], output: Path) -> None:
-    opened = open_runs(runs)
-    from instance_ssl.report.page import build_page  # late, for it imports torch
-
-    page = printable(build_page(opened), "utf-8")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, page)
-    except OSError as error:
-        raise UserError(f"--output {output}: {why_not_written(error, output.parent, len(page))}") from None
-    tell(f"{output}: {len(page.encode()) / 2**20:.1f} MiB, {len(runs)} run(s)")

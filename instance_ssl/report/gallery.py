@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,52 +13,40 @@ from instance_ssl.data.image_sources import FileImages, ImageSource, read_instan
 from instance_ssl.data.list_changes import places_of
 from instance_ssl.data.name_table import packed
 from instance_ssl.errors import UserError
+from instance_ssl.evaluation.embedding_map import evenly_spaced
 from instance_ssl.report.pictures import png_uri
 from instance_ssl.report.runs import Run
 from instance_ssl.run.images import open_split, rendering_of
 
 THUMBNAIL_PIXELS = 64
 _CLASSES, _HARDEST = 10, 10
+# A data URI, the image's name, and its kind: query, same, other or "" (no labels).
+_Thumbnail = tuple[str, str, str]
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """An image as a data URI, with its name; `kind` is query, same, other or "" (no labels)."""
+def hard_class_gallery(run: Run) -> tuple[str, list[list[_Thumbnail]], bool] | None:
+    """A note, rows of an image and those of its hardest classes, and whether there are labels.
 
-    uri: str
-    name: str
-    kind: str
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Rows of an image and those of its hardest classes, hardest first; or, without rows, a note that says why."""
-
-    note: str
-    rows: list[list[Thumbnail]] = field(default_factory=list)
-    has_labels: bool = False
-
-
-def hard_class_gallery(run: Run) -> Gallery | None:
-    """The gallery of a run; None where the training has not begun."""
+    Without rows the note says why. None where the training has not begun.
+    """
     if "pretrain" not in run.stages:
         return None
     checkpoint = run.newest_checkpoint()
     if checkpoint is None or run.config is None:
-        return Gallery("the training has written no checkpoint yet")
+        return "the training has written no checkpoint yet", [], False
     try:
         hard = _hard_classes(checkpoint)
         if hard is None:
-            return Gallery("this run smooths no labels, so it keeps no hardest classes")
+            return "this run smooths no labels, so it keeps no hardest classes", [], False
         source, ids = _open_some(run.directory, run.config.data, [i for row in hard for i in row])
         places = iter(ids)
         rows = [_thumbnails(source, [next(places) for _ in row]) for row in hard]
     except UserError as error:
-        return Gallery(str(error))
-    return Gallery(f"by {checkpoint.name}, hardest first", rows, source.labels is not None)
+        return str(error), [], False
+    return f"by {checkpoint.name}, hardest first", rows, source.labels is not None
 
 
-def _thumbnails(source: ImageSource, ids: Sequence[int]) -> list[Thumbnail]:
+def _thumbnails(source: ImageSource, ids: Sequence[int]) -> list[_Thumbnail]:
     """The first image is the query, the others are those of its hardest classes."""
     labels = None if source.labels is None else source.labels[torch.tensor(ids)].tolist()
     row = []
@@ -68,7 +55,7 @@ def _thumbnails(source: ImageSource, ids: Sequence[int]) -> list[Thumbnail]:
         if labels is not None:
             kind = kind or ("same" if labels[place] == labels[0] else "other")
             name += f" ({source.class_names[labels[place]]})" if source.class_names is not None else ""
-        row.append(Thumbnail(_thumbnail_uri(source.load(index)), name, kind))
+        row.append((_thumbnail_uri(source.load(index)), name, kind))
     return row
 
 
@@ -88,8 +75,7 @@ def _hard_classes(checkpoint: Path) -> list[list[int]] | None:
         UserError: when the checkpoint's rows cannot be read.
     """
     parts = sorted(tuple(int(part) for part in path.stem.split("_")[1:]) for path in checkpoint.glob("rows_*.pt"))
-    total = max((last for _, last in parts), default=0)
-    wanted = torch.linspace(0, total - 1, min(total, _CLASSES), dtype=torch.float64).long().unique().tolist()
+    wanted = evenly_spaced(max((last for _, last in parts), default=0), _CLASSES).tolist()
     found = []
     for first, last in parts:
         hard_nK = read_tensors(checkpoint / f"rows_{first:09d}_{last:09d}.pt").get("hard_classes")

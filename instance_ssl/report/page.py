@@ -1,7 +1,6 @@
 """The page: what the runs' directories hold as plain values, rendered by page.html.j2."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from instance_ssl.evaluation.embedding_map import plane
 from instance_ssl.report.gallery import THUMBNAIL_PIXELS, hard_class_gallery
 from instance_ssl.report.pictures import NUM_COLOURS, Line, label_colour, line_chart, png_file, scatter_map
 from instance_ssl.report.runs import Run
-from instance_ssl.report.tables import StageTables, Table, show, stage_tables, stage_title, word
+from instance_ssl.report.tables import Table, show, stage_tables, stage_title, word
 
 _HERE = Path(__file__).parent
 # Curves of the training: tag, title, name of the axis, factor.
@@ -41,38 +40,17 @@ _TILES: tuple[tuple[str, str, tuple[str, ...], float, str], ...] = (
 # The paper's figure that a stage's own picture is.
 _PAPER_FIGURES = {"evaluate_checkpoints": "Figure 1(b)", "evaluate_similarity": "Figure 4"}
 _MOST_LEGEND_LABELS = 20
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing with a title and a note beside it."""
-
-    title: str
-    note: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class ClassMap:
-    """Test images in the plane, a chart for each source, with (colour, class) of the legend; or a note alone."""
-
-    charts: list[Chart]
-    legend: list[tuple[str, str]]
-    note: str
-
-
-@dataclass(frozen=True)
-class StageSection:
-    """What the page says of one stage: its tables, one line for each run without a result, and its own pictures."""
-
-    title: str
-    tables: StageTables
-    waiting: list[str]
-    pictures: list[tuple[str, str]]
+# A title, a note beside it, and the drawing.
+_Chart = tuple[str, str, Markup]
 
 
 def build_page(runs: Sequence[Run]) -> str:
     """The whole page as HTML, with everything that it shows inside it."""
+
+    def by_run(parts: Iterable[Any]) -> list[tuple[str, Any]]:
+        """The parts that there are, with their run's name where there are several runs."""
+        return [(run.name if len(runs) > 1 else "", part) for run, part in zip(runs, parts, strict=True) if part]
+
     jinja = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -88,9 +66,9 @@ def build_page(runs: Sequence[Run]) -> str:
         curves=_curves(runs),
         stages=_stages(runs),
         paper=_pictures(runs, _PAPER_FIGURES),
-        maps=_by_run(runs, [_class_map(run) for run in runs]),
+        maps=by_run(map(_class_map, runs)),
         neighbours=_pictures(runs, {"evaluate_knn": "Neighbours"}),
-        galleries=_by_run(runs, [hard_class_gallery(run) for run in runs]),
+        galleries=by_run(map(hard_class_gallery, runs)),
         recipe=_recipe(runs),
     )
 
@@ -100,11 +78,6 @@ def curve(run: Run, tag: str, factor: float = 1.0) -> list[tuple[float, float]]:
     record = run.stages.get("pretrain")
     points = record.series(tag) if record else []
     return [(step / run.steps_per_epoch if run.steps_per_epoch else step, value * factor) for step, value in points]
-
-
-def _by_run(runs: Sequence[Run], parts: Sequence[Any]) -> list[tuple[str, Any]]:
-    """The parts that there are, with their run's name where there are several runs."""
-    return [(run.name if len(runs) > 1 else "", part) for run, part in zip(runs, parts, strict=True) if part]
 
 
 def _tiles(run: Run) -> list[tuple[str, str]]:
@@ -133,24 +106,20 @@ def _about(run: Run) -> str:
     )
 
 
-def _curves(runs: Sequence[Run]) -> list[Chart]:
-    charts = []
+def _curves(runs: Sequence[Run]) -> list[_Chart]:
+    charts: list[_Chart] = []
+
+    def add(title: str, curves: Iterable[list[tuple[float, float]]], axis: str, references: dict[str, float]) -> None:
+        drawn = [Line(place, points) for place, points in enumerate(curves) if points]
+        if drawn:
+            note = f"{drawn[0].points[-1][1]:.4g} at the end" if len(drawn) == 1 else ""
+            charts.append((title, note, line_chart(drawn, references, axis)))
+
     for tag, title, axis, factor in _CURVES:
-        charts += _chart(
-            title, [Line(run.name, place, curve(run, tag, factor)) for place, run in enumerate(runs)], axis
-        )
+        add(title, [curve(run, tag, factor) for run in runs], axis, {})
         if tag == "train/instance_accuracy":
-            lines = [Line(run.name, place, knn_curve(run)) for place, run in enumerate(runs)]
-            charts += _chart("k-NN", lines, "top-1, %", _baselines(runs[0]) if len(runs) == 1 else {})
+            add("k-NN", map(knn_curve, runs), "top-1, %", _baselines(runs[0]) if len(runs) == 1 else {})
     return charts
-
-
-def _chart(title: str, lines: Sequence[Line], axis: str, references: dict[str, float] | None = None) -> list[Chart]:
-    drawn = [line for line in lines if line.points]
-    if not drawn:
-        return []
-    note = f"{drawn[0].points[-1][1]:.4g} at the end" if len(drawn) == 1 else ""
-    return [Chart(title, note, line_chart(drawn, references or {}, axis))]
 
 
 def knn_curve(run: Run) -> list[tuple[float, float]]:
@@ -167,22 +136,21 @@ def _baselines(run: Run) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
 
-def _stages(runs: Sequence[Run]) -> list[StageSection]:
+def _stages(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Of each stage its tables, a line for each run without a result, and its own pictures."""
     sections = []
     for stage in dict.fromkeys(stage for run in runs for stage in run.stages):
-        tables = stage_tables(runs, stage)
-        waiting = [_waiting(run, stage) for run in runs if stage in run.stages and run.stages[stage].result is None]
+        tables, waiting, title = stage_tables(runs, stage), [], stage_title(stage)
+        for run in runs:
+            if stage in run.stages and run.stages[stage].result is None:
+                status = run.stages[stage].status
+                reason = f": {status['reason']}" if status.get("reason") else ""
+                waiting.append(f"{run.name}: {status.get('state', 'no result')}{reason}")
         shown_below = stage == "evaluate_knn" or stage in _PAPER_FIGURES
-        pictures = [] if shown_below else [(alt, uri) for _, alt, uri in _pictures(runs, {stage: stage_title(stage)})]
-        if tables.main or tables.inner or tables.footnotes or waiting:
-            sections.append(StageSection(stage_title(stage), tables, waiting, pictures))
+        pictures = [] if shown_below else _pictures(runs, {stage: title})
+        if any(tables.values()) or waiting:
+            sections.append({**tables, "title": title, "waiting": waiting, "pictures": pictures})
     return sections
-
-
-def _waiting(run: Run, stage: str) -> str:
-    status = run.stages[stage].status
-    reason = f": {status['reason']}" if status.get("reason") else ""
-    return f"{run.name}: {status.get('state', 'no result')}{reason}"
 
 
 def _pictures(runs: Sequence[Run], titles: dict[str, str]) -> list[tuple[str, str, str]]:
@@ -196,8 +164,11 @@ def _pictures(runs: Sequence[Run], titles: dict[str, str]) -> list[tuple[str, st
     return found
 
 
-def _class_map(run: Run) -> ClassMap | None:
-    """The test images of every source in the plane, coloured by class; None where no sample was kept."""
+def _class_map(run: Run) -> tuple[list[_Chart], list[tuple[str, str]], str] | None:
+    """The test images in the plane, a chart for each source, (colour, class) of the legend, and a note.
+
+    None where no sample was kept.
+    """
     file = run.directory / "evaluate_knn/map.pt"
     if not file.exists():
         return None
@@ -209,17 +180,17 @@ def _class_map(run: Run) -> ClassMap | None:
         for source, sample in content["sources"].items():
             points_n2, method = plane(sample["components"])
             colours = [label_colour(label, count) for label in labels[sample["ids"]].tolist()]
-            charts.append(Chart(word(source), f"{method}, {len(colours)} images", scatter_map(points_n2, colours)))
+            charts.append((word(source), f"{method}, {len(colours)} images", scatter_map(points_n2, colours)))
     except (UserError, KeyError) as error:
-        return ClassMap([], [], f"{file.name} cannot be shown ({error})")
+        return [], [], f"{file.name} cannot be shown ({error})"
     if count > _MOST_LEGEND_LABELS:
-        return ClassMap(charts, [], f"{count} classes, in the order of their labels round the circle of hues")
-    return ClassMap(charts, [(label_colour(i, count), str(names[i] if names else i)) for i in range(count)], "")
+        return charts, [], f"{count} classes, in the order of their labels round the circle of hues"
+    return charts, [(label_colour(i, count), str(names[i] if names else i)) for i in range(count)], ""
 
 
 def _recipe(runs: Sequence[Run]) -> list[tuple[str, Table]]:
     """Configuration keys: those in which the runs differ, other changes of the defaults, and then all of them."""
-    recipes = [run.recipe() for run in runs]
+    recipes = [flatten(run.config) if run.config else {} for run in runs]
     keys = list(dict.fromkeys(key for recipe in recipes for key in recipe))
     defaults = flatten(ExperimentConfig())
     differing = [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
@@ -229,9 +200,5 @@ def _recipe(runs: Sequence[Run]) -> list[tuple[str, Table]]:
         cells = [[key, *(show(recipe.get(key)) for recipe in recipes), show(defaults.get(key))] for key in chosen]
         return Table(["key", *(run.name for run in runs), "default"], cells)
 
-    titled = [
-        ("Where the runs differ", differing),
-        ("Other than the defaults", changed),
-        (f"all {len(keys)} keys", keys),
-    ]
-    return [(title, table(chosen)) for title, chosen in titled if chosen]
+    titled = {"Where the runs differ": differing, "Other than the defaults": changed, f"all {len(keys)} keys": keys}
+    return [(title, table(chosen)) for title, chosen in titled.items() if chosen]

@@ -6,9 +6,8 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -53,11 +52,9 @@ _LABEL_COLOURS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A curve of points (x, y) by ascending x, in the colour of the run at this `place` on the page."""
 
-    name: str
     place: int
     points: Sequence[tuple[float, float]]
 
@@ -66,7 +63,8 @@ def line_chart(lines: Sequence[Line], references: Mapping[str, float], y_name: s
     """Curves over epochs, one or more, and dashed horizontal lines with their names."""
     with _drawing((4.2, 2.5)) as (figure, axes):
         for line in lines:
-            points = _thin(line.points)
+            count = min(len(line.points), _MOST_POINTS)  # evenly spaced, both ends included
+            points = [line.points[round(i * (len(line.points) - 1) / max(count - 1, 1))] for i in range(count)]
             style = "o-" if len(points) <= _MOST_MARKERS else "-"
             axes.plot(*zip(*points, strict=True), style, lw=1.5, ms=3.5, color=_RUNS[line.place % NUM_COLOURS])
         for place, (name, value) in enumerate(references.items()):
@@ -133,11 +131,3 @@ def _inline(figure: Figure) -> Markup:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
     return Markup(text)  # matplotlib has escaped every text in it
-
-
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `_MOST_POINTS` of them, evenly spaced, the first and the last included."""
-    if len(points) <= _MOST_POINTS:
-        return list(points)
-    step = (len(points) - 1) / (_MOST_POINTS - 1)
-    return [points[round(place * step)] for place in range(_MOST_POINTS)]

@@ -1,4 +1,4 @@
-"""What run directories hold, finished or not; read leniently, as a page is wanted of whatever there is."""
+"""Reads run directories, finished or not, leniently: whatever is there is shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from instance_ssl.checkpoint.committed import committed_directories, find_other_step
-from instance_ssl.config.experiment import ExperimentConfig, flatten
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.errors import UserError
 from instance_ssl.files.structured import parse_yaml, read_json_lines
 from instance_ssl.run.directory import read_json
 
-# Keys of a result about where it was computed, not about what came out.
-SURROUNDINGS = ("date", "commit", "versions", "world_size", "device", "seconds", "data", "newest_checkpoint", "stage")
 # Order of the sections; other stages follow by name.
 _KNOWN_ORDER = ("initialize_classifier", "pretrain", "evaluate_knn", "evaluate_linear", "evaluate_retrieval")
 
@@ -28,8 +26,6 @@ class StageRecord:
         metrics: lines of metrics.jsonl in order, without a half-written one at the end.
     """
 
-    name: str
-    directory: Path
     status: dict[str, Any]
     result: dict[str, Any] | None
     metrics: list[dict[str, Any]]
@@ -71,19 +67,12 @@ class Run:
     def state(self) -> str:
         """The status of the stage that wrote its own last."""
         told = [stage.status for stage in self.stages.values() if stage.status.get("state")]
-        if not told:
-            return "not begun"
-        last = max(told, key=lambda status: str(status.get("date", "")))
+        last = max(told, key=lambda status: str(status.get("date", "")), default={"state": "not begun"})
         return str(last["state"])
-
-    def recipe(self) -> dict[str, Any]:
-        """Dotted keys of the configuration."""
-        return {} if self.config is None else flatten(self.config)
 
     def figure(self, stage: str, *keys: str) -> Any:
         """A value inside a stage's result; None where anything on the way is missing."""
-        record = self.stages.get(stage)
-        value: Any = None if record is None else record.result
+        value: Any = self.stages[stage].result if stage in self.stages else None
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value
@@ -104,26 +93,16 @@ def open_runs(directories: Sequence[Path]) -> list[Run]:
     for directory, name in zip(directories, _short_names(directories), strict=True):
         if not directory.is_dir():
             raise UserError(f"{directory} is not a directory: give run directories (--run-dir of the stages)")
-        stages = {path.name: _read_stage(path) for path in sorted(directory.iterdir()) if _is_stage(path)}
-        if not stages:
+        paths = {path.name: path for path in directory.iterdir() if _is_stage(path)}
+        if not paths:
             raise UserError(f"{directory} holds no stage of a run: run runners/pipeline.py --run-dir {directory} first")
-        ordered = sorted(stages, key=lambda stage: (_place(stage), stage))
+        ordered = [*(stage for stage in _KNOWN_ORDER if stage in paths), *sorted(set(paths) - set(_KNOWN_ORDER))]
         num_instances = (read_json(directory / "data.json") or {}).get("num_instances")
-        config = _newest_config([stages[stage].directory for stage in ordered])
-        runs.append(
-            Run(
-                name,
-                directory,
-                config,
-                {s: stages[s] for s in ordered},
-                num_instances if type(num_instances) is int else None,
-            )
-        )
+        num_instances = num_instances if type(num_instances) is int else None
+        stages = {stage: _read_stage(paths[stage]) for stage in ordered}
+        config = _newest_config([paths[stage] for stage in ordered])
+        runs.append(Run(name, directory, config, stages, num_instances))
     return runs
-
-
-def _place(stage: str) -> int:
-    return _KNOWN_ORDER.index(stage) if stage in _KNOWN_ORDER else len(_KNOWN_ORDER)
 
 
 def _short_names(directories: Sequence[Path]) -> list[str]:
@@ -146,7 +125,7 @@ def _read_stage(path: Path) -> StageRecord:
         metrics, _ = read_json_lines(path / "metrics.jsonl")
     except OSError:
         metrics = []
-    return StageRecord(path.name, path, status, result, metrics)
+    return StageRecord(status, result, metrics)
 
 
 def _is_drawable(value: Any) -> bool:

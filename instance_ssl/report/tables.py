@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from instance_ssl.report.runs import SURROUNDINGS, Run, StageRecord
+from instance_ssl.report.runs import Run
 
 # Words for what results call by one.
 _WORDS = {
@@ -30,10 +30,11 @@ _STAGES = {
     "evaluate_similarity": "Similarities of the initialisations",
     "evaluate_checkpoints": "Instance against semantic accuracy",
 }
-# Paths of what the page shows anyway.
-_UNSAID = ("picture",)
+# Keys of a result about where it was computed, not about what came out, and what the page shows anyway.
+_UNSAID = {"date", "commit", "versions", "world_size", "device", "seconds", "data", "newest_checkpoint", "stage"}
+_UNSAID |= {"picture"}
 _LONGEST_LIST = 8
-# Keys of a recipe that still stand in a line of small print; a longer one is folded up.
+# Most keys of a recipe that are shown in a line of small print; a longer one is folded.
 _SHORT_RECIPE = 10
 _Labelled = list[tuple[list[str], dict[str, Any]]]
 _HASH = re.compile("[0-9a-f]{40,64}")
@@ -46,7 +47,7 @@ class Rows:
     Attributes:
         rows: labelled rows of plain values.
         inner: labelled rows of the tables inside them, by the tables' name.
-        recipe: dotted keys of what is no figure.
+        recipe: dotted keys of what is not a metric.
     """
 
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -73,7 +74,7 @@ class Rows:
                 self.inner.setdefault(word(key), []).extend((label, dict(row)) for row in value)
 
     def keep(self, prefix: str, values: Mapping[str, Any]) -> None:
-        """Takes over what is no figure."""
+        """Adds to the recipe."""
         for key, value in values.items():
             name = f"{prefix}.{key}" if prefix else key
             if isinstance(value, Mapping):
@@ -92,9 +93,9 @@ def stage_title(stage: str) -> str:
     return _STAGES.get(stage) or word(stage.removeprefix("evaluate_")).capitalize()
 
 
-def stage_rows(record: StageRecord) -> Rows:
+def stage_rows(result: Mapping[str, Any]) -> Rows:
     """A result's figures as rows, numbers beside them too where there are none called figures; the rest as recipe."""
-    result = {key: value for key, value in (record.result or {}).items() if key not in (*SURROUNDINGS, *_UNSAID)}
+    result = {key: value for key, value in result.items() if key not in _UNSAID}
     figures = result.pop("figures", None)
     rows = Rows()
     if isinstance(figures, Mapping):
@@ -107,8 +108,7 @@ def stage_rows(record: StageRecord) -> Rows:
     return rows
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A header, rows of text as wide, and which columns are numbers."""
 
     header: list[str]
@@ -116,43 +116,30 @@ class Table:
     numeric: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True)
-class Footnote:
-    """Small print below a stage's tables, with the recipe as a table where it is too long for a line."""
+def stage_tables(runs: Sequence[Run], stage: str) -> dict[str, Any]:
+    """The tables of one stage, the runs below each other.
 
-    run: str
-    line: str
-    recipe: Table | None
-
-
-@dataclass(frozen=True)
-class StageTables:
-    """A stage's table of all runs, the tables inside its results by name, and a footnote for each run."""
-
-    main: Table | None
-    inner: dict[str, Table]
-    footnotes: list[Footnote]
-
-
-def stage_tables(runs: Sequence[Run], stage: str) -> StageTables:
-    """The tables of one stage, the runs below each other."""
+    Returns:
+        "main", the table of all runs or None; "inner", the tables inside the results by name; "footnotes": of each run
+        its name, a line, and the recipe as a table where it is too long for the line.
+    """
     named = len(runs) > 1
     together: _Labelled = []
     footnotes = []
     inner: dict[str, _Labelled] = {}
     for run in runs:
-        record = run.stages.get(stage)
-        if record is None or record.result is None:
+        result = run.stages[stage].result if stage in run.stages else None
+        if result is None:
             continue
-        rows = stage_rows(record)
+        rows = stage_rows(result)
         prefix = [run.name] if named else []
         together += [([*prefix, label], values) for label, values in rows.rows]
         for name, table in rows.inner.items():
             inner.setdefault(name, []).extend(([*prefix, label], values) for label, values in table)
-        footnotes.append(_footnote(run.name if named else "", rows.recipe, record.result))
-    label_names = [*(["run"] if named else []), ""]
+        footnotes.append((run.name if named else "", *_footnote(rows.recipe, result)))
+    label_names = ["run", ""] if named else [""]
     tables = {name: _table(found, label_names) for name, found in inner.items()}
-    return StageTables(_table(together, label_names) if together else None, tables, footnotes)
+    return {"main": _table(together, label_names) if together else None, "inner": tables, "footnotes": footnotes}
 
 
 def show(value: Any) -> str:
@@ -163,20 +150,14 @@ def show(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if isinstance(value, float):
-        return _show_float(value)
+    if isinstance(value, float) and math.isfinite(value):
+        if value == int(value) and abs(value) < 1e6:
+            return f"{value:,.0f}"
+        return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(show(item) for item in value) or "none"
     text = str(value)
     return f"{text[:12]}…" if _HASH.fullmatch(text) else text
-
-
-def _show_float(value: float) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    if value == int(value) and abs(value) < 1e6:
-        return f"{value:,.0f}"
-    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4g}"
 
 
 def _table(rows: _Labelled, label_names: Sequence[str]) -> Table:
@@ -193,7 +174,7 @@ def _table(rows: _Labelled, label_names: Sequence[str]) -> Table:
     return Table([*label_names, *(word(key) for key in keys)], cells, frozenset(numeric))
 
 
-def _footnote(run: str, recipe: Mapping[str, Any], result: Mapping[str, Any]) -> Footnote:
+def _footnote(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, Table | None]:
     """Recipe and surroundings of a result."""
     is_short = len(recipe) <= _SHORT_RECIPE
     parts = [f"{word(key)}: {show(value)}" for key, value in recipe.items() if is_short and value is not None]
@@ -208,7 +189,7 @@ def _footnote(run: str, recipe: Mapping[str, Any], result: Mapping[str, Any]) ->
     if commit := result.get("commit"):
         parts.append(f"commit {commit}")
     table = None if is_short else Table(["key", "value"], [[key, show(value)] for key, value in recipe.items()])
-    return Footnote(run, " · ".join(parts), table)
+    return " · ".join(parts), table
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """Stage: Figure 1(b), instance accuracy against semantic accuracy over a run's checkpoints of today's images."""
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from instance_ssl.evaluation.frozen_encoder import (
     cached_features,
     open_labelled,
     represent_checkpoint,
+    stoppable_progress,
     vote,
 )
 from instance_ssl.files.atomic import write_json
@@ -43,7 +44,15 @@ def run(stage: Stage) -> dict[str, Any]:
         )
     accept(found[-1], stage)
     images = open_labelled(stage)
-    known = _known_points(stage, images)
+    recipe, path = _recipe(stage, images), stage.directory / "points.json"
+    identity = {
+        **recipe,
+        "configuration": keys_digest(flatten(stage.config)),
+        "train": images.train.digest,
+        "test": images.test.digest,
+        "labels": images.label_digest,
+    }
+    known: dict[str, dict[str, Any]] = stage.on_rank_0(lambda: _known_points(path, identity))
     left = sum(checkpoint.directory.name not in known for checkpoint in found)
     stage.log.say(f"{len(found)} checkpoints, {left} to evaluate")
     points = []
@@ -51,18 +60,22 @@ def run(stage: Stage) -> dict[str, Any]:
         name = checkpoint.directory.name
         if name not in known:
             known[name] = _measure(stage, checkpoint, images)
-            _keep_points(stage, images, known)
-        points.append({"checkpoint": name, **known[name]})
-        _tell(stage, points[-1])
-    return {**_recipe(stage, images), **_correlate(stage, points), "figures": points}
+            if stage.world.rank == 0:
+                write_json(path, {"of": identity, "points": known})
+        point = {"checkpoint": name, **known[name]}
+        points.append(point)
+        epoch, instance, semantic = point["epoch"], point["instance_accuracy"], point["knn_top1"]
+        stage.log.say(f"epoch {epoch}: instance accuracy {instance:.2f} %, k-NN {semantic:.2f} %")
+        stage.log.metrics(epoch, {"checkpoints/instance_accuracy": instance, "checkpoints/knn_top1": semantic})
+    return {**recipe, **_correlate(stage, points), "figures": points}
 
 
 def _measure(stage: Stage, checkpoint: Checkpoint, images: LabelledImages) -> dict[str, Any]:
     """One point: both accuracies in per cent, and the one that the training logged in that epoch."""
-    representation = represent_checkpoint(stage, "trained", checkpoint)
+    representation = represent_checkpoint(stage, checkpoint)
     position, knn = checkpoint.position, stage.config.evaluation.knn
-    instance = _instance_accuracy(stage, checkpoint, representation)
     label = f"epoch {position.epoch}"
+    instance = _instance_accuracy(stage, checkpoint, representation, f"{label}: instances")
     train_nF = cached_features(stage, representation, images.train, f"{label}: train features")
     test_mF = cached_features(stage, representation, images.test, f"{label}: test features")
     headline = knn.model_copy(update={"neighbours": knn.neighbours[:1], "temperatures": knn.temperatures[:1]})
@@ -77,8 +90,11 @@ def _measure(stage: Stage, checkpoint: Checkpoint, images: LabelledImages) -> di
     }
 
 
-def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Representation) -> float:
-    """Of one seeded random view of every image: the deterministic view is what the rows were initialised with."""
+def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Representation, label: str) -> float:
+    """Of one seeded random view of every image: the deterministic view is what the rows were initialised with.
+
+    Images that cannot be read are excluded; a rank's part of a batch may be empty.
+    """
     encoder = representation.encoder
     assert encoder is not None
     shard = classifier_shard(stage)
@@ -88,64 +104,30 @@ def _instance_accuracy(stage: Stage, checkpoint: Checkpoint, representation: Rep
         with stage.autocast():
             return encoder(images)
 
-    label = f"epoch {checkpoint.position.epoch}: instances"
-    with stage.log.progress(label, len(stage.source), "images") as progress:
-
-        def on_batch(count: int) -> None:
-            progress.advance(count)
-            stage.check_together()
-
-        figures = instance_accuracy(
-            embed,
-            shard,
-            _own_views(stage),
-            stage.world,
-            embedding_dim=stage.config.model.embedding_dim,
-            on_batch=on_batch,
-        )
+    config, world = stage.config, stage.world
+    parts = own_parts(torch.arange(len(stage.source)), config.evaluation.batch_size * world.size, world)
+    batches = readable_batches(stage, parts, BrokenImages(stage), training_view(config.augmentation, config.data))
+    with stoppable_progress(stage, label, len(stage.source), "images") as on_batch:
+        width = config.model.embedding_dim
+        figures = instance_accuracy(embed, shard, batches, world, embedding_dim=width, on_batch=on_batch)
     return figures["instance_accuracy"]
 
 
-def _own_views(stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of every batch of all images that can be read; a part may be empty."""
-    num_images, size = len(stage.source), stage.config.evaluation.batch_size
-    parts = own_parts(torch.arange(num_images), size * stage.world.size, stage.world)
-    view = training_view(stage.config.augmentation, stage.config.data)
-    return readable_batches(stage, parts, BrokenImages(stage), view)
-
-
 def _correlate(stage: Stage, points: list[dict[str, Any]]) -> dict[str, Any]:
-    semantic = [point["knn_top1"] for point in points]
-    figures: dict[str, Any] = correlations([point["instance_accuracy"] for point in points], semantic)
-    logged = [(point["logged_instance_accuracy"], point["knn_top1"]) for point in points]
-    known = [(x, y) for x, y in logged if x is not None]
-    if len(known) >= 2:
-        figures["with_logged"] = correlations([x for x, _ in known], [y for _, y in known])
-    stage.log.say(
-        f"instance against semantic accuracy over {len(points)} checkpoints: Pearson {_short(figures['pearson'])}, "
-        f"Spearman {_short(figures['spearman'])}"
-    )
-    picture, note = stage.directory / "correlation.png", f"Pearson {_short(figures['pearson'])}"
+    def correlate(key: str) -> dict[str, float | None]:
+        pairs = [(point[key], point["knn_top1"]) for point in points if point[key] is not None]
+        return correlations([x for x, _ in pairs], [y for _, y in pairs])
+
+    figures: dict[str, Any] = correlate("instance_accuracy")
+    pearson, spearman = ("undefined" if r is None else f"{r:.3f}" for r in (figures["pearson"], figures["spearman"]))
+    if sum(point["logged_instance_accuracy"] is not None for point in points) >= 2:
+        figures["with_logged"] = correlate("logged_instance_accuracy")
+    over = f"instance against semantic accuracy over {len(points)} checkpoints"
+    stage.log.say(f"{over}: Pearson {pearson}, Spearman {spearman}")
+    picture = stage.directory / "correlation.png"
     if stage.world.rank == 0:
-        draw_correlation(picture, points, "instance_accuracy", "knn_top1", note)
+        draw_correlation(picture, points, f"Pearson {pearson}")
     return {"correlation": figures, "picture": str(picture.relative_to(stage.run_directory))}
-
-
-def _short(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
-
-
-def _tell(stage: Stage, point: dict[str, Any]) -> None:
-    stage.log.say(
-        f"epoch {point['epoch']}: instance accuracy {point['instance_accuracy']:.2f} %, k-NN {point['knn_top1']:.2f} %"
-    )
-    stage.log.metrics(
-        point["epoch"],
-        {
-            "checkpoints/instance_accuracy": point["instance_accuracy"],
-            "checkpoints/knn_top1": point["knn_top1"],
-        },
-    )
 
 
 def _recipe(stage: Stage, images: LabelledImages) -> dict[str, Any]:
@@ -161,27 +143,9 @@ def _recipe(stage: Stage, images: LabelledImages) -> dict[str, Any]:
     }
 
 
-def _known_points(stage: Stage, images: LabelledImages) -> dict[str, dict[str, Any]]:
+def _known_points(path: Path, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Points that this stage measured earlier, by the same recipe on the same images."""
-    points = None
-    path = stage.directory / "points.json"
-    if stage.world.rank == 0:
-        kept = read_json(path) or {}
-        points = kept.get("points") if kept.get("of") == _identity(stage, images) else None
-    points = stage.world.broadcast_object(points)
+    kept = read_json(path) or {}
+    points = kept.get("points") if kept.get("of") == identity else None
     points = points if isinstance(points, dict) else {}
     return {name: point for name, point in points.items() if isinstance(point, dict) and point.keys() >= _POINT}
-
-
-def _keep_points(stage: Stage, images: LabelledImages, points: dict[str, dict[str, Any]]) -> None:
-    if stage.world.rank == 0:
-        write_json(stage.directory / "points.json", {"of": _identity(stage, images), "points": points})
-
-
-def _identity(stage: Stage, images: LabelledImages) -> dict[str, Any]:
-    digests = {
-        "configuration": keys_digest(flatten(stage.config)),
-        "train": images.train.digest,
-        "test": images.test.digest,
-    }
-    return {**_recipe(stage, images), **digests, "labels": images.label_digest}

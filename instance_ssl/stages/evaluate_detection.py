@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +16,15 @@ from instance_ssl.evaluation.detection.batches import DetectionBatch, Resizing, 
 from instance_ssl.evaluation.detection.detector import Detector
 from instance_ssl.evaluation.detection.metrics import Detections, require_coco
 from instance_ssl.evaluation.detection.training import (
-    DetectorSchedule,
     DetectorTraining,
     detect,
     detection_figures,
     gather_detections,
+    learning_rate,
 )
 from instance_ssl.evaluation.detection.voc import VocImages, open_voc
 from instance_ssl.evaluation.features import state_digest
-from instance_ssl.evaluation.frozen_encoder import TITLES, evaluation_data, load_backbone
+from instance_ssl.evaluation.frozen_encoder import TITLES, evaluation_data, load_backbone, stoppable_progress
 from instance_ssl.evaluation.workload import Workload
 from instance_ssl.models.backbones import ResNet
 from instance_ssl.run.images import rendering_of
@@ -41,14 +40,13 @@ _RECIPE = {
 
 def run(stage: Stage) -> dict[str, Any]:
     """Returns AP, AP50 and AP75 of every source, and COCO's metrics."""
-    detection = stage.config.evaluation.detection
+    detection, sources = stage.config.evaluation.detection, stage.config.evaluation.sources
     _refuse(stage)
     train, test = (_open(stage, lists) for lists in (detection.train, detection.test))
     stage.log.say(f"detection: {len(train)} training images, {len(test)} test images")
     results = {}
-    for source in stage.config.evaluation.sources:
+    for source in sources:
         load_backbone(stage, source)  # a missing one fails before hours of training
-    sources = stage.config.evaluation.sources
     workload = Workload(stage.log.say, f"detection ({', '.join(sources)})", [detection.iterations] * len(sources))
     for source in sources:
         training, epoch, digest = _build(stage, source)
@@ -113,15 +111,7 @@ def _build(stage: Stage, source: str) -> tuple[DetectorTraining, int | None, str
         regions_per_image=detection.regions_per_image,
         test_proposals=detection.test_proposals,
     )
-    schedule = DetectorSchedule(
-        iterations=detection.iterations,
-        steps=detection.steps,
-        warmup_iterations=detection.warmup_iterations,
-        learning_rate=detection.learning_rate,
-        momentum=detection.momentum,
-        weight_decay=detection.weight_decay,
-    )
-    return DetectorTraining(model, schedule, detection.batch_size, stage.world), epoch, digest
+    return DetectorTraining(model, detection, stage.world), epoch, digest
 
 
 def _train(
@@ -130,11 +120,20 @@ def _train(
     """Trains, or resumes from the last state; returns the mean loss of the last iterations, None without any."""
     detection = stage.config.evaluation.detection
     path = stage.directory / f"detector_{source}.pth"
-    _resume(stage, training, path, bound)
+    state = read_state(stage, path)
+    if state is not None and state.get("bound") == bound:
+        training.load_state(state)
+        stage.log.say(f"detection resumes at iteration {training.iteration}")
+    elif state is not None:
+        stage.log.say(f"{path.name} is of another backbone, recipe or images: training starts again")
     workload.advance(training.iteration, done_before=True)
-    title, recent = TITLES[source], []
+
+    def save() -> None:
+        stage.on_rank_0(lambda: replace_file(path, {**training.state(), "bound": bound}))
+
+    recent, title = [], f"{TITLES[source]}: detector"
     left = range(training.iteration, detection.iterations)
-    with stage.log.progress(f"{title}: detector", detection.iterations, "steps", initial=training.iteration) as bar:
+    with stage.log.progress(title, detection.iterations, "steps", initial=training.iteration) as bar:
         for batch in _batches(stage, data, left):
             figures = training.step(batch)
             recent.append(figures["loss"])
@@ -142,20 +141,20 @@ def _train(
             workload.advance()
             done = training.iteration
             if done % stage.config.log.every_steps == 0 or done == detection.iterations:
-                rate = training.schedule.rate(done - 1)
-                named = {f"detection/{source}_{name}": value for name, value in {**figures, "rate": rate}.items()}
+                figures["rate"] = learning_rate(detection, done - 1)
+                named = {f"detection/{source}_{name}": value for name, value in figures.items()}
                 stage.log.metrics(done, named)
             try:
                 stage.check_together()
             except Stopped:
-                _save(stage, training, path, bound)
+                save()
                 raise
             if done % detection.save_every == 0 or done == detection.iterations:
-                _save(stage, training, path, bound)
+                save()
     if detection.statistics_iterations:
         # The batches that would come next, which the training has not seen in this shape.
         coming = range(detection.iterations, detection.iterations + detection.statistics_iterations)
-        training.recompute_statistics(_checked(stage, _batches(stage, data, coming)))
+        training.recompute_statistics(_batches(stage, data, coming), stage.check_together)
     last = recent[-stage.config.log.every_steps :]
     return sum(last) / len(last) if last else None
 
@@ -174,25 +173,15 @@ def _batches(stage: Stage, data: VocImages, iterations: range) -> Iterator[Detec
     )
 
 
-def _checked(stage: Stage, batches: Iterator[DetectionBatch]) -> Iterator[DetectionBatch]:
-    for batch in batches:
-        stage.check_together()
-        yield batch
-
-
 def _detect(stage: Stage, source: str, model: Detector, data: VocImages) -> list[Detections]:
     """Detections in all test images, divided over the ranks."""
     detection = stage.config.evaluation.detection
     indices = range(*Partition(len(data), stage.world.size).bounds(stage.world.rank))
     resizing = Resizing((detection.test_short_side,), detection.max_long_side, flip=False)
     images = single_images(data, resizing, evaluation_data(stage).num_workers, indices)
-    with stage.log.progress(f"{TITLES[source]}: detections", len(data), "images") as progress:
-
-        def on_image() -> None:
-            progress.advance(stage.world.size)  # rank 0 logs for all, which progress alike
-            stage.guard.check()
-
-        own = detect(model, images, [data.annotations[i] for i in indices], stage.world.device, on_image)
+    title, annotations = f"{TITLES[source]}: detections", [data.annotations[i] for i in indices]
+    with stoppable_progress(stage, title, len(data), "images", in_step=False) as advance:
+        own = detect(model, images, annotations, stage.world.device, lambda: advance(1))
     return gather_detections(own, stage.world)
 
 
@@ -207,30 +196,3 @@ def _bound(stage: Stage, source: str, digest: str, data: VocImages) -> str:
         del settings[free]
     parts = {"source": source, "backbone": digest, "images": data.images.digest, "seed": stage.config.seed}
     return json.dumps({**parts, **settings}, sort_keys=True)
-
-
-def _save(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> None:
-    """Writes the state atomically. Collective.
-
-    Raises:
-        UserError: on all ranks, when it cannot be written.
-    """
-
-    def write() -> None:
-        if stage.world.rank != 0:
-            return
-        replace_file(path, {**training.state(), "bound": bound})
-
-    stage.together(write)
-
-
-def _resume(stage: Stage, training: DetectorTraining, path: Path, bound: str) -> None:
-    """Resumes from the last state of the same recipe, backbone and images, if there is one. Collective."""
-    state = read_state(stage, path)
-    if state is None:
-        return
-    if state.get("bound") != bound:
-        stage.log.say(f"{path.name} is of another backbone, recipe or images: training starts again")
-        return
-    training.load_state(state)
-    stage.log.say(f"detection resumes at iteration {training.iteration}")

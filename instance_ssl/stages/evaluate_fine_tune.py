@@ -1,11 +1,12 @@
 """Stage: fine-tuning on another data set, learning rate and weight decay chosen on held-out training images."""
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from instance_ssl.evaluation.epoch_log import DivergedError
-from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
+from instance_ssl.evaluation.fine_tuning import TrainingOptions
 from instance_ssl.evaluation.frozen_encoder import TITLES, LabelledImages, load_backbone, open_labelled
 from instance_ssl.evaluation.label_lists import draw_balanced
 from instance_ssl.evaluation.labelled_training import (
@@ -38,16 +39,12 @@ def run(stage: Stage) -> dict[str, Any]:
         record: dict[str, Any] = {"layer": LAYERS, "epoch": epoch}
         options = grid[0]
         if len(grid) > 1:
-            points = _search(stage, workload, source, encoder, grid, fitted, held_out, images.num_classes)
+            points = _search(stage, workload, source, encoder, grid, fitted, held_out)
             options = grid[_best(points, fine_tune.metric)]
             record |= {"held_out_images": len(held_out.ids), "grid": points}
-        title = f"{TITLES[source]}: fine-tuning"
-        tag = f"fine_tune/{source}"
-        figures = fine_tune_once(
-            stage, encoder, options, workload,
-            title=title, tag=tag, train=whole, test=test, num_classes=images.num_classes,
-        )  # fmt: skip
-        results[source] = {"metric": fine_tune.metric, **figures, **record, "recipe": recipe(options)}
+        title, tag = f"{TITLES[source]}: fine-tuning", f"fine_tune/{source}"
+        figures = fine_tune_once(stage, workload, encoder, options, title, tag, whole, test)
+        results[source] = {"metric": fine_tune.metric, **figures, **record, "recipe": asdict(options)}
         stage.log.say(f"fine-tuned, {TITLES[source]}: {fine_tune.metric} {figures[fine_tune.metric]:.2f} %")
         stage.log.metrics(epoch or 0, {f"{tag}_{fine_tune.metric}": figures[fine_tune.metric]})
     return {"figures": results, "evaluated_on": describe_images(stage, images)}
@@ -59,27 +56,21 @@ def _split(stage: Stage, images: LabelledImages) -> tuple[Subset, Subset]:
     if held_out is None:
         count = max(1, round(stage.config.evaluation.fine_tune.held_out_fraction * len(images.train)))
         held_out = draw_balanced(images.train_labels.cpu(), count, stage.config.seed)
-    is_fitted = torch.ones(len(images.train), dtype=torch.bool)
-    is_fitted[held_out] = False
-    fitted = is_fitted.nonzero()[:, 0]
-    return Subset(images.train, fitted, images.train_labels), Subset(images.train, held_out, images.train_labels)
+    whole, _ = whole_sets(images)
+    fitted = whole.ids[~torch.isin(whole.ids, held_out)]
+    return replace(whole, ids=fitted), replace(whole, ids=held_out)
 
 
 def _grid(stage: Stage, source: str) -> list[TrainingOptions]:
     """Pairs every learning rate with every weight decay, divided by the rate; other options are SimCLR's."""
     fine_tune = stage.config.evaluation.fine_tune
-    is_random = source == "random"
+    steps, rates = fine_tune.steps, fine_tune.learning_rates
+    if source == "random":
+        steps, rates = fine_tune.random_steps, fine_tune.random_learning_rates
+    size = fine_tune.global_batch_size
     return [
-        TrainingOptions(
-            steps=fine_tune.random_steps if is_random else fine_tune.steps,
-            backbone_learning_rate=rate,
-            classifier_learning_rate=rate,
-            global_batch_size=fine_tune.global_batch_size,
-            nesterov=True,
-            weight_decay=decay / rate,
-            batch_norm_rule=True,
-        )
-        for rate in (fine_tune.random_learning_rates if is_random else fine_tune.learning_rates)
+        TrainingOptions(steps, rate, rate, size, nesterov=True, weight_decay=decay / rate, batch_norm_rule=True)
+        for rate in rates
         for decay in fine_tune.weight_decays
     ]
 
@@ -102,14 +93,7 @@ def _announce(stage: Stage, grids: dict[str, list[TrainingOptions]], num_images:
 
 
 def _search(
-    stage: Stage,
-    workload: Workload,
-    source: str,
-    encoder: Encoder,
-    grid: list[TrainingOptions],
-    fitted: Subset,
-    held_out: Subset,
-    num_classes: int,
+    stage: Stage, workload: Workload, source: str, encoder: Encoder, grid: list[TrainingOptions], *sets: Subset
 ) -> list[dict[str, Any]]:
     """Metrics of each point of the grid on the held-out images, None for a point that diverges."""
     points = []
@@ -118,10 +102,7 @@ def _search(
         title = f"{TITLES[source]}: {place} of {len(grid)}, learning rate {rate:g}, weight decay {decay:g}"
         try:
             tag = f"fine_tune/{source}_grid_{place}"
-            figures = fine_tune_once(
-                stage, encoder, options, workload,
-                title=title, tag=tag, train=fitted, test=held_out, num_classes=num_classes,
-            )  # fmt: skip
+            figures = fine_tune_once(stage, workload, encoder, options, title, tag, *sets)
         except DivergedError:
             stage.log.say(f"{title}: diverged")
             figures = {}
@@ -136,9 +117,10 @@ def _best(points: list[dict[str, Any]], metric: str) -> int:
     Raises:
         DivergedError: when every point diverged.
     """
-    values = [point[f"held_out_{metric}"] for point in points]
-    if all(value is None for value in values):
+    found = [point[f"held_out_{metric}"] for point in points]
+    values = [-1.0 if value is None else value for value in found]
+    if max(values) < 0:
         raise DivergedError(
             "fine-tuning diverged at every point of the grid: lower evaluation.fine_tune's learning rates"
         )
-    return max(range(len(values)), key=lambda place: -1.0 if values[place] is None else values[place])
+    return values.index(max(values))

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from instance_ssl.checkpoint.directory import replace_file
-from instance_ssl.evaluation.embedding_map import principal_components
+from instance_ssl.evaluation.embedding_map import evenly_spaced, principal_components
 from instance_ssl.evaluation.frozen_encoder import (
     TITLES,
     LabelledImages,
@@ -17,14 +16,14 @@ from instance_ssl.evaluation.frozen_encoder import (
     represent,
     vote,
 )
-from instance_ssl.evaluation.neighbour_picture import NeighbourRow, draw_neighbours, nearest_neighbours
+from instance_ssl.evaluation.knn import ShardedBank
+from instance_ssl.evaluation.neighbour_picture import NeighbourRow, draw_neighbours
 from instance_ssl.run.stage import Stage
 
 _PICTURE_QUERIES = 12
 _PICTURE_NEIGHBOURS = 6
 # The map's limits: test images, floats that their features may take, and principal components kept.
 _MAP_IMAGES, _MAP_FLOATS, _MAP_COMPONENTS = 1000, 20_000_000, 50
-MAP_FILE = "map.pt"
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -32,8 +31,8 @@ def run(stage: Stage) -> dict[str, Any]:
     images = open_labelled(stage)
     results: dict[str, Any] = {}
     neighbour_ids: dict[str, list[list[int]]] = {}
-    samples: dict[str, dict[str, Tensor]] = {}
-    query_ids = _evenly_spaced(len(images.test), _PICTURE_QUERIES)
+    samples: dict[str, dict[str, Tensor]] = {}  # principal components of some test images, for a map
+    query_ids = evenly_spaced(len(images.test), _PICTURE_QUERIES)
     for source in stage.config.evaluation.sources:
         representation = represent(stage, source)
         title = TITLES[source]
@@ -45,17 +44,18 @@ def run(stage: Stage) -> dict[str, Any]:
             votes = _vote(stage, images, train_nD, test_mD)
             figures["embeddings"] = {**votes, "layer": "projection output", "epoch": representation.epoch}
         results[source] = figures
-        neighbour_ids[source] = nearest_neighbours(
-            train_nF, _rows_of_all(stage, test_mF, query_ids), stage.world, min(_PICTURE_NEIGHBOURS, len(images.train))
-        ).tolist()
-        samples[source] = _sample(stage, test_mF)
+        queries_qF, k = _rows_of_all(stage, test_mF, query_ids), min(_PICTURE_NEIGHBOURS, len(images.train))
+        neighbour_ids[source] = ShardedBank(train_nF, stage.world).search(queries_qF, k)[1].tolist()
+        ids = evenly_spaced(len(images.test), min(_MAP_IMAGES, max(2, _MAP_FLOATS // test_mF.shape[1])))
+        components = principal_components(_rows_of_all(stage, test_mF, ids), _MAP_COMPONENTS)
+        samples[source] = {"ids": ids, "components": components.cpu()}
         _tell(stage, source, results[source])
     picture = stage.directory / "neighbours.png"
 
     def write() -> None:
         _draw(picture, images, query_ids.tolist(), neighbour_ids)
         labels = {"labels": images.test_labels.cpu(), "class_names": images.test.class_names}
-        replace_file(stage.directory / MAP_FILE, {"sources": samples, **labels})
+        replace_file(stage.directory / "map.pt", {"sources": samples, **labels})
 
     stage.on_rank_0(write)
     return {"figures": results, "picture": str(picture.relative_to(stage.run_directory))}
@@ -77,17 +77,6 @@ def _tell(stage: Stage, source: str, figures: dict[str, Any]) -> None:
     if embeddings:
         metrics[f"knn/{source}_embeddings_top1"] = embeddings["top1"]
     stage.log.metrics(figures["epoch"] or 0, metrics)
-
-
-def _sample(stage: Stage, test_mF: Tensor) -> dict[str, Tensor]:
-    """Principal components of the features of some test images, and their ids."""
-    total, width = sum(stage.world.row_counts(len(test_mF))), test_mF.shape[1]
-    ids = _evenly_spaced(total, min(_MAP_IMAGES, max(2, _MAP_FLOATS // width)))
-    return {"ids": ids, "components": principal_components(_rows_of_all(stage, test_mF, ids), _MAP_COMPONENTS).cpu()}
-
-
-def _evenly_spaced(total: int, count: int) -> Tensor:
-    return torch.linspace(0, total - 1, min(total, count), dtype=torch.float64).long().unique()
 
 
 def _rows_of_all(stage: Stage, features_nF: Tensor, ids: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """Stage: linear classification of each source's frozen features, by the paper's protocol or on cached features."""
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from instance_ssl.evaluation.epoch_log import LabelledBatches, Progress
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.frozen_encoder import (
     TITLES,
@@ -12,8 +11,8 @@ from instance_ssl.evaluation.frozen_encoder import (
     Representation,
     cached_features,
     evaluation_data,
-    labels_of_own_part,
     open_labelled,
+    own_part,
     represent,
 )
 from instance_ssl.evaluation.labelled_training import Training, train_once, whole_sets
@@ -26,10 +25,9 @@ def run(stage: Stage) -> dict[str, Any]:
     """Returns top-1 and top-5 of every source; checks that the encoder is bit-equal afterwards."""
     images = open_labelled(stage)
     linear, sources = stage.config.evaluation.linear, stage.config.evaluation.sources
-    workload = None
+    workload, steps = None, linear.epochs * math.ceil(len(images.train) / linear.global_batch_size)
     if linear.protocol == "sgd":
-        trainings = [_steps(stage, images)] * len(sources)
-        workload = Workload(stage.log.say, f"linear evaluation ({', '.join(sources)})", trainings)
+        workload = Workload(stage.log.say, f"linear evaluation ({', '.join(sources)})", [steps] * len(sources))
     results = {}
     for source in sources:
         representation = represent(stage, source)
@@ -37,7 +35,7 @@ def run(stage: Stage) -> dict[str, Any]:
         if workload is None:
             figures = _probe_cached(stage, representation, images)
         else:
-            figures = _train(stage, representation, images, workload)
+            figures = _train(stage, representation, images, steps, workload)
         if representation.encoder is not None and state_digest(representation.encoder) != before:
             raise RuntimeError("the frozen encoder has changed during linear evaluation")
         results[source] = {**figures, **representation.record}
@@ -50,9 +48,9 @@ def _probe_cached(stage: Stage, representation: Representation, images: Labelled
     title = TITLES[representation.source]
     return probe_cached_features(
         cached_features(stage, representation, images.train, f"{title}: train features"),
-        labels_of_own_part(stage, images.train_labels),
+        own_part(stage, images.train_labels),
         cached_features(stage, representation, images.test, f"{title}: test features"),
-        labels_of_own_part(stage, images.test_labels),
+        own_part(stage, images.test_labels),
         stage.world,
         num_classes=images.num_classes,
         l2_penalties=stage.config.evaluation.linear.l2_penalties,
@@ -61,13 +59,8 @@ def _probe_cached(stage: Stage, representation: Representation, images: Labelled
     )
 
 
-def _steps(stage: Stage, images: LabelledImages) -> int:
-    linear = stage.config.evaluation.linear
-    return linear.epochs * math.ceil(len(images.train) / linear.global_batch_size)
-
-
 def _train(
-    stage: Stage, representation: Representation, images: LabelledImages, workload: Workload
+    stage: Stage, representation: Representation, images: LabelledImages, steps: int, workload: Workload
 ) -> dict[str, float]:
     linear, seed = stage.config.evaluation.linear, stage.config.seed
     source, encoder = representation.source, representation.encoder
@@ -79,30 +72,16 @@ def _train(
         "seed": seed,
         "precision": str(stage.ds.autocast_dtype),
     }
-
-    def fit(
-        data: LabelledBatches, *, state: dict[str, Any] | None, on_epoch: Callable[[Progress], None]
-    ) -> dict[str, float]:
-        return train_linear_classifier(
-            representation.features,
-            data,
-            stage.world,
-            feature_dim=representation.feature_dim,
-            epochs=linear.epochs,
-            learning_rate=linear.learning_rate,
-            global_batch_size=linear.global_batch_size,
-            seed=seed,
-            state=state,
-            on_epoch=on_epoch,
-        )
-
-    title = f"{TITLES[source]}: linear classifier"
-    training = Training(
-        title,
-        f"linear/{source}_train_loss",
-        *whole_sets(images),
-        images.num_classes,
-        linear.global_batch_size,
-        _steps(stage, images),
+    fit = partial(
+        train_linear_classifier,
+        representation.features,
+        group=stage.world,
+        feature_dim=representation.feature_dim,
+        epochs=linear.epochs,
+        learning_rate=linear.learning_rate,
+        global_batch_size=linear.global_batch_size,
+        seed=seed,
     )
+    title, loss_tag = f"{TITLES[source]}: linear classifier", f"linear/{source}_train_loss"
+    training = Training(title, loss_tag, *whole_sets(images), linear.global_batch_size, steps)
     return train_once(stage, training, decisive, fit, workload)

@@ -12,10 +12,10 @@ from instance_ssl.evaluation.frozen_encoder import (
     Representation,
     cached_features,
     embeddings_of,
-    labels_of_own_part,
     open_labelled,
+    own_part,
     represent,
-    search_progress,
+    stoppable_progress,
 )
 from instance_ssl.evaluation.prior_embeddings import prior_rows
 from instance_ssl.evaluation.retrieval import retrieval_recall
@@ -39,18 +39,11 @@ def run(stage: Stage) -> dict[str, Any]:
 def _running_prior(stage: Stage, images: LabelledImages) -> dict[str, Any]:
     """Evaluates the features of the pass that initialises the classifier."""
     encoder = seeded_encoder(stage.config).to(stage.world.device)
-    features_nF = prior_rows(
-        stage,
-        encoder.backbone,
-        encoder.feature_dim,
-        images.train,
-        torch.arange(len(images.train)),
-        centre_view(stage.config.data.image_size),
-        "running",
-        label="random network, running batch norms",
-    )[:, 0]
-    network = Representation("random", encoder.features, encoder.feature_dim, encoder, 0, "backbone output")
-    return {**_retrieve(stage, images, network, features_nF), "batch_norm": "running"}
+    ids, view = torch.arange(len(images.train)), centre_view(stage.config.data.image_size)
+    width, label = encoder.feature_dim, "random network, running batch norms"
+    features_nF = prior_rows(stage, encoder.backbone, width, images.train, ids, view, "running", label=label)[:, 0]
+    representation = Representation("random", encoder.features, width, encoder, 0, "backbone output")
+    return {**_retrieve(stage, images, representation, features_nF), "batch_norm": "running"}
 
 
 def _retrieve(
@@ -59,14 +52,9 @@ def _retrieve(
     """Recall of features and, where there is a projection, of embeddings."""
 
     def recall(rows: Tensor) -> dict[str, Any]:
-        with search_progress(stage, "retrieval", len(images.train)) as on_chunk:
-            return retrieval_recall(
-                rows,
-                labels_of_own_part(stage, images.train_labels),
-                stage.world,
-                recall_at=stage.config.evaluation.retrieval.recall_at,
-                on_chunk=on_chunk,
-            )
+        labels_n, recall_at = own_part(stage, images.train_labels), stage.config.evaluation.retrieval.recall_at
+        with stoppable_progress(stage, "retrieval", len(images.train), "queries") as on_chunk:
+            return retrieval_recall(rows, labels_n, stage.world, recall_at=recall_at, on_chunk=on_chunk)
 
     figures: dict[str, Any] = {**recall(features_nF), **representation.record}
     embeddings_nD = embeddings_of(stage, representation, features_nF)

@@ -1,17 +1,17 @@
 """Stage: fine-tuning on a small share of the training labels, and the supervised baseline on the same images."""
 
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from instance_ssl.evaluation.fine_tuning import TrainingOptions, recipe
+from instance_ssl.evaluation.fine_tuning import TrainingOptions
 from instance_ssl.evaluation.frozen_encoder import TITLES, LabelledImages, load_backbone, open_labelled
 from instance_ssl.evaluation.label_lists import draw_balanced, read_label_list, write_label_list
 from instance_ssl.evaluation.labelled_training import (
     LAYERS,
-    Subset,
     describe_images,
     fine_tune_once,
     tunable_sources,
@@ -27,7 +27,7 @@ def run(stage: Stage) -> dict[str, Any]:
     semi_supervised = stage.config.evaluation.semi_supervised
     sources = tunable_sources(stage)
     labelled = [_labelled_ids(stage, images, place) for place in range(len(semi_supervised.fractions))]
-    _, test = whole_sets(images)
+    whole, test = whole_sets(images)
     trainings = [
         _options(stage, source, place, len(ids)).steps for source in sources for place, (ids, _) in enumerate(labelled)
     ]
@@ -37,15 +37,11 @@ def run(stage: Stage) -> dict[str, Any]:
         encoder, epoch = load_backbone(stage, source)
         rows = []
         for place, (fraction, (ids, list_file)) in enumerate(zip(semi_supervised.fractions, labelled, strict=True)):
-            title = f"{_per_cent(fraction)} of the labels, {TITLES[source]}"
-            train = Subset(images.train, ids, images.train_labels)
+            title = f"{100 * fraction:g} % of the labels, {TITLES[source]}"
             options = _options(stage, source, place, len(ids))
             tag = f"semi_supervised/{source}_{fraction:g}"
-            figures = fine_tune_once(
-                stage, encoder, options, workload,
-                title=title, tag=tag, train=train, test=test, num_classes=images.num_classes,
-            )  # fmt: skip
-            rows.append({"fraction": fraction, "labels": list_file, **figures, "recipe": recipe(options)})
+            figures = fine_tune_once(stage, workload, encoder, options, title, tag, replace(whole, ids=ids), test)
+            rows.append({"fraction": fraction, "labels": list_file, **figures, "recipe": asdict(options)})
             stage.log.say(f"{title} ({len(ids)} images): {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
             stage.log.metrics(epoch or 0, {f"{tag}_top1": figures["top1"]})
         results[source] = {"layer": LAYERS, "epoch": epoch, "fractions": rows}
@@ -76,24 +72,16 @@ def _labelled_ids(stage: Stage, images: LabelledImages, place: int) -> tuple[Ten
 
 
 def _options(stage: Stage, source: str, place: int, num_images: int) -> TrainingOptions:
-    semi_supervised = stage.config.evaluation.semi_supervised
-    rates = semi_supervised.backbone_learning_rate, semi_supervised.classifier_learning_rates[place]
-    epochs = semi_supervised.epochs
+    section = stage.config.evaluation.semi_supervised
+    rates, epochs = (section.backbone_learning_rate, section.classifier_learning_rates[place]), section.epochs
     if source == "random":
-        rates = semi_supervised.random_learning_rate, semi_supervised.random_learning_rate
-        epochs = semi_supervised.random_epochs or epochs
-    steps_per_epoch = -(-num_images // semi_supervised.global_batch_size)
+        rates, epochs = (section.random_learning_rate, section.random_learning_rate), section.random_epochs or epochs
     return TrainingOptions(
-        steps=epochs * steps_per_epoch,
-        backbone_learning_rate=rates[0],
-        classifier_learning_rate=rates[1],
-        global_batch_size=semi_supervised.global_batch_size,
+        epochs * math.ceil(num_images / section.global_batch_size),
+        *rates,
+        global_batch_size=section.global_batch_size,
         schedule="milestones",
-        milestones=tuple(round(share * epochs) for share in semi_supervised.milestones),
-        decay_factor=semi_supervised.decay_factor,
-        weight_decay=semi_supervised.weight_decay,
+        milestones=tuple(round(share * epochs) for share in section.milestones),
+        decay_factor=section.decay_factor,
+        weight_decay=section.weight_decay,
     )
-
-
-def _per_cent(fraction: float) -> str:
-    return f"{100 * fraction:g} %"

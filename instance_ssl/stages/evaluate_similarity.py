@@ -1,5 +1,6 @@
 """Stage: Figure 4, the intra- and inter-instance cosines of every initialisation of the classifier."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,9 +11,8 @@ from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.config.choices import InitializationMode
 from instance_ssl.data.augmentations import centre_view
-from instance_ssl.evaluation.prior_embeddings import num_batches, prior_rows
+from instance_ssl.evaluation.prior_embeddings import prior_rows
 from instance_ssl.evaluation.similarity import draw_similarities, instance_similarities
-from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.build import seeded_encoder, training_view
 from instance_ssl.run.stage import Stage
 
@@ -49,34 +49,22 @@ def _measure(stage: Stage, mode: InitializationMode, ids_N: Tensor) -> dict[str,
     The views' pass continues the statistics of the rows' pass. With Gaussian rows the network is in training mode:
     batch statistics.
     """
-    config, width = stage.config, stage.config.model.embedding_dim
+    config, classifier, width = stage.config, stage.config.classifier, stage.config.model.embedding_dim
     encoder = seeded_encoder(config).to(stage.world.device)
+    if mode == "gaussian":
+        options = SoftmaxOptions(classifier.temperature, classifier.loss_form, torch.float32)
+        shard = ClassifierShard(len(ids_N), width, stage.world, options)
+        initialize_gaussian(shard, config.seed)
+        weights_nD = shard.weight
+    else:
+        view = centre_view(config.data.image_size)
+        rows_n1D = prior_rows(stage, encoder, width, stage.source, ids_N, view, mode, label=f"{mode}: rows of W")
+        weights_nD = rows_n1D[:, 0]
+    view = training_view(config.augmentation, config.data)
     network_mode: InitializationMode = "batch" if mode == "gaussian" else mode
-    weights_nD = _gaussian_rows(stage, ids_N) if mode == "gaussian" else _rows(stage, encoder, mode, ids_N)
+    num_batches = math.ceil(len(ids_N) / classifier.initialization_batch_size)
     views_nVD = prior_rows(
-        stage,
-        encoder,
-        width,
-        stage.source,
-        ids_N,
-        training_view(config.augmentation, config.data),
-        network_mode,
-        label=f"{mode}: views",
-        num_views=config.evaluation.similarity.num_views,
-        batches_done=num_batches(stage, len(ids_N)),
-    )
+        stage, encoder, width, stage.source, ids_N, view, network_mode,
+        label=f"{mode}: views", num_views=config.evaluation.similarity.num_views, batches_done=num_batches,
+    )  # fmt: skip
     return instance_similarities(views_nVD, weights_nD, stage.world)
-
-
-def _gaussian_rows(stage: Stage, ids_N: Tensor) -> Tensor:
-    classifier = stage.config.classifier
-    options = SoftmaxOptions(classifier.temperature, classifier.loss_form, torch.float32)
-    shard = ClassifierShard(len(ids_N), stage.config.model.embedding_dim, stage.world, options)
-    initialize_gaussian(shard, stage.config.seed)
-    return shard.weight
-
-
-def _rows(stage: Stage, encoder: Encoder, mode: InitializationMode, ids_N: Tensor) -> Tensor:
-    view = centre_view(stage.config.data.image_size)
-    width = stage.config.model.embedding_dim
-    return prior_rows(stage, encoder, width, stage.source, ids_N, view, mode, label=f"{mode}: rows of W")[:, 0]

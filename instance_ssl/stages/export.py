@@ -27,7 +27,7 @@ from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.feature_files import append_features, join_parts, keep_whole_rows, write_parquet
 from instance_ssl.evaluation.features import state_digest
-from instance_ssl.evaluation.frozen_encoder import Representation, represent
+from instance_ssl.evaluation.frozen_encoder import Representation, represent, stoppable_progress
 from instance_ssl.files.atomic import saved_file, write_json
 from instance_ssl.files.disk_space import find_no_space, saving, why_not_written
 from instance_ssl.models.backbones import choose_stem
@@ -64,24 +64,22 @@ def run(stage: Stage) -> dict[str, Any]:
         names += card["images"]["files"]
     elif before["images"] is not None:
         card["images"] = before["images"]
-    stage.on_rank_0(lambda: _write_card(stage, card))
+
+    def write_card() -> None:
+        environment = read_json(stage.directory / "environment.json") or {}
+        made_with = {key: environment.get(key) for key in ("commit", "versions")}
+        with saving(path := stage.directory / "model_card.json"):
+            write_json(path, {**card, **made_with})
+
+    stage.on_rank_0(write_card)
     stage.log.say(f"{', '.join(names)}: in {stage.directory}")
     return card
 
 
-def _write_card(stage: Stage, card: dict[str, Any]) -> None:
-    environment = read_json(stage.directory / "environment.json") or {}
-    made_with = {key: environment.get(key) for key in ("commit", "versions")}
-    path = stage.directory / "model_card.json"
-    with saving(path):
-        write_json(path, {**card, **made_with})
-
-
 def _earlier_export(stage: Stage, described: dict[str, Any]) -> dict[str, Any]:
-    """What stays of an export before this one: files by their SHA-256 and the rows, where they are of this encoder.
+    """What stays of an earlier export of this encoder: files by their SHA-256, and the rows.
 
-    Files of another encoder must not lie beside this one's: they are removed, which is said. Rows take long: they stay,
-    but the card is silent about them, which is said too.
+    Removes files of another encoder; its rows, which take long, stay but leave the card. Logs both.
     """
     card = read_json(stage.directory / "model_card.json") or {}
     same = all(card.get(key) == described[key] for key in ("encoder_sha256", "image_size"))
@@ -110,22 +108,21 @@ def _sha256(path: Path) -> str:
 
 def _write_backbone(stage: Stage, encoder: Encoder) -> dict[str, str]:
     """The files of `export.formats` that there can be of this backbone; the SHA-256 of each by its name."""
-    formats, model = stage.config.export.formats, stage.config.model
-    small = choose_stem(model.backbone, model.stem, stage.config.data.image_size) == "small"
+    small, size = _has_small_stem(stage), stage.config.data.image_size
     state = torchvision_state(encoder.backbone)
-    if model.backbone == "small_cnn":
+    if stage.config.model.backbone == "small_cnn":
         stage.log.say("small_cnn is no torchvision network: its keys are its own")
     elif small:
         stage.log.say("the 3x3 stem is not torchvision's: model_card.json says how to load it; none for detectron2")
     writers: dict[str, tuple[str, Callable[[Path], None]]] = {
         "pth": ("backbone.pth", lambda path: write_pth(state, path)),
         "safetensors": ("backbone.safetensors", lambda path: write_safetensors(state, path)),
-        "onnx": ("features.onnx", lambda path: write_onnx(encoder.backbone, stage.config.data.image_size, path)),
+        "onnx": ("features.onnx", lambda path: write_onnx(encoder.backbone, size, path)),
     }
     if not small:
         writers["detectron2"] = ("detectron2.pkl", lambda path: write_detectron2(state, path))
     written = {}
-    for form in formats:
+    for form in stage.config.export.formats:
         if form in writers:
             name, write = writers[form]
             stage.guard.check()
@@ -134,14 +131,17 @@ def _write_backbone(stage: Stage, encoder: Encoder) -> dict[str, str]:
     return written
 
 
+def _has_small_stem(stage: Stage) -> bool:
+    model = stage.config.model
+    return choose_stem(model.backbone, model.stem, stage.config.data.image_size) == "small"
+
+
 def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
-    """What somebody who has only the files must know."""
-    config, model = stage.config, stage.config.model
-    size = config.data.image_size
-    stem = choose_stem(model.backbone, model.stem, size)
+    """What a user of the files alone must know."""
+    size = stage.config.data.image_size
     return {
-        "architecture": model.backbone,
-        "stem": {"small": "3x3, stride 1, no max-pool", "imagenet": "7x7, stride 2, max-pool"}[stem],
+        "architecture": stage.config.model.backbone,
+        "stem": "3x3, stride 1, no max-pool" if _has_small_stem(stage) else "7x7, stride 2, max-pool",
         "image_size": size,
         "channels": "RGB in [0, 1], then normalised",
         "mean": NORMALISE_MEAN,
@@ -152,18 +152,17 @@ def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
         "classifier": "none: fc is not in the files (with strict=False, torchvision's stays as it is)",
         "source": representation.source,
         "epoch": representation.epoch,
-        # Not where it lies: the card goes to others.
+        # Without its path: the card goes to others.
         **{key: value for key, value in representation.origin.items() if key not in ("checkpoint", "file")},
     }
 
 
 def _describe_files(stage: Stage, files: Iterable[str]) -> dict[str, Any]:
-    """How to load those of the files that need a word."""
+    """How to load those of the files that need an explanation."""
     described: dict[str, Any] = {}
-    model = stage.config.model
-    if model.backbone != "small_cnn" and "backbone.pth" in files:
-        small = choose_stem(model.backbone, model.stem, stage.config.data.image_size) == "small"
-        described["load"] = loading_code(model.backbone, small_stem=small)
+    backbone = stage.config.model.backbone
+    if backbone != "small_cnn" and "backbone.pth" in files:
+        described["load"] = loading_code(backbone, small_stem=_has_small_stem(stage))
     if "features.onnx" in files:
         described["onnx"] = {"opset": ONNX_OPSET, "input": "images (batch, 3, S, S)", "output": "features (batch, F)"}
     return described
@@ -185,15 +184,16 @@ def _write_rows(stage: Stage, representation: Representation, encoder: Encoder, 
     if representation.source != "weights":  # a file of weights has no projection
         columns["embeddings"] = slice(encoder.feature_dim, encoder.feature_dim + stage.config.model.embedding_dim)
     directory = stage.directory / "images"
-    # Parts are gone on with only where they are of the same rows.
+    # Only parts of the same rows are resumed.
     recipe = [state_digest(encoder), images.digest, stage.config.data.image_size, stage.ds.autocast_dtype, len(columns)]
     tag = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
     parts = [directory / f"part_{tag}_{rank}_of_{stage.world.size}" for rank in range(stage.world.size)]
     stage.together(lambda: _append_own_rows(stage, encoder, images, parts[stage.world.rank], columns))
-    files = stage.together(
-        lambda: on_rank_0(lambda: _join(stage, images, parts, columns), stage.world, lambda _: stage.guard.beat())
+    files = stage.world.broadcast_object(
+        stage.together(
+            lambda: on_rank_0(lambda: _join(stage, images, parts, columns), stage.world, lambda _: stage.guard.beat())
+        )
     )
-    files = stage.world.broadcast_object(files)
     dims = {name: place.stop - place.start for name, place in columns.items()}
     return {"num_images": len(images), "digest": images.digest, "dims": dims, "files": files}
 
@@ -201,7 +201,7 @@ def _write_rows(stage: Stage, representation: Representation, encoder: Encoder, 
 def _append_own_rows(
     stage: Stage, encoder: Encoder, images: ImageSource, part: Path, columns: dict[str, slice]
 ) -> None:
-    """This rank's contiguous part of the images, from the first one on whose row is not there yet."""
+    """Appends the missing rows of this rank's contiguous part of the images."""
     width = max(place.stop for place in columns.values())
     start, stop = Partition(len(images), stage.world.size).bounds(stage.world.rank)
 
@@ -223,14 +223,8 @@ def _append_own_rows(
         size, data = stage.config.evaluation.batch_size, stage.config.data
         batches = consecutive_batches(start + done, stop, size)
         loader = image_loader(images, centre_view(data.image_size), batches, data.num_workers)
-        with stage.log.progress(
-            "features of the folder", len(images), "images", initial=done * stage.world.size
-        ) as progress:
-
-            def on_batch(count: int) -> None:
-                progress.advance(count * stage.world.size)  # rank 0 speaks for all: the others are as far as it is
-                stage.guard.check()
-
+        label, initial = "features of the folder", done * stage.world.size
+        with stoppable_progress(stage, label, len(images), "images", initial=initial, in_step=False) as on_batch:
             append_features(part, rows_of, loader, width, stage.world.device, on_batch=on_batch)
     except OSError as error:
         raise UserError(f"{part} cannot be written: {why_not_written(error, part.parent, needed)}") from None
@@ -238,24 +232,21 @@ def _append_own_rows(
 
 def _join(stage: Stage, images: ImageSource, parts: list[Path], columns: dict[str, slice]) -> list[str]:
     """The .npy files, the list of names and the table; the parts are removed. Their names, relative to the stage's."""
-    directory = parts[0].parent
-    width = max(place.stop for place in columns.values())
+    directory, width = parts[0].parent, max(place.stop for place in columns.values())
     arrays = {name: directory / f"{name}.npy" for name in columns}
     for name, path in arrays.items():
         stage.guard.check()
         with saved_file(path) as temporary:
             join_parts(parts, width, columns[name], temporary)
+    paths, table = [*arrays.values(), directory / "names.txt"], directory / "images.parquet"
     write_instances(images, directory / "names.txt")
-    paths = [*arrays.values(), directory / "names.txt"]
-    table = directory / "images.parquet"
-    if "parquet" not in stage.config.export.formats:
-        if table.exists():
-            table.unlink()
-            stage.log.say(f"removed, for export.formats has no parquet and the rows are new: {table}")
-    else:
+    if "parquet" in stage.config.export.formats:
         with saved_file(table) as temporary:
             write_parquet(images.names, arrays, temporary)
         paths.append(table)
+    elif table.exists():
+        table.unlink()
+        stage.log.say(f"removed, for export.formats has no parquet and the rows are new: {table}")
     for part in directory.glob("part_*"):
         part.unlink()
     return [str(path.relative_to(stage.directory)) for path in paths]

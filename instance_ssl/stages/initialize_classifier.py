@@ -10,7 +10,6 @@ from torch import Tensor
 
 from instance_ssl.checkpoint.directory import DirectoryWriter, clear_leftovers, content_bytes
 from instance_ssl.checkpoint.state import (
-    Checkpoint,
     TrainingPosition,
     checkpoint_bytes,
     load_encoder,
@@ -39,7 +38,7 @@ from instance_ssl.run.resumption import accept, run_digests
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.watchdog import Stopped
 
-# Above all seeds of experiments: a random view of this pass is none that the training will see.
+# Above all seeds of experiments, so that training never sees a random view of this pass.
 _VIEW_SEEDS = 2**31
 
 
@@ -56,7 +55,13 @@ def run(stage: Stage) -> dict[str, Any]:
     broken.check_share()
     if stage.world.rank == 0:
         clear_leftovers(stage.checkpoints_of(stage.name))
-    stage.on_rank_0(lambda: _require_space(stage, encoder, shard))
+
+    def require_space() -> None:
+        size = checkpoint_bytes(shard, 0, content_bytes(encoder.state_dict()))
+        if problem := find_no_space(stage.directory, size):
+            raise UserError(f"{problem}, for the classifier: make room, or give a --run-dir on another disk")
+
+    stage.on_rank_0(require_space)  # before the pass, which may take hours
     if mode == "gaussian":
         initialize_gaussian(shard, config.seed)
     else:
@@ -70,22 +75,17 @@ def run(stage: Stage) -> dict[str, Any]:
     return {"initialization": mode, "mean_row_norm": mean_norm, "broken_images": len(broken.ids), "checkpoint": path}
 
 
-def _require_space(stage: Stage, encoder: Encoder, shard: ClassifierShard) -> None:
-    """Before the pass, which may take hours."""
-    size = checkpoint_bytes(shard, 0, content_bytes(encoder.state_dict()))
-    if problem := find_no_space(stage.directory, size):
-        raise UserError(f"{problem}, for the classifier: make room, or give a --run-dir on another disk")
-
-
 def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, broken: BrokenImages) -> None:
-    """The pass, from where it was stopped; at a stop, what has been done is kept.
+    """Makes the pass, resuming from what an earlier stop saved.
 
-    Batches done are the `step` of what is kept: they are the same global batches on any number of ranks.
+    Its `step` is the number of global batches done, which are the same on any number of ranks.
     """
     mode, skips = stage.config.classifier.initialization, stage.config.data.on_broken == "skip"
     done = 0
     partial = newest_checkpoint(stage.directory / "partial", stage.world)
-    if partial is not None and not _is_of_this_order(partial, stage):
+    digests = {} if partial is None else partial.position.digests
+    known = digests.get("order", ""), digests.get("images")
+    if partial is not None and known != (_order_digest(stage), stage.source.digest):
         stage.log.say("the images have changed, or lie in other shards than before: the pass begins again")
         stage.on_rank_0(lambda: shutil.rmtree(stage.directory / "partial"))
         partial = None
@@ -118,14 +118,9 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, br
 
 
 def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, step: int) -> str:
-    position = TrainingPosition(
-        step,
-        0,
-        len(stage.source),
-        stage.config.model.embedding_dim,
-        stage.world.size,
-        digests=run_digests(stage) | {"order": _order_digest(stage)},
-    )
+    digests = run_digests(stage) | {"order": _order_digest(stage)}
+    width = stage.config.model.embedding_dim
+    position = TrainingPosition(step, 0, len(stage.source), width, stage.world.size, digests=digests)
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
     momentum = {name: torch.zeros_like(value, device="cpu") for name, value in encoder.named_parameters()}
     buffers = {name: value.cpu() for name, value in encoder.named_buffers()}
@@ -134,21 +129,16 @@ def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, s
     return str(writer.commit().relative_to(stage.run_directory))
 
 
-def _is_of_this_order(partial: Checkpoint, stage: Stage) -> bool:
-    digests = partial.position.digests
-    return digests.get("order", "") == _order_digest(stage) and digests.get("images") == stage.source.digest
-
-
 def _order_digest(stage: Stage) -> str:
-    """What the order of the images depends on beside the configuration: a pass goes on in that order alone."""
+    """What the order of the images depends on beside the configuration: a pass resumes in that order alone."""
     starts = stage.source.shard_starts
     return "" if starts is None else hashlib.sha256(starts.tobytes()).hexdigest()
 
 
 def _own_batches(stage: Stage, first: int, broken: BrokenImages) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of every global batch from `first` on, in an order shuffled by the seed.
+    """This rank's part of every global batch from `first` on, without what cannot be read.
 
-    Folders come sorted by class, and a batch's statistics should not. Batches go without what cannot be read.
+    The order is shuffled by the seed: folders come sorted by class, and a batch's statistics should not.
     """
     order = epoch_order(len(stage.source), stage.config.seed, 0, training_shards(stage))
     parts = own_parts(order, stage.config.classifier.initialization_batch_size, stage.world)[first:]

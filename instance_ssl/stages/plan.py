@@ -7,8 +7,6 @@ import torch
 
 from instance_ssl.classifier.kernel_selection import choose_block_bytes
 from instance_ssl.classifier.softmax import SoftmaxOptions
-from instance_ssl.config.deepspeed import DeepSpeedSettings
-from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.run.build import describe_encoder, describe_stem_cost, seeded_encoder
 from instance_ssl.run.console import tell
 from instance_ssl.run.plan_request import PlanRequest
@@ -35,14 +33,14 @@ class Training:
     engine: EngineSize
     classifier: ClassifierSize
 
-    def plan(self, layout: Layout, num_instances: int | None = None) -> Plan:
-        """Plans one layout, for the training's own number of images or another."""
-        count = self.classifier.num_instances if num_instances is None else num_instances
-        return plan_layout(layout, self.cost, self.engine, replace(self.classifier, num_instances=count))
+    def plan(self, layout: Layout) -> Plan:
+        """Plans one layout."""
+        return plan_layout(layout, self.cost, self.engine, self.classifier)
 
     def peak_gib(self, layout: Layout, num_instances: int) -> float:
-        """Peak memory of one rank in GiB."""
-        return self.plan(layout, num_instances).peak / 2**30
+        """Peak memory of one rank in GiB, for another number of images."""
+        size = replace(self.classifier, num_instances=num_instances)
+        return replace(self, classifier=size).plan(layout).peak / 2**30
 
     def most_classes(self, layout: Layout, memory_gib: float) -> int:
         """Largest N that fits into this memory; 0 if not even one class a rank does."""
@@ -75,8 +73,26 @@ class Planner:
         Raises:
             UserError: the batch, or the JSON's group size, cannot be divided over them.
         """
-        request = self._request
-        return _training(request.config, request.settings(world_size), self.cost, world_size, request.num_instances)
+        config, ds = self._request.config, self._request.settings(world_size)
+        classifier, group_size = config.classifier, ds.group_size(world_size)
+        block_bytes = choose_block_bytes(ds.block_bytes, _PLANNED)
+        size = ClassifierSize(
+            num_instances=self._request.num_instances,
+            embedding_dim=config.model.embedding_dim,
+            group_size=group_size,
+            num_replicas=world_size // group_size,
+            rows_per_rank=ds.micro_batch_size * config.augmentation.num_views,
+            accumulation_steps=ds.accumulation_steps,
+            num_hard_classes=classifier.num_hard_classes if classifier.smoothing_factor > 0 else 0,
+            options=SoftmaxOptions(classifier.temperature, classifier.loss_form, ds.matmul_dtype, block_bytes),
+            row_dtype=ds.row_dtype,
+            momentum_dtype=ds.momentum_dtype,
+            num_sampled_classes=None if classifier.sampling == "full" else classifier.num_sampled_classes,
+            device=_PLANNED,
+        )
+        steps, dtype = ds.accumulation_steps, ds.autocast_dtype
+        engine = engine_size(ds.engine, world_size=world_size, accumulation_steps=steps, autocast_dtype=dtype)
+        return Training(self.cost, engine, size)
 
 
 def print_plan(request: PlanRequest) -> None:
@@ -101,39 +117,6 @@ def print_plan(request: PlanRequest) -> None:
         "Not counted: the CUDA context (about 0.5 GiB), library workspaces, allocator fragmentation. The dense\n"
         "layouts are not this code: two float32 copies of the logits, as DDP and the paper's own framework hold them."
     )
-
-
-def _training(
-    config: ExperimentConfig, ds: DeepSpeedSettings, cost: EncoderCost, world_size: int, num_instances: int
-) -> Training:
-    classifier, group_size = config.classifier, ds.group_size(world_size)
-    options = SoftmaxOptions(
-        classifier.temperature,
-        classifier.loss_form,
-        ds.matmul_dtype,
-        choose_block_bytes(ds.block_bytes, _PLANNED),
-    )
-    size = ClassifierSize(
-        num_instances=num_instances,
-        embedding_dim=config.model.embedding_dim,
-        group_size=group_size,
-        num_replicas=world_size // group_size,
-        rows_per_rank=ds.micro_batch_size * config.augmentation.num_views,
-        accumulation_steps=ds.accumulation_steps,
-        num_hard_classes=classifier.num_hard_classes if classifier.smoothing_factor > 0 else 0,
-        options=options,
-        row_dtype=ds.row_dtype,
-        momentum_dtype=ds.momentum_dtype,
-        num_sampled_classes=None if classifier.sampling == "full" else classifier.num_sampled_classes,
-        device=_PLANNED,
-    )
-    around = engine_size(
-        ds.engine,
-        world_size=world_size,
-        accumulation_steps=ds.accumulation_steps,
-        autocast_dtype=ds.autocast_dtype,
-    )
-    return Training(cost, around, size)
 
 
 def _memory_rows(plans: Mapping[Layout, Plan]) -> list[list[str]]:

@@ -1,26 +1,16 @@
 """Stage 2: epochs of instance classification, with the hardest classes found anew before each."""
 
 import gc
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from instance_ssl.checkpoint.directory import clear_leftovers
-from instance_ssl.checkpoint.state import (
-    Checkpoint,
-    checkpoint_bytes,
-    load_encoder,
-    load_own_buffers,
-    load_rows,
-)
+from instance_ssl.checkpoint.directory import clear_leftovers, content_bytes
+from instance_ssl.checkpoint.state import Checkpoint, checkpoint_bytes, load_encoder, load_own_buffers, load_rows
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.errors import UserError, reason
 from instance_ssl.files.atomic import write_json
 from instance_ssl.files.structured import MalformedError, read_json
-from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.broken_images import BrokenImages
 from instance_ssl.run.build import classifier_shard, seeded_encoder, training_shards, training_views
 from instance_ssl.run.directory import require_space
@@ -31,6 +21,8 @@ from instance_ssl.stages import update_images
 from instance_ssl.training.engine import Engine
 from instance_ssl.training.schedules import warmup_cosine
 from instance_ssl.training.step import train_epoch
+
+_SKIPPED = "left_out_steps.json"
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -45,8 +37,8 @@ def run(stage: Stage) -> dict[str, Any]:
         except Rollback as rollback:
             stage.log.say(f"going back to the newest checkpoint; step {rollback.step} is skipped from now on")
             if stage.world.rank == 0:
-                write_json(_skipped_path(stage), {"steps": sorted({*skipped, rollback.step})})
-        gc.collect()  # the engine that is left behind refers to itself, and holds the encoder's memory
+                write_json(stage.directory / _SKIPPED, {"steps": sorted({*skipped, rollback.step})})
+        gc.collect()  # the old engine refers to itself, and holds the encoder's memory
 
 
 def _train(stage: Stage, start: Checkpoint, skipped_steps: frozenset[int]) -> dict[str, Any]:
@@ -60,15 +52,18 @@ def _train(stage: Stage, start: Checkpoint, skipped_steps: frozenset[int]) -> di
         config.seed,
         training_shards(stage),
     )
-    _describe(stage, sampler)
+    if sampler.num_dropped:
+        stage.log.say(
+            f"{sampler.num_dropped} of {len(stage.source)} images, other ones each epoch, do not fill a global batch "
+            f"of {sampler.global_batch_size} and are dropped"
+        )
     skips = config.data.on_broken == "skip"
     loader = view_loader(training_views(config, stage.source), sampler, config.data.num_workers, skip_broken=skips)
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(start, shard))
-    encoder, momentum = _load_encoder(stage, start)
     broken = BrokenImages(stage)
     broken.check_share()
-    engine = _build_engine(stage, start, sampler.steps_per_epoch, encoder, momentum)
+    engine = _build_engine(stage, start, sampler.steps_per_epoch)
     _require_space(stage, engine, shard)
     total_steps = optimization.epochs * sampler.steps_per_epoch
     stage.log.forget_after(start.position.step)
@@ -95,14 +90,6 @@ def _train(stage: Stage, start: Checkpoint, skipped_steps: frozenset[int]) -> di
     return {**counts, **session.figures}
 
 
-def _describe(stage: Stage, sampler: GlobalBatchSampler) -> None:
-    if sampler.num_dropped:
-        stage.log.say(
-            f"{sampler.num_dropped} of {len(stage.source)} images, other ones each epoch, do not fill a global batch "
-            f"of {sampler.global_batch_size} and are dropped"
-        )
-
-
 def _starting_checkpoint(stage: Stage) -> Checkpoint:
     found = update_images.newest_of_these_images(stage)
     if found.directory.parent == stage.checkpoints_of(stage.name):
@@ -112,18 +99,12 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
     return found
 
 
-def _load_encoder(stage: Stage, start: Checkpoint) -> tuple[Encoder, dict[str, Tensor]]:
-    """The encoder as it was, and its momentum."""
+def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engine:
+    """The engine with the checkpoint's encoder and momentum."""
+    optimization = stage.config.optimization
     encoder = seeded_encoder(stage.config, recompute_stages=stage.ds.recompute_stages)
     state, momentum = stage.together(lambda: load_encoder(start))
     encoder.load_state_dict(state)
-    return encoder, momentum
-
-
-def _build_engine(
-    stage: Stage, start: Checkpoint, steps_per_epoch: int, encoder: Encoder, momentum: dict[str, Tensor]
-) -> Engine:
-    optimization = stage.config.optimization
 
     def schedule(step: int) -> float:
         return warmup_cosine(
@@ -151,19 +132,13 @@ def _build_engine(
 
 
 def _require_space(stage: Stage, engine: Engine, shard: ClassifierShard) -> None:
-    tensors = engine.encoder.state_dict().values()
-    encoder_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    encoder_bytes = content_bytes(engine.encoder.state_dict())
     size = checkpoint_bytes(shard, stage.config.classifier.num_hard_classes, encoder_bytes)
-
-    def look() -> None:
-        if stage.world.rank == 0:
-            require_space(stage.checkpoints_of(stage.name), size, stage.config.checkpoint.keep)
-
-    stage.together(look)
+    stage.on_rank_0(lambda: require_space(stage.checkpoints_of(stage.name), size, stage.config.checkpoint.keep))
 
 
 def _refresh_hard_classes(stage: Stage, shard: ClassifierShard, session: TrainingSession) -> None:
-    """At the beginning of an epoch; a run that is stopped in it begins the epoch with it again."""
+    """At the start of an epoch; a stop in it repeats it on resume."""
     num_hard_classes = stage.config.classifier.num_hard_classes
     with stage.log.progress("hardest classes", 1, "passes") as progress:
 
@@ -177,13 +152,9 @@ def _refresh_hard_classes(stage: Stage, shard: ClassifierShard, session: Trainin
         shard.refresh_hard_classes(num_hard_classes, on_block, on_not_finite)
 
 
-def _skipped_path(stage: Stage) -> Path:
-    return stage.directory / "left_out_steps.json"
-
-
 def _skipped_steps(stage: Stage) -> frozenset[int]:
     """Steps of the whole training that earlier rollbacks skip."""
-    path = _skipped_path(stage)
+    path = stage.directory / _SKIPPED
 
     def read() -> list[int]:
         try:

@@ -1,19 +1,18 @@
 """Brings a run to a list of images that has changed: rewrites its newest checkpoint and its manifest.
 
-A training starts with this when images have come or gone since its last start; `runners/update_images.py` does it by
-itself, and then also drops the images that training could not read. Rows and momentum of the images that stay keep
-their bits. The row of a new image is the direction of its embedding by the encoder as it is, of the evaluation view,
-with the mean norm of the old rows, so that a step moves it as far as it moves them; its momentum is 0. Ids are
-contiguous again: images that stay keep their order, new ones follow. Epochs have another length, so the epoch that was
-begun begins again, and steps are renumbered as if all epochs had been that long.
+A training starts with this when its images have changed; `runners/update_images.py` does it alone, and then also drops
+the images that could not be read. Rows and momentum of the images that stay keep their bits. A new image's row is the
+embedding of its evaluation view by the current encoder, scaled to the mean norm of the old rows so that a step moves it
+as far as them; its momentum is 0. Ids are contiguous: images that stay keep their order, new ones follow. The epoch in
+progress starts again, and steps are renumbered as if all epochs had the new length.
 
-D/instances_map_<number>.npy then has the new id of each old one, (N,) int64, -1 where it was removed, and
-D/data_changes.jsonl a line more. The checkpoint of before, and those that `checkpoint.keep_every_epochs` keeps, lie in
-D/pretrain/checkpoints_before_update_<number>.
+D/instances_map_<number>.npy maps each old id to its new one, (N,) int64, -1 where removed; D/data_changes.jsonl gains a
+line. Earlier checkpoints move to D/pretrain/checkpoints_before_update_<number>.
 """
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from instance_ssl.data.augmentations import centre_view
 from instance_ssl.data.image_sources import digest_of
 from instance_ssl.data.list_changes import places_of
 from instance_ssl.errors import UserError
+from instance_ssl.evaluation.frozen_encoder import stoppable_progress
 from instance_ssl.files.disk_space import saving
 from instance_ssl.files.structured import read_json_lines
 from instance_ssl.run import manifest, pending_update
@@ -56,7 +56,7 @@ def run(stage: Stage) -> dict[str, Any]:
     """Updates the run now, rather than when its training starts next.
 
     Raises:
-        UserError: when a training is at work on the run, and as `newest_of_these_images`.
+        UserError: when a training of the run is running, and as `newest_of_these_images`.
     """
     training = stage.run_directory / "pretrain"
     with ExitStack() as held:
@@ -87,7 +87,7 @@ def newest_of_these_images(stage: Stage) -> Checkpoint:
         raise UserError(absent_checkpoint(stage.run_directory, "initialize_classifier"))
     log_oddities(found, stage)
     is_other = found.position.digests.get("images", stage.source.digest) != stage.source.digest
-    # What earlier versions did: classes that take no part, and epochs of several lengths.
+    # Earlier versions had excluded classes, and epochs of several lengths.
     has_left_out = stage.on_rank_0(left_out_path(stage.run_directory).exists)
     if is_other or has_left_out or len(found.position.stretches) > 1:
         _rewrite(stage, found)
@@ -98,13 +98,19 @@ def newest_of_these_images(stage: Stage) -> Checkpoint:
 
 
 def _rewrite(stage: Stage, start: Checkpoint) -> None:
-    """Writes what `start` is for the images as they are now, and makes it the run's newest checkpoint."""
+    """Rewrites `start` for the current images and makes it the run's newest checkpoint."""
     old_ids_N = stage.on_rank_0(lambda: _old_ids(stage, start))
-    _tell(stage, start, old_ids_N)
+    num_kept, old = int((old_ids_N >= 0).sum()), start.position
+    removed, added = old.num_instances - num_kept, len(old_ids_N) - num_kept
+    how = f" (classes {num_kept} to {len(old_ids_N) - 1}, their rows from their features)" if added else ""
+    stage.log.say(f"updating the images: {removed} of {old.num_instances} removed, {added} added{how}")
+    if old.step != old.epoch * _epoch_length(stage, old.num_instances):
+        stage.log.say(f"the training was in the middle of epoch {old.epoch + 1}, which begins again")
     shard = classifier_shard(stage)
     stage.together(lambda: load_rows(start, shard, torch.from_numpy(old_ids_N[shard.start : shard.stop])))
     if shard.sampler is not None:
-        shard.sampler.recent_classes = _renumbered(shard.sampler.recent_classes, old_ids_N)
+        new_ids = torch.from_numpy(_new_ids(old_ids_N, old.num_instances))[shard.sampler.recent_classes]
+        shard.sampler.recent_classes = new_ids[new_ids >= 0]
     new = torch.from_numpy((old_ids_N < 0).nonzero()[0])
     state, momentum = stage.together(lambda: load_encoder(start))
     _add_rows(stage, shard, state, new)
@@ -134,12 +140,6 @@ def _old_ids(stage: Stage, start: Checkpoint) -> np.ndarray:
     return old_ids_N
 
 
-def _renumbered(ids: Tensor, old_ids_N: np.ndarray) -> Tensor:
-    """New ids of old ones, without those that are removed."""
-    new_ids = torch.from_numpy(_new_ids(old_ids_N, int(max(ids.max().item() if len(ids) else 0, old_ids_N.max())) + 1))
-    return new_ids[ids][new_ids[ids] >= 0]
-
-
 def _new_ids(old_ids_N: np.ndarray, num_old: int) -> np.ndarray:
     """(num_old,) int64: the new id of each old one, -1 where it is removed."""
     new_ids = np.full(num_old, -1, np.int64)
@@ -166,15 +166,10 @@ def _add_rows(stage: Stage, shard: ClassifierShard, state: dict[str, Tensor], ne
         encoder = seeded_encoder(stage.config)
         encoder.load_state_dict(state)
         rows = _ScaledRows(shard, mean_row_norm(shard))
-        with stage.log.progress("new rows", len(new), "images") as progress, stage.autocast():
-
-            def on_batch(count: int) -> None:
-                progress.advance(count)
-                stage.check_together()
-
-            parts = own_parts(new, stage.config.classifier.initialization_batch_size, stage.world)
-            batches = readable_batches(stage, parts, broken, centre_view(stage.config.data.image_size))
-            encoder = encoder.to(stage.world.device)
+        parts = own_parts(new, stage.config.classifier.initialization_batch_size, stage.world)
+        batches = readable_batches(stage, parts, broken, centre_view(stage.config.data.image_size))
+        encoder = encoder.to(stage.world.device)
+        with stoppable_progress(stage, "new rows", len(new), "images") as on_batch, stage.autocast():
             initialize_from_features(rows, encoder, batches, "frozen", stage.world, on_batch=on_batch)
     if broken.anyone_has_news():
         broken.share()
@@ -184,37 +179,22 @@ def _add_rows(stage: Stage, shard: ClassifierShard, state: dict[str, Tensor], ne
 
 def _position(stage: Stage, start: Checkpoint) -> TrainingPosition:
     """The beginning of the epoch that the checkpoint is in."""
-    old = start.position
-    return TrainingPosition(
-        step=old.epoch * (len(stage.source) // stage.config.optimization.global_batch_size),
-        epoch=old.epoch,
+    return replace(
+        start.position,
+        step=start.position.epoch * _epoch_length(stage, len(stage.source)),
         num_instances=len(stage.source),
-        embedding_dim=old.embedding_dim,
         world_size=stage.world.size,
-        figures=old.figures,
         digests=run_digests(stage),
-        loss_scale=old.loss_scale,
-        skipped_in_a_row=old.skipped_in_a_row,
-        loss_level=old.loss_level,
-        matmul_dtype=old.matmul_dtype,
+        stretches=[],
     )
 
 
-def _tell(stage: Stage, start: Checkpoint, old_ids_N: np.ndarray) -> None:
-    num_kept = int((old_ids_N >= 0).sum())
-    removed, added = start.position.num_instances - num_kept, len(old_ids_N) - num_kept
-    how = f" (classes {num_kept} to {len(old_ids_N) - 1}, their rows from their features)" if added else ""
-    stage.log.say(f"updating the images: {removed} of {start.position.num_instances} removed, {added} added{how}")
-    if start.position.step != start.position.epoch * _epoch_length(stage, start):
-        stage.log.say(f"the training was in the middle of epoch {start.position.epoch + 1}, which begins again")
-
-
-def _epoch_length(stage: Stage, start: Checkpoint) -> int:
-    return start.position.num_instances // stage.config.optimization.global_batch_size
+def _epoch_length(stage: Stage, num_instances: int) -> int:
+    return num_instances // stage.config.optimization.global_batch_size
 
 
 def _begin(stage: Stage) -> Path:
-    """The folder of the new state. First records as broken what an earlier version left out because of that."""
+    """The folder of the new state. First records as broken what an earlier version excluded for that reason."""
     run_directory = stage.run_directory
     left_out = {index: why for index, why in read_left_out(run_directory).items() if why is not None}
     if left_out:
@@ -254,15 +234,16 @@ def _commit(stage: Stage, start: Checkpoint, old_ids_N: np.ndarray, folder: Path
         pending_update.commit(run_directory)
     if retired.exists():
         every = stage.config.checkpoint.keep_every_epochs
-        retain(retired, 1, lambda step: every is not None and step % (every * _epoch_length(stage, start)) == 0)
+        length = _epoch_length(stage, old.num_instances)
+        retain(retired, 1, lambda step: every is not None and step % (every * length) == 0)
         stage.log.say(f"the checkpoint of before is kept in {retired}: remove it once nothing needs it")
 
 
 def _renumbered_metrics(stage: Stage, start: Checkpoint, path: Path) -> str:
-    """The metrics of whole epochs, at the steps that they would have been at in epochs of today's length."""
+    """The metrics of whole epochs, at the steps of epochs of the new length."""
     position, lines = start.position, []
-    stretches = position.stretches or [(0, 0, _epoch_length(stage, start))]
-    per_epoch = len(stage.source) // stage.config.optimization.global_batch_size
+    stretches = position.stretches or [(0, 0, _epoch_length(stage, position.num_instances))]
+    per_epoch = _epoch_length(stage, len(stage.source))
     for line in read_json_lines(path)[0]:
         if type(step := line.get("step")) is not int or step > position.step:
             continue

@@ -23,8 +23,8 @@ from instance_ssl.evaluation.frozen_encoder import (
     LabelledImages,
     Representation,
     cached_features,
-    labels_of_own_part,
     open_labelled,
+    own_part,
     represent_checkpoint,
     vote,
 )
@@ -99,7 +99,7 @@ def run_own(stage: Stage) -> dict[str, Any]:
         position = checkpoint.position
         if position.step not in seconds_at:  # saved at a stop, between two lines of the log
             continue
-        representation = represent_checkpoint(stage, "trained", checkpoint)
+        representation = represent_checkpoint(stage, checkpoint)
         points.append(_point(stage, images, representation, position.epoch, seconds_at[position.step]))
     if not points:
         raise UserError(f"{stage.checkpoints_of(_TRAINING)} holds no checkpoints: run the stage {_TRAINING} first")
@@ -181,9 +181,9 @@ def _point(
     votes = vote(stage, images, train_nF, test_mF, knn, f"epoch {epoch}: k-NN")
     probe = probe_cached_features(
         train_nF,
-        labels_of_own_part(stage, images.train_labels),
+        own_part(stage, images.train_labels),
         test_mF,
-        labels_of_own_part(stage, images.test_labels),
+        own_part(stage, images.test_labels),
         stage.world,
         num_classes=images.num_classes,
         l2_penalties=linear.l2_penalties,

@@ -9,6 +9,7 @@ from ranks import run_ranks
 from torch import Tensor
 from voc_tree import CLASSES, make_tree
 
+from instance_ssl.config.detection import DetectionConfig
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
@@ -16,17 +17,17 @@ from instance_ssl.evaluation.detection.batches import DetectionBatch, Resizing, 
 from instance_ssl.evaluation.detection.detector import Detector
 from instance_ssl.evaluation.detection.metrics import Detections
 from instance_ssl.evaluation.detection.training import (
-    DetectorSchedule,
     DetectorTraining,
     detect,
     detection_figures,
     gather_detections,
+    learning_rate,
 )
 from instance_ssl.evaluation.detection.voc import VocImages, open_voc
 from instance_ssl.models.backbones import ResNet
 
 RESIZING = Resizing((64,), 120, flip=True)
-SCHEDULE = DetectorSchedule(iterations=40, steps=(30,), warmup_iterations=4, learning_rate=0.01)
+SETTINGS = DetectionConfig(iterations=40, steps=(30,), warmup_iterations=4, learning_rate=0.01, batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,9 @@ def batches(data: VocImages, iterations: range, group: Group | None = None, size
 
 
 def test_the_learning_rate_is_moco_s() -> None:
-    rates = [DetectorSchedule().rate(i) for i in (0, 50, 100, 17_999, 18_000, 21_999, 22_000, 23_999)]
+    rates = [learning_rate(DetectionConfig(), i) for i in (0, 50, 100, 17_999, 18_000, 21_999, 22_000, 23_999)]
     assert rates == pytest.approx([0.02 * 1e-3, 0.02 * (0.5 + 0.5e-3), 0.02, 0.02, 0.002, 0.002, 0.0002, 0.0002])
-    assert DetectorSchedule(warmup_iterations=0).rate(0) == 0.02
+    assert learning_rate(DetectionConfig(warmup_iterations=0), 0) == 0.02
 
 
 def test_the_layout_is_res5_with_a_norm_and_strides_are_16_or_4() -> None:
@@ -123,7 +124,7 @@ def test_the_stream_of_images_is_the_same_on_any_ranks_and_after_a_restart(tree:
 
 def _train(group: Group, tree: str, iterations: int) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     data = open_voc(Path(tree), ["VOC2007/train"], CLASSES)
-    training = DetectorTraining(detector(), SCHEDULE, 3, group)
+    training = DetectorTraining(detector(), SETTINGS, group)
     losses = [training.step(batch) for batch in batches(data, range(iterations), group)]
     training.recompute_statistics(batches(data, range(4), group))
     return losses, training.model.state_dict()
@@ -142,12 +143,12 @@ def test_training_is_the_same_on_one_rank_and_on_two(tree: Path) -> None:
 
 def _resumed(group: Group, tree: str) -> tuple[bool, float, float]:
     data = open_voc(Path(tree), ["VOC2007/train"], CLASSES)
-    whole = DetectorTraining(detector(), SCHEDULE, 3, group)
+    whole = DetectorTraining(detector(), SETTINGS, group)
     for batch in batches(data, range(2)):
         whole.step(batch)
     state = {key: value for key, value in torch.load(_saved(whole.state()), weights_only=True).items()}
     torch.manual_seed(77)
-    other = DetectorTraining(Detector(ResNet("resnet18", small_stem=False), 2, regions_per_image=8), SCHEDULE, 3, group)
+    other = DetectorTraining(Detector(ResNet("resnet18", small_stem=False), 2, regions_per_image=8), SETTINGS, group)
     other.load_state(state)
     for training in (whole, other):
         for batch in batches(data, range(2, 4)):
@@ -175,7 +176,7 @@ def test_a_resumed_training_ends_with_the_same_bits_and_norms_do_not_decay(tree:
 
 def _diverge(group: Group, tree: str) -> str:
     data = open_voc(Path(tree), ["VOC2007/train"], CLASSES)
-    training = DetectorTraining(detector(), SCHEDULE, 3, group)
+    training = DetectorTraining(detector(), SETTINGS, group)
     (batch,) = batches(data, range(1))
     batch.images[0][:] = torch.inf
     try:

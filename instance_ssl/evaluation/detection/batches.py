@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD
 from instance_ssl.data.loaders import BatchLoader
 from instance_ssl.data.sampler import BatchKeys, Key, consecutive_batches, epoch_order
 from instance_ssl.data.views import ViewDataset, ViewItem, sample_seed
+from instance_ssl.distributed.partition import Partition
 from instance_ssl.evaluation.detection.voc import VocImages
 
 
@@ -37,8 +39,7 @@ class Resizing:
         return max(int(width * scale + 0.5), 1), max(int(height * scale + 0.5), 1), flipped
 
 
-@dataclass(frozen=True)
-class DetectionBatch:
+class DetectionBatch(NamedTuple):
     """Images (3, h, w) normalised, their boxes (m, 4) in their own pixels, classes (m,) from 0, and a seed each."""
 
     images: list[Tensor]
@@ -73,10 +74,9 @@ def training_batches(
     for _ in iterations:
         own = [key for (key,) in islice(keys, order.own_size)]
         loaded = [batch.views[0] for batch in islice(images, len(own))]
-        targets = [_resized_objects(data, resizing, sample_seed(seed, *key, 0), key[1]) for key in own]
-        yield DetectionBatch(
-            loaded, [b for b, _ in targets], [c for _, c in targets], [sample_seed(seed, *key, 1) for key in own]
-        )
+        boxes = [_resized_boxes(data, resizing, sample_seed(seed, *key, 0), key[1]) for key in own]
+        classes = [data.annotations[index].classes_m for _, index in own]
+        yield DetectionBatch(loaded, boxes, classes, [sample_seed(seed, *key, 1) for key in own])
 
 
 def single_images(data: VocImages, resizing: Resizing, num_workers: int, indices: range) -> Iterator[Tensor]:
@@ -86,8 +86,7 @@ def single_images(data: VocImages, resizing: Resizing, num_workers: int, indices
         RankError: from the iteration, when an image cannot be decoded.
     """
     keys = BatchKeys(consecutive_batches(indices.start, indices.stop, 1))
-    loader = BatchLoader(_ResizedImages(data, resizing, 0), keys, num_workers, persistent=False)
-    for batch in loader:
+    for batch in BatchLoader(_ResizedImages(data, resizing, 0), keys, num_workers, persistent=False):
         yield batch.views[0]
 
 
@@ -99,10 +98,8 @@ class _EndlessOrder(Sampler[list[Key]]):
     ) -> None:
         self.kept = torch.tensor([i for i, annotation in enumerate(data.annotations) if len(annotation.classes_m)])
         self.seed, self.batch_size, self.iterations = seed, batch_size, iterations
-        # As equal as possible, the first ranks take one more.
-        share, longer = divmod(batch_size, world_size)
-        self.own_size = share + (rank < longer)
-        self.first = rank * share + min(rank, longer)
+        partition = Partition(batch_size, world_size)
+        self.own_size, self.first = partition.count(rank), partition.bounds(rank)[0]
 
     def __len__(self) -> int:
         return len(self.iterations) * self.own_size
@@ -134,12 +131,12 @@ class _ResizedImages(ViewDataset):
         return ViewItem(functional.normalize(pixels, list(NORMALISE_MEAN), list(NORMALISE_STD)), key[1])
 
 
-def _resized_objects(data: VocImages, resizing: Resizing, seed: int, index: int) -> tuple[Tensor, Tensor]:
-    """Boxes and classes for the image that the same seed resizes."""
+def _resized_boxes(data: VocImages, resizing: Resizing, seed: int, index: int) -> Tensor:
+    """Boxes (m, 4) in the image that the same seed resizes."""
     annotation = data.annotations[index]
     width, height, flipped = resizing.draw(seed, annotation.width, annotation.height)
     scale = torch.tensor([width / annotation.width, height / annotation.height]).repeat(2)
     boxes_m4 = annotation.boxes_m4 * scale
     if flipped:
         boxes_m4[:, [0, 2]] = width - boxes_m4[:, [2, 0]]
-    return boxes_m4, annotation.classes_m
+    return boxes_m4

@@ -21,8 +21,6 @@ from torchvision.ops import roi_align
 
 from instance_ssl.models.backbones import ResNet, channels_last
 
-ANCHOR_SIZES = (32, 64, 128, 256, 512)
-ANCHOR_RATIOS = (0.5, 1.0, 2.0)
 _ANCHORS_PER_IMAGE = 256
 _REGION_SIDE = 14
 _PADDED_TO = 32
@@ -93,12 +91,11 @@ class _SeededSampler:
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Masks of the sampled positives (≥ 1) and negatives (0) of each image."""
-        masks = [self._draw(label_n, generator) for label_n, generator in zip(labels, self.generators, strict=True)]
-        return [positive for positive, _ in masks], [negative for _, negative in masks]
-
-    def _draw(self, label_n: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        positives = _some(label_n >= 1, self.max_positives, generator)
-        return positives, _some(label_n == 0, self.per_image - int(positives.sum()), generator)
+        positives, negatives = [], []
+        for label_n, generator in zip(labels, self.generators, strict=True):
+            positives.append(_some(label_n >= 1, self.max_positives, generator))
+            negatives.append(_some(label_n == 0, self.per_image - int(positives[-1].sum()), generator))
+        return positives, negatives
 
 
 def _some(wanted_n: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -168,7 +165,7 @@ class _RoiAlign(nn.Module):
 
 
 def _region_proposals(channels: int, test_proposals: int) -> _RegionProposals:
-    anchors = AnchorGenerator((ANCHOR_SIZES,), (ANCHOR_RATIOS,))
+    anchors = AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),))
     rpn = _RegionProposals(
         anchors,
         RPNHead(channels, anchors.num_anchors_per_location()[0]),

@@ -4,13 +4,14 @@ Boxes are (x1, y1, x2, y2) in pixels, continuous and 0-based: a box over the who
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from instance_ssl.errors import UserError
+from instance_ssl.evaluation.detection.voc import Annotation
 
 IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 
@@ -18,8 +19,7 @@ IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 _RECALL_POINTS = np.arange(0.0, 1.1, 0.1)
 
 
-@dataclass(frozen=True)
-class Detections:
+class Detections(NamedTuple):
     """Detections in one image: boxes (n, 4), scores (n,), classes (n,) from 0."""
 
     boxes_n4: Tensor
@@ -27,17 +27,8 @@ class Detections:
     classes_n: Tensor
 
 
-@dataclass(frozen=True)
-class Objects:
-    """Objects in one image: boxes (m, 4), classes (m,) from 0, and which are `difficult` (m,), bool."""
-
-    boxes_m4: Tensor
-    classes_m: Tensor
-    difficult_m: Tensor
-
-
 def voc_metrics(
-    detections: Sequence[Detections], truth: Sequence[Objects], num_classes: int, *, eleven_points: bool = True
+    detections: Sequence[Detections], truth: Sequence[Annotation], num_classes: int, *, eleven_points: bool = True
 ) -> dict[str, float]:
     """PASCAL VOC's metrics as defined by detectron2's PascalVOCDetectionEvaluator.
 
@@ -70,7 +61,7 @@ def voc_metrics(
     return {"AP": float(means.mean()), "AP50": float(means[0]), "AP75": float(means[5])}
 
 
-def coco_metrics(detections: Sequence[Detections], truth: Sequence[Objects]) -> dict[str, float]:
+def coco_metrics(detections: Sequence[Detections], truth: Sequence[Annotation]) -> dict[str, float]:
     """COCO's metrics by torchmetrics on pycocotools: at most 100 detections per image, 101 recall points.
 
     Difficult objects count as crowds, which COCO ignores. A class without objects is excluded from the mean. Small,
@@ -117,7 +108,7 @@ def require_coco() -> None:
 
 
 def _class_aps(
-    detections: Sequence[Detections], truth: Sequence[Objects], label: int, eleven_points: bool
+    detections: Sequence[Detections], truth: Sequence[Annotation], label: int, eleven_points: bool
 ) -> list[float]:
     """AP of one class at each threshold, a fraction."""
     scores, overlaps, objects, difficult = [], [], [], []
@@ -169,13 +160,10 @@ def _best_overlaps(boxes_n4: Tensor, objects_m4: Tensor) -> tuple[np.ndarray, np
         return np.zeros(len(boxes)), np.zeros(len(boxes), np.int64)
     corners = np.minimum(boxes[..., 2:], objects[..., 2:]) - np.maximum(boxes[..., :2], objects[..., :2])
     common = np.maximum(corners + 1.0, 0.0).prod(axis=2)
-    iou = common / (_areas(boxes) + _areas(objects) - common)
+    areas, object_areas = ((each[..., 2:] - each[..., :2] + 1.0).prod(axis=-1) for each in (boxes, objects))
+    iou = common / (areas + object_areas - common)
     best = iou.argmax(axis=1)
     return iou[np.arange(len(boxes)), best], best
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[..., 2:] - boxes[..., :2] + 1.0).prod(axis=-1)
 
 
 def _rounded(values: Tensor, digits: int) -> np.ndarray:

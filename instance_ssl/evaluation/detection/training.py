@@ -3,46 +3,36 @@
 import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from instance_ssl.config.detection import DetectionConfig
 from instance_ssl.distributed.batch_norm import SynchronisedBatchNorm2d, synchronise_batch_norm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.gradients import sum_gradients
 from instance_ssl.errors import UserError
 from instance_ssl.evaluation.detection.batches import DetectionBatch
 from instance_ssl.evaluation.detection.detector import Detector
-from instance_ssl.evaluation.detection.metrics import Detections, Objects, coco_metrics, voc_metrics
+from instance_ssl.evaluation.detection.metrics import Detections, coco_metrics, voc_metrics
 from instance_ssl.evaluation.detection.voc import Annotation
 
 
-@dataclass(frozen=True)
-class DetectorSchedule:
-    """MoCo's 24k schedule by default (facebookresearch/moco, detection/configs/pascal_voc_R_50_C4_24k.yaml).
+def learning_rate(config: DetectionConfig, iteration: int) -> float:
+    """Iteration 0, 1, …'s rate: up from a thousandth over the warm-up, down to a tenth at each of `steps`.
 
-    SGD's rate grows linearly from a thousandth over the warm-up and falls to a tenth at each of `steps`. Batch norm's
-    weights and biases do not decay (detectron2's defaults).
+    The defaults are MoCo's 24k schedule (facebookresearch/moco, detection/configs/pascal_voc_R_50_C4_24k.yaml).
     """
-
-    iterations: int = 24_000
-    steps: tuple[int, ...] = (18_000, 22_000)
-    warmup_iterations: int = 100
-    learning_rate: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-
-    def rate(self, iteration: int) -> float:
-        """The learning rate of iteration 0, 1, …"""
-        done = min(1.0, iteration / self.warmup_iterations) if self.warmup_iterations else 1.0
-        warmth = 1e-3 * (1 - done) + done
-        return self.learning_rate * warmth * 0.1 ** bisect.bisect_right(self.steps, iteration)
+    done = min(1.0, iteration / config.warmup_iterations) if config.warmup_iterations else 1.0
+    warmth = 1e-3 * (1 - done) + done
+    return config.learning_rate * warmth * 0.1 ** bisect.bisect_right(config.steps, iteration)
 
 
 class DetectorTraining:
     """A detector, its SGD and its iteration, the same on all ranks.
+
+    Batch norm's weights and biases do not decay (detectron2's defaults).
 
     Args:
         model: its batch norms are replaced by synchronised ones.
@@ -51,9 +41,9 @@ class DetectorTraining:
         iteration: iterations done.
     """
 
-    def __init__(self, model: Detector, schedule: DetectorSchedule, batch_size: int, group: Group) -> None:
+    def __init__(self, model: Detector, config: DetectionConfig, group: Group) -> None:
         synchronise_batch_norm(model, group)
-        self.model, self.schedule, self.batch_size, self.group = model.to(group.device), schedule, batch_size, group
+        self.model, self.config, self.group = model.to(group.device), config, group
         self.iteration = 0
         norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
         self._parameters = dict(model.named_parameters())
@@ -61,10 +51,7 @@ class DetectorTraining:
         others = [p for p in self._parameters.values() if id(p) in norms]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         self._optimizer = torch.optim.SGD(
-            groups,
-            lr=schedule.learning_rate,
-            momentum=schedule.momentum,
-            weight_decay=schedule.weight_decay,
+            groups, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
         )
 
     def step(self, batch: DetectionBatch) -> dict[str, float]:
@@ -75,7 +62,7 @@ class DetectorTraining:
         """
         self.model.train()
         losses = self._losses(batch)
-        share = len(batch.images) / self.batch_size
+        share = len(batch.images) / self.config.batch_size
         self._optimizer.zero_grad()
         (torch.stack(list(losses.values())).sum() * share).backward()
         own = torch.stack(list(losses.values())).detach() * share
@@ -88,12 +75,14 @@ class DetectorTraining:
                 "evaluation.detection.learning_rate"
             )
         for settings in self._optimizer.param_groups:
-            settings["lr"] = self.schedule.rate(self.iteration)
+            settings["lr"] = learning_rate(self.config, self.iteration)
         self._optimizer.step()
         self.iteration += 1
         return figures
 
-    def recompute_statistics(self, batches: Iterable[DetectionBatch]) -> None:
+    def recompute_statistics(
+        self, batches: Iterable[DetectionBatch], on_batch: Callable[[], None] = lambda: None
+    ) -> None:
         """Replaces batch norm's running averages by plain means over these batches (detectron2's PRECISE_BN)."""
         norms = [module for module in self.model.modules() if isinstance(module, SynchronisedBatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
@@ -103,14 +92,17 @@ class DetectorTraining:
         self.model.train()
         with torch.no_grad():
             for batch in batches:
+                on_batch()
                 self._losses(batch)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
     def state(self) -> dict[str, Any]:
         """Weights, momentum and iteration: tensors and a number."""
-        buffers = {name: self._momentum_of(parameter) for name, parameter in self._parameters.items()}
-        return {"iteration": self.iteration, "model": self.model.state_dict(), "momentum": buffers}
+        kept = self._optimizer.state
+        buffers = {name: kept[p].get("momentum_buffer") for name, p in self._parameters.items()}
+        momentum = {n: torch.zeros_like(p) if buffers[n] is None else buffers[n] for n, p in self._parameters.items()}
+        return {"iteration": self.iteration, "model": self.model.state_dict(), "momentum": momentum}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Resumes from `state`."""
@@ -118,10 +110,6 @@ class DetectorTraining:
         self.model.load_state_dict(state["model"])
         for name, parameter in self._parameters.items():
             self._optimizer.state[parameter]["momentum_buffer"] = state["momentum"][name].to(parameter, copy=True)
-
-    def _momentum_of(self, parameter: nn.Parameter) -> Tensor:
-        buffer = self._optimizer.state[parameter].get("momentum_buffer")
-        return torch.zeros_like(parameter) if buffer is None else buffer
 
     def _losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
         device = self.group.device
@@ -173,12 +161,11 @@ def detection_figures(
     """
     figures: dict[str, Any] | None = None
     if group.rank == 0:
-        truth = [Objects(a.boxes_m4, a.classes_m, a.difficult_m) for a in annotations]
         figures = {
-            **voc_metrics(detections, truth, num_classes),
-            "area": voc_metrics(detections, truth, num_classes, eleven_points=False),
-            "coco": coco_metrics(detections, truth),
-            "test_images": len(truth),
+            **voc_metrics(detections, annotations, num_classes),
+            "area": voc_metrics(detections, annotations, num_classes, eleven_points=False),
+            "coco": coco_metrics(detections, annotations),
+            "test_images": len(annotations),
             "detections": sum(len(d.scores_n) for d in detections),
         }
     return group.broadcast_object(figures)

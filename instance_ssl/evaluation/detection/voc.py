@@ -11,7 +11,9 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import torch
@@ -30,8 +32,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _TOLERATED_PIXELS = 1.0
 
 
-@dataclass(frozen=True)
-class Annotation:
+class Annotation(NamedTuple):
     """The objects of one image of `width` x `height` pixels.
 
     Boxes (m, 4) float32, classes (m,) int64 from 0, `difficult` (m,) bool.
@@ -82,9 +83,7 @@ def open_voc(
     if root.name in {entry.partition("/")[0] for entry in lists} and not os.path.isdir(root / root.name):
         raise UserError(f"{_KEY}.root {tried(root)}: give the folder that holds {root.name}, which is its parent")
     names = [name for entry in lists for name in _read_list(root, entry)]
-    twice = next(
-        (name for name, following in zip(sorted(names), sorted(names)[1:], strict=False) if name == following), None
-    )
+    twice = next((name for name, following in pairwise(sorted(names)) if name == following), None)
     if twice is not None:
         raise UserError(f"{_KEY}: {twice} is named twice by {', '.join(lists)}")
     absent = next((name for name in names if not os.path.isfile(root / name)), None)
@@ -94,7 +93,13 @@ def open_voc(
     known = {name: index for index, name in enumerate(class_names)}
     with ThreadPoolExecutor() as pool:
         annotations = list(pool.map(lambda name: _read_annotation(root, name, known, rendering), names))
-    _refuse_empty_classes(annotations, class_names, lists)
+    easy = torch.cat([annotation.classes_m[~annotation.difficult_m] for annotation in annotations])
+    for name, count in zip(class_names, easy.bincount(minlength=len(class_names)).tolist(), strict=True):
+        if count == 0:
+            raise UserError(
+                f"{_KEY}: class {name} is empty, no object of {', '.join(lists)} is one; give other lists, or "
+                f"{_KEY}.classes without it"
+            )
     return VocImages(images, annotations)
 
 
@@ -192,27 +197,11 @@ def _read_object(
         raise ValueError(f"a {name}'s box {shown} lies outside its image of {width} x {height} pixels")
     if cut[2] <= cut[0] or cut[3] <= cut[1]:
         raise ValueError(f"a {name}'s box {shown} is empty")
-    return tuple(cut), known[name], _is_difficult(name, element)
-
-
-def _is_difficult(name: str, element: ElementTree.Element) -> bool:
     text = (element.findtext("difficult") or "").strip().lower()
-    if text in _TRUTHS:
-        return _TRUTHS[text]
     try:
-        value = float(text)
+        difficult = _TRUTHS[text] if text in _TRUTHS else float(text)
     except ValueError:
-        value = math.nan
-    if value not in (0, 1):
+        difficult = math.nan
+    if difficult not in (0, 1):
         raise ValueError(f"a {name} has difficult {text!r}, expected 0 or 1")
-    return value == 1
-
-
-def _refuse_empty_classes(annotations: list[Annotation], class_names: Sequence[str], lists: Sequence[str]) -> None:
-    easy = torch.cat([a.classes_m[~a.difficult_m] for a in annotations])
-    for name, count in zip(class_names, easy.bincount(minlength=len(class_names)).tolist(), strict=True):
-        if count == 0:
-            raise UserError(
-                f"{_KEY}: class {name} is empty, no object of {', '.join(lists)} is one; give other lists, or "
-                f"{_KEY}.classes without it"
-            )
+    return tuple(cut), known[name], difficult == 1

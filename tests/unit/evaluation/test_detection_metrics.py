@@ -13,11 +13,11 @@ from instance_ssl.errors import UserError
 from instance_ssl.evaluation.detection.metrics import (
     IOU_THRESHOLDS,
     Detections,
-    Objects,
     coco_metrics,
     require_coco,
     voc_metrics,
 )
+from instance_ssl.evaluation.detection.voc import Annotation
 
 Box = tuple[float, float, float, float]
 
@@ -31,16 +31,20 @@ def found(*rows: tuple[Box, float, int]) -> Detections:
     )
 
 
-def there(*rows: tuple[Box, int, bool]) -> Objects:
+def there(*rows: tuple[Box, int, bool]) -> Annotation:
     boxes, classes, difficult = zip(*rows, strict=True) if rows else ((), (), ())
-    return Objects(
+    return Annotation(
+        0,
+        0,
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(classes, dtype=torch.int64),
         torch.tensor(difficult, dtype=torch.bool),
     )
 
 
-def direct_ap(detections: list[Detections], truth: list[Objects], label: int, threshold: float, eleven: bool) -> float:
+def direct_ap(
+    detections: list[Detections], truth: list[Annotation], label: int, threshold: float, eleven: bool
+) -> float:
     """One detection after another, as in the text of the definition; a fraction."""
     rows = []
     for image, d in enumerate(detections):
@@ -88,7 +92,9 @@ def direct_ap(detections: list[Detections], truth: list[Objects], label: int, th
     return area
 
 
-def direct_metrics(detections: list[Detections], truth: list[Objects], classes: int, eleven: bool) -> dict[str, float]:
+def direct_metrics(
+    detections: list[Detections], truth: list[Annotation], classes: int, eleven: bool
+) -> dict[str, float]:
     aps = [
         sum(100 * direct_ap(detections, truth, label, threshold, eleven) for label in range(classes)) / classes
         for threshold in IOU_THRESHOLDS
@@ -96,7 +102,7 @@ def direct_metrics(detections: list[Detections], truth: list[Objects], classes: 
     return {"AP": sum(aps) / len(aps), "AP50": aps[0], "AP75": aps[5]}
 
 
-def random_images(seed: int, images: int, classes: int) -> tuple[list[Detections], list[Objects]]:
+def random_images(seed: int, images: int, classes: int) -> tuple[list[Detections], list[Annotation]]:
     """Objects, and detections near them, far from them and twice on them; some images have neither."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -109,7 +115,7 @@ def random_images(seed: int, images: int, classes: int) -> tuple[list[Detections
         corner = integers(0, 150, m, 2)
         boxes = torch.cat([corner, corner + integers(20, 150, m, 2)], dim=1).float()
         kinds = integers(0, classes, m)
-        truth.append(Objects(boxes, kinds, torch.rand(m, generator=generator) < 0.2))
+        truth.append(Annotation(0, 0, boxes, kinds, torch.rand(m, generator=generator) < 0.2))
         near = boxes.repeat(2, 1) + 4 * torch.randn(2 * m, 4, generator=generator)
         corner = integers(0, 200, 2, 2).float()
         far = torch.cat([corner, corner + 30], dim=1)
@@ -159,7 +165,7 @@ def test_difficult_objects_count_neither_way() -> None:
     truth = [there(((0, 0, 10, 10), 0, True), ((20, 20, 40, 40), 0, False))]
     detections = [found(((0, 0, 10, 10), 0.9, 0), ((0, 0, 10, 10), 0.8, 0), ((20, 20, 40, 40), 0.7, 0))]
     assert voc_metrics(detections, truth, 1)["AP"] == pytest.approx(100)
-    easy = [Objects(truth[0].boxes_m4, truth[0].classes_m, torch.zeros(2, dtype=torch.bool))]
+    easy = [Annotation(0, 0, truth[0].boxes_m4, truth[0].classes_m, torch.zeros(2, dtype=torch.bool))]
     assert voc_metrics(detections, easy, 1)["AP"] < 90
 
 

@@ -6,16 +6,14 @@ import numpy as np
 from PIL import Image
 
 from instance_ssl.evaluation.neighbour_picture import (
-    NO_LABEL,
     OTHER_CLASS,
     SAME_CLASS,
     NeighbourRow,
     draw_neighbours,
-    percentage_correct,
 )
 
 
-def _row(verdicts: list[bool | None]) -> NeighbourRow:
+def _row(verdicts: list[bool]) -> NeighbourRow:
     image = Image.new("L", (8, 8), 128)
     return NeighbourRow(image, {"raw pixels": [(image, verdict) for verdict in verdicts]})
 
@@ -26,12 +24,11 @@ def _frame_pixels(path: Path, colour: tuple[int, int, int], rows: slice) -> int:
 
 def test_frames_tell_whether_the_class_is_the_querys(tmp_path: Path) -> None:
     path = tmp_path / "neighbours.png"
-    draw_neighbours(path, [_row([True, False, False, None])], thumbnail_pixels=20)
+    draw_neighbours(path, [_row([True, False, False])], thumbnail_pixels=20)
     pictures = slice(90, -40)  # between header and legend
     one_frame = 26 * 26 - 20 * 20
     assert _frame_pixels(path, SAME_CLASS, pictures) == one_frame
     assert _frame_pixels(path, OTHER_CLASS, pictures) == 2 * one_frame
-    assert _frame_pixels(path, NO_LABEL, pictures) == one_frame
 
 
 def test_small_images_are_enlarged_without_smoothing(tmp_path: Path) -> None:
@@ -47,9 +44,3 @@ def test_images_keep_their_aspect(tmp_path: Path) -> None:
     path = tmp_path / "neighbours.png"
     draw_neighbours(path, [NeighbourRow(Image.new("RGB", (100, 50), (0, 0, 255)), {})], thumbnail_pixels=30)
     assert _frame_pixels(path, (0, 0, 255), slice(None)) == 30 * 15
-
-
-def test_percentage_counts_labelled_neighbours_only() -> None:
-    rows = [_row([True, False, None]), _row([True, True, None])]
-    assert percentage_correct(rows, "raw pixels") == 75
-    assert percentage_correct([_row([None, None])], "raw pixels") is None

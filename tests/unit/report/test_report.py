@@ -239,12 +239,12 @@ def test_values_that_no_axis_spans_are_skipped(tmp_path: Path) -> None:
 
 def test_a_long_curve_keeps_its_ends_and_few_points() -> None:
     points = [(float(step), step / 7) for step in range(5000)]
-    path = max(re.findall(r' d="([^"]*)"', line_chart([Line("x", 0, points)], {}, "y")), key=len)
+    path = max(re.findall(r' d="([^"]*)"', line_chart([Line(0, points)], {}, "y")), key=len)
     assert len(path.split("L")) <= 300
 
 
 def test_every_run_has_the_colour_of_its_legend(whole: Path) -> None:
-    chart = line_chart([Line("a", 0, [(0, 1), (1, 2)]), Line("b", 9, [(0, 2), (1, 1)])], {"pixels": 1.5}, "y")
+    chart = line_chart([Line(0, [(0, 1), (1, 2)]), Line(9, [(0, 2), (1, 1)])], {"pixels": 1.5}, "y")
     assert "var(--run0)" in chart
     assert "var(--run1)" in chart  # the ninth run after the first has the second colour
     assert "#0000" not in chart
