@@ -74,7 +74,11 @@ def parse_json(text: str | bytes, *, by_hand: bool = False, is_large: bool = Fal
 def parse_yaml(text: str | bytes) -> Any:
     """Parses any value of safe YAML; raises as `parse_json`, and for a duplicate key."""
     try:
-        values = yaml.load(text, _Loader)
+        loader = _Loader(text)
+        try:
+            values = loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
