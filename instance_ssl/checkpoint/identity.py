@@ -29,7 +29,7 @@ def bound_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def keys_digest(keys: Mapping[str, Any]) -> str:
     """SHA-256, in hexadecimal, of the keys that a run is bound to."""
-    # A key of `FORMER_VALUES` at its former value is left out: runs from before it existed keep their digest.
+    # A key of `FORMER_VALUES` at its former value is excluded: runs from before it existed keep their digest.
     bound = {key: value for key, value in bound_keys(keys).items() if (key, value) not in FORMER_VALUES.items()}
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 

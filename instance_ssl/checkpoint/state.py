@@ -158,7 +158,7 @@ def checkpoint_at(path: Path, group: Group, names: tuple[str, ...] | None = None
     is_there = group.broadcast_object(path.is_dir())
     position = _verified_position(path, group, names) if is_there else "there is no such directory"
     if isinstance(position, str):
-        raise UserError(f"{path} is no checkpoint ({position}): give a directory step_… or a run directory")
+        raise UserError(f"{path} is not a checkpoint ({position}): give a directory step_… or a run directory")
     return Checkpoint(path, position, foreign=tuple(foreign_files(path)))
 
 

@@ -85,7 +85,7 @@ def read_weights(path: Path) -> Weights:
     bare = {".".join(part for part in name.split(".") if part not in _WRAPPERS): found[name] for name in found}
     found = bare if len(bare) == len(found) else found
     if not found:
-        what = f"'{escape(str(next(iter(content))))}' is no tensor" if content else "there are none"
+        what = f"'{escape(str(next(iter(content))))}' is not a tensor" if content else "there are none"
         raise UserError(f"weights file {path}: expected tensors by torchvision's names, but {what}")
     prefix, names = _choose(found, choice, path)
     state = {name: found[full] for name, full in names.items()}

@@ -2,7 +2,7 @@
 
 The classes of a step are the positives of its global batch plus negatives, M in all:
 
-- `random`: drawn without replacement from all N, anew each step (the paper's "sampled instance classification"; as in
+- `random`: drawn without replacement from all N at each step (the paper's "sampled instance classification"; as in
   PartialFC, but drawn over all shards at once, so that the same classes are drawn on any number of ranks);
 - `recent`: the classes of the images seen last, as in PIC (Cao et al., NeurIPS 2020, "recent instances").
 

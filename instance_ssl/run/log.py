@@ -94,7 +94,7 @@ class RunLog:
             write()
         except (OSError, RuntimeError, ValueError) as error:
             if not self._complained:
-                self.say(f"warning: metrics are not written ({error}); the run goes on without them")
+                self.say(f"warning: metrics are not written ({error}); the run continues without them")
             self._complained = True
 
 

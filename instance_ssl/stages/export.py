@@ -111,7 +111,7 @@ def _write_backbone(stage: Stage, encoder: Encoder) -> dict[str, str]:
     small, size = _has_small_stem(stage), stage.config.data.image_size
     state = torchvision_state(encoder.backbone)
     if stage.config.model.backbone == "small_cnn":
-        stage.log.say("small_cnn is no torchvision network: its keys are its own")
+        stage.log.say("small_cnn is not a torchvision network: its keys are its own")
     elif small:
         stage.log.say("the 3x3 stem is not torchvision's: model_card.json says how to load it; none for detectron2")
     writers: dict[str, tuple[str, Callable[[Path], None]]] = {

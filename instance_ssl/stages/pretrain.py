@@ -1,4 +1,4 @@
-"""Stage 2: epochs of instance classification, with the hardest classes found anew before each."""
+"""Stage 2: epochs of instance classification, with the hardest classes refreshed before each."""
 
 import gc
 from typing import Any

@@ -13,9 +13,9 @@ _MOST_KEPT = 256 * 2**20
 def keep_freed_memory(environment: Mapping[str, str]) -> bool:
     """Raises glibc's thresholds in this process and in those that it forks; returns whether it did.
 
-    By default glibc maps large tensors anew and gives them back when they are freed, so that the kernel clears the same
-    pages in every step. Now blocks of up to 32 MiB come from the heap, and up to 256 MiB of free memory at its end are
-    kept. Nothing happens under another C library, or where the user has set MALLOC_… or glibc's tunables.
+    By default glibc maps large tensors each time and returns them when they are freed, so that the kernel clears the
+    same pages in every step. Now blocks of up to 32 MiB come from the heap, and up to 256 MiB of free memory at its end
+    are kept. Nothing happens under another C library, or where the user has set MALLOC_… or glibc's tunables.
     """
     tunables = environment.get("GLIBC_TUNABLES", "")
     if any(name.startswith("MALLOC_") for name in environment) or "glibc.malloc" in tunables:

@@ -24,7 +24,7 @@ class TrainingMeter:
         self._reports.append(report)
 
     def read(self, device: torch.device) -> dict[str, float | None]:
-        """Returns the metrics by TensorBoard tag, None where nothing was measured, and starts anew."""
+        """Returns the metrics by TensorBoard tag, None where nothing was measured, and resets."""
         reports, seconds = self._reports, time.perf_counter() - self._started
         self._reports, self._started = [], time.perf_counter()
         waited = sum(report.data_wait_seconds for report in reports)

@@ -215,7 +215,7 @@ def _error_of(group: Group, directory: Path, sections: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ({"evaluation": {"checkpoint": "{d}"}}, "is no checkpoint (MANIFEST.json: "),
+        ({"evaluation": {"checkpoint": "{d}"}}, "is not a checkpoint (MANIFEST.json: "),
         ({"evaluation": {"checkpoint": "{c}"}, "model": {"backbone": "resnet34"}}, "not fit this encoder: 80 missing"),
         ({"evaluation": {"weights": "{d}/wrong.pth"}, "export": {"source": "weights"}}, "1 extra (nothing)"),
         ({"export": {"source": "weights"}}, "set evaluation.weights"),

@@ -222,7 +222,11 @@ def test_code_in_a_weights_file_is_refused_and_does_not_run(
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [({}, "there are none"), ({"epoch": 3}, "'epoch' is no tensor"), ({"a": torch.tensor(float("nan"))}, "a is not")],
+    [
+        ({}, "there are none"),
+        ({"epoch": 3}, "'epoch' is not a tensor"),
+        ({"a": torch.tensor(float("nan"))}, "a is not"),
+    ],
 )
 def test_what_holds_no_weights_is_refused(tmp_path: Path, content: Any, expected: str) -> None:
     assert expected in error_of(read_weights, save(tmp_path, content))
