@@ -44,9 +44,8 @@ def _measure(arguments: argparse.Namespace, world: "Group") -> list[dict[str, An
     shape = (arguments.embedding_dim, arguments.num_hard_classes)
     if arguments.memory_budget_gib is not None:
         budget = int(arguments.memory_budget_gib * 2**30)
-        return [
-            sweeps.largest_problem(v, budget, b, *shape, world) for b in arguments.batch for v in arguments.variants
-        ]
+        cases = [(v, b) for b in arguments.batch for v in arguments.variants]
+        return [sweeps.largest_problem(v, budget, b, *shape, world) for v, b in cases]
     sizes = [(n, b) for b in arguments.batch for n in arguments.num_classes]
     if arguments.weak_scaling:
         return [
@@ -55,11 +54,8 @@ def _measure(arguments: argparse.Namespace, world: "Group") -> list[dict[str, An
             for v in arguments.variants
             for row in sweeps.weak_scaling(v, n, b, *shape, arguments.repeats, world)
         ]
-    return [
-        row
-        for n, b in sizes
-        for row in sweeps.measure_steps(arguments.variants, n, b, *shape, arguments.repeats, world)
-    ]
+    steps = (sweeps.measure_steps(arguments.variants, n, b, *shape, arguments.repeats, world) for n, b in sizes)
+    return [row for rows in steps for row in rows]
 
 
 def _run(arguments: argparse.Namespace, world: "Group") -> None:

@@ -67,6 +67,8 @@ def test_a_dead_peer_is_found_before_it_is_buried() -> None:
 def test_launchers_are_known_by_their_command(words: list[str], expected: bool, tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=subprocess.PIPE)
     try:
+        while "input()" not in psutil.Process(child.pid).cmdline():  # until then it is a copy of this process
+            pass
         assert is_launcher(psutil.Process(child.pid)) == expected
     finally:
         child.kill()
