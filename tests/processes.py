@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from pathlib import Path
 
 from fork_server import start_script
@@ -42,7 +43,8 @@ def main_of(runner: str) -> Callable[[Sequence[str]], int]:
 def run_forked(runner: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """What a launcher does with `runners/<runner>.py …`, in forked processes that share standard output and error.
 
-    The exit code is that of the first rank whose is not 0. No rank is stopped because another has ended.
+    The exit code is the first that is not 0, in the order in which ranks end, as a launcher sees it. No rank is stopped
+    because another has ended.
     """
     world = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     by_rank = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
@@ -95,14 +97,16 @@ def _start_and_wait(
         processes = [
             start_script(_script(runner), arguments, cpu_environment() | own, cwd, stdout, stderr) for own in by_rank
         ]
-        end = time.monotonic() + _PATIENCE_SECONDS
-        for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
+        end, pending, codes = time.monotonic() + _PATIENCE_SECONDS, set(processes), []
+        while pending and time.monotonic() < end:
+            connection.wait([process.sentinel for process in pending], timeout=max(0.0, end - time.monotonic()))
+            ended = [process for process in pending if not process.is_alive()]
+            codes += [process.exitcode or 0 for process in ended]
+            pending -= set(ended)
         late = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             process.kill()
         said, errors = (path.read_text() if path.exists() else "" for path in (stdout, stderr))
     assert not late, f"ranks {late} of {runner} did not end in {_PATIENCE_SECONDS} s\n{said}\n{errors}"
-    codes = [process.exitcode or 0 for process in processes]
     code = next((code for code in codes if code), 0)
     return subprocess.CompletedProcess([runner, *arguments], code, said, errors)
