@@ -16,7 +16,7 @@ Rows are found by number, so any number of ranks reads what any other wrote; the
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -139,7 +139,7 @@ def newest_checkpoint(parent: Path, group: Group, names: tuple[str, ...] | None 
     for directory in directories:
         position = _verified_position(directory, group, names)
         if isinstance(position, TrainingPosition):
-            return Checkpoint(directory, position, tuple(damage), tuple(foreign_files(directory)))
+            return Checkpoint(directory, position, tuple(damage), _foreign(directory, group))
         damage.append(f"{directory}: {position}")
     if damage:
         raise UserError(f"no checkpoint in {parent} is whole ({damage[0]}); restore one or remove the directory")
@@ -159,7 +159,7 @@ def checkpoint_at(path: Path, group: Group, names: tuple[str, ...] | None = None
     position = _verified_position(path, group, names) if is_there else "there is no such directory"
     if isinstance(position, str):
         raise UserError(f"{path} is not a checkpoint ({position}): give a directory step_… or a run directory")
-    return Checkpoint(path, position, foreign=tuple(foreign_files(path)))
+    return Checkpoint(path, position, foreign=_foreign(path, group))
 
 
 def intact_checkpoints(parent: Path, group: Group) -> list[Checkpoint]:
@@ -170,9 +170,18 @@ def intact_checkpoints(parent: Path, group: Group) -> list[Checkpoint]:
 
 
 def _verified_position(directory: Path, group: Group, names: tuple[str, ...] | None = None) -> TrainingPosition | str:
-    """What training.json of a checkpoint holds, or what is wrong with the checkpoint."""
+    """What training.json of a checkpoint holds, or what is wrong with the checkpoint. Collective.
+
+    Once it returns on rank 0, no other rank reads the directory any more, and rank 0 may remove it.
+    """
     problem = verify(directory, group, names)
-    return _read_position(directory) if problem is None else problem
+    if problem is not None:
+        return problem
+    return cast(TrainingPosition | str, group.broadcast_object(_read_position(directory) if group.rank == 0 else None))
+
+
+def _foreign(directory: Path, group: Group) -> tuple[str, ...]:
+    return cast(tuple[str, ...], group.broadcast_object(tuple(foreign_files(directory)) if group.rank == 0 else None))
 
 
 def _read_position(directory: Path) -> TrainingPosition | str:

@@ -87,7 +87,6 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, br
     known = digests.get("order", ""), digests.get("images")
     if partial is not None and known != (_order_digest(stage), stage.source.digest):
         stage.log.say("the images have changed, or lie in other shards than before: the pass begins again")
-        stage.world.barrier()  # until here other ranks read it
         stage.on_rank_0(lambda: shutil.rmtree(stage.directory / "partial"))
         partial = None
     if partial is not None:
