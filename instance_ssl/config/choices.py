@@ -13,6 +13,10 @@ Kernels = Literal["torch", "triton"]
 # Below it, exp(1 / temperature) summed over 30 million classes exceeds float32's range; see classifier/softmax.py.
 MIN_TEMPERATURE = 0.03
 
+# How W lies on the ranks, as the planner compares it: this code, and what dense logits would take.
+Layout = Literal["sharded", "replicated", "sharded, dense", "replicated, dense"]
+LAYOUTS: tuple[Layout, ...] = ("sharded", "replicated", "sharded, dense", "replicated, dense")
+
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",

@@ -7,20 +7,12 @@ import torch
 
 from instance_ssl.classifier.kernel_selection import choose_block_bytes
 from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.choices import LAYOUTS, Layout
 from instance_ssl.run.build import describe_encoder, describe_stem_cost, seeded_encoder
 from instance_ssl.run.console import tell
 from instance_ssl.run.plan_request import PlanRequest
 from instance_ssl.training.classifier_cost import ClassifierSize
-from instance_ssl.training.memory_plan import (
-    LAYOUTS,
-    EncoderCost,
-    EngineSize,
-    Layout,
-    Plan,
-    engine_size,
-    measure_encoder,
-    plan_layout,
-)
+from instance_ssl.training.memory_plan import EncoderCost, EngineSize, Plan, engine_size, measure_encoder, plan_layout
 
 _PLANNED = torch.device("cuda")
 

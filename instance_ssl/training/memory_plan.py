@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from instance_ssl.config.choices import Layout
 from instance_ssl.distributed.comm import ring_bytes
 from instance_ssl.training.classifier_cost import (
     ClassifierSize,
@@ -25,9 +26,6 @@ from instance_ssl.training.classifier_cost import (
     classifier_traffic,
 )
 from instance_ssl.training.live_bytes import LiveBytes
-
-Layout = Literal["sharded", "replicated", "sharded, dense", "replicated, dense"]
-LAYOUTS: tuple[Layout, ...] = ("sharded", "replicated", "sharded, dense", "replicated, dense")
 
 _FLOAT = 4  # bytes; weights, gradients and momentum of the encoder are float32 under every JSON
 # Their gradients are reduced in the autocast dtype under ZeRO (LOWER_PRECISION_SAFE_MODULES of DeepSpeed 0.19.8).

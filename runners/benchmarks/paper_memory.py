@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING
 from instance_ssl.errors import UserError
 from instance_ssl.run.console import ArgumentParser, exit_code_of, tell
 from instance_ssl.run.plan_request import add_plan_arguments, read_plan_request
+from paper_tables import PAPER_RANKS, TABLE_1, draw_figure_3, is_the_papers, table_1
 
 if TYPE_CHECKING:
     from instance_ssl.stages.plan import Training
 
-_PAPER_RANKS, _PAPER_IMAGES = 64, 1_281_167
 _ROOT = Path(__file__).resolve().parents[2]
 _WORLD_SIZES = tuple(2**exponent for exponent in range(11))
 
 
 def _arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_plan_arguments(parser, world_size=_PAPER_RANKS)
+    add_plan_arguments(parser, world_size=PAPER_RANKS)
     parser.set_defaults(
         config=_ROOT / "runners/configs/pipeline_imagenet_resnet50.yaml",
         deepspeed_config=_ROOT / "ds_configs/v100_fp16.json",
-        num_instances=_PAPER_IMAGES,
+        num_instances=TABLE_1["ImageNet-1K"][0],
     )
     parser.add_argument("--output", type=Path, metavar="D", help="directory for figure3.png")
     return parser.parse_args()
@@ -35,7 +35,6 @@ def _run(arguments: argparse.Namespace) -> None:
     ranks, gib = arguments.world_size, arguments.gpu_memory_gib
     request = read_plan_request(arguments)
     from instance_ssl.stages.plan import Planner, show  # late, for it imports torch
-    from paper_tables import draw_figure_3, is_the_papers, table_1
 
     planner = Planner(request)
     training = planner.training(ranks)

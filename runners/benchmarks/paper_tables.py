@@ -5,9 +5,12 @@ Memory only: Table 1's times depend on the authors' network, data loading and ke
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from instance_ssl.stages.plan import Training
-from instance_ssl.training.memory_plan import LAYOUTS, Layout
+from instance_ssl.config.choices import LAYOUTS, Layout
+
+if TYPE_CHECKING:
+    from instance_ssl.stages.plan import Training
 
 # Images, and Table 1's GB a GPU of DDP and DHP on 64 V100; None: out of memory.
 TABLE_1: dict[str, tuple[int, dict[Layout, float | None]]] = {
@@ -33,13 +36,13 @@ _NAMES: dict[Layout, str] = {
 }
 
 
-def is_the_papers(training: Training) -> bool:
+def is_the_papers(training: "Training") -> bool:
     """Whether this is Table 1's and Figure 3's setting: 64 ranks, a batch of 4096 images in two views."""
     rows = training.classifier.rows_per_rank * training.engine.world_size * training.engine.accumulation_steps
     return training.engine.world_size == PAPER_RANKS and rows == 2 * PAPER_BATCH
 
 
-def table_1(training: Training, memory_gib: float) -> list[list[str]]:
+def table_1(training: "Training", memory_gib: float) -> list[list[str]]:
     """Table 1's memory and Figure 3's limits as rows of text, planned and published (blank if the paper has none)."""
     rows = [["GiB a rank", *LAYOUTS]]
     for name, (num_instances, published) in TABLE_1.items():
@@ -65,7 +68,7 @@ def _published(figures: Mapping[Layout, float | None], layout: Layout) -> str:
 
 
 def draw_figure_3(
-    path: Path, training_at: Callable[[int], Training | None], ranks: int, world_sizes: Sequence[int], gib: float
+    path: Path, training_at: "Callable[[int], Training | None]", ranks: int, world_sizes: Sequence[int], gib: float
 ) -> None:
     """Draws GiB per rank against N on `ranks` ranks, and the most classes in `gib` GiB against the number of ranks.
 

@@ -10,13 +10,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from instance_ssl.classifier.softmax import SoftmaxOptions
+from instance_ssl.config.choices import LAYOUTS
 from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.models.encoder import build_encoder
 from instance_ssl.run.build import describe_stem_cost
 from instance_ssl.stages.plan import Training
 from instance_ssl.training import classifier_cost
 from instance_ssl.training.classifier_cost import ClassifierSize, classifier_flops, classifier_memory
-from instance_ssl.training.memory_plan import LAYOUTS, EncoderCost, EngineSize, measure_encoder, plan_layout
+from instance_ssl.training.memory_plan import EncoderCost, EngineSize, measure_encoder, plan_layout
 from paper_tables import table_1
 
 COST = EncoderCost(1_000_000, 900_000, 1000, 3_000_000, 3_500_000, 4_000_000, 10**9)
