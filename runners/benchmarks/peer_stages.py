@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,8 +43,8 @@ from peer_methods import Peer, PeerName, build_peer
 _INITIALISATION, _TRAINING = "initialize_classifier", "pretrain"
 
 
-def run_peer(name: PeerName, stage: Stage) -> dict[str, Any]:
-    """Trains a peer in one process and returns its curve; a stopped run starts over.
+def run_peer(stage: Stage) -> dict[str, Any]:
+    """Trains the peer that the stage is named after in one process and returns its curve; a stopped run starts over.
 
     `classifier.temperature` is its τ and `classifier.num_sampled_classes` the length of MoCo's queue; the other keys of
     that section have no effect.
@@ -61,7 +61,7 @@ def run_peer(name: PeerName, stage: Stage) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model.backbone, config.model.stem, config.data.image_size)
     peer = build_peer(
-        name,
+        cast(PeerName, stage.name),
         backbone,
         feature_dim=backbone.feature_dim,
         embedding_dim=config.model.embedding_dim,

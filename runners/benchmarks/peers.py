@@ -4,36 +4,28 @@ python runners/benchmarks/peers.py --stages simclr --config F --deepspeed_config
 Without --stages it trains this project. runners/ablation/ablate.py with configs/ablations/peers.yaml runs all of them.
 """
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from instance_ssl.run.main import StageSpec, run_stages
 from instance_ssl.run.shutdown import leave
 
 if TYPE_CHECKING:
     from instance_ssl.run.stage import Stage
-    from peer_methods import PeerName
 
 
-def _train(stage: "Stage") -> dict[str, Any]:
-    import peer_stages  # late, for it imports torch
-
-    return peer_stages.run_training(stage)
-
-
-def _own(stage: "Stage") -> dict[str, Any]:
-    import peer_stages
-
-    return peer_stages.run_own(stage)
+def _late(function: str) -> "Callable[[Stage], dict[str, Any]]":
+    """A function of `peer_stages`, which imports torch: it is imported when a stage begins."""
+    return lambda stage: getattr(import_module("peer_stages"), function)(stage)
 
 
-def _peer(stage: "Stage") -> dict[str, Any]:
-    import peer_stages
-
-    return peer_stages.run_peer(cast("PeerName", stage.name), stage)
-
-
-OWN = [StageSpec("initialize_classifier"), StageSpec("pretrain", _train), StageSpec("own", _own, needs_labels=True)]
-OTHERS = [StageSpec(name, _peer, needs_labels=True) for name in ("simclr", "moco_v2", "instdisc")]
+OWN = [
+    StageSpec("initialize_classifier"),
+    StageSpec("pretrain", _late("run_training")),
+    StageSpec("own", _late("run_own"), needs_labels=True),
+]
+OTHERS = [StageSpec(name, _late("run_peer"), needs_labels=True) for name in ("simclr", "moco_v2", "instdisc")]
 
 if __name__ == "__main__":
     leave(run_stages(OWN, further=OTHERS))
