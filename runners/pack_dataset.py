@@ -3,7 +3,7 @@
 python runners/pack_dataset.py --config F --output DIR [--split train|test] [--size 256] [--quality 90]
     [--shard-mib 256] [--workers W] [--set data.root=…]
 
-The same command goes on with a packing that was stopped. Give the result as data.kind=tar data.root=DIR.
+The same command resumes a packing that was stopped. Use the result as data.kind=tar data.root=DIR.
 """
 
 import argparse

@@ -62,7 +62,7 @@ def run_stages(
         request = read_request(arguments, names, needs_labels=needs_labels)
         from instance_ssl.run import opening, stage_work  # torch is imported here
 
-        check_limits()
+        check_limits()  # again: torch's libraries take most of the address space that a limit leaves
         with contextlib.ExitStack() as held:
             context = opening.open_run(request, process, held)
             for spec in chosen:
