@@ -164,7 +164,9 @@ def test_a_prefix_of_some_keys_only_is_left(tmp_path: Path, torchvision_state: d
 
 def test_files_of_old_versions_of_torch_are_read(tmp_path: Path, torchvision_state: dict[str, Tensor]) -> None:
     torch.save(torchvision_state, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
-    load_state(network(), read_weights(tmp_path / "old.pth.tar").state, "x")
+    loaded = network()
+    load_state(loaded, read_weights(tmp_path / "old.pth.tar").state, "x")
+    assert torch.equal(loaded.state_dict()["conv1.weight"], torchvision_state["conv1.weight"])
 
 
 def test_safetensors_are_read(tmp_path: Path, torchvision_state: dict[str, Tensor]) -> None:
@@ -179,7 +181,9 @@ def test_safetensors_are_read(tmp_path: Path, torchvision_state: dict[str, Tenso
 def test_weights_without_counts_of_batches_fit(torchvision_state: dict[str, Tensor]) -> None:
     """torchvision's files of before 2018, and Caffe2's, do not have them."""
     state = {name: value for name, value in torchvision_state.items() if "fc." not in name and "num_b" not in name}
-    load_state(network(), state, "x")
+    loaded = network()
+    load_state(loaded, state, "x")
+    assert torch.equal(loaded.state_dict()["conv1.weight"], torchvision_state["conv1.weight"])
 
 
 def test_another_network_is_one_line_that_says_what_differs(tmp_path: Path) -> None:
