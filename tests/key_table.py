@@ -109,7 +109,8 @@ def _describe_type(annotation: Any, metadata: Any = ()) -> str:
 
 
 def _describe_default(field: FieldInfo) -> str:
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    value = field.get_default(call_default_factory=True)
+    value = list(value) if isinstance(value, tuple) else value
     text = json.dumps(value).strip('"')
     return f"`{text}`" if len(text) <= _LONGEST_DEFAULT else f"{len(value)} values"
 

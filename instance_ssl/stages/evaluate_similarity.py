@@ -13,7 +13,8 @@ from instance_ssl.config.choices import InitializationMode
 from instance_ssl.data.augmentations import centre_view
 from instance_ssl.evaluation.prior_embeddings import prior_rows
 from instance_ssl.evaluation.similarity import draw_similarities, instance_similarities
-from instance_ssl.run.build import seeded_encoder, training_view
+from instance_ssl.run.build import training_view
+from instance_ssl.run.given_weights import initial_encoder
 from instance_ssl.run.stage import Stage
 
 
@@ -50,7 +51,7 @@ def _measure(stage: Stage, mode: InitializationMode, ids_N: Tensor) -> dict[str,
     batch statistics.
     """
     config, classifier, width = stage.config, stage.config.classifier, stage.config.model.embedding_dim
-    encoder = seeded_encoder(config).to(stage.world.device)
+    encoder, _ = initial_encoder(stage)
     if mode == "gaussian":
         options = SoftmaxOptions(classifier.temperature, classifier.loss_form, torch.float32)
         shard = ClassifierShard(len(ids_N), width, stage.world, options)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from instance_ssl.config.choices import BackboneName
-from instance_ssl.models import backbones
+from instance_ssl.models import activation_checkpointing
 from instance_ssl.models.encoder import Encoder, build_encoder
 
 BACKBONES: list[tuple[BackboneName, int]] = [("resnet18", 32), ("resnet50", 32), ("resnet18", 65), ("small_cnn", 16)]
@@ -90,7 +90,7 @@ def test_recomputing_keeps_a_fraction_of_the_activations(backbone: BackboneName,
 
 
 def test_nothing_is_checkpointed_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "checkpoint", None)
+    monkeypatch.setattr(activation_checkpointing, "checkpoint", None)
     encoder = encoder_for("small_cnn", 16, recompute=True)
     [images] = batches(16, 1)
     with torch.inference_mode():
