@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from instance_ssl.classifier.kernel_selection import choose_block_bytes, choose_kernels, disagreement
+from instance_ssl.classifier.prior import Moving
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
@@ -52,6 +54,15 @@ def describe_encoder(config: ExperimentConfig) -> str:
         kind = {"small": "3x3 stem without max-pool", "imagenet": "ImageNet stem"}[stem]
     head = f"{model.projection} projection to {model.embedding_dim}"
     return f"encoder: {model.backbone}, {kind} ({how}, {size} px), {head}"
+
+
+def moving_statistics(encoder: Encoder, config: ExperimentConfig) -> Moving:
+    """What moves in the prior's pass: batch norms of random layers, or the last bias where there are none."""
+    kept = None if config.model.initial_weights is None else encoder.backbone
+    parts: nn.Module = encoder if kept is None else encoder.projection
+    last = list(encoder.projection.modules())[-1]
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in parts.modules())
+    return Moving(kept, None if has_batch_norm or not isinstance(last, nn.Linear) else last)
 
 
 def describe_stem_cost(config: ExperimentConfig) -> str | None:

@@ -29,6 +29,7 @@ from instance_ssl.run.build import (
     classifier_shard,
     describe_encoder,
     describe_stem_cost,
+    moving_statistics,
     own_parts,
     training_shards,
     training_view,
@@ -112,7 +113,10 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, br
     batches = _own_batches(stage, done, broken)
     try:
         with progress, stage.autocast():
-            initialize_from_features(shard, encoder, batches, mode, stage.world, batches_done=done, on_batch=on_batch)
+            initialize_from_features(
+                shard, encoder, batches, mode, stage.world,
+                batches_done=done, moving=moving_statistics(encoder, stage.config), on_batch=on_batch,
+            )  # fmt: skip
     except (Stopped, TooManyBroken):
         _save(stage, encoder, shard, "partial", done)
         raise
