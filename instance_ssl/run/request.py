@@ -38,6 +38,7 @@ class Request:
         records.check_unchanged(self.config, self.run_directory)
         if self.has_default_directory and self.stages == ("export",):
             checks.check_run_to_export(self.config, self.run_directory)
+        checks.check_initial_weights(self.config, self.run_directory, self.stages)
         checks.check_made_before(self.config, self.run_directory, self.stages)
 
 
