@@ -16,14 +16,23 @@ FREE_KEYS = (
     *("data.num_workers", "data.augment_on", "data.limit_test", "data.root", "data.shards"),
     *("data.on_broken", "data.max_broken_share", "data.allow_lost"),
 )
-# How files were read before these keys existed, and the kinds of data that have no files.
-FORMER_VALUES = {"data.exif": "stored", "data.alpha": "drop"}
+# What runs did before these keys existed: first how files were read, which the kinds of data without files have no use
+# for; the others' former values are their defaults.
+FORMER_FILE_VALUES = {"data.exif": "stored", "data.alpha": "drop"}
+FORMER_VALUES: dict[str, Any] = {
+    **FORMER_FILE_VALUES,
+    "model.freeze_epochs": 0,
+    "classifier.learning_rate": None,
+    "optimization.optimizer": "sgd",
+    "optimization.backbone_learning_rate_multiplier": 1.0,
+    "optimization.layer_decay": None,
+}
 KINDS_WITHOUT_FILES = ("digits", "cifar10", "cifar100")
 
 
 def bound_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that a run is bound to, of all keys of an experiment (dotted) and their JSON values."""
-    free = FREE_KEYS if keys["data.kind"] not in KINDS_WITHOUT_FILES else (*FREE_KEYS, *FORMER_VALUES)
+    free = FREE_KEYS if keys["data.kind"] not in KINDS_WITHOUT_FILES else (*FREE_KEYS, *FORMER_FILE_VALUES)
     return {key: value for key, value in keys.items() if not key.startswith(free)}
 
 
@@ -44,7 +53,7 @@ def require_same_keys(recorded: Mapping[str, Any], now: Mapping[str, Any], run: 
     """
     bound = bound_keys(now)
     changed = [key for key, value in bound.items() if recorded.get(key) != value]
-    if changed and set(changed) <= set(FORMER_VALUES):
+    if changed and set(changed) <= set(FORMER_FILE_VALUES):
         cure = " ".join(f"{key}={recorded[key]}" for key in changed)
         raise UserError(
             f"{run} holds a run with other {' and '.join(changed)}: resume with --set {cure}, or give another --run-dir"

@@ -15,6 +15,7 @@ from instance_ssl.config.choices import (
     BackboneName,
     InitializationMode,
     LossForm,
+    OptimizerName,
     ProjectionName,
     SamplingMode,
     StemName,
@@ -22,7 +23,7 @@ from instance_ssl.config.choices import (
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.evaluation import EvaluationConfig, ExportConfig
 from instance_ssl.config.messages import DEEPSPEED_KEYS, describe_validation_error, fields_at, unknown_key
-from instance_ssl.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from instance_ssl.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share
 from instance_ssl.errors import UserError, reason, shorten, tried
 from instance_ssl.files.structured import MalformedError, parse_yaml
 
@@ -54,6 +55,8 @@ class ModelConfig(Section):
         projection: Linear-ReLU-Linear, the same with SimCLR's batch norms (`mlp_bn`), or one layer (Table 2).
         projection_hidden_dim: width of the hidden layer; null: the backbone's feature width.
         embedding_dim: D, width of an embedding and of a row of W.
+        freeze_epochs: first epochs in which the backbone stays as it is, with batch norm in evaluation mode; the
+            projection and W alone learn. The schedule goes on meanwhile.
     """
 
     backbone: BackboneName = "resnet50"
@@ -61,6 +64,7 @@ class ModelConfig(Section):
     projection: ProjectionName = "mlp"
     projection_hidden_dim: PositiveInt | None = None
     embedding_dim: PositiveInt = 128
+    freeze_epochs: NonNegativeInt = 0
 
 
 class ClassifierConfig(Section):
@@ -75,8 +79,10 @@ class ClassifierConfig(Section):
         initialization_batch_size: images over all ranks that give one set of batch-norm statistics in the prior's pass.
         initialization_view: view of each image in that pass: the deterministic `evaluation` view or a random
             `training` view. The paper does not say.
-        weight_decay: weight decay of W; null: `optimization.weight_decay`, as in PIC.
-        learning_rate_multiplier: W's learning rate divided by the encoder's; 1 in the paper, which has one SGD.
+        weight_decay: weight decay of W; null: `optimization.weight_decay` with `sgd`, as in PIC, else the paper's 1e-4.
+        learning_rate: W's learning rate at the end of the warm-up; null: the encoder's with `sgd`, else the paper's
+            0.48 · global_batch_size / 4096. The schedule is the encoder's.
+        learning_rate_multiplier: factor on W's learning rate; 1 in the paper, which has one SGD.
         sampling: classes in a step's softmax: all N (`full`), or Table 3's: the batch's positives and `random` others,
             or the most `recent` positives (PIC). Sampling excludes smoothing, as in Table 3.
         num_sampled_classes: sampled classes per step, positives included (2^10 to 2^16 in Table 3).
@@ -90,6 +96,7 @@ class ClassifierConfig(Section):
     initialization_batch_size: PositiveInt = 256
     initialization_view: Literal["evaluation", "training"] = "evaluation"
     weight_decay: NonNegativeFloat | None = None
+    learning_rate: PositiveFloat | None = None
     learning_rate_multiplier: PositiveFloat = 1.0
     sampling: Literal["full"] | SamplingMode = "full"
     num_sampled_classes: PositiveInt = 65_536
@@ -105,31 +112,68 @@ class ClassifierConfig(Section):
         return value
 
 
+# Learning rate at the end of the warm-up, and the global batch, in images, that it is for; others in proportion.
+_PEAK_RATES: dict[OptimizerName, tuple[float, int]] = {
+    "sgd": (0.48, 4096),
+    "adamw": (1.5e-4, 256),
+    "lars": (0.3, 256),
+    "muon": (1.5e-4, 256),
+}
+_WEIGHT_DECAYS: dict[OptimizerName, float] = {"sgd": 1e-4, "adamw": 0.1, "lars": 1e-6, "muon": 0.1}
+
+
 class OptimizationConfig(Section):
-    """SGD of the encoder and of W, on one schedule: linear warm-up, then cosine.
+    """The encoder's optimizer and the schedule of all learning rates: linear warm-up, then cosine.
+
+    W has an SGD of its own whatever the optimizer (`classifier.learning_rate`). The rates and decays that apply where
+    none is given are those of the paper for `sgd`, of SimCLR for `lars` (arXiv:2002.05709, "Default setting"), of MoCo
+    v3 for `adamw` (arXiv:2104.02057, section 4.1 and its published commands), and for `muon` AdamW's, for which its
+    steps are scaled (arXiv:2502.16982, section 2.2).
 
     Attributes:
         epochs: passes over the images.
         warmup_epochs: epochs of linear warm-up, included in `epochs`.
         global_batch_size: images (not views) per step, over all ranks and micro-batches.
-        learning_rate: learning rate at the end of the warm-up; null: the paper's 0.48 · global_batch_size / 4096.
-        momentum: momentum of SGD.
-        weight_decay: weight decay of all parameters, and of W unless `classifier.weight_decay` is set (PIC).
+        optimizer: of the encoder: the paper's `sgd`, `adamw`, `lars` (as in SimCLR) or `muon` (hidden matrices; `adamw`
+            for all other parameters). LARS and Muon need ZeRO stage 0.
+        learning_rate: learning rate at the end of the warm-up; null: 0.48 · global_batch_size / 4096 for `sgd`, the
+            paper's, 0.3 · global_batch_size / 256 for `lars`, 1.5e-4 · global_batch_size / 256 for `adamw` and `muon`.
+        backbone_learning_rate_multiplier: factor on the backbone's learning rate; the projection keeps the full one.
+        layer_decay: factor on the learning rate from each block of the backbone to the one before it, as in BEiT; null:
+            one rate for all.
+        momentum: momentum of SGD, W's included, and of LARS; the first β of AdamW. Muon's own is its authors' 0.95.
+        weight_decay: weight decay of the encoder and, with `sgd`, of W; if not given, 0.1 for `adamw` and `muon` and
+            1e-6 for `lars`. `sgd` decays all parameters (PIC), the others neither norms nor biases.
         max_grad_norm: clips the encoder's gradient norm; 0: no clipping. W's gradient is never clipped.
     """
 
     epochs: PositiveInt = 200
     warmup_epochs: NonNegativeInt = 10
     global_batch_size: PositiveInt = 4096
+    optimizer: OptimizerName = "sgd"
     learning_rate: PositiveFloat | None = None
+    backbone_learning_rate_multiplier: PositiveFloat = 1.0
+    layer_decay: Share | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegativeFloat = 1e-4
+    weight_decay: NonNegativeFloat = _WEIGHT_DECAYS["sgd"]
     max_grad_norm: NonNegativeFloat = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weight_decay_follows_the_optimizer(cls, values: Any) -> Any:
+        name = values.get("optimizer") if isinstance(values, dict) else None
+        is_known = isinstance(name, str) and name in _WEIGHT_DECAYS
+        return {"weight_decay": _WEIGHT_DECAYS[name], **values} if is_known else values
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate at the end of the warm-up."""
-        return 0.48 * self.global_batch_size / 4096 if self.learning_rate is None else self.learning_rate
+        """The encoder's learning rate at the end of the warm-up."""
+        return self.default_rate(self.optimizer) if self.learning_rate is None else self.learning_rate
+
+    def default_rate(self, optimizer: OptimizerName) -> float:
+        """The peak learning rate of an optimizer at this global batch size, where none is given."""
+        rate, batch_size = _PEAK_RATES[optimizer]
+        return rate * self.global_batch_size / batch_size
 
 
 class LogConfig(Section):
@@ -197,6 +241,22 @@ class ExperimentConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     safety: SafetyConfig = SafetyConfig()
 
+    @property
+    def classifier_peak_learning_rate(self) -> float:
+        """W's learning rate at the end of the warm-up, the multiplier aside."""
+        optimization = self.optimization
+        if self.classifier.learning_rate is not None:
+            return self.classifier.learning_rate
+        is_one_sgd = optimization.optimizer == "sgd"
+        return optimization.peak_learning_rate if is_one_sgd else optimization.default_rate("sgd")
+
+    @property
+    def classifier_weight_decay(self) -> float:
+        """W's weight decay."""
+        if self.classifier.weight_decay is not None:
+            return self.classifier.weight_decay
+        return self.optimization.weight_decay if self.optimization.optimizer == "sgd" else _WEIGHT_DECAYS["sgd"]
+
     @model_validator(mode="before")
     @classmethod
     def _evaluation_data_lists_what_differs(cls, values: Any) -> Any:
@@ -212,10 +272,16 @@ class ExperimentConfig(Section):
                 f"data.augment_on device does not know augmentation.view {self.augmentation.view}: set it to cpu"
             )
         epochs, warmup_epochs = self.optimization.epochs, self.optimization.warmup_epochs
+        freeze_epochs = self.model.freeze_epochs
         if warmup_epochs >= epochs:
             raise ValueError(
                 f"optimization.warmup_epochs {warmup_epochs} must be below optimization.epochs {epochs}: the cosine "
                 "would never begin; 0 disables the warm-up"
+            )
+        if freeze_epochs >= epochs:
+            raise ValueError(
+                f"model.freeze_epochs {freeze_epochs} must be below optimization.epochs {epochs}: the backbone would "
+                "never be trained"
             )
         if self.classifier.smoothing_factor > 0 and self.classifier.num_hard_classes == 0:
             raise ValueError(

@@ -17,6 +17,7 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.models.encoder import build_encoder
 from instance_ssl.training import memory_plan
 from instance_ssl.training.engine import Engine
+from instance_ssl.training.optimizers import OptimizerOptions
 
 BUCKET = 2_000_000
 # Backbone, image size, views of a micro-batch, ranks, ZeRO stage, micro-batches, autocast.
@@ -89,7 +90,7 @@ def train(group: Group, case: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
     def build() -> None:
         settings = settings_of(zero_stage, accumulation, dtype)
         encoder = encoder_of(backbone, image_size)
-        engines.append(Engine(encoder, lambda step: 0.1, settings, group, momentum=0.9, weight_decay=1e-4))
+        engines.append(Engine(encoder, lambda step: 0.1, settings, group, OptimizerOptions()))
 
     def step() -> None:
         for _ in range(accumulation):

@@ -20,7 +20,7 @@ from instance_ssl.training.classifier_cost import ClassifierSize, classifier_flo
 from instance_ssl.training.memory_plan import EncoderCost, EngineSize, measure_encoder, plan_layout
 from paper_tables import table_1
 
-COST = EncoderCost(1_000_000, 900_000, 1000, 3_000_000, 3_500_000, 4_000_000, 10**9)
+COST = EncoderCost(1_000_000, 1_000_000, 900_000, 1000, 3_000_000, 3_500_000, 4_000_000, 10**9)
 ENGINE = EngineSize(8, 1, None, torch.float32, 0, 5_000_000, 1)
 SIZE = ClassifierSize(1_000_000, 128, 8, 1, 64, 1, 100, SoftmaxOptions(0.15, "mixture", torch.float32, 2**20))
 TRAINING = Training(COST, ENGINE, SIZE)
