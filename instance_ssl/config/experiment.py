@@ -187,7 +187,7 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written, besides the end of the training and every agreed stop.
+    """When checkpoints are written, besides the end of the training, of its frozen epochs, and every agreed stop.
 
     Attributes:
         every_epochs: epochs between checkpoints.

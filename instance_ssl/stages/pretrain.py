@@ -1,6 +1,7 @@
 """Stage 2: epochs of instance classification, with the hardest classes refreshed before each."""
 
 import gc
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from instance_ssl.checkpoint.directory import clear_leftovers, content_bytes
 from instance_ssl.checkpoint.state import Checkpoint, checkpoint_bytes, load_encoder, load_own_buffers, load_rows
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.errors import UserError, reason
@@ -21,7 +23,7 @@ from instance_ssl.run.stage import Stage
 from instance_ssl.run.training_session import Rollback, TrainingSession
 from instance_ssl.stages import update_images
 from instance_ssl.training.engine import Engine
-from instance_ssl.training.optimizers import OptimizerOptions, state_size
+from instance_ssl.training.optimizers import OptimizerOptions, learning_rate_scales, state_size
 from instance_ssl.training.schedules import warmup_cosine
 from instance_ssl.training.step import train_epoch
 
@@ -129,26 +131,29 @@ def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engi
             total_steps=optimization.epochs * steps_per_epoch,
         )
 
-    engine = Engine(
-        encoder,
-        schedule,
-        stage.ds,
-        stage.world,
-        OptimizerOptions(
-            optimization.optimizer,
-            optimization.momentum,
-            optimization.weight_decay,
-            optimization.backbone_learning_rate_multiplier,
-            optimization.layer_decay,
-        ),
-        first_step=start.position.step,
+    options = OptimizerOptions(
+        optimization.optimizer,
+        optimization.momentum,
+        optimization.weight_decay,
+        optimization.backbone_learning_rate_multiplier,
+        optimization.layer_decay,
     )
+    stage.log.say(_describe_rates(stage.config, learning_rate_scales(encoder, options)))
+    engine = Engine(encoder, schedule, stage.ds, stage.world, options, first_step=start.position.step)
     engine.load_optimizer(optimizer_state)
     engine.loss_scale = start.position.loss_scale
     own_buffers = stage.together(lambda: load_own_buffers(start, stage.world))
     if own_buffers is not None:
         engine.encoder.load_state_dict(own_buffers, strict=False)
     return engine
+
+
+def _describe_rates(config: ExperimentConfig, scales: Mapping[str, float]) -> str:
+    """The log line of the optimizers and their learning rates at the end of the warm-up."""
+    peak, lowest = config.optimization.peak_learning_rate, min(scales.values())
+    backbone = f", down to {lowest * peak:.2g} in the backbone" if lowest < 1 else ""
+    own = config.classifier_peak_learning_rate * config.classifier.learning_rate_multiplier
+    return f"optimizer: {config.optimization.optimizer}, learning rate {peak:.3g}{backbone}; W: sgd, {own:.3g}"
 
 
 def _is_frozen(stage: Stage, start: Checkpoint) -> bool:
