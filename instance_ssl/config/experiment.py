@@ -119,7 +119,7 @@ _PEAK_RATES: dict[OptimizerName, tuple[float, int]] = {
     "lars": (0.3, 256),
     "muon": (1.5e-4, 256),
 }
-_WEIGHT_DECAYS: dict[OptimizerName, float] = {"sgd": 1e-4, "adamw": 0.1, "lars": 1e-6, "muon": 0.1}
+_WEIGHT_DECAYS: dict[str, float] = {"sgd": 1e-4, "adamw": 0.1, "lars": 1e-6, "muon": 0.1}
 
 
 class OptimizationConfig(Section):
@@ -162,8 +162,8 @@ class OptimizationConfig(Section):
     @classmethod
     def _weight_decay_follows_the_optimizer(cls, values: Any) -> Any:
         name = values.get("optimizer") if isinstance(values, dict) else None
-        is_known = isinstance(name, str) and name in _WEIGHT_DECAYS
-        return {"weight_decay": _WEIGHT_DECAYS[name], **values} if is_known else values
+        decay = _WEIGHT_DECAYS.get(name) if isinstance(name, str) else None
+        return values if decay is None else {"weight_decay": decay, **values}
 
     @property
     def peak_learning_rate(self) -> float:
