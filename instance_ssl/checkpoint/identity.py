@@ -16,11 +16,11 @@ FREE_KEYS = (
     *("data.num_workers", "data.augment_on", "data.limit_test", "data.root", "data.shards"),
     *("data.on_broken", "data.max_broken_share", "data.allow_lost"),
 )
-# What runs did before these keys existed: first how files were read, which the kinds of data without files have no use
-# for; the others' former values are their defaults.
-FORMER_FILE_VALUES = {"data.exif": "stored", "data.alpha": "drop"}
-FORMER_VALUES: dict[str, Any] = {
-    **FORMER_FILE_VALUES,
+# How files were read before these keys existed, and the kinds of data that have no files.
+FORMER_VALUES = {"data.exif": "stored", "data.alpha": "drop"}
+# Keys that came later, with the value that stands for what was done before.
+LATER_KEYS: dict[str, Any] = {
+    "model.initial_weights": None,
     "model.freeze_epochs": 0,
     "classifier.learning_rate": None,
     "optimization.optimizer": "sgd",
@@ -32,14 +32,15 @@ KINDS_WITHOUT_FILES = ("digits", "cifar10", "cifar100")
 
 def bound_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that a run is bound to, of all keys of an experiment (dotted) and their JSON values."""
-    free = FREE_KEYS if keys["data.kind"] not in KINDS_WITHOUT_FILES else (*FREE_KEYS, *FORMER_FILE_VALUES)
+    free = FREE_KEYS if keys["data.kind"] not in KINDS_WITHOUT_FILES else (*FREE_KEYS, *FORMER_VALUES)
     return {key: value for key, value in keys.items() if not key.startswith(free)}
 
 
 def keys_digest(keys: Mapping[str, Any]) -> str:
     """SHA-256, in hexadecimal, of the keys that a run is bound to."""
-    # A key of `FORMER_VALUES` at its former value is excluded: runs from before it existed keep their digest.
-    bound = {key: value for key, value in bound_keys(keys).items() if (key, value) not in FORMER_VALUES.items()}
+    # A key at the value of the time before it existed is excluded: runs from then keep their digest.
+    former = {**FORMER_VALUES, **LATER_KEYS}.items()
+    bound = {key: value for key, value in bound_keys(keys).items() if (key, value) not in former}
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
@@ -53,7 +54,7 @@ def require_same_keys(recorded: Mapping[str, Any], now: Mapping[str, Any], run: 
     """
     bound = bound_keys(now)
     changed = [key for key, value in bound.items() if recorded.get(key) != value]
-    if changed and set(changed) <= set(FORMER_FILE_VALUES):
+    if changed and set(changed) <= set(FORMER_VALUES):
         cure = " ".join(f"{key}={recorded[key]}" for key in changed)
         raise UserError(
             f"{run} holds a run with other {' and '.join(changed)}: resume with --set {cure}, or give another --run-dir"

@@ -4,9 +4,11 @@ A YAML file lists only what differs. Where and how it is computed, and what memo
 (`config/deepspeed.py`).
 """
 
+import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -15,15 +17,28 @@ from instance_ssl.config.choices import (
     BackboneName,
     InitializationMode,
     LossForm,
-    OptimizerName,
     ProjectionName,
     SamplingMode,
     StemName,
 )
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.evaluation import EvaluationConfig, ExportConfig
-from instance_ssl.config.messages import DEEPSPEED_KEYS, describe_validation_error, fields_at, unknown_key
-from instance_ssl.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share
+from instance_ssl.config.messages import (
+    DEEPSPEED_KEYS,
+    describe_validation_error,
+    fields_at,
+    takes_any_key,
+    unknown_key,
+)
+from instance_ssl.config.optimization import WEIGHT_DECAYS, OptimizationConfig
+from instance_ssl.config.types import (
+    LocalPath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 from instance_ssl.errors import UserError, reason, shorten, tried
 from instance_ssl.files.structured import MalformedError, parse_yaml
 
@@ -50,8 +65,16 @@ class ModelConfig(Section):
     """The encoder: a backbone and a projection to the embedding.
 
     Attributes:
-        backbone: torchvision's ResNet, or three convolution blocks (`small_cnn`).
-        stem: first layers of a ResNet: ImageNet's 7x7, or 3x3 without max-pool (`small`); `auto`: `small` up to 64 px.
+        backbone: a ResNet (`resnet18`, `resnet34`, `resnet50`, `resnet101`), three convolution blocks (`small_cnn`),
+            `torchvision/NAME`, `timm/NAME` (`timm` extra), or `package.module:function`, which is called with
+            `backbone_options` and returns a module of images (b, 3, S, S) to features (b, F) or maps (b, F, h, w).
+        backbone_options: arguments of the constructor of a library's network or of the function.
+        stem: first layers of a ResNet: ImageNet's 7x7, or 3x3 without max-pool (`small`); of a library's network: as
+            it is, or for small images (half the stride in its first convolution; 8 x 8 patches for a ViT of timm);
+            `auto`: `small` up to 64 px.
+        initial_weights: weights to start from instead of random ones: a file in any layout that `evaluation.weights`
+            may have, a run directory, or `timm` or `torchvision` for the library's own, which are downloaded. Batch
+            norms then keep the statistics of the weights in the prior's pass.
         projection: Linear-ReLU-Linear, the same with SimCLR's batch norms (`mlp_bn`), or one layer (Table 2).
         projection_hidden_dim: width of the hidden layer; null: the backbone's feature width.
         embedding_dim: D, width of an embedding and of a row of W.
@@ -59,12 +82,40 @@ class ModelConfig(Section):
             projection and W alone learn. The schedule goes on meanwhile.
     """
 
-    backbone: BackboneName = "resnet50"
+    backbone: str = "resnet50"
+    backbone_options: dict[str, Any] = Field(default_factory=dict)
     stem: StemName = "auto"
+    initial_weights: Literal["timm", "torchvision"] | LocalPath | None = None
     projection: ProjectionName = "mlp"
     projection_hidden_dim: PositiveInt | None = None
     embedding_dim: PositiveInt = 128
     freeze_epochs: NonNegativeInt = 0
+
+    @field_validator("backbone")
+    @classmethod
+    def _names_a_network(cls, value: str) -> str:
+        own = get_args(BackboneName)
+        if value not in own and not re.fullmatch(r"(torchvision|timm)/[\w.-]+|[^\W\d][\w.]*:[^\W\d]\w*", value):
+            match = difflib.get_close_matches(value, own, n=1)
+            near = f"; did you mean '{match[0]}'?" if match else ""
+            raise ValueError(
+                f"expected {', '.join(own)}, torchvision/NAME, timm/NAME or package.module:function, found "
+                f"{value!r}{near}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _options_have_a_constructor(self) -> "ModelConfig":
+        if self.backbone_options and self.backbone in get_args(BackboneName):
+            raise ValueError(
+                f"model.backbone_options are for networks of torchvision, timm or your own, not for {self.backbone}: "
+                f"remove them, or take torchvision/{self.backbone}"
+            )
+        if self.initial_weights == "timm" and not self.backbone.startswith("timm/"):
+            raise ValueError("model.initial_weights timm needs model.backbone timm/NAME")
+        if self.initial_weights == "torchvision" and (":" in self.backbone or self.backbone[:5] in ("timm/", "small")):
+            raise ValueError("model.initial_weights torchvision needs a network of torchvision in model.backbone")
+        return self
 
 
 class ClassifierConfig(Section):
@@ -110,70 +161,6 @@ class ClassifierConfig(Section):
                 "and float32 holds it only down to there"
             )
         return value
-
-
-# Learning rate at the end of the warm-up, and the global batch, in images, that it is for; others in proportion.
-_PEAK_RATES: dict[OptimizerName, tuple[float, int]] = {
-    "sgd": (0.48, 4096),
-    "adamw": (1.5e-4, 256),
-    "lars": (0.3, 256),
-    "muon": (1.5e-4, 256),
-}
-_WEIGHT_DECAYS: dict[str, float] = {"sgd": 1e-4, "adamw": 0.1, "lars": 1e-6, "muon": 0.1}
-
-
-class OptimizationConfig(Section):
-    """The encoder's optimizer and the schedule of all learning rates: linear warm-up, then cosine.
-
-    W has an SGD of its own whatever the optimizer (`classifier.learning_rate`). The rates and decays that apply where
-    none is given are those of the paper for `sgd`, of SimCLR for `lars` (arXiv:2002.05709, "Default setting"), of MoCo
-    v3 for `adamw` (arXiv:2104.02057, section 4.1 and its published commands), and for `muon` AdamW's, for which its
-    steps are scaled (arXiv:2502.16982, section 2.2).
-
-    Attributes:
-        epochs: passes over the images.
-        warmup_epochs: epochs of linear warm-up, included in `epochs`.
-        global_batch_size: images (not views) per step, over all ranks and micro-batches.
-        optimizer: of the encoder: the paper's `sgd`, `adamw`, `lars` (as in SimCLR) or `muon` (hidden matrices; `adamw`
-            for all other parameters). LARS and Muon need ZeRO stage 0.
-        learning_rate: learning rate at the end of the warm-up; null: 0.48 · global_batch_size / 4096 for `sgd`, the
-            paper's, 0.3 · global_batch_size / 256 for `lars`, 1.5e-4 · global_batch_size / 256 for `adamw` and `muon`.
-        backbone_learning_rate_multiplier: factor on the backbone's learning rate; the projection keeps the full one.
-        layer_decay: factor on the learning rate from each block of the backbone to the one before it, as in BEiT; null:
-            one rate for all.
-        momentum: momentum of SGD, W's included, and of LARS; the first β of AdamW. Muon's own is its authors' 0.95.
-        weight_decay: weight decay of the encoder and, with `sgd`, of W; if not given, 0.1 for `adamw` and `muon` and
-            1e-6 for `lars`. `sgd` decays all parameters (PIC), the others neither norms nor biases.
-        max_grad_norm: clips the encoder's gradient norm; 0: no clipping. W's gradient is never clipped.
-    """
-
-    epochs: PositiveInt = 200
-    warmup_epochs: NonNegativeInt = 10
-    global_batch_size: PositiveInt = 4096
-    optimizer: OptimizerName = "sgd"
-    learning_rate: PositiveFloat | None = None
-    backbone_learning_rate_multiplier: PositiveFloat = 1.0
-    layer_decay: Share | None = None
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegativeFloat = _WEIGHT_DECAYS["sgd"]
-    max_grad_norm: NonNegativeFloat = 0.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _weight_decay_follows_the_optimizer(cls, values: Any) -> Any:
-        name = values.get("optimizer") if isinstance(values, dict) else None
-        decay = _WEIGHT_DECAYS.get(name) if isinstance(name, str) else None
-        return values if decay is None else {"weight_decay": decay, **values}
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The encoder's learning rate at the end of the warm-up."""
-        return self.default_rate(self.optimizer) if self.learning_rate is None else self.learning_rate
-
-    def default_rate(self, optimizer: OptimizerName) -> float:
-        """The peak learning rate of an optimizer at this global batch size, where none is given."""
-        rate, batch_size = _PEAK_RATES[optimizer]
-        return rate * self.global_batch_size / batch_size
 
 
 class LogConfig(Section):
@@ -255,7 +242,7 @@ class ExperimentConfig(Section):
         """W's weight decay."""
         if self.classifier.weight_decay is not None:
             return self.classifier.weight_decay
-        return self.optimization.weight_decay if self.optimization.optimizer == "sgd" else _WEIGHT_DECAYS["sgd"]
+        return self.optimization.weight_decay if self.optimization.optimizer == "sgd" else WEIGHT_DECAYS["sgd"]
 
     @model_validator(mode="before")
     @classmethod
@@ -356,6 +343,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected key=value, e.g. --set optimization.epochs=1000")
     names = path.strip().split(".")
     for depth, name in enumerate(names):
+        if takes_any_key(ExperimentConfig, names[:depth]):
+            break
         if name not in fields_at(ExperimentConfig, names[:depth]):
             raise UserError(f"--set {path}: {unknown_key(names[: depth + 1], ExperimentConfig)}")
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from instance_ssl.checkpoint.committed import newest_sound_directory, step_of
-from instance_ssl.checkpoint.identity import FORMER_FILE_VALUES, KINDS_WITHOUT_FILES, require_same_keys
+from instance_ssl.checkpoint.identity import FORMER_VALUES, KINDS_WITHOUT_FILES, require_same_keys
 from instance_ssl.config.experiment import ExperimentConfig, flatten, load_config, read_yaml
 from instance_ssl.errors import UserError
 from instance_ssl.run.directory import read_json
@@ -80,7 +80,7 @@ def load_recorded(path: Path, cure: str) -> ExperimentConfig:
             f"{prefix}{key}={value}"
             for prefix, section in data.items()
             if isinstance(section, dict) and section.get("kind") not in KINDS_WITHOUT_FILES
-            for key, value in FORMER_FILE_VALUES.items()
+            for key, value in FORMER_VALUES.items()
             if key.removeprefix("data.") not in section
         ]
         return load_config(path, lacking)

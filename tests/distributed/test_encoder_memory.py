@@ -25,7 +25,7 @@ CASES = [
     ("small_cnn", 16, 64, 1, 0, 2, torch.bfloat16, "sgd"),
     pytest.param(("resnet18", 16, 8, 2, 1, 1, torch.bfloat16, "sgd"), marks=pytest.mark.full),
     pytest.param(("resnet18", 32, 12, 2, 2, 2, None, "sgd"), marks=pytest.mark.full),
-    ("resnet50", 32, 8, 1, 0, 1, None, "sgd"),
+    pytest.param(("resnet50", 32, 8, 1, 0, 1, None, "sgd"), marks=pytest.mark.full),
     ("resnet18", 16, 4, 1, 0, 1, None, "adamw"),
     pytest.param(("resnet18", 16, 4, 2, 2, 1, None, "adamw"), marks=pytest.mark.full),
     pytest.param(("resnet18", 16, 4, 1, 0, 1, None, "lars"), marks=pytest.mark.full),
