@@ -58,6 +58,7 @@ def read_request(arguments: argparse.Namespace, stages: Sequence[str], *, needs_
         global_batch_size=config.optimization.global_batch_size if trains else None,
         max_grad_norm=config.optimization.max_grad_norm,
         world_size=launched.world_size(),
+        optimizer=config.optimization.optimizer,
     )
     if needs_labels:
         checks.check_labels(config)
