@@ -51,6 +51,11 @@ def run_forked(runner: str, ranks: int, *arguments: str) -> subprocess.Completed
     return _start_and_wait(runner, arguments, ROOT, by_rank)
 
 
+def run_tasks(runner: str, by_task: list[dict[str, str]], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Like `run_forked`, with processes that are told their place by these variables alone, as `srun` tells it."""
+    return _start_and_wait(runner, arguments, ROOT, by_task)
+
+
 def run_python(runner: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`python runners/<runner>.py …`"""
     return _run([sys.executable, str(_script(runner)), *arguments], cwd)

@@ -170,13 +170,14 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
         RankError: the ranks cannot meet; an `AbsentPeersError` where some did not join.
     """
     use_cuda = torch.cuda.is_available()
-    if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launched.local_size()))
+    if not use_cuda and (threads := launched.num_threads()) is not None:
+        torch.set_num_threads(threads)
     device = torch.device("cuda", launched.local_rank()) if use_cuda else torch.device("cpu")
     if use_cuda:
         if device.index >= torch.cuda.device_count():
             raise UserError(
-                f"this machine has {torch.cuda.device_count()} GPUs: launch no more ranks (--num_gpus) on it"
+                f"this machine has {torch.cuda.device_count()} GPUs: launch no more ranks on it (--num_gpus, "
+                "--nproc-per-node, --ntasks-per-node)"
             )
         torch.cuda.set_device(device)
         capability, served = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
@@ -230,7 +231,9 @@ def _join(init_method: str | None, rank: int, size: int, device: torch.device, s
         _within(seconds, meet)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
-            raise RankError(f"{where}, where the ranks meet, is in use: give another --master_port") from None
+            raise RankError(
+                f"{where}, where the ranks meet, is in use: give another --master_port or MASTER_PORT"
+            ) from None
         if not lost_peer(error):
             raise
         reason = f"({str(error).splitlines()[0]}): another rank has ended, and says why if it could"

@@ -2,6 +2,8 @@
 
 import os
 
+import psutil
+
 
 def rank() -> int:
     """Returns this process's rank in the world; 0 when it runs bare."""
@@ -21,3 +23,34 @@ def local_rank() -> int:
 def local_size() -> int:
     """Returns the number of ranks on this machine, which deepspeed and torchrun set; 1 where it is unset."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def usable_cores() -> int:
+    """Returns the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads() -> int | None:
+    """Returns how many threads this rank should compute with on a CPU; None where OMP_NUM_THREADS says it.
+
+    The ranks of a machine share its cores evenly. torchrun sets OMP_NUM_THREADS=1 whenever it starts several ranks,
+    which leaves cores idle: that is nobody's choice.
+    """
+    if "OMP_NUM_THREADS" in os.environ and not _torchrun_chose_one_thread():
+        return None
+    return max(1, usable_cores() // local_size())
+
+
+def _torchrun_chose_one_thread() -> bool:
+    """Whether OMP_NUM_THREADS is torchrun's own: neither in the environment nor among the flags that it started with.
+
+    accelerate runs torchrun in its own process, and has a flag for it.
+    """
+    if os.environ["OMP_NUM_THREADS"] != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        launcher = psutil.Process(os.getppid())
+        flags = " ".join(launcher.cmdline()).replace("-", "_")
+        return "OMP_NUM_THREADS" not in launcher.environ() and "num_cpu_threads_per_process" not in flags
+    except psutil.Error:
+        return False
