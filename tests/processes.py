@@ -72,6 +72,14 @@ def launch_command(runner: str, ranks: int, *arguments: str, runners: Path = RUN
     return [*launcher, str(_script(runner, runners)), *arguments]
 
 
+def torchrun_command(
+    runner: str, ranks: int, *arguments: str, flags: Sequence[str] = (), runners: Path = RUNNERS
+) -> list[str]:
+    """`torchrun --nproc-per-node <ranks> flags … runners/<runner>.py …`, which finds a free port itself."""
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", str(ranks), *flags]
+    return [*launcher, str(_script(runner, runners)), *arguments]
+
+
 def cpu_environment() -> dict[str, str]:
     """Of processes that a test starts: this checkout, one thread, no GPU."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

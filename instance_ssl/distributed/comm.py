@@ -224,6 +224,7 @@ def _join(init_method: str | None, rank: int, size: int, device: torch.device, s
         else:
             met, _, _ = next(dist.rendezvous(init_method, rank, size, timeout=_TIMEOUT))
             met.set_timeout(_TIMEOUT)
+            met = dist.PrefixStore(f"attempt_{launched.attempt()}", met)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=met, rank=rank, world_size=size, timeout=_TIMEOUT)
 

@@ -25,9 +25,10 @@ _DEFAULT_HOSTFILE = Path("/job/hostfile")
 
 @dataclass(frozen=True)
 class Launch:
-    """A parsed `deepspeed` command.
+    """A parsed command of `deepspeed` or `torchrun`.
 
     Attributes:
+        passes_signals_on: whether the launcher itself signals the ranks of this machine.
         uses_ssh: whether other nodes, if any, are reached over ssh.
         script: the runner and its own arguments.
     """
@@ -35,6 +36,7 @@ class Launch:
     command: Sequence[str]
     hostfile: Path | None
     uses_ssh: bool
+    passes_signals_on: bool
     script: Sequence[str]
 
     @property
@@ -49,15 +51,21 @@ class Launch:
 
 
 def take_apart(command: Sequence[str]) -> Launch:
-    """Parses a command line, which must start with `deepspeed` and name a runner."""
-    if not command or Path(command[0]).name != "deepspeed":
-        raise UserError("give the whole command that starts the run: supervise.py … deepspeed … runners/pretrain.py …")
+    """Parses a command line, which must start with `deepspeed` or `torchrun` and name a runner."""
+    name = Path(command[0]).name if command else ""
+    if name not in ("deepspeed", "torchrun") and "torch.distributed.run" not in command[1:4]:
+        raise UserError(
+            "give the whole command that starts the run: supervise.py … deepspeed … runners/pretrain.py …, or torchrun"
+        )
     place = next((place for place, word in enumerate(command) if word.endswith(".py")), None)
     if place is None:
         raise UserError(f"the command names no runner, a file that ends in .py: {' '.join(command)}")
-    flags = command[1:place]
+    flags, script = command[1:place], command[place:]
+    if name != "deepspeed":
+        return Launch(command, hostfile=None, uses_ssh=False, passes_signals_on=True, script=script)
     hostfile = given_hostfile(flags) or (_DEFAULT_HOSTFILE if _DEFAULT_HOSTFILE.exists() else None)
-    return Launch(command, hostfile=hostfile, uses_ssh="--no_ssh" not in flags, script=command[place:])
+    uses_ssh = "--no_ssh" not in flags
+    return Launch(command, hostfile=hostfile, uses_ssh=uses_ssh, passes_signals_on=False, script=script)
 
 
 def given_hostfile(flags: Sequence[str]) -> Path | None:

@@ -82,9 +82,17 @@ def test_one_machine_needs_no_shell(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [[], ["python", *SCRIPT]])
-def test_something_else_than_deepspeed_is_refused(command: list[str]) -> None:
+def test_a_command_of_another_program_is_refused(command: list[str]) -> None:
     with pytest.raises(UserError, match="whole command"):
         take_apart(command)
+
+
+@pytest.mark.parametrize("command", [["/venv/bin/torchrun"], ["python", "-m", "torch.distributed.run"]])
+def test_torchrun_passes_signals_on_itself_and_reads_no_hostfile(command: list[str]) -> None:
+    launch = take_apart([*command, "--nproc-per-node", "2", *SCRIPT])
+    assert launch.passes_signals_on
+    assert launch.hostfile is None
+    assert launch.run_directory == Path("runs/a")
 
 
 def test_the_run_directory_is_found() -> None:
