@@ -80,6 +80,14 @@ def torchrun_command(
     return [*launcher, str(_script(runner, runners)), *arguments]
 
 
+def run_accelerated(runner: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch --multi_gpu --num_processes <ranks> runners/<runner>.py …`, which needs no GPU."""
+    flags = ["--multi_gpu", "--num_processes", str(ranks), "--num_machines", "1", "--mixed_precision", "no"]
+    flags += ["--dynamo_backend", "no", "--main_process_port", free_port()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(_script(runner)), *arguments]
+    return _run(command, ROOT)
+
+
 def cpu_environment() -> dict[str, str]:
     """Of processes that a test starts: this checkout, one thread, no GPU."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -27,15 +27,15 @@ def take_place(environment: MutableMapping[str, str]) -> None:
             ranks that do not come.
     """
     if not (environment.get("RANK") or environment.get("WORLD_SIZE")):
-        if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(environment):
-            raise UserError(
-                "accelerate started one process, and MASTER_ADDR and MASTER_PORT are set for several: add --multi_gpu, "
-                "with which it starts all of --num_processes, on CPUs too; for one process, unset both"
-            )
         if _count(environment, "OMPI_COMM_WORLD_SIZE") > 1:
             environment.update(_place_in_open_mpi(environment))
         elif slurm.num_tasks(environment) > 1:
             environment.update(slurm.place_of_task(environment))
+        elif {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(environment):
+            raise UserError(
+                "accelerate started one process, and MASTER_ADDR and MASTER_PORT are set for several: add --multi_gpu, "
+                "with which it starts all of --num_processes, on CPUs too; for one process, unset both"
+            )
         elif started := next((name for name in _OTHER_MPI_SIZES if _count(environment, name) > 1), None):
             raise UserError(
                 f"{environment[started]} MPI processes ({started}), but RANK and WORLD_SIZE are unset: each would "
@@ -52,7 +52,7 @@ def _check_restarts(environment: Mapping[str, str]) -> None:
     On one machine they tell the starts apart by torchrun's count. Each node has its own.
     """
     is_kept = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if is_kept and _count(environment, "GROUP_WORLD_SIZE") > 1 and environment["TORCHELASTIC_MAX_RESTARTS"] != "0":
+    if is_kept and _count(environment, "GROUP_WORLD_SIZE") > 1 and _count(environment, "TORCHELASTIC_MAX_RESTARTS") > 0:
         raise UserError(
             "torchrun cannot restart ranks of several nodes that meet in a store of its own: set "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes and give --rdzv-backend c10d, or --max-restarts 0"

@@ -1,11 +1,11 @@
-"""Every launcher starts the same run: torchrun, accelerate, Slurm's tasks, Open MPI's. deepspeed: test_pipeline.py."""
+"""Ranks that accelerate, Slurm or Open MPI start. deepspeed: test_pipeline.py, torchrun: faults/test_torchrun.py."""
 
 import json
 import os
 from pathlib import Path
 
 import pytest
-from processes import free_port, run_tasks
+from processes import free_port, run_accelerated, run_tasks
 
 SMALL = ["--set", "data.limit_train=160", "optimization.global_batch_size=128", "classifier.num_hard_classes=5"]
 
@@ -29,5 +29,13 @@ def test_processes_of_open_mpi_meet_by_its_variables(tmp_path: Path) -> None:
     one = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_PORT": free_port()}
     ranks = [one | {f"OMPI_COMM_WORLD_{name}": str(rank) for name in ("RANK", "LOCAL_RANK")} for rank in range(2)]
     finished = run_tasks("initialize_classifier", ranks, "--run-dir", str(tmp_path / "run"), *SMALL)
+    assert finished.returncode == 0, finished.stderr
+    assert environment_of(tmp_path / "run")["world_size"] == 2
+
+
+@pytest.mark.full
+def test_accelerate_starts_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed (the test extra has it)")
+    finished = run_accelerated("initialize_classifier", 2, "--run-dir", str(tmp_path / "run"), *SMALL)
     assert finished.returncode == 0, finished.stderr
     assert environment_of(tmp_path / "run")["world_size"] == 2

@@ -47,6 +47,12 @@ def test_a_process_of_open_mpi_takes_its_place() -> None:
     assert taken == place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": str(threads)}
 
 
+def test_accelerate_may_start_open_mpi() -> None:
+    environment = MPI | {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "node7", "MASTER_PORT": "4711"}
+    take_place(environment)
+    assert environment["RANK"] == "3"
+
+
 def test_what_the_user_exports_to_open_mpi_stays() -> None:
     own = {"MASTER_ADDR": "node7", "MASTER_PORT": "4711", "OMP_NUM_THREADS": "3"}
     environment = MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"} | own
