@@ -219,14 +219,13 @@ def _join(init_method: str | None, rank: int, size: int, device: torch.device, s
     def meet() -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has its own
-        if init_method is None:
-            met = dist.HashStore()
-        else:
+        store: dist.Store = dist.HashStore()
+        if init_method is not None:
             met, _, _ = next(dist.rendezvous(init_method, rank, size, timeout=_TIMEOUT))
             met.set_timeout(_TIMEOUT)
-            met = dist.PrefixStore(f"attempt_{launched.attempt()}", met)
+            store = dist.PrefixStore(f"attempt_{launched.attempt()}", met)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=met, rank=rank, world_size=size, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
     try:
         _within(seconds, meet)

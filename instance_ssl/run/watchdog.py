@@ -26,8 +26,10 @@ from instance_ssl.run.console import complain_last
 EXIT_LOST_PEER, EXIT_HANG = 3, 4
 
 # Programs, and modules of `python -m`, that start ranks as their child processes.
-LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
-LAUNCHERS += ("accelerate", "accelerate-launch", "accelerate.commands.launch")
+_LAUNCHERS = (
+    *("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"),
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
+)
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 # Time for the main thread to notice by itself, in its next collective, that a local rank has died.
@@ -254,4 +256,4 @@ def is_launcher(process: psutil.Process) -> bool:
     except psutil.Error:
         return False
     before_runner = takewhile(lambda argument: not argument.endswith(".py"), arguments)
-    return any(Path(argument).name in LAUNCHERS for argument in before_runner)
+    return any(Path(argument).name in _LAUNCHERS for argument in before_runner)

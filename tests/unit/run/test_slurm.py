@@ -107,7 +107,7 @@ def test_a_task_computes_with_its_share_of_the_cpus(
     "environment",
     [
         JOB,  # the shell of salloc
-        TASK | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},  # as a step
+        JOB | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290"},  # as a step
         JOB | {"SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"},  # in a batch script
         JOB | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --ntasks=1 in a larger allocation
         TASK | {"SLURM_PTY_PORT": "4711"},  # srun --pty bash
