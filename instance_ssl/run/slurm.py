@@ -52,7 +52,7 @@ def place_of_task(environment: Mapping[str, str]) -> dict[str, str]:
     if sum(by_node) != size or rank >= size or local_rank >= local_size:
         raise UserError(
             f"Slurm's variables contradict each other: task {rank} of {size}, {local_rank} on node {node}, with "
-            f"{','.join(map(str, by_node))} tasks on the nodes; {_CURE}"
+            f"{shorten(','.join(map(str, by_node)))} tasks on the nodes; {_CURE}"
         )
     if not environment.get("MASTER_ADDR") and rank == 0 and node != 0:
         raise UserError(
