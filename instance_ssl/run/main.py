@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from instance_ssl.run.arguments import parse_arguments
 from instance_ssl.run.console import exit_code_of
-from instance_ssl.run.launch import check_world
 from instance_ssl.run.limits import check_limits
+from instance_ssl.run.place import take_place
 from instance_ssl.run.process import Process, exit_code
 from instance_ssl.run.request import read_request
 from instance_ssl.training.allocator import keep_freed_memory
@@ -97,7 +97,7 @@ def run_measurement(parse: Callable[[], Namespace], measure: "Callable[[Namespac
 
 def _run(work: Callable[[Process], None]) -> int:
     def checked() -> int:
-        check_world(os.environ)
+        take_place(os.environ)
         check_limits()
         process = Process()
         return exit_code(lambda: work(process), process)

@@ -88,6 +88,7 @@ def _environment(world: Group) -> dict[str, Any]:
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **engine.versions(), "torchvision": torchvision.__version__},
         "world_size": world.size,
+        "threads_per_rank": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(world.device) if on_cuda else platform.machine() + " cpu",
     }
 
