@@ -148,9 +148,9 @@ def pretrained_state(
         if known is None or not (known.hf_hub_id or known.url):
             tags = timm.list_pretrained(f"{name.partition('.')[0]}*")[:3]
             raise UserError(f"model.initial_weights timm: timm has no weights of {escape(name)}; it has {tags}")
-        place = f"https://huggingface.co/{known.hf_hub_id}" if known.hf_hub_id else known.url
-        patches = getattr(network, "patch_embed", None)
-        changed = {"patch_size": patches.patch_size[0]} if hasattr(patches, "patch_size") else {}
+        place = f"https://huggingface.co/{known.hf_hub_id}" if known.hf_hub_id else str(known.url)
+        patch_size = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+        changed = {} if patch_size is None else {"patch_size": patch_size[0]}
 
         def fetch() -> Mapping[str, Tensor]:
             return _timm_network(name, {**changed, **options}, image_size, pretrained=True).network.state_dict()
