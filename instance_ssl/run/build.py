@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from instance_ssl.classifier.kernel_selection import choose_block_bytes, choose_kernels, disagreement
+from instance_ssl.classifier.kernel_selection import choose_block_bytes, choose_kernels, find_obstacle
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
@@ -108,12 +108,8 @@ def _with_tried_kernels(stage: Stage, options: SoftmaxOptions) -> SoftmaxOptions
     """Selects the PyTorch passes unless the Triton kernels pass their self-test on every rank's GPU."""
     if (wanted := stage.ds.classifier.kernels) == "torch":
         return options
-    problem: str | None = "they need a GPU from Ampere on, Triton, a C compiler and Python's headers"
-    if options.kernels == "triton":
-        shape = stage.world.device, stage.config.model.embedding_dim
-        problem = disagreement(*shape, options, stage.ds.row_dtype, stage.ds.momentum_dtype)
-    problems = enumerate(stage.world.all_gather_objects(problem))
-    found = next((f"rank {rank}: {problem}" for rank, problem in problems if problem is not None), None)
+    dtypes = stage.ds.row_dtype, stage.ds.momentum_dtype
+    found = find_obstacle(stage.config.model.embedding_dim, options, *dtypes, stage.world)
     if found is None:
         return options
     if wanted == "triton":
