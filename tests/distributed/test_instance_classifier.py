@@ -1,6 +1,6 @@
 """`InstanceClassifier` in loops of all kinds against the dense twin: loss, encoder and rows after several steps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,7 +24,6 @@ MOMENTUM, DECAY, RATE = 0.9, 1e-2, 0.3
 # 13 rows of a step's first loss and 5 of its second, whatever the number of ranks; a rank may have none.
 FIRST = {1: [13], 2: [4, 9], 3: [6, 0, 7]}
 SECOND = {1: [5], 2: [3, 2], 3: [1, 3, 1]}
-EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 
 def new_encoder() -> nn.Module:
@@ -63,7 +62,7 @@ class Wrapped:
     reduction: str
     backward: Callable[[Tensor], object] = Tensor.backward
     without_sync: Callable[[], AbstractContextManager[object]] = nullcontext
-    before_step: Callable[[], object] = lambda: None
+    step: Callable[[], object] | None = None
 
 
 def sgd(encoder: nn.Module) -> torch.optim.Optimizer:
@@ -73,13 +72,16 @@ def sgd(encoder: nn.Module) -> torch.optim.Optimizer:
 def by_hand(group: Group, reduction: str) -> Wrapped:
     encoder = new_encoder()
 
-    def reduce() -> None:
+    optimizer = sgd(encoder)
+
+    def step() -> None:
         for parameter in encoder.parameters():
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad)
             parameter.grad /= group.size if reduction == "mean" else 1
+        optimizer.step()
 
-    return Wrapped(encoder, sgd(encoder), reduction, before_step=reduce)
+    return Wrapped(encoder, optimizer, reduction, step=step)
 
 
 def with_ddp(group: Group) -> Wrapped:
@@ -115,6 +117,28 @@ def with_fabric(group: Group) -> Wrapped:
     return Wrapped(encoder, optimizer, "mean", fabric.backward, lambda: fabric.no_backward_sync(encoder, enabled=True))
 
 
+class InFloat32(nn.Module):
+    """DeepSpeed reduces no float64."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        embeddings: Tensor = self.encoder(x.float())
+        return embeddings
+
+
+def with_deepspeed(group: Group) -> Wrapped:
+    import deepspeed
+
+    encoder = InFloat32(new_encoder())
+    config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled
+    engine, *_ = deepspeed.initialize(model=encoder, optimizer=sgd(encoder), config=config)
+    return Wrapped(engine, engine.optimizer, "mean", engine.backward, step=engine.step)
+
+
 WRAPPERS: dict[str, Callable[[Group], Wrapped]] = {
     "mean by hand": lambda group: by_hand(group, "mean"),
     "sum by hand": lambda group: by_hand(group, "sum"),
@@ -122,6 +146,7 @@ WRAPPERS: dict[str, Callable[[Group], Wrapped]] = {
     "fsdp2": with_fsdp2,
     "accelerate": with_accelerate,
     "fabric": with_fabric,
+    "deepspeed": with_deepspeed,
 }
 
 
@@ -157,8 +182,7 @@ def trained(group: Group, wrapper: str, way: str, settings: dict[str, Any]) -> t
             wrapped.backward(rest)
             loss = part.detach() + rest
         losses.append(loss.item())
-        wrapped.before_step()
-        wrapped.optimizer.step()
+        (wrapped.step or wrapped.optimizer.step)()
         wrapped.optimizer.zero_grad()
         classifier.step(rate_of(step))
     parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in wrapped.encoder.parameters()]
@@ -195,25 +219,55 @@ def densely_trained(way: str, form: str = "mixture", alpha: float = ALPHA) -> tu
     return losses, nn.utils.parameters_to_vector(encoder.parameters()).detach(), weight_ND.detach()
 
 
-def check(results: list[Any], wanted: tuple[list[float], Tensor, Tensor]) -> None:
+def check(results: list[Any], wanted: tuple[list[float], Tensor, Tensor], error: float = 1e-9) -> None:
     losses, parameters, weight_ND = wanted
-    assert not torch.equal(weight_ND, first_rows())
+    near = {"rtol": error, "atol": error / 100, "check_dtype": False}
+    assert (weight_ND - first_rows()).abs().max() > 0.1
     for rank_losses, rank_parameters, rank_weight_ND in results:
-        assert rank_losses == pytest.approx(losses, rel=1e-10)
-        torch.testing.assert_close(rank_parameters, parameters, **EXACT)
-        torch.testing.assert_close(rank_weight_ND, weight_ND, **EXACT)
+        assert rank_losses == pytest.approx(losses, rel=error)
+        torch.testing.assert_close(rank_parameters, parameters, **near)
+        torch.testing.assert_close(rank_weight_ND, weight_ND, **near)
 
 
 CASES = [
     *(("ddp", size) for size in (1, 2, 3)),
     ("mean by hand", 1), ("mean by hand", 3), ("sum by hand", 3), ("fsdp2", 2), ("accelerate", 2), ("fabric", 2),
+    ("deepspeed", 2),
 ]  # fmt: skip
+
+
+def needs_package(wrapper: str) -> None:
+    name = {"fabric": "lightning"}.get(wrapper, wrapper)
+    if wrapper in ("fabric", "accelerate") and find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
 
 
 @pytest.mark.parametrize(("wrapper", "world_size"), CASES)
 def test_a_loop_trains_as_the_dense_twin(wrapper: str, world_size: int) -> None:
-    if wrapper == "fabric" and find_spec("lightning") is None:
-        pytest.skip("lightning is not installed")
-    if wrapper == "accelerate" and find_spec("accelerate") is None:
-        pytest.skip("accelerate is not installed")
-    check(run_ranks(trained, world_size, wrapper, "one loss", {}), densely_trained("one loss"))
+    needs_package(wrapper)
+    error = 1e-3 if wrapper == "deepspeed" else 1e-9
+    check(run_ranks(trained, world_size, wrapper, "one loss", {}), densely_trained("one loss"), error)
+
+
+@pytest.mark.parametrize("way", ["parts of a mean", "mean of means"])
+@pytest.mark.parametrize(
+    ("wrapper", "world_size"),
+    [
+        ("mean by hand", 1),
+        ("ddp", 2),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (("sum by hand", 3), ("fabric", 2))),
+    ],
+)
+def test_losses_before_a_step_accumulate(wrapper: str, world_size: int, way: str) -> None:
+    needs_package(wrapper)
+    check(run_ranks(trained, world_size, wrapper, way, {}), densely_trained(way))
+
+
+@pytest.mark.parametrize("way", ["one loss", "mean of means"])
+def test_the_usual_smoothed_cross_entropy_trains_as_the_dense_twin(way: str) -> None:
+    results = run_ranks(trained, 2, "ddp", way, {"loss_form": "cross_entropy"})
+    check(results, densely_trained(way, form="cross_entropy"))
+
+
+def test_without_smoothing_no_table_is_needed() -> None:
+    check(run_ranks(trained, 2, "ddp", "one loss", {"smoothing_factor": 0.0}), densely_trained("one loss", alpha=0.0))
