@@ -72,10 +72,14 @@ def restore(own: Mapping[str, Tensor], shard: ClassifierShard, num_hard_classes:
 
 def write_state(state: Mapping[str, Tensor], settings: ClassifierSettings, path: Path) -> None:
     """Writes a `whole_state` as safetensors, whole or not at all; a `UserError` where the file cannot be written."""
-    save_file = _safetensors().torch.save_file
+    safetensors = _safetensors()
     metadata = {"format": "pt", "kind": _KIND, "settings": json.dumps(asdict(settings))}
     with saved_file(path, sum(value.nbytes for value in state.values())) as temporary:
-        save_file(dict(state), temporary, metadata)
+        temporary.touch()  # a missing folder is reported by its own error
+        try:
+            safetensors.torch.save_file(dict(state), temporary, metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(escape(shorten(in_one_line(error)))) from None
 
 
 def read_state(path: Path, settings: ClassifierSettings, shard: ClassifierShard) -> dict[str, Tensor]:

@@ -217,7 +217,7 @@ def existing_group(handle: Any = None) -> Group:
     handle = dist.group.WORLD if handle is None else handle
     if dist.get_rank(handle) < 0:
         raise RuntimeError("this process is not in the given process group")
-    has_nccl = "cuda:nccl" in dist.get_backend_config(handle)
+    has_nccl = torch.cuda.is_available() and "cuda:nccl" in dist.get_backend_config(handle)
     device = torch.device("cuda", torch.cuda.current_device()) if has_nccl else torch.device("cpu")
     return Group(handle, dist.get_rank(handle), dist.get_world_size(handle), device)
 
