@@ -20,7 +20,7 @@ torch.manual_seed(rank)
 backbone = nn.Sequential(nn.Conv2d(1, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
 encoder: nn.Module = nn.Sequential(backbone, nn.Linear(256, 64)).to(classifier.device)
 encoder = nn.parallel.DistributedDataParallel(encoder) if world_size > 1 else encoder
-sampler = DistributedSampler(data, world_size, rank)
+sampler: DistributedSampler[object] = DistributedSampler(data, world_size, rank)
 loader, optimizer = DataLoader(data, 128 // world_size, sampler=sampler), torch.optim.AdamW(encoder.parameters(), 3e-3)
 classifier.initialize(encoder, loader)
 for epoch in range(6):
