@@ -217,17 +217,19 @@ class InstanceClassifier:
         loader: Iterable[tuple[Tensor, Tensor]],
         *,
         mode: Literal["running", "batch", "frozen"] = "running",
+        pretrained: nn.Module | None = None,
     ) -> None:
         """The contrastive prior: each row becomes the embedding of its image by the encoder as it is.
 
-        Every batch norm first moves its running statistics by the batch (of all ranks), then normalises with them. The
-        encoder ends with these statistics; nothing else of it changes.
+        Every batch norm first moves its running statistics by the batch (of all ranks), then normalises with them.
+        Where none moves, the bias of the last layer follows the mean of the embeddings. Nothing else changes.
 
         Args:
             encoder: images → (b, D); wrapped or not, not compiled, on the classifier's device.
             loader: (images, ids) of this rank. All ranks together give every id once or more, of which the last counts;
                 lengths may differ.
             mode: what batch norm does, see `prior.py`.
+            pretrained: part of the encoder with given weights, whose batch norms keep their statistics.
 
         Raises:
             ValueError: a batch is malformed, an id never comes, or the encoder's output is not (b, D).
@@ -235,7 +237,7 @@ class InstanceClassifier:
         """
         late = RuntimeError("initialize() comes before the first step()") if self._shard.steps_taken else None
         self._agreement.check("initialize()", self._find_world_problem() or late)
-        initialize_from_loader(self._shard, encoder, loader, mode, self._agreement, "initialize()")
+        initialize_from_loader(self._shard, encoder, loader, mode, pretrained, self._agreement, "initialize()")
         self._shard.hard_classes = None
 
     def refresh_hard_classes(self) -> None:

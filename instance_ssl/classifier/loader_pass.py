@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from instance_ssl.classifier.call_checks import find_id_problem
-from instance_ssl.classifier.prior import initialize_from_features
+from instance_ssl.classifier.prior import initialize_from_features, moving_parts
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.config.choices import InitializationMode
 from instance_ssl.distributed.agreement import Agreement
@@ -19,18 +19,27 @@ def initialize_from_loader(
     encoder: nn.Module,
     loader: Iterable[Batch],
     mode: InitializationMode,
+    pretrained: nn.Module | None,
     agreement: Agreement,
     operation: str,
 ) -> None:
     """w_i ← embedding of image i by `encoder`. Collective.
 
     Args:
+        pretrained: part of the encoder whose batch norms keep their statistics; None: all move.
         loader: this rank's (images, ids); the numbers of batches and of images may differ between ranks.
         operation: its name in `agreement`.
 
     Raises:
-        ValueError: a batch is malformed, the encoder's output is not (b, D), or an id never comes.
+        ValueError: a batch is malformed, the encoder's output is not (b, D), an id never comes, or the bias that has to
+            move is divided over the ranks.
     """
+    moving = moving_parts(encoder, pretrained)
+    if moving.centred is not None and hasattr(moving.centred.bias, "placements"):  # a DTensor
+        raise ValueError(
+            "no batch norm of the encoder moves, so the bias of its last layer does, and fully_shard has divided it: "
+            "call initialize() before fully_shard()"
+        )
     rows = _CountedRows(shard)
     width = shard.weight.shape[1]
 
@@ -42,7 +51,7 @@ def initialize_from_loader(
     hook = encoder.register_forward_hook(check)
     try:
         batches = _aligned(loader, shard.partition.total, agreement, operation)
-        initialize_from_features(rows, encoder, batches, mode, shard.group)
+        initialize_from_features(rows, encoder, batches, mode, shard.group, moving=moving)
     finally:
         hook.remove()
     rows.check()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from instance_ssl.config.choices import OptimizerName
 from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.config.messages import DEEPSPEED_KEYS, describe_validation_error, nearest
 from instance_ssl.config.types import NonNegativeInt, Section
@@ -26,15 +27,17 @@ _DERIVED = {
     "gradient_accumulation_steps": "global batch / (micro-batch x world size)",
     "gradient_clipping": "optimization.max_grad_norm",
     "gradient_allreduce_op": "the loss, whose encoder gradients are summed over ranks",
-    "zero_allow_untested_optimizer": "the optimizer, SGD",
+    "zero_allow_untested_optimizer": "optimization.optimizer",
 }
 _REFUSED = {
-    "optimizer": "SGD is set by the experiment's optimization section; DeepSpeed would ignore this key in silence",
+    "optimizer": "optimization.optimizer of the experiment sets it; DeepSpeed would ignore this key in silence",
     "scheduler": "the schedule is set by the experiment's optimization section",
     "bf16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype bfloat16",
     "fp16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype float16",
     "steps_per_print": "the progress bar is ours",
 }
+# What an optimizer needs that ZeRO's partitions do not have.
+_WHOLE_TENSORS: dict[str, str] = {"lars": "the norm of each whole tensor", "muon": "whole matrices"}
 # DeepSpeed's keys of this section configure its own checkpointing function for transformers. Nothing here calls it, so
 # each of them would be ignored.
 _REFUSED_ACTIVATION_CHECKPOINTING = {
@@ -151,15 +154,22 @@ class DeepSpeedSettings:
 
 
 def load_ds_config(
-    path: Path, *, global_batch_size: int | None, max_grad_norm: float, world_size: int
+    path: Path,
+    *,
+    global_batch_size: int | None,
+    max_grad_norm: float,
+    world_size: int,
+    optimizer: OptimizerName = "sgd",
 ) -> DeepSpeedSettings:
     """Reads, checks and completes a DeepSpeed JSON.
 
     Args:
         global_batch_size: images per step; None: nothing is trained, so neither a batch nor W is divided over ranks.
+        optimizer: the encoder's.
 
     Raises:
-        UserError: the file is missing or malformed, a key is unknown, derived or refused, or the batch does not divide.
+        UserError: the file is missing or malformed, a key is unknown, derived or refused, the batch does not divide, or
+            the optimizer cannot work on ZeRO's partitions.
     """
     values = _read_json(path)
     _check_keys(values, path)
@@ -191,6 +201,12 @@ def load_ds_config(
         "gradient_allreduce_op": "sum",
     }
     if zero_stage > 0:
+        if trains and optimizer in _WHOLE_TENSORS:
+            raise UserError(
+                f"{path}: zero_optimization.stage {zero_stage} cuts the flattened weights into equal pieces, and "
+                f"optimization.optimizer {optimizer} needs {_WHOLE_TENSORS[optimizer]}: set the stage to 0, or "
+                "optimization.optimizer to sgd or adamw"
+            )
         engine["zero_allow_untested_optimizer"] = True
     autocast = _autocast(values, zero_stage, path)
     recompute_stages = "activation_checkpointing" in values
@@ -272,7 +288,7 @@ def _zero_stage(section: Any, path: Path) -> int:
     for key in section:
         if key.startswith("offload_"):
             raise UserError(
-                f"{path}: remove 'zero_optimization.{key}': DeepSpeed offloads only its own optimizers, not SGD"
+                f"{path}: remove 'zero_optimization.{key}': DeepSpeed offloads only its own optimizers, not torch's"
             )
     return _validated(ZeroSection, section, "zero_optimization", path).stage
 

@@ -4,9 +4,11 @@ A YAML file lists only what differs. Where and how it is computed, and what memo
 (`config/deepspeed.py`).
 """
 
+import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -21,8 +23,22 @@ from instance_ssl.config.choices import (
 )
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.evaluation import EvaluationConfig, ExportConfig
-from instance_ssl.config.messages import DEEPSPEED_KEYS, describe_validation_error, fields_at, unknown_key
-from instance_ssl.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from instance_ssl.config.messages import (
+    DEEPSPEED_KEYS,
+    describe_validation_error,
+    fields_at,
+    takes_any_key,
+    unknown_key,
+)
+from instance_ssl.config.optimization import WEIGHT_DECAYS, OptimizationConfig
+from instance_ssl.config.types import (
+    LocalPath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 from instance_ssl.errors import UserError, reason, shorten, tried
 from instance_ssl.files.structured import MalformedError, parse_yaml
 
@@ -49,18 +65,57 @@ class ModelConfig(Section):
     """The encoder: a backbone and a projection to the embedding.
 
     Attributes:
-        backbone: torchvision's ResNet, or three convolution blocks (`small_cnn`).
-        stem: first layers of a ResNet: ImageNet's 7x7, or 3x3 without max-pool (`small`); `auto`: `small` up to 64 px.
+        backbone: a ResNet (`resnet18`, `resnet34`, `resnet50`, `resnet101`), three convolution blocks (`small_cnn`),
+            `torchvision/NAME`, `timm/NAME` (`timm` extra), or `package.module:function`, which is called with
+            `backbone_options` and returns a module of images (b, 3, S, S) to features (b, F) or maps (b, F, h, w).
+        backbone_options: arguments of the constructor of a library's network or of the function.
+        stem: first layers of a ResNet: ImageNet's 7x7, or 3x3 without max-pool (`small`); of a library's network: as
+            it is, or for small images (half the stride in its first convolution; 8 x 8 patches for a ViT of timm);
+            `auto`: `small` up to 64 px.
+        initial_weights: weights to start from instead of random ones: a file in any layout that `evaluation.weights`
+            may have, a run directory, or `timm` or `torchvision` for the library's own, which are downloaded. Batch
+            norms then keep the statistics of the weights in the prior's pass.
         projection: Linear-ReLU-Linear, the same with SimCLR's batch norms (`mlp_bn`), or one layer (Table 2).
         projection_hidden_dim: width of the hidden layer; null: the backbone's feature width.
         embedding_dim: D, width of an embedding and of a row of W.
+        freeze_epochs: first epochs in which the backbone stays as it is, with batch norm in evaluation mode; the
+            projection and W alone learn. The schedule goes on meanwhile.
     """
 
-    backbone: BackboneName = "resnet50"
+    backbone: str = "resnet50"
+    backbone_options: dict[str, Any] = Field(default_factory=dict)
     stem: StemName = "auto"
+    initial_weights: Literal["timm", "torchvision"] | LocalPath | None = None
     projection: ProjectionName = "mlp"
     projection_hidden_dim: PositiveInt | None = None
     embedding_dim: PositiveInt = 128
+    freeze_epochs: NonNegativeInt = 0
+
+    @field_validator("backbone")
+    @classmethod
+    def _names_a_network(cls, value: str) -> str:
+        own = get_args(BackboneName)
+        if value not in own and not re.fullmatch(r"(torchvision|timm)/[\w.-]+|[^\W\d][\w.]*:[^\W\d]\w*", value):
+            match = difflib.get_close_matches(value, own, n=1)
+            near = f"; did you mean '{match[0]}'?" if match else ""
+            raise ValueError(
+                f"expected {', '.join(own)}, torchvision/NAME, timm/NAME or package.module:function, found "
+                f"{value!r}{near}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _options_have_a_constructor(self) -> "ModelConfig":
+        if self.backbone_options and self.backbone in get_args(BackboneName):
+            raise ValueError(
+                f"model.backbone_options are for networks of torchvision, timm or your own, not for {self.backbone}: "
+                f"remove them, or take torchvision/{self.backbone}"
+            )
+        if self.initial_weights == "timm" and not self.backbone.startswith("timm/"):
+            raise ValueError("model.initial_weights timm needs model.backbone timm/NAME")
+        if self.initial_weights == "torchvision" and (":" in self.backbone or self.backbone[:5] in ("timm/", "small")):
+            raise ValueError("model.initial_weights torchvision needs a network of torchvision in model.backbone")
+        return self
 
 
 class ClassifierConfig(Section):
@@ -75,8 +130,10 @@ class ClassifierConfig(Section):
         initialization_batch_size: images over all ranks that give one set of batch-norm statistics in the prior's pass.
         initialization_view: view of each image in that pass: the deterministic `evaluation` view or a random
             `training` view. The paper does not say.
-        weight_decay: weight decay of W; null: `optimization.weight_decay`, as in PIC.
-        learning_rate_multiplier: W's learning rate divided by the encoder's; 1 in the paper, which has one SGD.
+        weight_decay: weight decay of W; null: `optimization.weight_decay` with `sgd`, as in PIC, else the paper's 1e-4.
+        learning_rate: W's learning rate at the end of the warm-up; null: the encoder's with `sgd`, else the paper's
+            0.48 · global_batch_size / 4096. The schedule is the encoder's.
+        learning_rate_multiplier: factor on W's learning rate; 1 in the paper, which has one SGD.
         sampling: classes in a step's softmax: all N (`full`), or Table 3's: the batch's positives and `random` others,
             or the most `recent` positives (PIC). Sampling excludes smoothing, as in Table 3.
         num_sampled_classes: sampled classes per step, positives included (2^10 to 2^16 in Table 3).
@@ -90,6 +147,7 @@ class ClassifierConfig(Section):
     initialization_batch_size: PositiveInt = 256
     initialization_view: Literal["evaluation", "training"] = "evaluation"
     weight_decay: NonNegativeFloat | None = None
+    learning_rate: PositiveFloat | None = None
     learning_rate_multiplier: PositiveFloat = 1.0
     sampling: Literal["full"] | SamplingMode = "full"
     num_sampled_classes: PositiveInt = 65_536
@@ -105,33 +163,6 @@ class ClassifierConfig(Section):
         return value
 
 
-class OptimizationConfig(Section):
-    """SGD of the encoder and of W, on one schedule: linear warm-up, then cosine.
-
-    Attributes:
-        epochs: passes over the images.
-        warmup_epochs: epochs of linear warm-up, included in `epochs`.
-        global_batch_size: images (not views) per step, over all ranks and micro-batches.
-        learning_rate: learning rate at the end of the warm-up; null: the paper's 0.48 · global_batch_size / 4096.
-        momentum: momentum of SGD.
-        weight_decay: weight decay of all parameters, and of W unless `classifier.weight_decay` is set (PIC).
-        max_grad_norm: clips the encoder's gradient norm; 0: no clipping. W's gradient is never clipped.
-    """
-
-    epochs: PositiveInt = 200
-    warmup_epochs: NonNegativeInt = 10
-    global_batch_size: PositiveInt = 4096
-    learning_rate: PositiveFloat | None = None
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegativeFloat = 1e-4
-    max_grad_norm: NonNegativeFloat = 0.0
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate at the end of the warm-up."""
-        return 0.48 * self.global_batch_size / 4096 if self.learning_rate is None else self.learning_rate
-
-
 class LogConfig(Section):
     """How often metrics are logged.
 
@@ -143,7 +174,7 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written, besides the end of the training and every agreed stop.
+    """When checkpoints are written, besides the end of the training, of its frozen epochs, and every agreed stop.
 
     Attributes:
         every_epochs: epochs between checkpoints.
@@ -197,6 +228,22 @@ class ExperimentConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     safety: SafetyConfig = SafetyConfig()
 
+    @property
+    def classifier_peak_learning_rate(self) -> float:
+        """W's learning rate at the end of the warm-up, the multiplier aside."""
+        optimization = self.optimization
+        if self.classifier.learning_rate is not None:
+            return self.classifier.learning_rate
+        is_one_sgd = optimization.optimizer == "sgd"
+        return optimization.peak_learning_rate if is_one_sgd else optimization.default_rate("sgd")
+
+    @property
+    def classifier_weight_decay(self) -> float:
+        """W's weight decay."""
+        if self.classifier.weight_decay is not None:
+            return self.classifier.weight_decay
+        return self.optimization.weight_decay if self.optimization.optimizer == "sgd" else WEIGHT_DECAYS["sgd"]
+
     @model_validator(mode="before")
     @classmethod
     def _evaluation_data_lists_what_differs(cls, values: Any) -> Any:
@@ -212,10 +259,16 @@ class ExperimentConfig(Section):
                 f"data.augment_on device does not know augmentation.view {self.augmentation.view}: set it to cpu"
             )
         epochs, warmup_epochs = self.optimization.epochs, self.optimization.warmup_epochs
+        freeze_epochs = self.model.freeze_epochs
         if warmup_epochs >= epochs:
             raise ValueError(
                 f"optimization.warmup_epochs {warmup_epochs} must be below optimization.epochs {epochs}: the cosine "
                 "would never begin; 0 disables the warm-up"
+            )
+        if freeze_epochs >= epochs:
+            raise ValueError(
+                f"model.freeze_epochs {freeze_epochs} must be below optimization.epochs {epochs}: the backbone would "
+                "never be trained"
             )
         if self.classifier.smoothing_factor > 0 and self.classifier.num_hard_classes == 0:
             raise ValueError(
@@ -290,6 +343,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected key=value, e.g. --set optimization.epochs=1000")
     names = path.strip().split(".")
     for depth, name in enumerate(names):
+        if takes_any_key(ExperimentConfig, names[:depth]):
+            break
         if name not in fields_at(ExperimentConfig, names[:depth]):
             raise UserError(f"--set {path}: {unknown_key(names[: depth + 1], ExperimentConfig)}")
     try:

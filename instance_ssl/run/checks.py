@@ -82,6 +82,15 @@ def absent_source(evaluation: EvaluationConfig) -> str | None:
     return None
 
 
+def check_initial_weights(config: ExperimentConfig, run_directory: Path, stages: Sequence[str]) -> None:
+    """Refuses weights to start from that are not there, unless the run has started from them before."""
+    weights, first = config.model.initial_weights, "initialize_classifier"
+    if first not in stages or not isinstance(weights, Path) or (run_directory / first / "result.json").exists():
+        return
+    if not split_part(weights)[0].exists():
+        raise UserError(f"model.initial_weights {tried(weights)} does not exist")
+
+
 def check_made_before(config: ExperimentConfig, run_directory: Path, stages: Sequence[str]) -> None:
     """Refuses stages that start from a checkpoint that is not there and that no stage before them makes.
 

@@ -38,6 +38,7 @@ class Request:
         records.check_unchanged(self.config, self.run_directory)
         if self.has_default_directory and self.stages == ("export",):
             checks.check_run_to_export(self.config, self.run_directory)
+        checks.check_initial_weights(self.config, self.run_directory, self.stages)
         checks.check_made_before(self.config, self.run_directory, self.stages)
 
 
@@ -57,6 +58,7 @@ def read_request(arguments: argparse.Namespace, stages: Sequence[str], *, needs_
         global_batch_size=config.optimization.global_batch_size if trains else None,
         max_grad_norm=config.optimization.max_grad_norm,
         world_size=launched.world_size(),
+        optimizer=config.optimization.optimizer,
     )
     if needs_labels:
         checks.check_labels(config)

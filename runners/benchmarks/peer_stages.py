@@ -30,7 +30,7 @@ from instance_ssl.evaluation.frozen_encoder import (
 )
 from instance_ssl.evaluation.linear import probe_cached_features
 from instance_ssl.files.structured import read_json_lines
-from instance_ssl.models.backbones import ResNet, SmallCnn, build_backbone
+from instance_ssl.models.backbones import Backbone, build_backbone
 from instance_ssl.run.build import training_views
 from instance_ssl.run.directory import read_json
 from instance_ssl.run.stage import Stage
@@ -57,6 +57,8 @@ def run_peer(stage: Stage) -> dict[str, Any]:
         raise UserError(f"the peers run in one process, not in {stage.world.size}")
     if config.augmentation.num_views != 2:
         raise UserError(f"the peers take augmentation.num_views 2, not {config.augmentation.num_views}")
+    if config.optimization.optimizer != "sgd":
+        raise UserError(f"the peers train with optimization.optimizer sgd, not {config.optimization.optimizer}")
     images = open_labelled(stage)
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model.backbone, config.model.stem, config.data.image_size)
@@ -158,7 +160,7 @@ def _step(stage: Stage, peer: Peer, optimizer: torch.optim.Optimizer, batch: Vie
     return loss.item()
 
 
-def _frozen(stage: Stage, backbone: ResNet | SmallCnn, epoch: int) -> Representation:
+def _frozen(stage: Stage, backbone: Backbone, epoch: int) -> Representation:
     def features(images: Tensor) -> Tensor:
         with stage.autocast(), evaluation_mode(backbone):
             return backbone(images)

@@ -356,6 +356,21 @@ def test_the_prior_fills_the_rows_and_leaves_the_encoder() -> None:
         classifier(embeddings(), IDS)
 
 
+def test_the_prior_of_an_encoder_without_batch_norm_moves_its_last_bias() -> None:
+    encoder, classifier = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, D)), new_classifier()
+    bias = encoder[2].bias.detach().clone()
+    classifier.initialize(encoder, BATCHES)
+    assert (encoder[2].bias - bias).abs().max() > 1e-3
+    images, ids = BATCHES[-1]
+    torch.testing.assert_close(classifier.state_dict()["weight"][ids], encoder(images).detach())
+
+
+def test_given_weights_keep_their_statistics() -> None:
+    backbone, head = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), nn.Linear(6, D)
+    new_classifier().initialize(nn.Sequential(backbone, head), BATCHES, pretrained=backbone)
+    assert torch.equal(backbone[1].running_mean, torch.zeros(6))
+
+
 @pytest.mark.parametrize(
     ("encoder", "loader", "wanted"),
     [
