@@ -195,6 +195,54 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
     return _join(None, 0, 1, device)
 
 
+def existing_group(handle: Any = None) -> Group:
+    """Returns a process group that the caller has started as a `Group`.
+
+    Its collectives run on the current GPU where the group has NCCL, and on the CPU otherwise.
+
+    Args:
+        handle: a `torch.distributed` process group; None: the default one. Where none is started, a world of this
+            process alone, which the default group may follow.
+
+    Raises:
+        RuntimeError: none is started although this process was launched as one of several, or this process is not in
+            the given one.
+    """
+    if handle is None and not dist.is_initialized():
+        if launched.world_size() > 1:
+            raise RuntimeError(
+                f"WORLD_SIZE is {launched.world_size()} and no process group is started: call "
+                "torch.distributed.init_process_group() (or what does it for you) first"
+            )
+        return _world_of_one()
+    handle = dist.group.WORLD if handle is None else handle
+    if dist.get_rank(handle) < 0:
+        raise RuntimeError("this process is not in the given process group")
+    has_nccl = torch.cuda.is_available() and "cuda:nccl" in dist.get_backend_config(handle)
+    device = torch.device("cuda", torch.cuda.current_device()) if has_nccl else torch.device("cpu")
+    return Group(handle, dist.get_rank(handle), dist.get_world_size(handle), device)
+
+
+def default_world_size() -> int:
+    """Returns the size of the default process group; 1 where none is started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _world_of_one() -> Group:
+    """A group that is not the default one, and so never in the way of one that is started later."""
+    handle = dist.ProcessGroup(dist.HashStore(), 0, 1)
+    backend: Any
+    if torch.cuda.is_available():
+        device, kind = torch.device("cuda", torch.cuda.current_device()), dist.ProcessGroup.BackendType.NCCL
+        backend = dist.ProcessGroupNCCL(dist.HashStore(), 0, 1, dist.ProcessGroupNCCL.Options())
+    else:
+        device, kind = torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO
+        backend = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, _TIMEOUT)
+    handle._set_default_backend(kind)
+    handle._register_backend(torch.device(device.type), kind, backend)
+    return Group(handle, 0, 1, device)
+
+
 def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
     """Whether a GPU can run one of these: code for its own generation (sm_86), or older code that can be recompiled."""
     own = 10 * capability[0] + capability[1]
