@@ -22,7 +22,7 @@ from instance_ssl.config.choices import (
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.evaluation import EvaluationConfig, ExportConfig
 from instance_ssl.config.messages import DEEPSPEED_KEYS, describe_validation_error, fields_at, unknown_key
-from instance_ssl.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from instance_ssl.config.types import AUTO, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from instance_ssl.errors import UserError, reason, shorten, tried
 from instance_ssl.files.structured import MalformedError, parse_yaml
 
@@ -33,14 +33,14 @@ class AugmentationConfig(Section):
     Attributes:
         view: SimCLR's augmentations, or `digit` for small handwriting.
         num_views: views per image and step.
-        min_crop_scale: smallest area of a random crop, as a share of the image.
+        min_crop_scale: smallest area of a random crop, as a share of the image; `auto`: 0.2 up to 64 px, else 0.08.
         jitter_strength: strength of the colour jitter; null: 1, or 0.5 for images up to 64 px.
         blur: whether views are blurred; null: only images above 64 px.
     """
 
     view: Literal["simclr", "digit"] = "simclr"
     num_views: PositiveInt = 2
-    min_crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
+    min_crop_scale: Annotated[float, Field(gt=0, le=1), AUTO] = 0.08
     jitter_strength: Annotated[float, Field(ge=0, le=2.5)] | None = None
     blur: bool | None = None
 
@@ -49,14 +49,16 @@ class ModelConfig(Section):
     """The encoder: a backbone and a projection to the embedding.
 
     Attributes:
-        backbone: torchvision's ResNet, or three convolution blocks (`small_cnn`).
-        stem: first layers of a ResNet: ImageNet's 7x7, or 3x3 without max-pool (`small`); `auto`: `small` up to 64 px.
+        backbone: torchvision's ResNet, or three convolution blocks (`small_cnn`); `auto`: `small_cnn` on a CPU, a
+            `resnet18` on a GPU.
+        stem: first layers of a ResNet: ImageNet's 7x7, or 3x3 without max-pool (`small`); `auto`: `small` up to 64 px
+            and, beside other keys that are `auto`, if the device can afford it.
         projection: Linear-ReLU-Linear, the same with SimCLR's batch norms (`mlp_bn`), or one layer (Table 2).
         projection_hidden_dim: width of the hidden layer; null: the backbone's feature width.
         embedding_dim: D, width of an embedding and of a row of W.
     """
 
-    backbone: BackboneName = "resnet50"
+    backbone: Annotated[BackboneName, AUTO] = "resnet50"
     stem: StemName = "auto"
     projection: ProjectionName = "mlp"
     projection_hidden_dim: PositiveInt | None = None
@@ -69,7 +71,7 @@ class ClassifierConfig(Section):
     Attributes:
         temperature: τ, which divides the cosines.
         smoothing_factor: α, the share of the label given to the hardest classes; 0 is Eq. 1.
-        num_hard_classes: K, hardest classes per class.
+        num_hard_classes: K, hardest classes per class; `auto`: a twentieth of the images, 1 to 100.
         loss_form: Eq. 3 with the sum inside the logarithm (`mixture`), or the usual label-smoothed cross entropy.
         initialization: batch norm during the prior's pass (Figure 4), or `gaussian` rows without a pass.
         initialization_batch_size: images over all ranks that give one set of batch-norm statistics in the prior's pass.
@@ -84,7 +86,7 @@ class ClassifierConfig(Section):
 
     temperature: PositiveFloat = 0.15
     smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    num_hard_classes: NonNegativeInt = 100
+    num_hard_classes: Annotated[NonNegativeInt, AUTO] = 100
     loss_form: LossForm = "mixture"
     initialization: InitializationMode = "running"
     initialization_batch_size: PositiveInt = 256
@@ -109,19 +111,21 @@ class OptimizationConfig(Section):
     """SGD of the encoder and of W, on one schedule: linear warm-up, then cosine.
 
     Attributes:
-        epochs: passes over the images.
-        warmup_epochs: epochs of linear warm-up, included in `epochs`.
-        global_batch_size: images (not views) per step, over all ranks and micro-batches.
-        learning_rate: learning rate at the end of the warm-up; null: the paper's 0.48 · global_batch_size / 4096.
+        epochs: passes over the images; `auto`: up to 200, within a budget of views that the device computes in minutes.
+        warmup_epochs: epochs of linear warm-up, included in `epochs`; `auto`: a twentieth of them, up to 10.
+        global_batch_size: images (not views) per step, over all ranks and micro-batches; `auto`: at most a quarter of
+            the images, a size with many divisors.
+        learning_rate: learning rate at the end of the warm-up; null: the paper's 0.48 · global_batch_size / 4096;
+            `auto`: four times that, which short trainings did best with.
         momentum: momentum of SGD.
         weight_decay: weight decay of all parameters, and of W unless `classifier.weight_decay` is set (PIC).
         max_grad_norm: clips the encoder's gradient norm; 0: no clipping. W's gradient is never clipped.
     """
 
-    epochs: PositiveInt = 200
-    warmup_epochs: NonNegativeInt = 10
-    global_batch_size: PositiveInt = 4096
-    learning_rate: PositiveFloat | None = None
+    epochs: Annotated[PositiveInt, AUTO] = 200
+    warmup_epochs: Annotated[NonNegativeInt, AUTO] = 10
+    global_batch_size: Annotated[PositiveInt, AUTO] = 4096
+    learning_rate: Annotated[PositiveFloat | None, AUTO] = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegativeFloat = 1e-4
     max_grad_norm: NonNegativeFloat = 0.0
@@ -234,8 +238,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Reads a YAML file and applies `--set a.b=value` overrides, whose values are YAML too.
 
     Raises:
-        UserError: the file is missing or malformed, a key or path is unknown, or a value is out of range.
+        UserError: the file is missing or malformed, a key or path is unknown, or a value is out of range, or `auto`
+            (`draft.load_draft` reads such files).
     """
+    return validated(read_values(path, overrides), path, overrides)
+
+
+def read_values(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns the values of a YAML file and of `overrides`, not validated; a `UserError` if they cannot be read."""
     values = read_yaml(path)
     foreign = [key for key in values if key in DEEPSPEED_KEYS]  # JSON is YAML too
     if foreign and not any(key in ExperimentConfig.model_fields for key in values):
@@ -245,6 +255,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         )
     for override in overrides:
         _apply_override(values, override)
+    return values
+
+
+def validated(values: dict[str, Any], path: Path, overrides: Sequence[str]) -> ExperimentConfig:
+    """Returns the experiment with these values; a `UserError` names the file or the override at fault."""
     try:
         return ExperimentConfig.model_validate(values)
     except ValidationError as error:

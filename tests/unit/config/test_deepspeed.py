@@ -9,7 +9,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from instance_ssl.config.deepspeed import DeepSpeedSettings, ZeroSection, load_ds_config
+from instance_ssl.config.deepspeed import DeepSpeedSettings, ZeroSection, load_ds_config, read_ds_file
 from instance_ssl.errors import UserError
 
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
@@ -35,8 +35,10 @@ def error_of(path: Path, **arguments: Any) -> str:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_files_load(path: Path) -> None:
-    settings = load(path)
+    file = read_ds_file(path)
+    settings = file.settings(global_batch_size=4096, max_grad_norm=0.0, world_size=2, micro_batch_size=64)
     assert settings.accumulation_steps == 32
+    assert (file.micro_batch_size is None) == (path.name == "auto.json")
     assert ("bf16" in path.name) == (settings.autocast_dtype == torch.bfloat16)
     assert ("fp16" in path.name) == (settings.autocast_dtype == torch.float16)
 
@@ -191,3 +193,19 @@ def test_a_malformed_or_missing_file_is_one_line(tmp_path: Path, monkeypatch: py
     assert "not JSON" in error_of(path)
     path.write_text("[]")
     assert "expected an object" in error_of(path)
+
+
+def test_an_automatic_micro_batch_is_filled_in_and_ranks_that_cannot_share_the_batch_are_refused(
+    tmp_path: Path,
+) -> None:
+    file = read_ds_file(written(tmp_path, train_micro_batch_size_per_gpu="auto"))
+    settings = file.settings(global_batch_size=96, max_grad_norm=0.0, world_size=3, micro_batch_size=16)
+    assert (settings.micro_batch_size, settings.accumulation_steps) == (16, 2)
+    assert settings.engine["train_micro_batch_size_per_gpu"] == 16
+    with pytest.raises(UserError) as caught:
+        file.settings(global_batch_size=96, max_grad_norm=0.0, world_size=5)
+    assert str(caught.value) == (
+        "optimization.global_batch_size 96 cannot be divided over 5 ranks: start 1 or 2 or 3 or 4 or 6 or 8"
+    )
+    with pytest.raises(UserError, match='a positive number of images a rank, or "auto"'):
+        read_ds_file(written(tmp_path, train_micro_batch_size_per_gpu="automatic"))
