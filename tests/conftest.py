@@ -3,14 +3,43 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadFileScheduling, Scheduling
 
 os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from shared_pipeline import evaluated, pipeline
 
 __all__ = ["evaluated", "interpreter", "pipeline"]
+
+_MOST_WORKERS = 4
+# They read the output of one launched pipeline.
+_SHARE_A_PIPELINE = ("tests/runners/test_evaluations.py", "tests/runners/test_pipeline.py")
+
+
+class _ByFile(LoadFileScheduling):  # type: ignore[misc]
+    """A worker runs the tests of a whole file, and of all files that share an expensive fixture."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        scope: str = super()._split_scope(nodeid)
+        return "pipeline" if scope in _SHARE_A_PIPELINE else scope
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling:
+    """Called by pytest-xdist."""
+    return _ByFile(config, log)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: no workers for single files or under a debugger, where their start would take longest."""
+    if any(Path(argument.partition("::")[0]).is_file() for argument in config.args):
+        config.option.dist = "no"
+        return 0
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(scope="session")

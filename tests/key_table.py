@@ -20,7 +20,15 @@ from instance_ssl.config.types import AUTO
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- keys: written by tests/key_table.py -->", "<!-- keys: end -->"
-_NAMES = {int: "int", float: "float", str: "text", bool: "true, false", Path: "path", NoneType: "null"}
+_NAMES = {
+    dict[str, Any]: "keys and values",
+    int: "int",
+    float: "float",
+    str: "text",
+    bool: "true, false",
+    Path: "path",
+    NoneType: "null",
+}
 _BOUNDS = {annotated_types.Ge: ("ge", "≥"), annotated_types.Gt: ("gt", ">"), annotated_types.Le: ("le", "≤")}
 _BOUNDS[annotated_types.Lt] = ("lt", "<")
 _LONGEST_DEFAULT = 48
@@ -102,7 +110,8 @@ def _describe_type(annotation: Any, metadata: Any = ()) -> str:
 
 
 def _describe_default(field: FieldInfo) -> str:
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    value = field.get_default(call_default_factory=True)
+    value = list(value) if isinstance(value, tuple) else value
     text = json.dumps(value).strip('"')
     return f"`{text}`" if len(text) <= _LONGEST_DEFAULT else f"{len(value)} values"
 

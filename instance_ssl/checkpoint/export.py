@@ -15,7 +15,7 @@ from torch import Tensor
 from instance_ssl.checkpoint.weights import backbone_network
 from instance_ssl.errors import UserError
 from instance_ssl.files.atomic import saved_file
-from instance_ssl.models.backbones import ResNet, SmallCnn
+from instance_ssl.models.backbones import Backbone
 
 ONNX_OPSET = 18
 _SMALL_STEM = "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); model.maxpool = torch.nn.Identity(); "
@@ -33,7 +33,7 @@ def require_packages(formats: Sequence[str]) -> None:
                 )
 
 
-def torchvision_state(backbone: ResNet | SmallCnn) -> dict[str, Tensor]:
+def torchvision_state(backbone: Backbone) -> dict[str, Tensor]:
     """The backbone's tensors by torchvision's keys, on the CPU, without `fc`: it has no classifier.
 
     timm's resnets have the same keys. A small_cnn's are its own.
@@ -94,7 +94,7 @@ def write_detectron2(state: dict[str, Tensor], path: Path) -> None:
         pickle.dump({"model": arrays, "__author__": "instance_ssl", "matching_heuristics": True}, file, protocol=4)
 
 
-def write_onnx(backbone: ResNet | SmallCnn, image_size: int, path: Path) -> None:
+def write_onnx(backbone: Backbone, image_size: int, path: Path) -> None:
     """The features as an ONNX graph of opset 18: images (batch, 3, S, S), normalised → features (batch, F), float32.
 
     The batch is of any size; S is `image_size`. Batch norm is in evaluation mode.

@@ -18,6 +18,8 @@ FREE_KEYS = (
 )
 # How files were read before these keys existed, and the kinds of data that have no files.
 FORMER_VALUES = {"data.exif": "stored", "data.alpha": "drop"}
+# Keys that came later, with the value that stands for what was done before.
+LATER_KEYS: dict[str, Any] = {"model.initial_weights": None}
 KINDS_WITHOUT_FILES = ("digits", "cifar10", "cifar100")
 
 
@@ -29,8 +31,9 @@ def bound_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def keys_digest(keys: Mapping[str, Any]) -> str:
     """SHA-256, in hexadecimal, of the keys that a run is bound to."""
-    # A key of `FORMER_VALUES` at its former value is excluded: runs from before it existed keep their digest.
-    bound = {key: value for key, value in bound_keys(keys).items() if (key, value) not in FORMER_VALUES.items()}
+    # A key at the value of the time before it existed is excluded: runs from then keep their digest.
+    former = {**FORMER_VALUES, **LATER_KEYS}.items()
+    bound = {key: value for key, value in bound_keys(keys).items() if (key, value) not in former}
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from instance_ssl.checkpoint.directory import read_tensors
 from instance_ssl.errors import UserError, escape, in_one_line, tried
 from instance_ssl.files.named_part import split_part
-from instance_ssl.models.backbones import ResNet, SmallCnn
+from instance_ssl.models.backbones import Backbone, SmallCnn
+from instance_ssl.models.library_networks import LibraryBackbone
 
 _SHOWN = 3
 _DEEPEST = 8
@@ -54,12 +56,15 @@ class Weights(NamedTuple):
     aside: tuple[str, ...] = ()
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, backbone: Backbone | None = None) -> Weights:
     """Reads a backbone from a file of safetensors or of `torch.save`, by its content: named tensors, however nested.
 
     Nothing in the file is run. The backbone is found by its names below any prefix, or as a Sequential of a ResNet's
     children; heads and all else are ignored. Of a network and its moving average (encoder_q and encoder_k, student and
     teacher, model and model_ema), the network is taken; `file.pth#teacher` selects another one.
+
+    Args:
+        backbone: what the tensors are for; a library's network is found by its own names. None: a ResNet or small_cnn.
 
     Raises:
         UserError: the file is absent or damaged, or holds code, no or several backbones or numbers that are not finite.
@@ -87,7 +92,8 @@ def read_weights(path: Path) -> Weights:
     if not found:
         what = f"'{escape(str(next(iter(content))))}' is not a tensor" if content else "there are none"
         raise UserError(f"weights file {path}: expected tensors by torchvision's names, but {what}")
-    prefix, names = _choose(found, choice, path)
+    own_names = list(backbone.network.state_dict()) if isinstance(backbone, LibraryBackbone) else None
+    prefix, names = _choose(found, choice, path, own_names)
     state = {name: found[full] for name, full in names.items()}
     for name, value in state.items():
         if not value.isfinite().all():
@@ -100,9 +106,9 @@ def read_weights(path: Path) -> Weights:
     return Weights(state, ignored, sha256, prefix, aside)
 
 
-def backbone_network(backbone: ResNet | SmallCnn) -> nn.Module:
-    """The module whose keys are torchvision's (a small_cnn's are its own)."""
-    return backbone.network if isinstance(backbone, ResNet) else backbone
+def backbone_network(backbone: Backbone) -> nn.Module:
+    """The module whose keys are its library's: torchvision's, timm's (a small_cnn's are its own)."""
+    return backbone if isinstance(backbone, SmallCnn) else backbone.network
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
@@ -161,12 +167,17 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     return found
 
 
-def _choose(found: dict[str, Tensor], choice: str | None, path: Path) -> tuple[str, dict[str, str]]:
+def _choose(
+    found: dict[str, Tensor], choice: str | None, path: Path, own_names: list[str] | None
+) -> tuple[str, dict[str, str]]:
     """The prefix of the backbone to take, and its names in the file by those in the network.
 
     Where there is none: all tensors but `fc`, so that `load_state` reports what is missing.
+
+    Args:
+        own_names: of the network, where it is a library's.
     """
-    backbones = _backbones(found)
+    backbones = _backbones(found) if own_names is None else _places_of(own_names, found)
     chosen = {
         prefix: names
         for prefix, names in backbones.items()
@@ -191,6 +202,23 @@ def _choose(found: dict[str, Tensor], choice: str | None, path: Path) -> tuple[s
     prefix = _common_prefix(found)
     names = {name.removeprefix(prefix): name for name in found}
     return prefix, {name: full for name, full in names.items() if not name.startswith("fc.")}
+
+
+def _places_of(own_names: list[str], found: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """Of every prefix below which the file has most of these names: name in the network → name in the file.
+
+    Most, not all: `load_state` reports what is missing better than a search that found nothing.
+    """
+    own = set(own_names)
+    counts: Counter[str] = Counter()
+    for full in found:
+        parts = full.split(".")
+        for depth in range(len(parts)):
+            if ".".join(parts[depth:]) in own:
+                counts["".join(f"{part}." for part in parts[:depth])] += 1
+    most = max(counts.values(), default=0)
+    prefixes = [prefix for prefix, count in counts.items() if count == most > len(own_names) // 2]
+    return {prefix: {name: prefix + name for name in own_names if prefix + name in found} for prefix in prefixes}
 
 
 def _backbones(found: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:

@@ -8,13 +8,16 @@ All weights stay as they are; only batch-norm statistics move. Modes, as in Figu
 - `frozen`: the statistics of a fresh network, mean 0 and variance 1, never move.
 - `gaussian`: no features at all; w ~ N(0, 0.01²) as in PIC (Cao et al. 2020).
 
+Where no batch norm moves (a network has none, or has given weights, whose statistics stay), the bias of the last layer
+does in its place: it follows the mean of the embeddings, which so subtract a running average of other instances, too.
+
 Statistics are those of the global batch, summed over the ranks, and batches are the same images in the same order
 whatever the number of ranks: so is the result, to rounding.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from instance_ssl.config.choices import InitializationMode
 from instance_ssl.distributed.comm import Group
 
 GAUSSIAN_STD = 0.01
+_MOMENTUM = 0.1  # torch's of a batch norm
 _GAUSSIAN_ROWS = 4096
 
 
@@ -48,9 +52,24 @@ class OwnRows:
         self.rows_nD[instance_id_B[own_B] - self.start] = x_BD[own_B].float()
 
 
+class Moving(NamedTuple):
+    """What moves during the pass.
+
+    Attributes:
+        kept: part of the network whose batch norms keep their statistics; None: all batch norms move.
+        centred: the last layer, where its bias moves: it has one.
+    """
+
+    kept: nn.Module | None = None
+    centred: nn.Linear | None = None
+
+
+ALL_MOVES = Moving()
+
+
 @contextmanager
 def batch_norm_statistics(
-    network: nn.Module, mode: InitializationMode, group: Group, batches_done: int = 0
+    network: nn.Module, mode: InitializationMode, group: Group, batches_done: int = 0, moving: Moving = ALL_MOVES
 ) -> Iterator[None]:
     """Runs `network` in eval mode and updates its batch-norm statistics before every layer as `mode` says.
 
@@ -60,8 +79,11 @@ def batch_norm_statistics(
     """
     was_training = network.training
     network.eval()
-    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    kept = set() if moving.kept is None else set(moving.kept.modules())
+    layers = [module for module in network.modules() if isinstance(module, _BatchNorm) and module not in kept]
     hooks = [layer.register_forward_pre_hook(_statistics_hook(mode, group, batches_done)) for layer in layers]
+    if moving.centred is not None:
+        hooks.append(moving.centred.register_forward_hook(_centring_hook(mode, group, batches_done)))
     try:
         yield
     finally:
@@ -83,12 +105,32 @@ def _statistics_hook(
         assert layer.running_mean is not None
         assert layer.running_var is not None
         mean, variance = _global_statistics(inputs[0], group)
-        floor = 0.1 if layer.momentum is None else layer.momentum
-        weight = 1.0 if mode == "batch" else max(floor, 1 / updates)
+        weight = _weight(mode, updates, _MOMENTUM if layer.momentum is None else layer.momentum)
         layer.running_mean.lerp_(mean, weight)
         layer.running_var.lerp_(variance, weight)
 
     return update
+
+
+def _centring_hook(
+    mode: InitializationMode, group: Group, updates: int
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+
+    def centre(layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor | None:
+        nonlocal updates
+        updates += 1
+        if mode == "frozen":
+            return None
+        assert isinstance(layer, nn.Linear)
+        shift = _global_statistics(outputs, group)[0] * _weight(mode, updates, _MOMENTUM)
+        layer.bias -= shift
+        return outputs - shift.to(outputs.dtype)
+
+    return centre
+
+
+def _weight(mode: InitializationMode, updates: int, momentum: float) -> float:
+    return 1.0 if mode == "batch" else max(momentum, 1 / updates)
 
 
 def _global_statistics(inputs: Tensor, group: Group) -> tuple[Tensor, Tensor]:
@@ -114,6 +156,7 @@ def initialize_from_features(
     world: Group,
     *,
     batches_done: int = 0,
+    moving: Moving = ALL_MOVES,
     on_batch: Callable[[int], None] | None = None,
 ) -> None:
     """w_i ← x_i: row i becomes the embedding of image i.
@@ -124,9 +167,10 @@ def initialize_from_features(
         batches: this rank's part of every global batch, (images, instance ids), equally many batches on all ranks
             and every image once over all of them; a part may be empty, and so may a whole batch: it changes nothing.
         batches_done: how many an earlier part of the pass has done, for the weight of the next statistics.
+        moving: what moves.
         on_batch: called with the number of images of each global batch.
     """
-    with batch_norm_statistics(encoder, mode, world, batches_done):
+    with batch_norm_statistics(encoder, mode, world, batches_done, moving):
         for images, instance_id_b in batches:
             counts = world.row_counts(len(instance_id_b))
             if sum(counts):

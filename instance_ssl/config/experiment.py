@@ -4,9 +4,11 @@ A YAML file lists only what differs. Where and how it is computed, and what memo
 (`config/deepspeed.py`).
 """
 
+import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -21,8 +23,22 @@ from instance_ssl.config.choices import (
 )
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.evaluation import EvaluationConfig, ExportConfig
-from instance_ssl.config.messages import DEEPSPEED_KEYS, describe_validation_error, fields_at, unknown_key
-from instance_ssl.config.types import AUTO, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from instance_ssl.config.messages import (
+    DEEPSPEED_KEYS,
+    describe_validation_error,
+    fields_at,
+    takes_any_key,
+    unknown_key,
+)
+from instance_ssl.config.types import (
+    AUTO,
+    LocalPath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 from instance_ssl.errors import UserError, reason, shorten, tried
 from instance_ssl.files.structured import MalformedError, parse_yaml
 
@@ -49,20 +65,55 @@ class ModelConfig(Section):
     """The encoder: a backbone and a projection to the embedding.
 
     Attributes:
-        backbone: torchvision's ResNet, or three convolution blocks (`small_cnn`); `auto`: `small_cnn` on a CPU, a
-            `resnet18` on a GPU.
-        stem: first layers of a ResNet: ImageNet's 7x7, or 3x3 without max-pool (`small`); `auto`: `small` up to 64 px
-            and, beside other keys that are `auto`, if the device can afford it.
+        backbone: a ResNet (`resnet18`, `resnet34`, `resnet50`, `resnet101`), three convolution blocks (`small_cnn`),
+            `torchvision/NAME`, `timm/NAME` (`timm` extra), or `package.module:function`, which is called with
+            `backbone_options` and returns a module of images (b, 3, S, S) to features (b, F) or maps (b, F, h, w);
+            `auto`: `small_cnn` on a CPU, `resnet18` on a GPU.
+        backbone_options: arguments of the constructor of a library's network or of the function.
+        stem: first layers of a ResNet: ImageNet's 7x7, or 3x3 without max-pool (`small`); of a library's network: as it
+            is, or for small images (half the stride in its first convolution; 8 x 8 patches for a ViT of timm); `auto`:
+            `small` up to 64 px and, of a ResNet beside other keys that are `auto`, if the device can afford it.
+        initial_weights: weights to start from instead of random ones: a file in any layout that `evaluation.weights`
+            may have, a run directory, or `timm` or `torchvision` for the library's own, which are downloaded. Batch
+            norms then keep the statistics of the weights in the prior's pass.
         projection: Linear-ReLU-Linear, the same with SimCLR's batch norms (`mlp_bn`), or one layer (Table 2).
         projection_hidden_dim: width of the hidden layer; null: the backbone's feature width.
         embedding_dim: D, width of an embedding and of a row of W.
     """
 
-    backbone: Annotated[BackboneName, AUTO] = "resnet50"
+    backbone: Annotated[str, AUTO] = "resnet50"
+    backbone_options: dict[str, Any] = Field(default_factory=dict)
     stem: StemName = "auto"
+    initial_weights: Literal["timm", "torchvision"] | LocalPath | None = None
     projection: ProjectionName = "mlp"
     projection_hidden_dim: PositiveInt | None = None
     embedding_dim: PositiveInt = 128
+
+    @field_validator("backbone")
+    @classmethod
+    def _names_a_network(cls, value: str) -> str:
+        own = get_args(BackboneName)
+        if value not in own and not re.fullmatch(r"(torchvision|timm)/[\w.-]+|[^\W\d][\w.]*:[^\W\d]\w*", value):
+            match = difflib.get_close_matches(value, own, n=1)
+            near = f"; did you mean '{match[0]}'?" if match else ""
+            raise ValueError(
+                f"expected {', '.join(own)}, torchvision/NAME, timm/NAME or package.module:function, found "
+                f"{value!r}{near}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _options_have_a_constructor(self) -> "ModelConfig":
+        if self.backbone_options and self.backbone in get_args(BackboneName):
+            raise ValueError(
+                f"model.backbone_options are for networks of torchvision, timm or your own, not for {self.backbone}: "
+                f"remove them, or take torchvision/{self.backbone}"
+            )
+        if self.initial_weights == "timm" and not self.backbone.startswith("timm/"):
+            raise ValueError("model.initial_weights timm needs model.backbone timm/NAME")
+        if self.initial_weights == "torchvision" and (":" in self.backbone or self.backbone[:5] in ("timm/", "small")):
+            raise ValueError("model.initial_weights torchvision needs a network of torchvision in model.backbone")
+        return self
 
 
 class ClassifierConfig(Section):
@@ -305,6 +356,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected key=value, e.g. --set optimization.epochs=1000")
     names = path.strip().split(".")
     for depth, name in enumerate(names):
+        if takes_any_key(ExperimentConfig, names[:depth]):
+            break
         if name not in fields_at(ExperimentConfig, names[:depth]):
             raise UserError(f"--set {path}: {unknown_key(names[: depth + 1], ExperimentConfig)}")
     try:

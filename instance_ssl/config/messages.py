@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -78,6 +78,12 @@ def fields_at(model: type[BaseModel], names: Sequence[str]) -> list[str]:
     return list(_fields(model, names))
 
 
+def takes_any_key(model: type[BaseModel], names: Sequence[str]) -> bool:
+    """Whether the value at the path `names` is a mapping whose keys are not this project's."""
+    field = _fields(model, names[:-1]).get(names[-1]) if names else None
+    return field is not None and get_origin(field.annotation) is dict
+
+
 def _fields(model: type[BaseModel], names: Sequence[str]) -> dict[str, FieldInfo]:
     for name in names:
         if (inner := _section(model, name)) is None:
@@ -129,6 +135,8 @@ def _describe(error: Any, key: str, model: type[BaseModel], location: Sequence[s
         text = str(found).strip("()[]{}")
         cure = f": write '{key}=[{text}]' after --set, or {location[-1]}: [{text}] in the YAML"
         return f"expected a list, found {found!r}{'' if found is None or isinstance(found, dict) else cure}"
+    if kind == "dict_type" and takes_any_key(model, location):
+        return f"expected keys and values, found {found!r}: set {key}.<name>=value, or write {{}} for none"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         keys = ", ".join(fields_at(model, location)[:4])
         where = "nothing" if found is None else repr(found)

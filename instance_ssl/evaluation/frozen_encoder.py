@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from instance_ssl.checkpoint.state import ENCODER_FILES, Checkpoint, checkpoint_at, load_encoder, newest_checkpoint
-from instance_ssl.checkpoint.weights import backbone_network, load_state, read_weights
+from instance_ssl.checkpoint.weights import load_state
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.evaluation import KnnConfig
 from instance_ssl.data.augmentations import centre_view
-from instance_ssl.data.folders import escape
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.data.loaders import Batch, image_loader
 from instance_ssl.data.sampler import LazyBatches, consecutive_batches
@@ -25,12 +24,12 @@ from instance_ssl.evaluation.knn import knn_accuracy
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.build import seeded_encoder
 from instance_ssl.run.checks import absent_checkpoint
+from instance_ssl.run.given_weights import load_file
 from instance_ssl.run.resumption import log_oddities
 from instance_ssl.run.stage import Stage
 
-TITLES = {"pixels": "raw pixels", "random": "random network", "trained": "trained", "weights": "weights file"}
+_TITLES = {"pixels": "raw pixels", "random": "random network", "trained": "trained", "weights": "weights file"}
 _PROJECTED_ROWS = 16384
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,13 @@ class LabelledImages:
         """SHA-256 of all labels; the images' digests cover their names and sizes."""
         labels = torch.cat([self.train_labels, self.test_labels]).cpu()
         return hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+
+
+def title_of(stage: Stage, source: str) -> str:
+    """What one of `evaluation.sources` is called in logs and tables."""
+    if source == "random" and stage.config.model.initial_weights is not None:
+        return "initial weights"
+    return _TITLES[source]
 
 
 def open_labelled(stage: Stage) -> LabelledImages:
@@ -124,12 +130,13 @@ def load_backbone(stage: Stage, source: str) -> tuple[Encoder, int | None]:
 
     Args:
         source: `random` is the untrained network of the experiment's seed: it needs no earlier stage, and batch norm's
-            running statistics are 0 and 1. `trained` and `weights` as for `represent`. Pixels have no encoder.
+            running statistics are 0 and 1; with `model.initial_weights` it is what the training started from.
+            `trained` and `weights` as for `represent`. Pixels have no encoder.
 
     Raises:
         UserError: when training has not run, or the given file or checkpoint does not fit.
     """
-    if source == "random":
+    if source == "random" and stage.config.model.initial_weights is None:
         return seeded_encoder(stage.config).to(stage.world.device), 0
     encoder, epoch, _ = _load(stage, source)
     return encoder, epoch
@@ -253,18 +260,10 @@ def _checkpoint(stage: Stage, source: str) -> Checkpoint:
 
 
 def _load_weights(stage: Stage) -> tuple[Encoder, None, dict[str, Any]]:
-    """The encoder with the backbone of `evaluation.weights`, read by every rank, and the file's hash."""
+    """The encoder with the backbone of `evaluation.weights`."""
     path = stage.config.evaluation.weights
     if path is None:
         raise UserError("source 'weights' needs a file: set evaluation.weights")
-    weights = stage.together(lambda: read_weights(path))
-    if len(set(stage.world.all_gather_objects(weights.sha256))) > 1:
-        raise UserError(f"evaluation.weights {path} is not the same file on all nodes")
     encoder = seeded_encoder(stage.config)
-    stage.together(lambda: load_state(backbone_network(encoder.backbone), weights.state, f"evaluation.weights {path}"))
-    aside = f"; ignored: {escape(', '.join(weights.aside[:_NAMED]))}" if weights.aside else ""
-    more = f" and {len(weights.aside) - _NAMED} more" if len(weights.aside) > _NAMED else ""
-    prefix = f" ({escape(weights.prefix)}*)" if weights.prefix else ""
-    stage.log.say(f"weights: {path}{prefix}, sha256 {weights.sha256[:12]}{aside}{more}")
-    origin = {"file": str(path), "sha256": weights.sha256, "prefix": weights.prefix}
+    origin = load_file(stage, encoder, path, "evaluation.weights")
     return encoder.to(stage.world.device), None, origin

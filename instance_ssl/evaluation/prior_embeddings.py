@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from instance_ssl.classifier.prior import OwnRows, initialize_from_features
+from instance_ssl.classifier.prior import ALL_MOVES, Moving, OwnRows, initialize_from_features
 from instance_ssl.config.choices import InitializationMode
 from instance_ssl.data.augmentations import Transform
 from instance_ssl.data.image_sources import ImageSource
@@ -30,6 +30,7 @@ def prior_rows(
     label: str,
     num_views: int = 1,
     batches_done: int = 0,
+    moving: Moving = ALL_MOVES,
 ) -> Tensor:
     """Outputs (n, V, width), float32, of this rank's contiguous part of the chosen images. Collective.
 
@@ -40,7 +41,7 @@ def prior_rows(
         ids_N: images of the source, ascending.
         view: drawn `num_views` times for each image.
         label: of the progress bar.
-        batches_done: see `batch_norm_statistics`.
+        batches_done, moving: see `initialize_from_features`.
     """
     start, stop = Partition(len(ids_N), stage.world.size).bounds(stage.world.rank)
     rows = OwnRows(start * num_views, stop * num_views, width, stage.world.device)
@@ -48,7 +49,7 @@ def prior_rows(
     with stoppable_progress(stage, label, len(ids_N), "images") as advance, stage.autocast():
         initialize_from_features(
             rows, network, batches, mode, stage.world,
-            batches_done=batches_done, on_batch=lambda count: advance(count // num_views),
+            batches_done=batches_done, moving=moving, on_batch=lambda count: advance(count // num_views),
         )  # fmt: skip
     return rows.rows_nD.view(stop - start, num_views, width)
 

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from instance_ssl.errors import UserError, printable
-from instance_ssl.evaluation.frozen_encoder import TITLES
+from instance_ssl.evaluation.frozen_encoder import title_of
 from instance_ssl.files.structured import MalformedError, read_json
 from instance_ssl.run.stage import Stage
 
@@ -46,7 +46,7 @@ def _accuracies(stage: Stage) -> list[str]:
     lines = [f"{'':16}{'k-NN top-1':>12}{'linear top-1':>14}"]
     for source in stage.config.evaluation.sources:
         row = knn["figures"][source]["top1"], linear["figures"][source]["top1"]
-        lines.append(f"{TITLES[source]:16}{row[0]:>10.2f} %{row[1]:>12.2f} %")
+        lines.append(f"{title_of(stage, source):16}{row[0]:>10.2f} %{row[1]:>12.2f} %")
     return [*lines, f"nearest neighbours: {stage.run_directory / knn['picture']}"]
 
 

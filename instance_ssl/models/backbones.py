@@ -1,18 +1,19 @@
-"""Backbones: torchvision's ResNets with a stem that fits the image, and a small network; activation checkpointing.
+"""Backbones: torchvision's ResNets with a stem that fits the image, and a small network.
 
 A backbone maps images (b, 3, S, S) to features (b, F) and carries its width as `feature_dim`.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any, get_args
 
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from instance_ssl.config.choices import BackboneName, StemName
+from instance_ssl.models.activation_checkpointing import run_stages
+from instance_ssl.models.library_networks import LibraryBackbone, build_library_network
 
 # Images up to this side keep their resolution: the ImageNet stem divides it by four before the first block and costs
 # about 8 points of accuracy at 32 pixels (lightly-ai/lightly #1419).
@@ -44,7 +45,7 @@ class ResNet(nn.Module):
         network = self.network
         stem = network.maxpool(network.relu(network.bn1(network.conv1(channels_last(images)))))
         stages = (network.layer1, network.layer2, network.layer3, network.layer4)
-        return network.avgpool(_run_stages(stages, stem, recompute=self.recompute_stages)).flatten(1)
+        return network.avgpool(run_stages(stages, stem, recompute=self.recompute_stages)).flatten(1)
 
 
 class SmallCnn(nn.Module):
@@ -70,45 +71,10 @@ class SmallCnn(nn.Module):
         """Features (b, F) of images (b, 3, S, S)."""
         # A block is four of `blocks`, the last three: nested, they would have other keys in a checkpoint.
         stages = [self.blocks[first : first + 4] for first in range(0, len(self.blocks), 4)]
-        return self.pool(_run_stages(stages, channels_last(images), recompute=self.recompute_stages)).flatten(1)
+        return self.pool(run_stages(stages, channels_last(images), recompute=self.recompute_stages)).flatten(1)
 
 
-def _run_stages(stages: Iterable[nn.Module], activations: Tensor, *, recompute: bool) -> Tensor:
-    """One stage after another, the same to the bit with and without activation checkpointing.
-
-    With it (`recompute`), only the input of each stage is kept for the backward pass, which runs the stage once more
-    under the same autocast. Batch norm's running statistics move in the forward pass alone. Stages draw no random
-    numbers.
-    """
-    for stage in stages:
-        activations = _recomputed(stage, activations) if recompute and torch.is_grad_enabled() else stage(activations)
-    return activations
-
-
-def _recomputed(stage: nn.Module, activations: Tensor) -> Tensor:
-    return checkpoint(
-        stage,
-        activations,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), _copied_buffers(stage)),
-    )
-
-
-@contextmanager
-def _copied_buffers(stage: nn.Module) -> Iterator[None]:
-    """Lets `stage` write to copies of its buffers.
-
-    Not None in their place: the second run must save tensors like those of the first, one by one.
-    """
-    owned = [(module, name, value) for module in stage.modules() for name, value in module.named_buffers(recurse=False)]
-    for module, name, value in owned:
-        setattr(module, name, value.clone())
-    try:
-        yield
-    finally:
-        for module, name, value in owned:
-            setattr(module, name, value)
+Backbone = ResNet | SmallCnn | LibraryBackbone
 
 
 def channels_last(images: Tensor) -> Tensor:
@@ -121,7 +87,7 @@ def channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def choose_stem(name: BackboneName, stem: StemName, image_size: int) -> StemName:
+def choose_stem(name: str, stem: StemName, image_size: int) -> StemName:
     """The stem that `auto` stands for: `small` up to 64 pixels, `imagenet` above; a small_cnn has no choice."""
     if name == "small_cnn":
         return "small"
@@ -130,11 +96,32 @@ def choose_stem(name: BackboneName, stem: StemName, image_size: int) -> StemName
     return stem
 
 
+def is_library_network(name: str) -> bool:
+    """Whether `model.backbone` names a network of torchvision, timm or the user, not one of this project's."""
+    return name not in get_args(BackboneName)
+
+
 def build_backbone(
-    name: BackboneName, stem: StemName, image_size: int, *, recompute_stages: bool = False
-) -> ResNet | SmallCnn:
-    """The named backbone, randomly initialised from torch's global generator."""
+    name: str,
+    stem: StemName,
+    image_size: int,
+    *,
+    options: Mapping[str, Any] | None = None,
+    recompute_stages: bool = False,
+) -> Backbone:
+    """The named backbone, randomly initialised from torch's global generator.
+
+    Args:
+        name: a `BackboneName`, `torchvision/NAME`, `timm/NAME` or `package.module:function`.
+        options: arguments of the constructor of a library's network.
+
+    Raises:
+        UserError: there is no such network, or it does not fit the images.
+    """
+    small_stem = choose_stem(name, stem, image_size) == "small"
+    if is_library_network(name):
+        network = build_library_network(name, options or {}, image_size, small_stem=small_stem)
+        return LibraryBackbone(network, name, image_size, recompute_stages=recompute_stages)
     if name == "small_cnn":
         return SmallCnn(recompute_stages=recompute_stages)
-    small_stem = choose_stem(name, stem, image_size) == "small"
     return ResNet(name, small_stem=small_stem, recompute_stages=recompute_stages)

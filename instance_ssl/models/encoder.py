@@ -1,9 +1,12 @@
 """The encoder: backbone, whose features are what one keeps, and projection, which exists for training only."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
-from instance_ssl.config.choices import BackboneName, ProjectionName, StemName
-from instance_ssl.models.backbones import ResNet, SmallCnn, build_backbone
+from instance_ssl.config.choices import ProjectionName, StemName
+from instance_ssl.models.backbones import Backbone, build_backbone
 
 
 def _build_projection(name: ProjectionName, feature_dim: int, hidden_dim: int | None, embedding_dim: int) -> nn.Module:
@@ -27,7 +30,7 @@ def _build_projection(name: ProjectionName, feature_dim: int, hidden_dim: int | 
 class Encoder(nn.Module):
     """Images (b, 3, S, S) → features (b, F) → embeddings (b, D)."""
 
-    def __init__(self, backbone: ResNet | SmallCnn, projection: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, projection: nn.Module) -> None:
         super().__init__()
         self.backbone, self.projection = backbone, projection
 
@@ -47,7 +50,8 @@ class Encoder(nn.Module):
 
 def build_encoder(
     *,
-    backbone: BackboneName,
+    backbone: str,
+    backbone_options: Mapping[str, Any] | None = None,
     stem: StemName,
     image_size: int,
     projection: ProjectionName,
@@ -58,8 +62,9 @@ def build_encoder(
     """A randomly initialised encoder; the caller seeds torch's global generator.
 
     Args:
+        backbone, backbone_options, stem, image_size: as for `build_backbone`.
         recompute_stages: trade time for memory: activations inside the backbone's stages are not kept, but computed
             again in the backward pass.
     """
-    network = build_backbone(backbone, stem, image_size, recompute_stages=recompute_stages)
+    network = build_backbone(backbone, stem, image_size, options=backbone_options, recompute_stages=recompute_stages)
     return Encoder(network, _build_projection(projection, network.feature_dim, projection_hidden_dim, embedding_dim))

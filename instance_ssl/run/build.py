@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from instance_ssl.classifier.kernel_selection import choose_block_bytes, choose_kernels, disagreement
+from instance_ssl.classifier.prior import Moving
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
@@ -20,7 +22,7 @@ from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.distributed.partition import Partition
 from instance_ssl.errors import UserError
-from instance_ssl.models.backbones import choose_stem
+from instance_ssl.models.backbones import choose_stem, is_library_network
 from instance_ssl.models.encoder import Encoder, build_encoder
 from instance_ssl.run.stage import Stage
 from instance_ssl.training.memory_plan import EncoderCost, measure_encoder
@@ -31,6 +33,7 @@ def seeded_encoder(config: ExperimentConfig, *, recompute_stages: bool = False) 
     torch.manual_seed(config.seed)
     return build_encoder(
         backbone=config.model.backbone,
+        backbone_options=config.model.backbone_options,
         stem=config.model.stem,
         image_size=config.data.image_size,
         projection=config.model.projection,
@@ -42,17 +45,31 @@ def seeded_encoder(config: ExperimentConfig, *, recompute_stages: bool = False) 
 
 def describe_encoder(config: ExperimentConfig) -> str:
     """Returns the log line that names the stem: the wrong one for the image size costs several points."""
-    stem = choose_stem(config.model.backbone, config.model.stem, config.data.image_size)
-    how = "chosen by image size" if config.model.stem == "auto" else "as configured"
-    kind = {"small": "3x3 stem without max-pool", "imagenet": "ImageNet stem"}[stem]
-    head = f"{config.model.projection} projection to {config.model.embedding_dim}"
-    return f"encoder: {config.model.backbone}, {kind} ({how}, {config.data.image_size} px), {head}"
+    model, size = config.model, config.data.image_size
+    stem = choose_stem(model.backbone, model.stem, size)
+    how = "chosen by image size" if model.stem == "auto" else "as configured"
+    if is_library_network(model.backbone):
+        kind = {"small": "its first layer for small images", "imagenet": "its own first layer"}[stem]
+    else:
+        kind = {"small": "3x3 stem without max-pool", "imagenet": "ImageNet stem"}[stem]
+    head = f"{model.projection} projection to {model.embedding_dim}"
+    return f"encoder: {model.backbone}, {kind} ({how}, {size} px), {head}"
+
+
+def moving_statistics(encoder: Encoder, config: ExperimentConfig) -> Moving:
+    """What moves in the prior's pass: batch norms of random layers, or the last bias where there are none."""
+    kept = None if config.model.initial_weights is None else encoder.backbone
+    parts: nn.Module = encoder if kept is None else encoder.projection
+    last = list(encoder.projection.modules())[-1]
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in parts.modules())
+    return Moving(kept, None if has_batch_norm or not isinstance(last, nn.Linear) else last)
 
 
 def describe_stem_cost(config: ExperimentConfig) -> str | None:
     """Returns what the 3x3 stem costs against the ImageNet stem; None unless `auto` chose it."""
     model, size = config.model, config.data.image_size
-    if model.backbone == "small_cnn" or model.stem != "auto" or choose_stem(model.backbone, "auto", size) != "small":
+    is_resnet = model.backbone != "small_cnn" and not is_library_network(model.backbone)
+    if not is_resnet or model.stem != "auto" or choose_stem(model.backbone, "auto", size) != "small":
         return None
 
     def cost(stem: StemName) -> EncoderCost:

@@ -24,9 +24,9 @@ from instance_ssl.evaluation.detection.training import (
 )
 from instance_ssl.evaluation.detection.voc import VocImages, open_voc
 from instance_ssl.evaluation.features import state_digest
-from instance_ssl.evaluation.frozen_encoder import TITLES, evaluation_data, load_backbone, stoppable_progress
+from instance_ssl.evaluation.frozen_encoder import evaluation_data, load_backbone, stoppable_progress, title_of
 from instance_ssl.evaluation.workload import Workload
-from instance_ssl.models.backbones import ResNet
+from instance_ssl.models.backbones import ResNet, is_library_network
 from instance_ssl.run.images import rendering_of
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.watchdog import Stopped
@@ -57,7 +57,9 @@ def run(stage: Stage) -> dict[str, Any]:
         results[source] = {**figures, "train_loss": loss, "epoch": epoch, "backbone": digest}
         coco = {f"coco_{name}": value for name, value in figures["coco"].items()}
         headline = {name: figures[name] for name in ("AP", "AP50", "AP75")}
-        stage.log.say(f"detection, {TITLES[source]}: " + ", ".join(f"{k} {v:.2f}" for k, v in headline.items()))
+        stage.log.say(
+            f"detection, {title_of(stage, source)}: " + ", ".join(f"{k} {v:.2f}" for k, v in headline.items())
+        )
         logged = {f"detection/{source}_{name}": value for name, value in {**headline, **coco}.items()}
         stage.log.metrics(detection.iterations, logged)
     recipe = {**_RECIPE, **_settings(detection), "train_images": len(train), "test_images": len(test)}
@@ -74,8 +76,9 @@ def _refuse(stage: Stage) -> None:
     detection = stage.config.evaluation.detection
     if "pixels" in stage.config.evaluation.sources:
         raise UserError("evaluation.sources: pixels have no network to detect with; take random, trained or weights")
-    if stage.config.model.backbone == "small_cnn":
-        raise UserError("model.backbone small_cnn has no layer4 to detect with; take a ResNet")
+    backbone = stage.config.model.backbone
+    if backbone == "small_cnn" or is_library_network(backbone):
+        raise UserError(f"model.backbone {backbone} has no layer4 to detect with; take resnet18, 34, 50 or 101")
     if detection.batch_size < stage.world.size:
         raise UserError(
             f"evaluation.detection.batch_size {detection.batch_size} is less than one image for each of "
@@ -131,7 +134,7 @@ def _train(
     def save() -> None:
         stage.on_rank_0(lambda: replace_file(path, {**training.state(), "bound": bound}))
 
-    recent, title = [], f"{TITLES[source]}: detector"
+    recent, title = [], f"{title_of(stage, source)}: detector"
     left = range(training.iteration, detection.iterations)
     with stage.log.progress(title, detection.iterations, "steps", initial=training.iteration) as bar:
         for batch in _batches(stage, data, left):
@@ -179,7 +182,7 @@ def _detect(stage: Stage, source: str, model: Detector, data: VocImages) -> list
     indices = range(*Partition(len(data), stage.world.size).bounds(stage.world.rank))
     resizing = Resizing((detection.test_short_side,), detection.max_long_side, flip=False)
     images = single_images(data, resizing, evaluation_data(stage).num_workers, indices)
-    title, annotations = f"{TITLES[source]}: detections", [data.annotations[i] for i in indices]
+    title, annotations = f"{title_of(stage, source)}: detections", [data.annotations[i] for i in indices]
     with stoppable_progress(stage, title, len(data), "images", in_step=False) as advance:
         own = detect(model, images, annotations, stage.world.device, lambda: advance(1))
     return gather_detections(own, stage.world)

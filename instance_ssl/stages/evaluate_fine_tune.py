@@ -7,7 +7,7 @@ import torch
 
 from instance_ssl.evaluation.epoch_log import DivergedError
 from instance_ssl.evaluation.fine_tuning import TrainingOptions
-from instance_ssl.evaluation.frozen_encoder import TITLES, LabelledImages, load_backbone, open_labelled
+from instance_ssl.evaluation.frozen_encoder import LabelledImages, load_backbone, open_labelled, title_of
 from instance_ssl.evaluation.label_lists import draw_balanced
 from instance_ssl.evaluation.labelled_training import (
     LAYERS,
@@ -42,10 +42,10 @@ def run(stage: Stage) -> dict[str, Any]:
             points = _search(stage, workload, source, encoder, grid, fitted, held_out)
             options = grid[_best(points, fine_tune.metric)]
             record |= {"held_out_images": len(held_out.ids), "grid": points}
-        title, tag = f"{TITLES[source]}: fine-tuning", f"fine_tune/{source}"
+        title, tag = f"{title_of(stage, source)}: fine-tuning", f"fine_tune/{source}"
         figures = fine_tune_once(stage, workload, encoder, options, title, tag, whole, test)
         results[source] = {"metric": fine_tune.metric, **figures, **record, "recipe": asdict(options)}
-        stage.log.say(f"fine-tuned, {TITLES[source]}: {fine_tune.metric} {figures[fine_tune.metric]:.2f} %")
+        stage.log.say(f"fine-tuned, {title_of(stage, source)}: {fine_tune.metric} {figures[fine_tune.metric]:.2f} %")
         stage.log.metrics(epoch or 0, {f"{tag}_{fine_tune.metric}": figures[fine_tune.metric]})
     return {"figures": results, "evaluated_on": describe_images(stage, images)}
 
@@ -99,7 +99,7 @@ def _search(
     points = []
     for place, options in enumerate(grid, start=1):
         rate, decay = options.backbone_learning_rate, options.weight_decay
-        title = f"{TITLES[source]}: {place} of {len(grid)}, learning rate {rate:g}, weight decay {decay:g}"
+        title = f"{title_of(stage, source)}: {place} of {len(grid)}, learning rate {rate:g}, weight decay {decay:g}"
         try:
             tag = f"fine_tune/{source}_grid_{place}"
             figures = fine_tune_once(stage, workload, encoder, options, title, tag, *sets)

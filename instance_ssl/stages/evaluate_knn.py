@@ -8,12 +8,12 @@ from torch import Tensor
 from instance_ssl.checkpoint.directory import replace_file
 from instance_ssl.evaluation.embedding_map import evenly_spaced, principal_components
 from instance_ssl.evaluation.frozen_encoder import (
-    TITLES,
     LabelledImages,
     cached_features,
     embeddings_of,
     open_labelled,
     represent,
+    title_of,
     vote,
 )
 from instance_ssl.evaluation.knn import ShardedBank
@@ -35,7 +35,7 @@ def run(stage: Stage) -> dict[str, Any]:
     query_ids = evenly_spaced(len(images.test), _PICTURE_QUERIES)
     for source in stage.config.evaluation.sources:
         representation = represent(stage, source)
-        title = TITLES[source]
+        title = title_of(stage, source)
         train_nF = cached_features(stage, representation, images.train, f"{title}: train features")
         test_mF = cached_features(stage, representation, images.test, f"{title}: test features")
         figures = {**_vote(stage, images, train_nF, test_mF), **representation.record}
@@ -45,7 +45,7 @@ def run(stage: Stage) -> dict[str, Any]:
             figures["embeddings"] = {**votes, "layer": "projection output", "epoch": representation.epoch}
         results[source] = figures
         queries_qF, k = _rows_of_all(stage, test_mF, query_ids), min(_PICTURE_NEIGHBOURS, len(images.train))
-        neighbour_ids[source] = ShardedBank(train_nF, stage.world).search(queries_qF, k)[1].tolist()
+        neighbour_ids[title] = ShardedBank(train_nF, stage.world).search(queries_qF, k)[1].tolist()
         ids = evenly_spaced(len(images.test), min(_MAP_IMAGES, max(2, _MAP_FLOATS // test_mF.shape[1])))
         components = principal_components(_rows_of_all(stage, test_mF, ids), _MAP_COMPONENTS)
         samples[source] = {"ids": ids, "components": components.cpu()}
@@ -72,7 +72,7 @@ def _tell(stage: Stage, source: str, figures: dict[str, Any]) -> None:
     embeddings = figures.get("embeddings")
     beside = f", embeddings {embeddings['top1']:.2f} %" if embeddings else ""
     setting = f"k = {figures['k']}, T = {figures['temperature']}"
-    stage.log.say(f"k-NN, {TITLES[source]}: {figures['top1']:.2f} %{beside} ({setting})")
+    stage.log.say(f"k-NN, {title_of(stage, source)}: {figures['top1']:.2f} %{beside} ({setting})")
     metrics = {f"knn/{source}_top1": figures["top1"]}
     if embeddings:
         metrics[f"knn/{source}_embeddings_top1"] = embeddings["top1"]
@@ -94,8 +94,8 @@ def _draw(path: Path, images: LabelledImages, query_ids: list[int], neighbour_id
     for place, query in enumerate(query_ids):
         label = images.test_labels[query]
         neighbours = {
-            TITLES[source]: [(images.train.load(i), bool(images.train_labels[i] == label)) for i in ids[place]]
-            for source, ids in neighbour_ids.items()
+            title: [(images.train.load(i), bool(images.train_labels[i] == label)) for i in ids[place]]
+            for title, ids in neighbour_ids.items()
         }
         rows.append(NeighbourRow(images.test.load(query), neighbours))
     draw_neighbours(path, rows)

@@ -6,7 +6,6 @@ from typing import Any
 
 from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.frozen_encoder import (
-    TITLES,
     LabelledImages,
     Representation,
     cached_features,
@@ -14,6 +13,7 @@ from instance_ssl.evaluation.frozen_encoder import (
     open_labelled,
     own_part,
     represent,
+    title_of,
 )
 from instance_ssl.evaluation.labelled_training import Training, train_once, whole_sets
 from instance_ssl.evaluation.linear import probe_cached_features, train_linear_classifier
@@ -39,13 +39,13 @@ def run(stage: Stage) -> dict[str, Any]:
         if representation.encoder is not None and state_digest(representation.encoder) != before:
             raise RuntimeError("the frozen encoder has changed during linear evaluation")
         results[source] = {**figures, **representation.record}
-        stage.log.say(f"linear ({linear.protocol}), {TITLES[source]}: {figures['top1']:.2f} %")
+        stage.log.say(f"linear ({linear.protocol}), {title_of(stage, source)}: {figures['top1']:.2f} %")
         stage.log.metrics(representation.epoch or 0, {f"linear/{source}_top1": figures["top1"]})
     return {"protocol": linear.protocol, "figures": results}
 
 
 def _probe_cached(stage: Stage, representation: Representation, images: LabelledImages) -> dict[str, float]:
-    title = TITLES[representation.source]
+    title = title_of(stage, representation.source)
     return probe_cached_features(
         cached_features(stage, representation, images.train, f"{title}: train features"),
         own_part(stage, images.train_labels),
@@ -82,6 +82,6 @@ def _train(
         global_batch_size=linear.global_batch_size,
         seed=seed,
     )
-    title, loss_tag = f"{TITLES[source]}: linear classifier", f"linear/{source}_train_loss"
+    title, loss_tag = f"{title_of(stage, source)}: linear classifier", f"linear/{source}_train_loss"
     training = Training(title, loss_tag, *whole_sets(images), linear.global_batch_size, steps)
     return train_once(stage, training, decisive, fit, workload)

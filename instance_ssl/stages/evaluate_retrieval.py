@@ -7,7 +7,6 @@ from torch import Tensor
 
 from instance_ssl.data.augmentations import centre_view
 from instance_ssl.evaluation.frozen_encoder import (
-    TITLES,
     LabelledImages,
     Representation,
     cached_features,
@@ -16,10 +15,11 @@ from instance_ssl.evaluation.frozen_encoder import (
     own_part,
     represent,
     stoppable_progress,
+    title_of,
 )
 from instance_ssl.evaluation.prior_embeddings import prior_rows
 from instance_ssl.evaluation.retrieval import retrieval_recall
-from instance_ssl.run.build import seeded_encoder
+from instance_ssl.run.given_weights import initial_encoder
 from instance_ssl.run.stage import Stage
 
 
@@ -30,15 +30,15 @@ def run(stage: Stage) -> dict[str, Any]:
     _tell(stage, "random network, running batch norms", "running_prior", results["running_prior"])
     for source in stage.config.evaluation.sources:
         representation = represent(stage, source)
-        features_nF = cached_features(stage, representation, images.train, f"{TITLES[source]}: train features")
+        features_nF = cached_features(stage, representation, images.train, f"{title_of(stage, source)}: train features")
         results[source] = _retrieve(stage, images, representation, features_nF)
-        _tell(stage, TITLES[source], source, results[source])
+        _tell(stage, title_of(stage, source), source, results[source])
     return {"images": "train, each excluded from its own ranking", "figures": results}
 
 
 def _running_prior(stage: Stage, images: LabelledImages) -> dict[str, Any]:
     """Evaluates the features of the pass that initialises the classifier."""
-    encoder = seeded_encoder(stage.config).to(stage.world.device)
+    encoder, _ = initial_encoder(stage)
     ids, view = torch.arange(len(images.train)), centre_view(stage.config.data.image_size)
     width, label = encoder.feature_dim, "random network, running batch norms"
     features_nF = prior_rows(stage, encoder.backbone, width, images.train, ids, view, "running", label=label)[:, 0]

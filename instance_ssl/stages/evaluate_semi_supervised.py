@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from instance_ssl.evaluation.fine_tuning import TrainingOptions
-from instance_ssl.evaluation.frozen_encoder import TITLES, LabelledImages, load_backbone, open_labelled
+from instance_ssl.evaluation.frozen_encoder import LabelledImages, load_backbone, open_labelled, title_of
 from instance_ssl.evaluation.label_lists import draw_balanced, read_label_list, write_label_list
 from instance_ssl.evaluation.labelled_training import (
     LAYERS,
@@ -37,7 +37,7 @@ def run(stage: Stage) -> dict[str, Any]:
         encoder, epoch = load_backbone(stage, source)
         rows = []
         for place, (fraction, (ids, list_file)) in enumerate(zip(semi_supervised.fractions, labelled, strict=True)):
-            title = f"{100 * fraction:g} % of the labels, {TITLES[source]}"
+            title = f"{100 * fraction:g} % of the labels, {title_of(stage, source)}"
             options = _options(stage, source, place, len(ids))
             tag = f"semi_supervised/{source}_{fraction:g}"
             figures = fine_tune_once(stage, workload, encoder, options, title, tag, replace(whole, ids=ids), test)

@@ -13,7 +13,8 @@ from instance_ssl.config.choices import InitializationMode
 from instance_ssl.data.augmentations import centre_view
 from instance_ssl.evaluation.prior_embeddings import prior_rows
 from instance_ssl.evaluation.similarity import draw_similarities, instance_similarities
-from instance_ssl.run.build import seeded_encoder, training_view
+from instance_ssl.run.build import moving_statistics, training_view
+from instance_ssl.run.given_weights import initial_encoder
 from instance_ssl.run.stage import Stage
 
 
@@ -50,7 +51,8 @@ def _measure(stage: Stage, mode: InitializationMode, ids_N: Tensor) -> dict[str,
     batch statistics.
     """
     config, classifier, width = stage.config, stage.config.classifier, stage.config.model.embedding_dim
-    encoder = seeded_encoder(config).to(stage.world.device)
+    encoder, _ = initial_encoder(stage)
+    moving = moving_statistics(encoder, config)
     if mode == "gaussian":
         options = SoftmaxOptions(classifier.temperature, classifier.loss_form, torch.float32)
         shard = ClassifierShard(len(ids_N), width, stage.world, options)
@@ -58,13 +60,16 @@ def _measure(stage: Stage, mode: InitializationMode, ids_N: Tensor) -> dict[str,
         weights_nD = shard.weight
     else:
         view = centre_view(config.data.image_size)
-        rows_n1D = prior_rows(stage, encoder, width, stage.source, ids_N, view, mode, label=f"{mode}: rows of W")
+        rows_n1D = prior_rows(
+            stage, encoder, width, stage.source, ids_N, view, mode, label=f"{mode}: rows of W", moving=moving
+        )
         weights_nD = rows_n1D[:, 0]
     view = training_view(config.augmentation, config.data)
     network_mode: InitializationMode = "batch" if mode == "gaussian" else mode
     num_batches = math.ceil(len(ids_N) / classifier.initialization_batch_size)
     views_nVD = prior_rows(
         stage, encoder, width, stage.source, ids_N, view, network_mode,
-        label=f"{mode}: views", num_views=config.evaluation.similarity.num_views, batches_done=num_batches,
+        label=f"{mode}: views", num_views=config.evaluation.similarity.num_views,
+        batches_done=num_batches, moving=moving,
     )  # fmt: skip
     return instance_similarities(views_nVD, weights_nD, stage.world)

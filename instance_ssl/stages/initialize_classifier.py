@@ -29,11 +29,12 @@ from instance_ssl.run.build import (
     classifier_shard,
     describe_encoder,
     describe_stem_cost,
+    moving_statistics,
     own_parts,
-    seeded_encoder,
     training_shards,
     training_view,
 )
+from instance_ssl.run.given_weights import initial_encoder
 from instance_ssl.run.resumption import accept, run_digests
 from instance_ssl.run.stage import Stage
 from instance_ssl.run.watchdog import Stopped
@@ -43,12 +44,12 @@ _VIEW_SEEDS = 2**31
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Writes checkpoint 0: the random encoder, with the batch-norm statistics of the pass, and W."""
+    """Writes checkpoint 0: the encoder to start from, with the batch-norm statistics of the pass, and W."""
     config = stage.config
     stage.log.say(describe_encoder(config))
     if stage.log.is_main and (stem_cost := describe_stem_cost(config)) is not None:
         stage.log.say(stem_cost)
-    encoder = seeded_encoder(config).to(stage.world.device)
+    encoder, origin = initial_encoder(stage)
     shard = classifier_shard(stage)
     mode = config.classifier.initialization
     broken = BrokenImages(stage)
@@ -72,7 +73,8 @@ def run(stage: Stage) -> dict[str, Any]:
         shutil.rmtree(stage.directory / "partial", ignore_errors=True)
     norms = torch.linalg.vector_norm(shard.weight.float(), dim=1)
     mean_norm = (shard.group.all_reduce_sum_(norms.sum()) / len(stage.source)).item()
-    return {"initialization": mode, "mean_row_norm": mean_norm, "broken_images": len(broken.ids), "checkpoint": path}
+    record = {"initialization": mode, "mean_row_norm": mean_norm, "broken_images": len(broken.ids), "checkpoint": path}
+    return record if origin is None else {**record, "initial_weights": origin}
 
 
 def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, broken: BrokenImages) -> None:
@@ -111,7 +113,10 @@ def _pass_over_images(stage: Stage, encoder: Encoder, shard: ClassifierShard, br
     batches = _own_batches(stage, done, broken)
     try:
         with progress, stage.autocast():
-            initialize_from_features(shard, encoder, batches, mode, stage.world, batches_done=done, on_batch=on_batch)
+            initialize_from_features(
+                shard, encoder, batches, mode, stage.world,
+                batches_done=done, moving=moving_statistics(encoder, stage.config), on_batch=on_batch,
+            )  # fmt: skip
     except (Stopped, TooManyBroken):
         _save(stage, encoder, shard, "partial", done)
         raise

@@ -1,6 +1,6 @@
 """Plans a training step: bytes by part, bytes sent, FLOPs, and the most classes that fit.
 
-The encoder is built and run once on torch's fake tensors (meta tensors that know their device, and so follow autocast);
+The encoder is run once on torch's fake tensors (meta tensors that know their device, and so follow autocast);
 the classifier is run by `classifier_cost.py`. The plan excludes the CUDA context (about 0.5 GiB), the workspaces of
 libraries, and what the caching allocator loses between blocks.
 """
@@ -147,8 +147,9 @@ def measure_encoder(
         build: returns the encoder.
         num_views: images of one forward pass, counting all views.
     """
-    with FakeTensorMode():
-        encoder = build()
+    encoder = build()  # not on fake tensors: some constructors compute with the values of tensors
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        _make_fake(encoder, mode)
         parameters = list(encoder.parameters())
         with FlopCounterMode(display=False) as flops:
             kept, first_backward_peak = _live_bytes(encoder, image_size, num_views, autocast_dtype)
@@ -163,6 +164,16 @@ def measure_encoder(
         first_backward_peak=first_backward_peak,
         flops=flops.get_total_flops(),
     )
+
+
+def _make_fake(network: nn.Module, mode: FakeTensorMode) -> None:
+    """Puts fake tensors in the place of all parameters and buffers."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = nn.Parameter(mode.from_tensor(parameter.detach()), requires_grad=parameter.requires_grad)
+            setattr(module, name, fake)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, mode.from_tensor(buffer))
 
 
 def _live_bytes(

@@ -30,7 +30,7 @@ from instance_ssl.evaluation.frozen_encoder import (
 )
 from instance_ssl.evaluation.linear import probe_cached_features
 from instance_ssl.files.structured import read_json_lines
-from instance_ssl.models.backbones import ResNet, SmallCnn, build_backbone
+from instance_ssl.models.backbones import Backbone, build_backbone
 from instance_ssl.run.build import training_views
 from instance_ssl.run.directory import read_json
 from instance_ssl.run.stage import Stage
@@ -158,7 +158,7 @@ def _step(stage: Stage, peer: Peer, optimizer: torch.optim.Optimizer, batch: Vie
     return loss.item()
 
 
-def _frozen(stage: Stage, backbone: ResNet | SmallCnn, epoch: int) -> Representation:
+def _frozen(stage: Stage, backbone: Backbone, epoch: int) -> Representation:
     def features(images: Tensor) -> Tensor:
         with stage.autocast(), evaluation_mode(backbone):
             return backbone(images)

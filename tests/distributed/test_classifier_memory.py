@@ -96,7 +96,12 @@ def train(world: Group, size: ClassifierSize) -> dict[str, Any]:
     return figures
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("two ranks", "bfloat16 products", "no smoothing", "sampled classes")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in CASES]
+)
 def test_memory_within_three_percent_and_traffic_exact(name: str) -> None:
     ranks, size = CASES[name]
     measured = run_ranks(train, ranks, size)[0]

@@ -167,6 +167,7 @@ def _saved(state: dict[str, Any]) -> Any:
     return buffer
 
 
+@pytest.mark.full
 def test_a_resumed_training_ends_with_the_same_bits_and_norms_do_not_decay(tree: Path) -> None:
     ((same, decayed, others),) = run_ranks(_resumed, 1, str(tree))
     assert same
@@ -202,6 +203,7 @@ def _evaluate(group: Group, tree: str) -> tuple[list[list[float]], dict[str, Any
     return [d.boxes_n4.flatten().tolist() for d in found], detection_figures(found, data.annotations, 2, group)
 
 
+@pytest.mark.full
 def test_evaluation_is_the_same_on_any_ranks_whatever_their_parts(tree: Path) -> None:
     """Five images on two ranks are three and two."""
     ((boxes, figures),) = run_ranks(_evaluate, 1, str(tree))

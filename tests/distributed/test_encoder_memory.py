@@ -24,7 +24,7 @@ CASES = [
     ("small_cnn", 16, 64, 1, 0, 2, torch.bfloat16),
     pytest.param(("resnet18", 16, 8, 2, 1, 1, torch.bfloat16), marks=pytest.mark.full),
     pytest.param(("resnet18", 32, 12, 2, 2, 2, None), marks=pytest.mark.full),
-    ("resnet50", 32, 8, 1, 0, 1, None),
+    pytest.param(("resnet50", 32, 8, 1, 0, 1, None), marks=pytest.mark.full),
 ]
 STEPS = 5
 

@@ -29,7 +29,11 @@ TRAIN = {"digits": 1400, "cifar10": 2000}
 KINDS = [
     "digits",
     pytest.param(
-        "cifar10", marks=pytest.mark.skipif(not (SHARED / "cifar10").exists(), reason="no ../shared/data/cifar10")
+        "cifar10",
+        marks=[
+            pytest.mark.full,
+            pytest.mark.skipif(not (SHARED / "cifar10").exists(), reason="no ../shared/data/cifar10"),
+        ],
     ),
 ]
 

@@ -113,7 +113,14 @@ def expected_tables() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "block_bytes"), [(1, 60_000), (1, 8 << 20), (2, 60_000), (3, 8 << 20), (4, 60_000)]
+    ("world_size", "block_bytes"),
+    [
+        pytest.param(1, 60_000, marks=pytest.mark.full),
+        (1, 8 << 20),
+        (2, 60_000),
+        (3, 8 << 20),
+        pytest.param(4, 60_000, marks=pytest.mark.full),
+    ],
 )
 def test_screening_loses_nothing(world_size: int, block_bytes: int) -> None:
     cases = adversarial_cases()

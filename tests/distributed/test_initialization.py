@@ -5,7 +5,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from instance_ssl.classifier.prior import initialize_from_features, initialize_gaussian
+from instance_ssl.classifier.prior import Moving, initialize_from_features, initialize_gaussian
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.config.choices import InitializationMode
@@ -105,3 +105,53 @@ def test_gaussian_rows_do_not_depend_on_the_number_of_ranks() -> None:
     assert torch.equal(torch.cat(run_ranks(gaussian, 3, 9001)), whole)
     assert whole.std().item() == pytest.approx(0.01, rel=0.02)
     assert len(whole.unique(dim=0)) == 9001
+
+
+def make_plain_encoder() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 9), nn.ReLU(), nn.Linear(9, D)
+    )
+
+
+def centred(group: Group, mode: InitializationMode, stop_after: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rows and state after a pass, stopped and resumed, whose batch norm keeps its statistics."""
+    images, order = make_images(), torch.randperm(N, generator=torch.Generator().manual_seed(2))
+    batches = []
+    for ids in order.split(BATCH):
+        start, stop = Partition(len(ids), group.size).bounds(group.rank)
+        batches.append((images[ids[start:stop]], ids[start:stop]))
+    shard, encoder = make_shard(group), make_plain_encoder()
+    for part, done in ((batches[:stop_after], 0), (batches[stop_after:], stop_after)):
+        resumed = make_plain_encoder()
+        resumed.load_state_dict(encoder.state_dict())
+        encoder, moving = resumed, Moving(kept=resumed[1], centred=resumed[-1])
+        initialize_from_features(shard, encoder, part, mode, group, batches_done=done, moving=moving)
+    return shard.weight, encoder.state_dict()
+
+
+@torch.no_grad()
+def centred_by_hand(mode: InitializationMode) -> tuple[Tensor, Tensor]:
+    """Embeddings less their running mean, and that mean at the end."""
+    encoder, images = make_plain_encoder().eval(), make_images()
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
+    rows, mean = torch.empty(N, D), torch.zeros(D)
+    for update, ids in enumerate(order.split(BATCH), start=1):
+        x = encoder(images[ids])
+        weight = {"batch": 1.0, "frozen": 0.0, "running": max(0.1, 1 / update)}[mode]
+        mean = mean.lerp(x.mean(dim=0), weight)
+        rows[ids] = x - mean
+    return rows, mean
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("mode", ["running", "batch", "frozen"])
+def test_without_moving_batch_norms_the_last_bias_follows_the_mean(world_size: int, mode: InitializationMode) -> None:
+    expected, mean = centred_by_hand(mode)
+    before = make_plain_encoder().state_dict()
+    for stop_after in (0, 2):
+        results = run_ranks(centred, world_size, mode, stop_after)
+        torch.testing.assert_close(torch.cat([weight for weight, _ in results]), expected)
+        for _, state in results:
+            torch.testing.assert_close(state.pop("5.bias"), before["5.bias"] - mean)
+            assert all(torch.equal(value, before[name]) for name, value in state.items())

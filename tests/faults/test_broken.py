@@ -164,6 +164,7 @@ def test_too_many_end_the_run_with_their_names_and_a_checkpoint(place: Path, ima
     assert goes_on.wait() == [0, 0], goes_on.text()
 
 
+@pytest.mark.full
 def test_files_that_vanish_while_it_runs_are_replaced_by_worker_processes_too(place: Path, images: Path) -> None:
     initialise(place)
     settings = {**SKIP, "data.num_workers": 1}
@@ -183,6 +184,7 @@ def update(place: Path, **options: Any) -> str:
     return done.text()
 
 
+@pytest.mark.full
 def test_broken_images_are_removed_between_two_runs_and_repaired_ones_come_again(place: Path, images: Path) -> None:
     initialise(place)
     stopped = run(place, settings=SKIP, fault="step:0:9:term", prepare=vanish_once_opened)

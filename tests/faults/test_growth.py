@@ -254,6 +254,7 @@ def test_a_run_of_an_earlier_version_with_left_out_images_goes_on_without_them(p
     assert len(rows_of(checkpoints(place)[-1])[0]) == 63
 
 
+@pytest.mark.full
 def test_a_list_in_another_order_is_the_same_data_set(place: Path, images: Path, clean: dict[str, str]) -> None:
     shutil.rmtree(place / "run")
     names = sorted(path.name for path in images.iterdir())

@@ -130,6 +130,7 @@ def resume(nodes: Nodes, run: Path, output: Path, *settings: str) -> None:
     assert "resuming from" in output.read_text()
 
 
+@pytest.mark.full
 def test_two_nodes_end_in_the_state_of_one_machine(nodes: Nodes, one_machine: Path, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "output"
     before = nodes.bytes_received()

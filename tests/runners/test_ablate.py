@@ -8,6 +8,7 @@ import pytest
 import yaml
 from processes import ROOT, run_bare
 
+pytestmark = pytest.mark.full
 STAGES = ["initialize_classifier", "pretrain", "evaluate_knn"]
 ABLATION: dict[str, Any] = {
     "title": "A few digits",

@@ -177,6 +177,7 @@ def _stories(group: Group, folder: str, tree: str) -> list[tuple[str, Any]]:
     return [_train_with_stops(group, f"{folder}/{name}", tree, stops, rate) for name, stops, rate in stories]
 
 
+@pytest.mark.full
 def test_a_stopped_training_goes_on_to_the_same_bits_and_never_from_another_recipe(tmp_path: Path) -> None:
     (((said_whole, whole), (said_parts, parts), (said_other, _)),) = run_ranks(
         _stories, 1, str(tmp_path), str(make_tree(tmp_path / "voc"))

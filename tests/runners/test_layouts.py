@@ -52,6 +52,7 @@ def test_triton_without_a_gpu_is_refused(tmp_path: Path) -> None:
     assert finished.stderr.strip().splitlines()[-1].startswith("error: instance_classifier.kernels triton needs")
 
 
+@pytest.mark.full
 def test_the_benchmark_times_every_layout(tmp_path: Path) -> None:
     arguments = ["--num-classes", "1501", "3002", "--batch", "32", "--repeats", "2", "--output", str(tmp_path)]
     variants = ["replicated-dense", "sharded-dense", "replicated-streamed", "streamed", "streamed-auto"]

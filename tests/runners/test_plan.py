@@ -30,6 +30,7 @@ def test_the_papers_setting_is_planned(capsys: pytest.CaptureFixture[str]) -> No
     assert float(cells["most classes in 32 GiB"][0].split()[0]) > 300
 
 
+@pytest.mark.full
 def test_table_1_and_figure_3_are_printed_and_drawn(tmp_path: Path) -> None:
     finished = run_bare("benchmarks/paper_memory", "--output", str(tmp_path / "plan"))
     assert finished.returncode == 0, finished.stderr

@@ -66,6 +66,7 @@ def status(run: Path) -> dict[str, str]:
     return json.loads((run / "pretrain/status.json").read_text())
 
 
+@pytest.mark.full
 def test_a_signal_ends_in_a_checkpoint_and_no_process_is_left(run: Path) -> None:
     supervisor = supervise(run)
     wait_for(lambda: has_begun(run))

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from processes import run_bare
 
@@ -38,6 +39,7 @@ def test_the_device_is_not_asked_for_a_view_that_it_does_not_know(tmp_path: Path
     )
 
 
+@pytest.mark.full
 def test_the_benchmark_times_every_loader(tmp_path: Path) -> None:
     folder = tmp_path / "images/nested"
     folder.mkdir(parents=True)

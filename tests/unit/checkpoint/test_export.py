@@ -42,7 +42,7 @@ def features_of(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.full)])
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_the_cards_code_gives_the_same_features_to_the_bit(
     library: str, name: BackboneName, stem: StemName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

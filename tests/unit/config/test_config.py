@@ -138,7 +138,7 @@ def test_a_single_epoch_without_warm_up_is_allowed(tmp_path: Path) -> None:
         ("evaluation.sources=null", "expected a list, found None"),
         ("optimization.learning_rate=1,5", "found '1,5': one number, with a decimal point"),
         ("model.backbone=ResNet18", "did you mean 'resnet18'?"),
-        ("model=resnet18", "this is a section with keys of its own (backbone, stem"),
+        ("model=resnet18", "this is a section with keys of its own (backbone, backbone_options"),
         ("augmentation.blur=maybe", "expected true or false, found 'maybe'"),
         ("data.root=None", "write null for none"),
         ("data.root=''", "write null for none"),

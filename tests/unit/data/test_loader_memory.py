@@ -119,7 +119,10 @@ for leave_colours in (False, True):
 
 @pytest.mark.parametrize(
     ("size", "said"),
-    [("512k", ["64"] * 2), ("16k", ["/dev/shm has no room for the locks of 2 loader processes"] * 2)],
+    [
+        ("512k", ["64"] * 2),
+        pytest.param("16k", ["/dev/shm has no room for the locks of 2 loader processes"] * 2, marks=pytest.mark.full),
+    ],
 )
 def test_batches_need_no_dev_shm(size: str, said: list[str]) -> None:
     """Of eight images here are 3 MiB, and several wait: torch's own way of handing them over would hang."""

@@ -29,7 +29,7 @@ def test_every_backbone_gives_features_and_embeddings(backbone: BackboneName, fe
     assert encoder(images).shape == (2, 24)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "small_cnn"])
+@pytest.mark.parametrize("backbone", ["resnet18", pytest.param("resnet50", marks=pytest.mark.full), "small_cnn"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_every_activation_has_its_channels_side_by_side(backbone: BackboneName, autocast: bool) -> None:
     encoder, laid_out = encoder_for(backbone, 32), []

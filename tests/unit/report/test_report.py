@@ -270,8 +270,15 @@ def _browser() -> Any:
     return playwright, path
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (390, "dark"),
+        pytest.param(1280, "dark", marks=pytest.mark.full),
+        pytest.param(390, "light", marks=pytest.mark.full),
+    ],
+)
 def test_a_browser_shows_the_page_without_complaint(whole: Path, scheme: str, width: int) -> None:
     playwright, path = _browser()
     assert main([str(whole)]) == 0

@@ -62,7 +62,7 @@ def contents(run: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("has_training", [True, False])
+@pytest.mark.parametrize("has_training", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_kill_leaves_the_old_state_or_the_new_one(tmp_path: Path, has_training: bool) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     for run in (old, new):
