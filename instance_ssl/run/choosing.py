@@ -2,6 +2,7 @@
 
 import os
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import psutil
@@ -189,17 +190,25 @@ def choose_micro_batch(request: PlanRequest, device: torch.device, memory_bytes:
         planner = Planner(replace(request, micro_batch_size=size), device)
         return planner.training(request.world_size).plan("sharded").peak
 
-    low, high = 0, len(sizes)  # sizes[low] fits or is the smallest, sizes[high] does not or is past the end
-    if peak(sizes[-1]) <= memory_bytes:
-        low = high - 1
+    size, planned = largest_fitting(sizes, peak, memory_bytes)
+    fits = "planned" if planned <= memory_bytes else "too much, but there is no smaller one: planned"
+    limit = f"; up to {bound} on a CPU" if bound < part else ""
+    reason = f"of {part} images a rank; {fits} {planned / 2**30:.2f} GiB of {memory_bytes / 2**30:.1f}{limit}"
+    return Choice("train_micro_batch_size_per_gpu", size, reason)
+
+
+def largest_fitting(sizes: Sequence[int], peak: Callable[[int], int], limit: int) -> tuple[int, int]:
+    """Returns the last of ascending `sizes` whose peak is within the limit, or else the first, and its peak.
+
+    `peak` grows with the size. The last size is tried first, for it fits in most cases.
+    """
+    low, high = 0, len(sizes)  # the size at `high` and those after it do not fit
+    peaks = {sizes[-1]: peak(sizes[-1])}
+    if peaks[sizes[-1]] <= limit:
+        return sizes[-1], peaks[sizes[-1]]
+    high -= 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if peak(sizes[middle]) <= memory_bytes else (low, middle)
-    planned, gib = peak(sizes[low]) / 2**30, memory_bytes / 2**30
-    fits = "planned" if planned <= gib else "too much, but there is no smaller one: planned"
-    return Choice(
-        "train_micro_batch_size_per_gpu",
-        sizes[low],
-        f"of {part} images a rank; {fits} {planned:.2f} GiB of {gib:.1f}"
-        + (f"; up to {bound} on a CPU" if bound < part else ""),
-    )
+        peaks[sizes[middle]] = peak(sizes[middle])
+        low, high = (middle, high) if peaks[sizes[middle]] <= limit else (low, middle)
+    return sizes[low], peaks.get(sizes[low]) or peak(sizes[low])
