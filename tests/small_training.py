@@ -15,6 +15,7 @@ from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.models.encoder import Encoder, build_encoder
 from instance_ssl.training.engine import Engine
+from instance_ssl.training.optimizers import OptimizerOptions
 from instance_ssl.training.step import train_step
 
 N, D, K, V, SIZE, GLOBAL_BATCH, STEPS = 96, 16, 5, 2, 16, 32, 4
@@ -84,9 +85,11 @@ def train(group: Group, settings: DeepSpeedSettings) -> Trained:
     shard.weight.copy_(weight_ND[shard.start : shard.stop])
     shard.refresh_hard_classes(K)
     encoder = make_encoder(recompute_stages=settings.recompute_stages)
-    engine = Engine(encoder, lambda step: 0.5, settings, group, momentum=0.9, weight_decay=1e-4)
+    engine = Engine(encoder, lambda step: 0.5, settings, group, OptimizerOptions(momentum=0.9, weight_decay=1e-4))
     engine.encoder.train()
     batches = iter(micro_batches(group, settings))
     not_sampled = torch.empty(0, dtype=torch.int64)
     losses = [train_step(engine, shard, batches, settings.accumulation_steps, not_sampled).loss for _ in range(STEPS)]
-    return Trained(losses, *engine.full_state(), shard.weight)
+    state, optimizer = engine.full_state()
+    momentum = {name: slots["momentum_buffer"] for name, slots in optimizer.items()}
+    return Trained(losses, state, momentum, shard.weight)

@@ -19,7 +19,14 @@ FREE_KEYS = (
 # How files were read before these keys existed, and the kinds of data that have no files.
 FORMER_VALUES = {"data.exif": "stored", "data.alpha": "drop"}
 # Keys that came later, with the value that stands for what was done before.
-LATER_KEYS: dict[str, Any] = {"model.initial_weights": None}
+LATER_KEYS: dict[str, Any] = {
+    "model.initial_weights": None,
+    "model.freeze_epochs": 0,
+    "classifier.learning_rate": None,
+    "optimization.optimizer": "sgd",
+    "optimization.backbone_learning_rate_multiplier": 1.0,
+    "optimization.layer_decay": None,
+}
 KINDS_WITHOUT_FILES = ("digits", "cifar10", "cifar100")
 
 

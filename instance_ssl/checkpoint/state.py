@@ -1,8 +1,8 @@
 """Writes and reads the state of a training, whatever the number of ranks.
 
     checkpoints/step_000000440/
-        encoder.pt            encoder state and momentum by name, float32, whole (whatever the ZeRO stage); batch-norm
-                              statistics are the ranks' mean
+        encoder.pt            encoder state and its optimizer's by name, float32, whole (whatever the ZeRO stage);
+                              batch-norm statistics are the ranks' mean
         rows_000000000_000000719.pt …   rows [start, stop) of W, their momentum, hard classes and clock, by global row
         rank_00000.pt …       one rank's batch-norm statistics and random generators
         sampling.pt           state of the class sampler, where a run samples
@@ -90,7 +90,7 @@ def start_checkpoint(
     writer: DirectoryWriter,
     position: TrainingPosition,
     encoder_state: dict[str, Tensor],
-    encoder_momentum: dict[str, Tensor],
+    optimizer_state: dict[str, dict[str, Tensor]],
     own_buffers: dict[str, Tensor],
     shard: ClassifierShard,
     world: Group,
@@ -108,7 +108,7 @@ def start_checkpoint(
         random["cuda"] = torch.cuda.get_rng_state(world.device)
     files[f"rank_{world.rank:05d}.pt"] = {"buffers": own_buffers, "random": random}
     if world.rank == 0:
-        files[_ENCODER] = {"state": encoder_state, "momentum": encoder_momentum}
+        files[_ENCODER] = {"state": encoder_state, "optimizer": optimizer_state}
         files[POSITION] = json.dumps(asdict(position), indent=2) + "\n"
         if shard.sampler is not None:
             files[_SAMPLING] = shard.sampling_state()
@@ -196,10 +196,15 @@ def _read_position(directory: Path) -> TrainingPosition | str:
         return f"{POSITION}: {reason(error)}"
 
 
-def load_encoder(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Encoder state and momentum by name, on the CPU."""
-    content = _read(checkpoint.directory / _ENCODER, "state", "momentum")
-    return content["state"], content["momentum"]
+def load_encoder(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Encoder state, and its optimizer's by parameter and slot, on the CPU.
+
+    Earlier versions had SGD alone, and saved its momentum by parameter.
+    """
+    content = _read(checkpoint.directory / _ENCODER, "state")
+    if "momentum" in content:
+        return content["state"], {name: {"momentum_buffer": value} for name, value in content["momentum"].items()}
+    return content["state"], _read(checkpoint.directory / _ENCODER, "optimizer")["optimizer"]
 
 
 def _read(path: Path, *names: str) -> dict[str, Any]:
@@ -263,7 +268,7 @@ def checkpoint_bytes(shard: ClassifierShard, num_hard_classes: int, encoder_byte
     """What one checkpoint of all ranks takes on disk, within a few per cent.
 
     Args:
-        encoder_bytes: of the encoder's parameters and buffers; their momentum is as large.
+        encoder_bytes: of the encoder's parameters and buffers, and of its optimizer's state.
     """
     row = shard.weight.shape[1] * (shard.weight.element_size() + shard.momentum_buffer.element_size())
-    return shard.partition.total * (row + 4 * num_hard_classes) + 2 * encoder_bytes
+    return shard.partition.total * (row + 4 * num_hard_classes) + encoder_bytes

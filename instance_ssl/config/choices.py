@@ -5,6 +5,7 @@ from typing import Literal
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "small_cnn"]
 StemName = Literal["auto", "imagenet", "small"]
 ProjectionName = Literal["mlp", "mlp_bn", "linear"]
+OptimizerName = Literal["sgd", "adamw", "lars", "muon"]
 
 InitializationMode = Literal["running", "batch", "frozen", "gaussian"]
 SamplingMode = Literal["random", "recent"]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from instance_ssl.config.batch_division import indivisible, no_share
+from instance_ssl.config.choices import OptimizerName
 from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.config.messages import DEEPSPEED_KEYS, describe_validation_error, nearest
 from instance_ssl.config.types import AUTO, NonNegativeInt, Section
@@ -26,15 +28,17 @@ _DERIVED = {
     "gradient_accumulation_steps": "global batch / (micro-batch x world size)",
     "gradient_clipping": "optimization.max_grad_norm",
     "gradient_allreduce_op": "the loss, whose encoder gradients are summed over ranks",
-    "zero_allow_untested_optimizer": "the optimizer, SGD",
+    "zero_allow_untested_optimizer": "optimization.optimizer",
 }
 _REFUSED = {
-    "optimizer": "SGD is set by the experiment's optimization section; DeepSpeed would ignore this key in silence",
+    "optimizer": "optimization.optimizer of the experiment sets it; DeepSpeed would ignore this key in silence",
     "scheduler": "the schedule is set by the experiment's optimization section",
     "bf16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype bfloat16",
     "fp16": "it breaks batch norm, whose buffers stay float32; use torch_autocast with dtype float16",
     "steps_per_print": "the progress bar is ours",
 }
+# What an optimizer needs that ZeRO's partitions do not have.
+_WHOLE_TENSORS: dict[str, str] = {"lars": "the norm of each whole tensor", "muon": "whole matrices"}
 # DeepSpeed's keys of this section configure its own checkpointing function for transformers. Nothing here calls it, so
 # each of them would be ignored.
 _REFUSED_ACTIVATION_CHECKPOINTING = {
@@ -174,16 +178,23 @@ class DeepSpeedFile:
         return json.dumps({**self.values, "instance_classifier": self.classifier.model_dump()}, sort_keys=True)
 
     def settings(
-        self, *, global_batch_size: int | None, max_grad_norm: float, world_size: int, micro_batch_size: int = 1
+        self,
+        *,
+        global_batch_size: int | None,
+        max_grad_norm: float,
+        world_size: int,
+        optimizer: OptimizerName = "sgd",
+        micro_batch_size: int = 1,
     ) -> DeepSpeedSettings:
         """Divides a batch over ranks and completes what follows from it.
 
         Args:
             global_batch_size: images per step; None: nothing is trained, so neither a batch nor W is divided.
+            optimizer: the encoder's.
             micro_batch_size: stands in for `auto`.
 
         Raises:
-            UserError: the batch or the rows do not divide.
+            UserError: the batch or the rows do not divide, or the optimizer cannot work on ZeRO's partitions.
         """
         path, is_auto = self.path, self.micro_batch_size is None
         micro_batch_size = self.micro_batch_size or micro_batch_size
@@ -192,8 +203,8 @@ class DeepSpeedFile:
         accumulation_steps, remainder = divmod(global_batch_size, at_once)
         if remainder or accumulation_steps == 0:
             if is_auto:
-                raise UserError(_no_share(global_batch_size, world_size))
-            raise UserError(_indivisible(global_batch_size, micro_batch_size, world_size, path))
+                raise UserError(no_share(global_batch_size, world_size))
+            raise UserError(indivisible(global_batch_size, micro_batch_size, world_size, path))
         group_size = self.classifier.group_size
         if trains and group_size != "world" and world_size % group_size:
             raise UserError(
@@ -209,6 +220,12 @@ class DeepSpeedFile:
             "gradient_allreduce_op": "sum",
         }
         if self.zero_stage > 0:
+            if trains and optimizer in _WHOLE_TENSORS:
+                raise UserError(
+                    f"{path}: zero_optimization.stage {self.zero_stage} cuts the flattened weights into equal pieces, "
+                    f"and optimization.optimizer {optimizer} needs {_WHOLE_TENSORS[optimizer]}: set the stage to 0, or "
+                    "optimization.optimizer to sgd or adamw"
+                )
             engine["zero_allow_untested_optimizer"] = True
         recompute_stages = "activation_checkpointing" in self.values
         return DeepSpeedSettings(
@@ -217,15 +234,27 @@ class DeepSpeedFile:
 
 
 def load_ds_config(
-    path: Path, *, global_batch_size: int | None, max_grad_norm: float, world_size: int
+    path: Path,
+    *,
+    global_batch_size: int | None,
+    max_grad_norm: float,
+    world_size: int,
+    optimizer: OptimizerName = "sgd",
 ) -> DeepSpeedSettings:
     """Reads, checks and completes a DeepSpeed JSON whose micro-batch is a number: see `DeepSpeedFile.settings`.
 
+    Args:
+        optimizer: the encoder's.
+
     Raises:
-        UserError: the file is missing or malformed, a key is unknown, derived or refused, or the batch does not divide.
+        UserError: the file is missing or malformed, a key is unknown, derived or refused, the batch does not divide, or
+            the optimizer cannot work on ZeRO's partitions.
     """
     return read_ds_file(path).settings(
-        global_batch_size=global_batch_size, max_grad_norm=max_grad_norm, world_size=world_size
+        global_batch_size=global_batch_size,
+        max_grad_norm=max_grad_norm,
+        world_size=world_size,
+        optimizer=optimizer,
     )
 
 
@@ -251,36 +280,6 @@ def read_ds_file(path: Path) -> DeepSpeedFile:
     if "activation_checkpointing" in values:
         _check_activation_checkpointing(values["activation_checkpointing"], path)
     return DeepSpeedFile(path, values, classifier, None if given == AUTO else given, zero_stage, autocast)
-
-
-def _no_share(global_batch_size: int, world_size: int) -> str:
-    """Describes a batch that cannot be divided over the ranks, with the numbers of ranks that can share it."""
-    fitting = [
-        str(ranks) for ranks in range(1, min(global_batch_size, 2 * world_size) + 1) if global_batch_size % ranks == 0
-    ]
-    return (
-        f"optimization.global_batch_size {global_batch_size} cannot be divided over {world_size} ranks: start "
-        f"{' or '.join(fitting)}"
-    )
-
-
-def _indivisible(global_batch_size: int, micro_batch_size: int, world_size: int, path: Path) -> str:
-    """Describes a batch that does not divide, with two fixes: a smaller micro-batch, or the nearest batch that does."""
-    at_once = micro_batch_size * world_size
-    batch = max(world_size, global_batch_size - global_batch_size % world_size)
-    smaller = max(d for d in range(1, micro_batch_size + 1) if batch // world_size % d == 0)
-    kept = "keep it with" if batch == global_batch_size else f"--set optimization.global_batch_size={batch} and"
-    return (
-        f"optimization.global_batch_size {global_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
-        f"{micro_batch_size} x {world_size} ranks ({path}): {kept} {micro_batch_advice(smaller, path)}; or set "
-        f"optimization.global_batch_size to a multiple, if there are enough images: the nearest is "
-        f"{max(1, round(global_batch_size / at_once)) * at_once}"
-    )
-
-
-def micro_batch_advice(micro_batch_size: int, path: Path) -> str:
-    """Describes how to change the micro-batch, for which there is no flag."""
-    return f'"train_micro_batch_size_per_gpu": {micro_batch_size} in a copy of {path}, given as --deepspeed_config'
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -337,7 +336,7 @@ def _zero_stage(section: Any, path: Path) -> int:
     for key in section:
         if key.startswith("offload_"):
             raise UserError(
-                f"{path}: remove 'zero_optimization.{key}': DeepSpeed offloads only its own optimizers, not SGD"
+                f"{path}: remove 'zero_optimization.{key}': DeepSpeed offloads only its own optimizers, not torch's"
             )
     return _validated(ZeroSection, section, "zero_optimization", path).stage
 

@@ -30,6 +30,7 @@ from instance_ssl.config.messages import (
     takes_any_key,
     unknown_key,
 )
+from instance_ssl.config.optimization import WEIGHT_DECAYS, OptimizationConfig
 from instance_ssl.config.types import (
     AUTO,
     LocalPath,
@@ -79,6 +80,8 @@ class ModelConfig(Section):
         projection: Linear-ReLU-Linear, the same with SimCLR's batch norms (`mlp_bn`), or one layer (Table 2).
         projection_hidden_dim: width of the hidden layer; null: the backbone's feature width.
         embedding_dim: D, width of an embedding and of a row of W.
+        freeze_epochs: first epochs in which the backbone stays as it is, with batch norm in evaluation mode; the
+            projection and W alone learn. The schedule goes on meanwhile.
     """
 
     backbone: Annotated[str, AUTO] = "resnet50"
@@ -88,6 +91,7 @@ class ModelConfig(Section):
     projection: ProjectionName = "mlp"
     projection_hidden_dim: PositiveInt | None = None
     embedding_dim: PositiveInt = 128
+    freeze_epochs: NonNegativeInt = 0
 
     @field_validator("backbone")
     @classmethod
@@ -128,8 +132,10 @@ class ClassifierConfig(Section):
         initialization_batch_size: images over all ranks that give one set of batch-norm statistics in the prior's pass.
         initialization_view: view of each image in that pass: the deterministic `evaluation` view or a random
             `training` view. The paper does not say.
-        weight_decay: weight decay of W; null: `optimization.weight_decay`, as in PIC.
-        learning_rate_multiplier: W's learning rate divided by the encoder's; 1 in the paper, which has one SGD.
+        weight_decay: weight decay of W; null: `optimization.weight_decay` with `sgd`, as in PIC, else the paper's 1e-4.
+        learning_rate: W's learning rate at the end of the warm-up; null: the encoder's with `sgd`, else the paper's
+            0.48 · global_batch_size / 4096. The schedule is the encoder's.
+        learning_rate_multiplier: factor on W's learning rate; 1 in the paper, which has one SGD.
         sampling: classes in a step's softmax: all N (`full`), or Table 3's: the batch's positives and `random` others,
             or the most `recent` positives (PIC). Sampling excludes smoothing, as in Table 3.
         num_sampled_classes: sampled classes per step, positives included (2^10 to 2^16 in Table 3).
@@ -143,6 +149,7 @@ class ClassifierConfig(Section):
     initialization_batch_size: PositiveInt = 256
     initialization_view: Literal["evaluation", "training"] = "evaluation"
     weight_decay: NonNegativeFloat | None = None
+    learning_rate: PositiveFloat | None = None
     learning_rate_multiplier: PositiveFloat = 1.0
     sampling: Literal["full"] | SamplingMode = "full"
     num_sampled_classes: PositiveInt = 65_536
@@ -158,35 +165,6 @@ class ClassifierConfig(Section):
         return value
 
 
-class OptimizationConfig(Section):
-    """SGD of the encoder and of W, on one schedule: linear warm-up, then cosine.
-
-    Attributes:
-        epochs: passes over the images; `auto`: up to 200, within a budget of views that the device computes in minutes.
-        warmup_epochs: epochs of linear warm-up, included in `epochs`; `auto`: a twentieth of them, up to 10.
-        global_batch_size: images (not views) per step, over all ranks and micro-batches; `auto`: at most a quarter of
-            the images, a size with many divisors.
-        learning_rate: learning rate at the end of the warm-up; null: the paper's 0.48 · global_batch_size / 4096;
-            `auto`: four times that, which short trainings did best with.
-        momentum: momentum of SGD.
-        weight_decay: weight decay of all parameters, and of W unless `classifier.weight_decay` is set (PIC).
-        max_grad_norm: clips the encoder's gradient norm; 0: no clipping. W's gradient is never clipped.
-    """
-
-    epochs: Annotated[PositiveInt, AUTO] = 200
-    warmup_epochs: Annotated[NonNegativeInt, AUTO] = 10
-    global_batch_size: Annotated[PositiveInt, AUTO] = 4096
-    learning_rate: Annotated[PositiveFloat | None, AUTO] = None
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegativeFloat = 1e-4
-    max_grad_norm: NonNegativeFloat = 0.0
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate at the end of the warm-up."""
-        return 0.48 * self.global_batch_size / 4096 if self.learning_rate is None else self.learning_rate
-
-
 class LogConfig(Section):
     """How often metrics are logged.
 
@@ -198,7 +176,7 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written, besides the end of the training and every agreed stop.
+    """When checkpoints are written, besides the end of the training, of its frozen epochs, and every agreed stop.
 
     Attributes:
         every_epochs: epochs between checkpoints.
@@ -252,6 +230,22 @@ class ExperimentConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     safety: SafetyConfig = SafetyConfig()
 
+    @property
+    def classifier_peak_learning_rate(self) -> float:
+        """W's learning rate at the end of the warm-up, the multiplier aside."""
+        optimization = self.optimization
+        if self.classifier.learning_rate is not None:
+            return self.classifier.learning_rate
+        is_one_sgd = optimization.optimizer == "sgd"
+        return optimization.peak_learning_rate if is_one_sgd else optimization.default_rate("sgd")
+
+    @property
+    def classifier_weight_decay(self) -> float:
+        """W's weight decay."""
+        if self.classifier.weight_decay is not None:
+            return self.classifier.weight_decay
+        return self.optimization.weight_decay if self.optimization.optimizer == "sgd" else WEIGHT_DECAYS["sgd"]
+
     @model_validator(mode="before")
     @classmethod
     def _evaluation_data_lists_what_differs(cls, values: Any) -> Any:
@@ -267,10 +261,16 @@ class ExperimentConfig(Section):
                 f"data.augment_on device does not know augmentation.view {self.augmentation.view}: set it to cpu"
             )
         epochs, warmup_epochs = self.optimization.epochs, self.optimization.warmup_epochs
+        freeze_epochs = self.model.freeze_epochs
         if warmup_epochs >= epochs:
             raise ValueError(
                 f"optimization.warmup_epochs {warmup_epochs} must be below optimization.epochs {epochs}: the cosine "
                 "would never begin; 0 disables the warm-up"
+            )
+        if freeze_epochs >= epochs:
+            raise ValueError(
+                f"model.freeze_epochs {freeze_epochs} must be below optimization.epochs {epochs}: the backbone would "
+                "never be trained"
             )
         if self.classifier.smoothing_factor > 0 and self.classifier.num_hard_classes == 0:
             raise ValueError(

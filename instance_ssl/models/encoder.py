@@ -1,7 +1,7 @@
 """The encoder: backbone, whose features are what one keeps, and projection, which exists for training only."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -33,11 +33,24 @@ class Encoder(nn.Module):
     def __init__(self, backbone: Backbone, projection: nn.Module) -> None:
         super().__init__()
         self.backbone, self.projection = backbone, projection
+        self._backbone_is_frozen = False
 
     @property
     def feature_dim(self) -> int:
         """F, the width of the backbone's output."""
         return self.backbone.feature_dim
+
+    def freeze_backbone(self) -> None:
+        """Has training leave the backbone as it is: without gradients, and with batch norm in evaluation mode."""
+        self.backbone.requires_grad_(False)
+        self._backbone_is_frozen = True
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode, the latter always for a frozen backbone."""
+        super().train(mode)
+        if self._backbone_is_frozen:
+            self.backbone.eval()
+        return self
 
     def features(self, images: Tensor) -> Tensor:
         """Backbone output (b, F), float32 whatever autocast does inside."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from instance_ssl.config.draft import Draft
 from instance_ssl.config.evaluation import KnnConfig
-from instance_ssl.config.experiment import ExperimentConfig, OptimizationConfig
+from instance_ssl.config.experiment import ExperimentConfig
+from instance_ssl.config.optimization import OptimizationConfig
 
 # Sides of images; all but none are multiples of a vision transformer's patch of 16.
 _SIDES = (16, 32, 64, 96, 128, 160, 192, 224)
@@ -137,7 +138,9 @@ def _batch(_: ExperimentConfig, facts: Facts) -> tuple[int, str]:
     )
 
 
-def _learning_rate(config: ExperimentConfig, _: Facts) -> tuple[float, str]:
+def _learning_rate(config: ExperimentConfig, _: Facts) -> tuple[float, str] | None:
+    if config.optimization.optimizer != "sgd":
+        return None  # its own rule, which null stands for
     batch = config.optimization.global_batch_size
     rate = _RATE_FACTOR * OptimizationConfig(global_batch_size=batch).peak_learning_rate
     return rate, f"{_RATE_FACTOR} times the paper's for a batch of {batch}, for a short training"

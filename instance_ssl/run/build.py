@@ -91,6 +91,8 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
     ds, device, seed, num_classes = stage.ds, stage.world.device, stage.config.seed, len(stage.source)
     classifier, optimization = stage.config.classifier, stage.config.optimization
     embedding_dim = stage.config.model.embedding_dim
+    # The shard is given the encoder's rate in each step, and both follow one schedule.
+    rate_ratio = stage.config.classifier_peak_learning_rate / optimization.peak_learning_rate
     group, replicas = comm.split(stage.world, ds.group_size(stage.world.size))
     options = SoftmaxOptions(
         temperature=classifier.temperature,
@@ -112,8 +114,8 @@ def classifier_shard(stage: Stage) -> ClassifierShard:
         replicas=replicas,
         smoothing_factor=classifier.smoothing_factor,
         momentum=optimization.momentum,
-        weight_decay=optimization.weight_decay if classifier.weight_decay is None else classifier.weight_decay,
-        learning_rate_multiplier=classifier.learning_rate_multiplier,
+        weight_decay=stage.config.classifier_weight_decay,
+        learning_rate_multiplier=classifier.learning_rate_multiplier * rate_ratio,
         row_dtype=ds.row_dtype,
         momentum_dtype=ds.momentum_dtype,
         sampler=sampler,

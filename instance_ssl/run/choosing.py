@@ -84,6 +84,7 @@ def choose(
         global_batch_size=optimization.global_batch_size if request.trains else None,
         max_grad_norm=optimization.max_grad_norm,
         world_size=world.size,
+        optimizer=optimization.optimizer,
         micro_batch_size=micro_batch_size,
     )
     if request.trains:

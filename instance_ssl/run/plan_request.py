@@ -38,6 +38,7 @@ class PlanRequest:
             global_batch_size=self.config.optimization.global_batch_size,
             max_grad_norm=self.config.optimization.max_grad_norm,
             world_size=world_size,
+            optimizer=self.config.optimization.optimizer,
             micro_batch_size=self.micro_batch_size,
         )
 

@@ -59,6 +59,7 @@ class Planner:
             image_size=config.data.image_size,
             num_views=ds.micro_batch_size * config.augmentation.num_views,
             autocast_dtype=ds.autocast_dtype,
+            optimizer=config.optimization.optimizer,
         )
 
     def training(self, world_size: int) -> Training:

@@ -51,6 +51,7 @@ class Request:
         records.check_unchanged(config, self.run_directory)
         if self.has_default_directory and self.stages == ("export",):
             checks.check_run_to_export(config, self.run_directory)
+        checks.check_initial_weights(config, self.run_directory, self.stages)
         checks.check_made_before(config, self.run_directory, self.stages)
 
     def check_division(self, config: ExperimentConfig, world_size: int) -> None:
@@ -60,6 +61,7 @@ class Request:
             global_batch_size=config.optimization.global_batch_size if batch_is_known else None,
             max_grad_norm=config.optimization.max_grad_norm,
             world_size=world_size,
+            optimizer=config.optimization.optimizer,
         )
 
 

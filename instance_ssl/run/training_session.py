@@ -117,9 +117,9 @@ class TrainingSession:
             loss_level=self._loss.level,
             matmul_dtype=precision.describe(self._stage.ds.matmul_dtype),
         )
-        state, momentum = self._engine.full_state()
+        state, optimizer = self._engine.full_state()
         buffers = self._engine.own_buffers()
-        start_checkpoint(self._writer, position, state, momentum, buffers, self._shard, self._stage.world)
+        start_checkpoint(self._writer, position, state, optimizer, buffers, self._shard, self._stage.world)
         self._saved_step = self.step
         self._log.note("speed/checkpoint_pause_seconds", time.perf_counter() - started)
 

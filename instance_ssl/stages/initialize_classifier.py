@@ -127,10 +127,9 @@ def _save(stage: Stage, encoder: Encoder, shard: ClassifierShard, folder: str, s
     width = stage.config.model.embedding_dim
     position = TrainingPosition(step, 0, len(stage.source), width, stage.world.size, digests=digests)
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
-    momentum = {name: torch.zeros_like(value, device="cpu") for name, value in encoder.named_parameters()}
     buffers = {name: value.cpu() for name, value in encoder.named_buffers()}
     writer = DirectoryWriter(stage.directory / folder, stage.world, keep=1, is_permanent=lambda step: False)
-    start_checkpoint(writer, position, state, momentum, buffers, shard, stage.world)
+    start_checkpoint(writer, position, state, {}, buffers, shard, stage.world)
     return str(writer.commit().relative_to(stage.run_directory))
 
 

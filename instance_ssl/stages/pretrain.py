@@ -1,11 +1,15 @@
 """Stage 2: epochs of instance classification, with the hardest classes refreshed before each."""
 
 import gc
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from instance_ssl.checkpoint.directory import clear_leftovers, content_bytes
 from instance_ssl.checkpoint.state import Checkpoint, checkpoint_bytes, load_encoder, load_own_buffers, load_rows
 from instance_ssl.classifier.shard import ClassifierShard
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.data.loaders import view_loader
 from instance_ssl.data.sampler import GlobalBatchSampler
 from instance_ssl.errors import UserError, reason
@@ -19,6 +23,7 @@ from instance_ssl.run.stage import Stage
 from instance_ssl.run.training_session import Rollback, TrainingSession
 from instance_ssl.stages import update_images
 from instance_ssl.training.engine import Engine
+from instance_ssl.training.optimizers import OptimizerOptions, learning_rate_scales, state_size
 from instance_ssl.training.schedules import warmup_cosine
 from instance_ssl.training.step import train_epoch
 
@@ -33,7 +38,9 @@ def run(stage: Stage) -> dict[str, Any]:
         start = _starting_checkpoint(stage)
         skipped = _skipped_steps(stage)
         try:
-            return _train(stage, start, skipped)
+            if (result := _train(stage, start, skipped)) is not None:
+                return result
+            stage.log.say("the backbone is trained from now on")
         except Rollback as rollback:
             stage.log.say(f"going back to the newest checkpoint; step {rollback.step} is skipped from now on")
             if stage.world.rank == 0:
@@ -41,7 +48,11 @@ def run(stage: Stage) -> dict[str, Any]:
         gc.collect()  # the old engine refers to itself, and holds the encoder's memory
 
 
-def _train(stage: Stage, start: Checkpoint, skipped_steps: frozenset[int]) -> dict[str, Any]:
+def _train(stage: Stage, start: Checkpoint, skipped_steps: frozenset[int]) -> dict[str, Any] | None:
+    """Trains to the last epoch, or with a frozen backbone to its last frozen epoch (None).
+
+    Training then goes on from the checkpoint of that epoch, with another engine: the thaw is a resume.
+    """
     config, optimization = stage.config, stage.config.optimization
     sampler = GlobalBatchSampler(
         len(stage.source),
@@ -66,10 +77,11 @@ def _train(stage: Stage, start: Checkpoint, skipped_steps: frozenset[int]) -> di
     engine = _build_engine(stage, start, sampler.steps_per_epoch)
     _require_space(stage, engine, shard)
     total_steps = optimization.epochs * sampler.steps_per_epoch
+    last_step = config.model.freeze_epochs * sampler.steps_per_epoch if _is_frozen(stage, start) else total_steps
     stage.log.forget_after(start.position.step)
     with stage.log.progress("pretrain", total_steps, "steps", initial=start.position.step) as progress:
         session = TrainingSession(stage, engine, shard, sampler.steps_per_epoch, broken, start, progress)
-        while session.step < total_steps:
+        while session.step < last_step:
             sampler.epoch, sampler.start_step = divmod(session.step, sampler.steps_per_epoch)
             first_step = session.step - sampler.start_step
             if sampler.start_step == 0:
@@ -86,6 +98,8 @@ def _train(stage: Stage, start: Checkpoint, skipped_steps: frozenset[int]) -> di
                 skipped={step - first_step for step in skipped_steps},
             )
         session.finish()
+    if last_step < total_steps:
+        return None
     counts = {"epochs": optimization.epochs, "steps": total_steps, "broken_images": len(broken.ids)}
     return {**counts, **session.figures}
 
@@ -100,11 +114,14 @@ def _starting_checkpoint(stage: Stage) -> Checkpoint:
 
 
 def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engine:
-    """The engine with the checkpoint's encoder and momentum."""
+    """The engine with the checkpoint's encoder and optimizer state."""
     optimization = stage.config.optimization
     encoder = seeded_encoder(stage.config, recompute_stages=stage.ds.recompute_stages)
-    state, momentum = stage.together(lambda: load_encoder(start))
+    state, optimizer_state = stage.together(lambda: load_encoder(start))
     encoder.load_state_dict(state)
+    if _is_frozen(stage, start):
+        stage.log.say(f"the backbone is frozen for the first {stage.config.model.freeze_epochs} epochs")
+        encoder.freeze_backbone()
 
     def schedule(step: int) -> float:
         return warmup_cosine(
@@ -114,16 +131,16 @@ def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engi
             total_steps=optimization.epochs * steps_per_epoch,
         )
 
-    engine = Engine(
-        encoder,
-        schedule,
-        stage.ds,
-        stage.world,
-        momentum=optimization.momentum,
-        weight_decay=optimization.weight_decay,
-        first_step=start.position.step,
+    options = OptimizerOptions(
+        optimization.optimizer,
+        optimization.momentum,
+        optimization.weight_decay,
+        optimization.backbone_learning_rate_multiplier,
+        optimization.layer_decay,
     )
-    engine.load_momentum(momentum)
+    stage.log.say(_describe_rates(stage.config, learning_rate_scales(encoder, options)))
+    engine = Engine(encoder, schedule, stage.ds, stage.world, options, first_step=start.position.step)
+    engine.load_optimizer(optimizer_state)
     engine.loss_scale = start.position.loss_scale
     own_buffers = stage.together(lambda: load_own_buffers(start, stage.world))
     if own_buffers is not None:
@@ -131,8 +148,21 @@ def _build_engine(stage: Stage, start: Checkpoint, steps_per_epoch: int) -> Engi
     return engine
 
 
+def _describe_rates(config: ExperimentConfig, scales: Mapping[str, float]) -> str:
+    """The log line of the optimizers and their learning rates at the end of the warm-up."""
+    peak, lowest = config.optimization.peak_learning_rate, min(scales.values())
+    backbone = f", down to {lowest * peak:.2g} in the backbone" if lowest < 1 else ""
+    own = config.classifier_peak_learning_rate * config.classifier.learning_rate_multiplier
+    return f"optimizer: {config.optimization.optimizer}, learning rate {peak:.3g}{backbone}; W: sgd, {own:.3g}"
+
+
+def _is_frozen(stage: Stage, start: Checkpoint) -> bool:
+    return start.position.epoch < stage.config.model.freeze_epochs
+
+
 def _require_space(stage: Stage, engine: Engine, shard: ClassifierShard) -> None:
-    encoder_bytes = content_bytes(engine.encoder.state_dict())
+    state_bytes = torch.float32.itemsize * state_size(engine.encoder, stage.config.optimization.optimizer)
+    encoder_bytes = content_bytes(engine.encoder.state_dict()) + state_bytes
     size = checkpoint_bytes(shard, stage.config.classifier.num_hard_classes, encoder_bytes)
     stage.on_rank_0(lambda: require_space(stage.checkpoints_of(stage.name), size, stage.config.checkpoint.keep))
 

@@ -112,14 +112,14 @@ def _rewrite(stage: Stage, start: Checkpoint) -> None:
         new_ids = torch.from_numpy(_new_ids(old_ids_N, old.num_instances))[shard.sampler.recent_classes]
         shard.sampler.recent_classes = new_ids[new_ids >= 0]
     new = torch.from_numpy((old_ids_N < 0).nonzero()[0])
-    state, momentum = stage.together(lambda: load_encoder(start))
+    state, optimizer = stage.together(lambda: load_encoder(start))
     _add_rows(stage, shard, state, new)
     folder = stage.on_rank_0(lambda: _begin(stage))
     writer = DirectoryWriter(folder / "checkpoints", stage.world, keep=1, is_permanent=lambda step: False)
     own_buffers = stage.together(lambda: load_own_buffers(start, stage.world))
     if own_buffers is None:
         own_buffers = {name: state[name] for name, _ in seeded_encoder(stage.config).named_buffers()}
-    start_checkpoint(writer, _position(stage, start), state, momentum, own_buffers, shard, stage.world)
+    start_checkpoint(writer, _position(stage, start), state, optimizer, own_buffers, shard, stage.world)
     writer.commit()
     stage.on_rank_0(lambda: _commit(stage, start, old_ids_N, folder))
 

@@ -1,7 +1,7 @@
 """The data-parallel half: a DeepSpeed engine around the encoder. The only file that imports deepspeed."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -15,13 +15,17 @@ from torch.nn.utils import get_total_norm
 from instance_ssl.config.deepspeed import DeepSpeedSettings
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
+from instance_ssl.training.optimizers import OptimizerOptions, build_optimizer, fresh_state
+
+# By parameter, then by slot (torch's names: momentum_buffer, exp_avg, exp_avg_sq, step).
+OptimizerState = dict[str, dict[str, Tensor]]
 
 
 class Engine:
-    """Encoder, SGD and schedule inside DeepSpeed: forward, backward, step, and the full state whatever the ZeRO stage.
+    """Encoder, optimizer and schedule inside DeepSpeed: forward, backward, step, and the full state at any ZeRO stage.
 
     Args:
-        encoder: float32, equal on all ranks.
+        encoder: float32, equal on all ranks. Parameters that require no gradient are not trained, and have no state.
         schedule: step → learning rate.
         settings: the resolved DeepSpeed JSON.
         first_step: optimizer steps already taken, skipped ones included, for a resumed run.
@@ -33,9 +37,8 @@ class Engine:
         schedule: Callable[[int], float],
         settings: DeepSpeedSettings,
         group: Group,
+        options: OptimizerOptions,
         *,
-        momentum: float,
-        weight_decay: float,
         first_step: int = 0,
     ) -> None:
         _quieten()
@@ -47,12 +50,12 @@ class Engine:
         self._micro_batches_seen = 0
         self._buffers = list(self.encoder.buffers())
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
-        optimizer = torch.optim.SGD(
-            self.encoder.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay, fused=True
-        )
-        self._engine, *_ = deepspeed.initialize(model=self.encoder, optimizer=optimizer, config=settings.engine)
+        # Under ZeRO, DeepSpeed puts this rank's part of each group, flat, in place of the group's parameters.
+        self._optimizer = build_optimizer(self.encoder, options)
+        self._engine, *_ = deepspeed.initialize(model=self.encoder, optimizer=self._optimizer, config=settings.engine)
         comm.set_timeouts()  # of the groups that DeepSpeed has just made
         self._zero_stage = self._engine.zero_optimization_stage()
+        self._make_state()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Embeddings (b, D) of images (b, 3, S, S), with the graph that `backward` needs."""
@@ -64,8 +67,9 @@ class Engine:
     def backward(self, x_bD: Tensor, gradient_bD: Tensor) -> None:
         """Backpropagates ∂J/∂x of the local rows; the encoder's gradients are summed over micro-batches and ranks.
 
-        The scalar stands in for the loss because ZeRO hooks the backward pass of a scalar. It is not divided by the
-        accumulation steps: J is already the mean over the whole optimizer step.
+        A scalar stands in for the loss, and is not divided by the accumulation steps: J is already the mean over the
+        whole optimizer step. DeepSpeed 0.19.8 also takes `x_bD.backward(gradient_bD)`, which gives the same bits under
+        ZeRO 1 and 2 once multiplied by the accumulation steps, but refuses it without ZeRO, and so with float16.
         """
         self._engine.backward((x_bD * gradient_bD).sum(), scale_wrt_gas=False)
 
@@ -80,8 +84,8 @@ class Engine:
             self._engine.step()
             return False
         self._micro_batches_seen = 0
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate * group["lr_scale"]
         self.steps_taken += 1
         scaler = self._engine.torch_autocast_z0_gradscaler
         if self._zero_stage == 0 and scaler is None and not self._gradients_are_finite():
@@ -146,9 +150,18 @@ class Engine:
         """This rank's buffers by name, on the CPU: batch-norm statistics are local in training."""
         return {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.encoder.named_buffers()}
 
+    def _make_state(self) -> None:
+        """Makes the optimizer's state, which torch would make at the first step, so that it can be read and loaded."""
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                self._optimizer.state[parameter] = fresh_state(parameter, group["slots"])
+        if self._zero_stage > 0:
+            # DeepSpeed links parameters to their parts of it after the first group's step, too early for other groups.
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
     @torch.no_grad()
-    def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Encoder state and momentum by name, whole, on the CPU. Collective.
+    def full_state(self) -> tuple[dict[str, Tensor], OptimizerState]:
+        """Encoder state and the optimizer's by name, whole, on the CPU. Collective.
 
         Floating-point buffers are the ranks' mean. Saving does not change the training.
         """
@@ -157,30 +170,40 @@ class Engine:
             if buffer.is_floating_point():
                 mean = self.group.all_reduce_sum_(buffer.detach().clone()).div_(self.group.size)
                 state[name] = mean.to("cpu", copy=True)
-        momentum = {name: self._momentum_of(parameter) for name, parameter in self.encoder.named_parameters()}
-        return state, {name: value.detach().to("cpu", copy=True) for name, value in momentum.items()}
+        optimizer: OptimizerState = {}
+        for name, parameter, own in self._own_states():
+            whole = own if self._zero_stage == 0 else {slot: _gathered(parameter, slot, own[slot]) for slot in own}
+            optimizer[name] = {slot: value.to("cpu", copy=True) for slot, value in whole.items()}
+        return state, optimizer
 
-    def _momentum_of(self, parameter: nn.Parameter) -> Tensor:
-        value = None
-        if self._zero_stage == 0:
-            value = self._engine.optimizer.state.get(parameter, {}).get("momentum_buffer")
-        elif self._engine.optimizer.optimizer.state:  # empty before the first step
-            value = safe_get_full_optimizer_state(parameter, "momentum_buffer")
-        return torch.zeros_like(parameter) if value is None else value.view_as(parameter)
+    @torch.no_grad()
+    def load_optimizer(self, state: OptimizerState) -> None:
+        """Sets the optimizer's state; parameters that have none in `state` begin afresh. Collective.
 
-    def load_momentum(self, momentum: dict[str, Tensor]) -> None:
-        """Sets the momentum of every parameter; encoder weights are loaded before the engine is built. Collective."""
-        if self._zero_stage > 0:  # ZeRO makes its links to the momentum after the first step
+        Encoder weights are loaded before the engine is built.
+        """
+        for name, parameter, own in self._own_states():
+            for slot, value in state.get(name, {}).items():
+                if self._zero_stage == 0 or value.ndim == 0:
+                    own[slot].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value.to(parameter), slot)
+
+    def _own_states(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:
+        """Names of trained parameters, the parameters and their state here: under ZeRO, that of their group's part."""
+        keys: dict[nn.Parameter, Tensor] = {}
+        if self._zero_stage > 0:
             zero = self._engine.optimizer
-            for partition in zero.single_partition_of_fp32_groups:
-                zero.optimizer.state[partition]["momentum_buffer"] = torch.zeros_like(partition)
-            zero._lazy_init_hp_params_optimizer_state()
+            for parameters, partition in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+                keys |= dict.fromkeys(parameters, partition)
         for name, parameter in self.encoder.named_parameters():
-            value = momentum[name].to(parameter)
-            if self._zero_stage == 0:
-                self._engine.optimizer.state[parameter]["momentum_buffer"] = value.clone()
-            else:
-                safe_set_full_optimizer_state(parameter, value, "momentum_buffer")
+            if parameter.requires_grad:
+                yield name, parameter, self._optimizer.state[keys.get(parameter, parameter)]
+
+
+def _gathered(parameter: nn.Parameter, slot: str, own: Tensor) -> Tensor:
+    """A slot of a parameter from the parts that ZeRO's ranks have; the count of steps is the same on all of them."""
+    return own if own.ndim == 0 else safe_get_full_optimizer_state(parameter, slot).view_as(parameter)
 
 
 def versions() -> dict[str, Any]:

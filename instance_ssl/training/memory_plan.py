@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from instance_ssl.config.choices import Layout
+from instance_ssl.config.choices import Layout, OptimizerName
 from instance_ssl.distributed.comm import ring_bytes
 from instance_ssl.training.classifier_cost import (
     ClassifierSize,
@@ -26,8 +26,9 @@ from instance_ssl.training.classifier_cost import (
     classifier_traffic,
 )
 from instance_ssl.training.live_bytes import LiveBytes
+from instance_ssl.training.optimizers import state_size
 
-_FLOAT = 4  # bytes; weights, gradients and momentum of the encoder are float32 under every JSON
+_FLOAT = 4  # bytes; weights, gradients and optimizer state of the encoder are float32 under every JSON
 # Their gradients are reduced in the autocast dtype under ZeRO (LOWER_PRECISION_SAFE_MODULES of DeepSpeed 0.19.8).
 _LOW_PRECISION_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # DeepSpeed's default for an absent key (0.19.8, zero/config.py).
@@ -40,6 +41,7 @@ class EncoderCost:
 
     Attributes:
         num_parameters: all are trained.
+        num_kept: numbers that the optimizer keeps for them.
         num_low_precision: parameters of linear layers and convolutions.
         buffer_bytes: running statistics.
         kept: bytes of activations when the backward pass starts, including images and autocast's weights.
@@ -49,6 +51,7 @@ class EncoderCost:
     """
 
     num_parameters: int
+    num_kept: int
     num_low_precision: int
     buffer_bytes: int
     kept: int
@@ -86,7 +89,7 @@ class EncoderMemory:
 
     Attributes:
         weights: with running statistics.
-        optimizer: momentum, and under ZeRO the partition's copy of the weights.
+        optimizer: momentum or moments, and under ZeRO the partition's copy of the weights.
         waiting: gradients of earlier micro-batches during the forward pass.
         gradients: of all parameters without ZeRO; under it of the partition, and of what accumulates.
         buckets: ZeRO's, during the backward pass.
@@ -139,7 +142,12 @@ class Plan:
 
 
 def measure_encoder(
-    build: Callable[[], nn.Module], *, image_size: int, num_views: int, autocast_dtype: torch.dtype | None
+    build: Callable[[], nn.Module],
+    *,
+    image_size: int,
+    num_views: int,
+    autocast_dtype: torch.dtype | None,
+    optimizer: OptimizerName = "sgd",
 ) -> EncoderCost:
     """Measures forward and backward pass of one micro-batch on fake tensors, with or without recomputation.
 
@@ -157,6 +165,7 @@ def measure_encoder(
     low = [module for module in encoder.modules() if isinstance(module, _LOW_PRECISION_MODULES)]
     return EncoderCost(
         num_parameters=sum(p.numel() for p in parameters),
+        num_kept=state_size(encoder, optimizer),
         num_low_precision=sum(p.numel() for module in low for p in module.parameters(recurse=False)),
         buffer_bytes=sum(b.nbytes for b in encoder.buffers()),
         kept=kept,
@@ -209,8 +218,8 @@ def engine_size(
 
 
 def encoder_memory(cost: EncoderCost, size: EngineSize) -> EncoderMemory:
-    """What DeepSpeed 0.19.8 holds for an encoder and SGD with momentum (read in its source, and measured)."""
-    whole = cost.num_parameters * _FLOAT
+    """What DeepSpeed 0.19.8 holds for an encoder and its optimizer (read in its source, and measured)."""
+    whole, kept = cost.num_parameters * _FLOAT, cost.num_kept * _FLOAT
     part = math.ceil(cost.num_parameters / size.world_size) * _FLOAT
     weights = whole + cost.buffer_bytes
     accumulates = size.accumulation_steps > 1
@@ -221,12 +230,13 @@ def encoder_memory(cost: EncoderCost, size: EngineSize) -> EncoderMemory:
         # Allocated once a step, while activations are released.
         backward = cost.backward_peak if accumulates else cost.first_backward_peak - whole
         waiting = whole if accumulates else 0
-        return EncoderMemory(weights, whole, waiting, whole, 0, cost.kept, backward, reduction)
+        return EncoderMemory(weights, kept, waiting, whole, 0, cost.kept, backward, reduction)
     waiting = (whole if size.zero_stage == 1 else part) if accumulates else 0
     num_dtypes = len([count for count in _gradient_counts(cost, size).values() if count])
     buckets = num_dtypes * size.num_buckets * size.reduce_bucket_size * _FLOAT
     gradients = part + waiting
-    return EncoderMemory(weights, 2 * part, waiting, gradients, buckets, cost.kept, cost.backward_peak, part)
+    optimizer = part + math.ceil(kept / size.world_size)
+    return EncoderMemory(weights, optimizer, waiting, gradients, buckets, cost.kept, cost.backward_peak, part)
 
 
 def encoder_traffic(cost: EncoderCost, size: EngineSize) -> Counter[str]:

@@ -57,6 +57,8 @@ def run_peer(stage: Stage) -> dict[str, Any]:
         raise UserError(f"the peers run in one process, not in {stage.world.size}")
     if config.augmentation.num_views != 2:
         raise UserError(f"the peers take augmentation.num_views 2, not {config.augmentation.num_views}")
+    if config.optimization.optimizer != "sgd":
+        raise UserError(f"the peers train with optimization.optimizer sgd, not {config.optimization.optimizer}")
     images = open_labelled(stage)
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model.backbone, config.model.stem, config.data.image_size)

@@ -1,5 +1,9 @@
 """W's own weight decay and rate: two parameter groups of one dense SGD, whether rows are sampled or not."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -10,10 +14,14 @@ from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
 from instance_ssl.config.choices import SamplingMode
+from instance_ssl.config.deepspeed import load_ds_config
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.distributed.comm import Group
+from instance_ssl.run.build import classifier_shard
 
 N, D, M, BATCH, STEPS, TAU = 41, 6, 15, 8, 6, 0.15
 MOMENTUM, RATE = 0.9, 0.3
+DS = Path(__file__).parents[2] / "ds_configs/cpu_float32.json"
 
 
 def sampler(mode: SamplingMode | None) -> ClassSampler | None:
@@ -78,3 +86,29 @@ def test_rows_have_a_decay_and_a_rate_of_their_own(
 ) -> None:
     rows = torch.cat(run_ranks(train_shard, world_size, mode, decay, multiplier))
     torch.testing.assert_close(rows, train_densely(mode, decay, multiplier), rtol=1e-11, atol=1e-13)
+
+
+def shard_of(group: Group, optimization: dict[str, Any], classifier: dict[str, Any]) -> tuple[float, float]:
+    """The rate at the end of the warm-up, and the decay, of the shard that a stage builds."""
+    config = ExperimentConfig.model_validate({"optimization": optimization, "classifier": classifier})
+    ds = load_ds_config(DS, global_batch_size=4096, max_grad_norm=0.0, world_size=group.size)
+    stage: Any = SimpleNamespace(config=config, ds=ds, world=group, source=range(N))
+    shard = classifier_shard(stage)
+    return config.optimization.peak_learning_rate * shard.learning_rate_multiplier, shard.weight_decay
+
+
+@pytest.mark.parametrize(
+    ("optimization", "classifier", "rate", "decay"),
+    [
+        ({}, {}, 0.48, 1e-4),
+        ({"learning_rate": 0.1, "weight_decay": 0.01}, {"learning_rate_multiplier": 2}, 0.2, 0.01),
+        ({"optimizer": "adamw"}, {}, 0.48, 1e-4),
+        ({"optimizer": "adamw", "learning_rate": 1e-3}, {"learning_rate": 0.3, "weight_decay": 0.02}, 0.3, 0.02),
+        ({"optimizer": "lars"}, {"learning_rate_multiplier": 0.5}, 0.24, 1e-4),
+    ],
+)
+def test_a_stage_gives_w_its_own_rate_and_decay(
+    optimization: dict[str, Any], classifier: dict[str, Any], rate: float, decay: float
+) -> None:
+    (built,) = run_ranks(shard_of, 1, optimization, classifier)
+    assert built == (pytest.approx(rate, rel=1e-12), decay)

@@ -17,14 +17,19 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.models.encoder import build_encoder
 from instance_ssl.training import memory_plan
 from instance_ssl.training.engine import Engine
+from instance_ssl.training.optimizers import OptimizerOptions
 
 BUCKET = 2_000_000
-# Backbone, image size, views of a micro-batch, ranks, ZeRO stage, micro-batches, autocast.
+# Backbone, image size, views of a micro-batch, ranks, ZeRO stage, micro-batches, autocast, optimizer.
 CASES = [
-    ("small_cnn", 16, 64, 1, 0, 2, torch.bfloat16),
-    pytest.param(("resnet18", 16, 8, 2, 1, 1, torch.bfloat16), marks=pytest.mark.full),
-    pytest.param(("resnet18", 32, 12, 2, 2, 2, None), marks=pytest.mark.full),
-    pytest.param(("resnet50", 32, 8, 1, 0, 1, None), marks=pytest.mark.full),
+    ("small_cnn", 16, 64, 1, 0, 2, torch.bfloat16, "sgd"),
+    pytest.param(("resnet18", 16, 8, 2, 1, 1, torch.bfloat16, "sgd"), marks=pytest.mark.full),
+    pytest.param(("resnet18", 32, 12, 2, 2, 2, None, "sgd"), marks=pytest.mark.full),
+    pytest.param(("resnet50", 32, 8, 1, 0, 1, None, "sgd"), marks=pytest.mark.full),
+    ("resnet18", 16, 4, 1, 0, 1, None, "adamw"),
+    pytest.param(("resnet18", 16, 4, 2, 2, 1, None, "adamw"), marks=pytest.mark.full),
+    pytest.param(("resnet18", 16, 4, 1, 0, 1, None, "lars"), marks=pytest.mark.full),
+    pytest.param(("resnet18", 16, 4, 2, 0, 1, None, "muon"), marks=pytest.mark.full),
 ]
 STEPS = 5
 
@@ -83,13 +88,13 @@ def train(group: Group, case: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
     What stays is counted tensor by tensor, and of the steps' peaks the least is taken: the profiler misses a release
     when one of the backend's threads makes it, and it may make it only after the step.
     """
-    backbone, image_size, views, _, zero_stage, accumulation, dtype = case
+    backbone, image_size, views, _, zero_stage, accumulation, dtype, optimizer = case
     engines: list[Engine] = []
 
     def build() -> None:
         settings = settings_of(zero_stage, accumulation, dtype)
         encoder = encoder_of(backbone, image_size)
-        engines.append(Engine(encoder, lambda step: 0.1, settings, group, momentum=0.9, weight_decay=1e-4))
+        engines.append(Engine(encoder, lambda step: 0.1, settings, group, OptimizerOptions(optimizer)))
 
     def step() -> None:
         for _ in range(accumulation):
@@ -110,10 +115,14 @@ def train(group: Group, case: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case))
 def test_memory_within_ten_percent(case: tuple[Any, ...]) -> None:
-    backbone, image_size, views, ranks, zero_stage, accumulation, dtype = case
+    backbone, image_size, views, ranks, zero_stage, accumulation, dtype, optimizer = case
     measured, given = run_ranks(train, ranks, case)[0]
     cost = memory_plan.measure_encoder(
-        lambda: encoder_of(backbone, image_size), image_size=image_size, num_views=views, autocast_dtype=dtype
+        lambda: encoder_of(backbone, image_size),
+        image_size=image_size,
+        num_views=views,
+        autocast_dtype=dtype,
+        optimizer=optimizer,
     )
     settings = settings_of(zero_stage, accumulation, dtype)
     size = memory_plan.engine_size(

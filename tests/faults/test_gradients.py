@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from instance_ssl.config.deepspeed import load_ds_config
 from instance_ssl.distributed.comm import Group
 from instance_ssl.training.engine import Engine
+from instance_ssl.training.optimizers import OptimizerOptions
 
 
 def make_a_gradient_infinite() -> None:
@@ -76,7 +77,7 @@ def take_a_step_with_a_large_gradient(group: Group, path: Path) -> Tensor:
     model = nn.Linear(3, 2, bias=False)
     nn.init.zeros_(model.weight)
     settings = load_ds_config(path, global_batch_size=8 * group.size, max_grad_norm=0.0, world_size=group.size)
-    engine = Engine(model, lambda step: 0.5, settings, group, momentum=0.0, weight_decay=0.0)
+    engine = Engine(model, lambda step: 0.5, settings, group, OptimizerOptions(momentum=0.0, weight_decay=0.0))
     x_bD = engine(torch.full((8, 3), 100.0))
     engine.backward(x_bD, torch.ones_like(x_bD))
     assert engine.end_micro_batch()

@@ -117,7 +117,8 @@ def newest_of_before(place: Path) -> Path:
 
 
 def tensors_of(encoder: dict[str, Any]) -> list[torch.Tensor]:
-    return [*encoder["state"].values(), *encoder["momentum"].values()]
+    momenta = [slots["momentum_buffer"] for slots in encoder["optimizer"].values()]
+    return [*encoder["state"].values(), *momenta]
 
 
 def test_a_training_updates_the_images_itself_and_a_crash_changes_nothing(place: Path, images: Path) -> None:

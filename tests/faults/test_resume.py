@@ -136,7 +136,9 @@ def leave_out(place: Path, first: int) -> None:
 def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Everything that was learned, gathered over the ranks that wrote it."""
     encoder = torch.load(checkpoint / "encoder.pt", weights_only=True)
-    state = {f"{kind}/{name}": value for kind, values in encoder.items() for name, value in values.items()}
+    state = dict(encoder["state"])
+    for name, slots in encoder["optimizer"].items():
+        state |= {f"{name}/{slot}": value for slot, value in slots.items()}
     rows = [torch.load(path, weights_only=True) for path in sorted(checkpoint.glob("rows_*.pt"))]
     return state | {name: torch.cat([part[name] for part in rows]) for name in ("weight", "momentum")}
 

@@ -35,6 +35,30 @@ def test_defaults_are_the_papers_main_setting() -> None:
     assert config.classifier.initialization == "running"
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "decay", "rate_of_w"),
+    [("sgd", 0.06, 1e-4, 0.06), ("adamw", 3e-4, 0.1, 0.06), ("lars", 0.6, 1e-6, 0.06), ("muon", 3e-4, 0.1, 0.06)],
+)
+def test_each_optimizer_has_its_papers_rate_and_w_the_papers_sgd(
+    tmp_path: Path, optimizer: str, rate: float, decay: float, rate_of_w: float
+) -> None:
+    path = write(tmp_path, f"optimization: {{optimizer: {optimizer}, global_batch_size: 512}}")
+    config = load_config(path)
+    assert config.optimization.peak_learning_rate == pytest.approx(rate)
+    assert config.optimization.weight_decay == decay
+    assert (config.classifier_peak_learning_rate, config.classifier_weight_decay) == (pytest.approx(rate_of_w), 1e-4)
+    given = load_config(path, ["optimization.weight_decay=0.03", "optimization.learning_rate=0.2"])
+    assert given.optimization.weight_decay == 0.03
+    assert given.optimization.peak_learning_rate == 0.2
+    # One SGD in the paper: only its rate and decay are W's too.
+    own = (0.2, 0.03) if optimizer == "sgd" else (pytest.approx(rate_of_w), 1e-4)
+    assert (given.classifier_peak_learning_rate, given.classifier_weight_decay) == own
+    for_w = load_config(path, ["classifier.learning_rate=0.7", "classifier.weight_decay=0"])
+    assert (for_w.classifier_peak_learning_rate, for_w.classifier_weight_decay) == (0.7, 0)
+    recorded = write(tmp_path, json.dumps(given.model_dump(mode="json")))
+    assert load_config(recorded) == given
+
+
 def test_defaults_of_fine_tuning_are_the_papers_and_simclrs() -> None:
     few, transfer = ExperimentConfig().evaluation.semi_supervised, ExperimentConfig().evaluation.fine_tune
     assert (few.fractions, few.backbone_learning_rate, few.classifier_learning_rates) == ((0.01, 0.1), 0.001, (15, 10))
@@ -127,6 +151,12 @@ def test_a_single_epoch_without_warm_up_is_allowed(tmp_path: Path) -> None:
         ("train_micro_batch_size_per_gpu=8", "belongs in the DeepSpeed JSON, the file of --deepspeed_config"),
         ("optimization.epochs.max=8", "it is a value and has no keys"),
         ("optimization.epochs=0", "must be at least 1, not 0"),
+        ("optimization.optimizer=adam", "did you mean 'adamw'?"),
+        ("optimization.optimizer=[sgd]", "optimization.optimizer"),
+        ("optimization.layer_decay=1.5", "must be at most 1, not 1.5"),
+        ("optimization.layer_decay=0", "must be above 0, not 0"),
+        ("optimization.backbone_learning_rate_multiplier=0", "must be above 0, not 0"),
+        ("model.freeze_epochs=200", "model.freeze_epochs 200 must be below optimization.epochs 200"),
         ("classifier.smoothing_factor=1", "must be below 1, not 1"),
         ("optimization.epochs=30.5", "expected a whole number, found 30.5"),
         ("optimization.epochs=None", "expected a whole number, found 'None'"),

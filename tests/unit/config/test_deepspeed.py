@@ -9,6 +9,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from instance_ssl.config.choices import OptimizerName
 from instance_ssl.config.deepspeed import DeepSpeedSettings, ZeroSection, load_ds_config, read_ds_file
 from instance_ssl.errors import UserError
 
@@ -193,6 +194,22 @@ def test_a_malformed_or_missing_file_is_one_line(tmp_path: Path, monkeypatch: py
     assert "not JSON" in error_of(path)
     path.write_text("[]")
     assert "expected an object" in error_of(path)
+
+
+@pytest.mark.parametrize(("optimizer", "what"), [("lars", "the norm of each whole tensor"), ("muon", "whole matrices")])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_optimizer_of_whole_tensors_is_refused_under_zero(
+    tmp_path: Path, optimizer: OptimizerName, what: str, stage: int
+) -> None:
+    path = written(tmp_path, zero_optimization={"stage": stage})
+    given: dict[str, Any] = {"max_grad_norm": 0.0, "world_size": 2, "optimizer": optimizer}
+    with pytest.raises(UserError) as caught:
+        load_ds_config(path, global_batch_size=4096, **given)
+    assert f"optimization.optimizer {optimizer} needs {what}: set the stage to 0" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    load_ds_config(path, global_batch_size=None, **given)  # an evaluation of the run trains nothing
+    load_ds_config(written(tmp_path, zero_optimization={"stage": 0}), global_batch_size=4096, **given)
+    load_ds_config(path, global_batch_size=4096, **{**given, "optimizer": "adamw"})
 
 
 def test_an_automatic_micro_batch_is_filled_in_and_ranks_that_cannot_share_the_batch_are_refused(

@@ -17,10 +17,10 @@ from instance_ssl.run.build import describe_stem_cost
 from instance_ssl.run.planner import Training
 from instance_ssl.training import classifier_cost
 from instance_ssl.training.classifier_cost import ClassifierSize, classifier_flops, classifier_memory
-from instance_ssl.training.memory_plan import EncoderCost, EngineSize, measure_encoder, plan_layout
+from instance_ssl.training.memory_plan import EncoderCost, EngineSize, encoder_memory, measure_encoder, plan_layout
 from paper_tables import table_1
 
-COST = EncoderCost(1_000_000, 900_000, 1000, 3_000_000, 3_500_000, 4_000_000, 10**9)
+COST = EncoderCost(1_000_000, 1_000_000, 900_000, 1000, 3_000_000, 3_500_000, 4_000_000, 10**9)
 ENGINE = EngineSize(8, 1, None, torch.float32, 0, 5_000_000, 1)
 SIZE = ClassifierSize(1_000_000, 128, 8, 1, 64, 1, 100, SoftmaxOptions(0.15, "mixture", torch.float32, 2**20))
 TRAINING = Training(COST, ENGINE, SIZE)
@@ -49,6 +49,21 @@ def test_an_encoder_is_measured_without_being_allocated(dtype: torch.dtype | Non
     assert cost.kept < cost.backward_peak
     if dtype is not None:
         assert cost.kept < measure_encoder(small_encoder, image_size=16, num_views=6, autocast_dtype=None).kept
+
+
+def test_the_optimizers_state_is_planned() -> None:
+    sizes = {}
+    for name in ("sgd", "lars", "adamw", "muon"):
+        cost = measure_encoder(small_encoder, image_size=16, num_views=2, autocast_dtype=None, optimizer=name)
+        for ranks, stage in ((1, 0), (4, 1)):
+            size = replace(ENGINE, world_size=ranks, zero_stage=stage)
+            sizes[name, stage] = encoder_memory(cost, size).optimizer / cost.num_parameters / 4
+    assert (sizes["sgd", 0], sizes["lars", 0], sizes["adamw", 0]) == (1, 1, 2)
+    hidden = 128 * 128 / cost.num_parameters  # the projection's first matrix, the only one that Muon takes here
+    assert sizes["muon", 0] == pytest.approx(2 - hidden)
+    # A quarter of it, and of a copy of the weights.
+    assert sizes["sgd", 1] == pytest.approx(2 / 4, rel=1e-3)
+    assert sizes["adamw", 1] == pytest.approx(3 / 4, rel=1e-3)
 
 
 def test_activations_grow_with_the_views() -> None:
