@@ -48,8 +48,8 @@ def run_stages(
 ) -> int:
     """Runs stages one after another in one process group and returns the process's exit code.
 
-    Complete stages are skipped. `after` follows the last stage. `--stages` names the ones to run instead, `further`
-    ones included.
+    Complete stages are skipped, and evaluations where `data.kind: auto` finds no labels. `after` follows the last
+    stage. `--stages` names the ones to run instead, `further` ones included.
     """
 
     def work(process: Process) -> None:
@@ -58,14 +58,17 @@ def run_stages(
         offered = {spec.name: spec for spec in (*stages, *further)}
         arguments = parse_arguments(list(offered))
         chosen = [offered[name] for name in arguments.stages] if arguments.stages else stages
-        names, needs_labels = [spec.name for spec in chosen], any(spec.needs_labels for spec in chosen)
-        request = read_request(arguments, names, needs_labels=needs_labels)
+        labelled = [spec.name for spec in chosen if spec.needs_labels]
+        request = read_request(arguments, [spec.name for spec in chosen], labelled)
         from instance_ssl.run import opening, stage_work  # torch is imported here
 
         check_limits()  # again: torch's libraries take most of the address space that a limit leaves
         with contextlib.ExitStack() as held:
             context = opening.open_run(request, process, held)
             for spec in chosen:
+                if spec.needs_labels and context.evaluation_sources is None:
+                    process.log.say(f"{spec.name}: skipped, for the images have no labels to evaluate with")
+                    continue
                 stage_work.run_stage(replace(context, name=spec.name), spec.load(), process)
             if after is not None and not arguments.stages:
                 after(context)
