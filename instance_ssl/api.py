@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).resolve().parents[1]
 _FOLDER = _ROOT / "runners/configs/pipeline_folder.yaml"
+_AUTO_JSON = _ROOT / "ds_configs/auto.json"
 _EXIT_STOPPED = 75
 _LAST_LINES = 20
 
@@ -42,7 +43,7 @@ def pretrain(
     *,
     backbone: str | None = None,
     config: str | Path = _FOLDER,
-    deepspeed_config: str | Path | None = None,
+    deepspeed_config: str | Path = _AUTO_JSON,
     ranks: int = 1,
     **settings: Any,
 ) -> Path:
@@ -52,7 +53,7 @@ def pretrain(
         data: the folder, `data.root`.
         backbone: `model.backbone`; None: the config's.
         config: experiment YAML; by default everything that depends on images and machine is chosen for them.
-        deepspeed_config: DeepSpeed JSON; None: the runner's default.
+        deepspeed_config: DeepSpeed JSON; by default float32 with the largest micro-batch that fits the memory.
         ranks: processes to start, one a GPU.
         settings: further keys of the configuration, by section, `optimization={"epochs": 10}`, or dotted in a dict:
             `**{"optimization.epochs": 10}`.
@@ -68,9 +69,7 @@ def pretrain(
     keys = {"data.root": str(Path(data).expanduser().resolve()), **dict(_dotted(settings))}
     if backbone is not None:
         keys["model.backbone"] = backbone
-    flags = ["--config", str(config), "--run-dir", str(run_dir)]
-    if deepspeed_config is not None:
-        flags += ["--deepspeed_config", str(deepspeed_config)]
+    flags = ["--config", str(config), "--deepspeed_config", str(deepspeed_config), "--run-dir", str(run_dir)]
     _run("pipeline", [*flags, "--set", *_overrides(keys)], ranks)
     return run_dir
 
