@@ -1,4 +1,4 @@
-"""A backbone as files that others read: torchvision's and timm's keys, detectron2's keys, ONNX."""
+"""A backbone as files that others read: its library's keys, detectron2's keys, ONNX."""
 
 import copy
 import importlib.util
@@ -10,17 +10,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torchvision
+from torch import Tensor, nn
 
 from instance_ssl.checkpoint.weights import backbone_network
 from instance_ssl.errors import UserError
 from instance_ssl.files.atomic import saved_file
-from instance_ssl.models.backbones import Backbone
+from instance_ssl.models.backbones import Backbone, ResNet
+from instance_ssl.models.library_networks import LibraryBackbone, classifier_of
 
 ONNX_OPSET = 18
 _SMALL_STEM = "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); model.maxpool = torch.nn.Identity(); "
+_LOAD = "model.load_state_dict(torch.load('backbone.pth', weights_only=True))"
 # What a format needs beside the project's own requirements.
-_PACKAGES = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript"), "parquet": ("pyarrow",)}
+_PACKAGES = {
+    "safetensors": ("safetensors",),
+    "hub": ("safetensors",),
+    "onnx": ("onnx", "onnxscript"),
+    "parquet": ("pyarrow",),
+}
 
 
 def require_packages(formats: Sequence[str]) -> None:
@@ -33,24 +41,53 @@ def require_packages(formats: Sequence[str]) -> None:
                 )
 
 
-def torchvision_state(backbone: Backbone) -> dict[str, Tensor]:
-    """The backbone's tensors by torchvision's keys, on the CPU, without `fc`: it has no classifier.
+def backbone_state(backbone: Backbone) -> dict[str, Tensor]:
+    """The backbone's tensors by the keys of its library, on the CPU: it has no classifier.
 
-    timm's resnets have the same keys. A small_cnn's are its own.
+    A ResNet's are torchvision's, which timm's resnets share. A small_cnn's are its own.
     """
     state = backbone_network(backbone).state_dict()
     return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
 
 
-def loading_code(backbone: str, *, small_stem: bool) -> dict[str, str]:
-    """Python that makes a network of images to features from backbone.pth, with torchvision and with timm."""
+def loading_code(backbone: Backbone, name: str, *, small_stem: bool) -> dict[str, str]:
+    """Python that makes a network of images to features from backbone.pth, by library; none for a small_cnn.
+
+    Args:
+        name: `model.backbone`.
+    """
+    if isinstance(backbone, LibraryBackbone):
+        return _library_code(backbone)
+    return _resnet_code(name, small_stem=small_stem) if isinstance(backbone, ResNet) else {}
+
+
+def _library_code(backbone: LibraryBackbone) -> dict[str, str]:
+    library, _, name = backbone.name.partition("/")
+    arguments = "".join(f", {key}={value!r}" for key, value in backbone.arguments.items())
+    stem = next((module for module in backbone.network.modules() if isinstance(module, nn.Conv2d)), None)
+    change = ""
+    if backbone.has_halved_stride and stem is not None:
+        change = f"next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d)).stride = {stem.stride}; "
+    if ":" in backbone.name:
+        module_name, _, function = backbone.name.partition(":")
+        create, library = f"from {module_name} import {function}; model = {function}({arguments[2:]})", "python"
+    elif library == "timm":
+        create = f"model = timm.create_model('{name.partition('.')[0]}', num_classes=0{arguments})"
+    else:
+        with torch.device("meta"):
+            whole = torchvision.models.get_model(name, weights=None, **backbone.arguments)
+        create = f"model = torchvision.models.{name}({arguments[2:]}); model.set_submodule("
+        create += f"'{classifier_of(whole, backbone.name)}', torch.nn.Identity())"
+    return {library: f"{create}; {change}{_LOAD}"}
+
+
+def _resnet_code(backbone: str, *, small_stem: bool) -> dict[str, str]:
     no_classifier = "model.fc = torch.nn.Identity(); "
     stem = _SMALL_STEM if small_stem else ""
-    load = "model.load_state_dict(torch.load('backbone.pth', weights_only=True))"
     with_timm = f"model = timm.create_model('{backbone}', num_classes=0"
     return {
-        "torchvision": f"model = torchvision.models.{backbone}(); {no_classifier}{stem}{load}",
-        "timm": f"{with_timm}); {stem}{load}" if small_stem else f"{with_timm}, checkpoint_path='backbone.pth')",
+        "torchvision": f"model = torchvision.models.{backbone}(); {no_classifier}{stem}{_LOAD}",
+        "timm": f"{with_timm}); {stem}{_LOAD}" if small_stem else f"{with_timm}, checkpoint_path='backbone.pth')",
     }
 
 

@@ -22,6 +22,7 @@ from instance_ssl.classifier.softmax import (
     unit_feature_gradient,
 )
 from instance_ssl.config.choices import Kernels
+from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 
 # Whole tiles and a partial one, of rows and of classes.
@@ -85,6 +86,20 @@ def disagreement(
         if not share <= allowed:  # not a number, too
             return f"{name} differs from that of the PyTorch passes by {share:.2g} of its norm"
     return None
+
+
+def find_obstacle(
+    embedding_dim: int, options: SoftmaxOptions, row_dtype: torch.dtype, momentum_dtype: torch.dtype, world: Group
+) -> str | None:
+    """Why all ranks take the PyTorch passes: the self-test's verdict on the first GPU that fails; None: none does.
+
+    Collective.
+    """
+    problem: str | None = "they need a GPU from Ampere on, Triton, a C compiler and Python's headers"
+    if options.kernels == "triton":
+        problem = disagreement(world.device, embedding_dim, options, row_dtype, momentum_dtype)
+    problems = enumerate(world.all_gather_objects(problem))
+    return next((f"rank {rank}: {problem}" for rank, problem in problems if problem is not None), None)
 
 
 def _works(device: torch.device) -> bool:

@@ -76,6 +76,22 @@ def float32_precision() -> Float32Precision:
     return "medium" if errors["medium"] <= 2 * errors["highest"] else "highest"
 
 
+@contextlib.contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """Runs the block without its caller's autocast, and sums bfloat16 products in float32.
+
+    The search for hard classes relies on the second (`hard_class_screening.py`).
+    """
+    products = torch.backends.cuda.matmul
+    before = products.allow_bf16_reduced_precision_reduction
+    products.allow_bf16_reduced_precision_reduction = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        products.allow_bf16_reduced_precision_reduction = before
+
+
 @dataclass(frozen=True)
 class Rates:
     """GFLOP/s of the same product in two precisions, on the slowest rank."""

@@ -67,6 +67,14 @@ class Moving(NamedTuple):
 ALL_MOVES = Moving()
 
 
+def moving_parts(encoder: nn.Module, kept: nn.Module | None = None) -> Moving:
+    """What moves, given the part of the encoder that has given weights: a last layer only where no batch norm does."""
+    modules, still = list(encoder.modules()), set() if kept is None else set(kept.modules())
+    last = modules[-1]
+    moves = any(isinstance(module, _BatchNorm) and module not in still for module in modules)
+    return Moving(kept, None if moves or not isinstance(last, nn.Linear) or last.bias is None else last)
+
+
 @contextmanager
 def batch_norm_statistics(
     network: nn.Module, mode: InitializationMode, group: Group, batches_done: int = 0, moving: Moving = ALL_MOVES
@@ -123,7 +131,7 @@ def _centring_hook(
             return None
         assert isinstance(layer, nn.Linear)
         shift = _global_statistics(outputs, group)[0] * _weight(mode, updates, _MOMENTUM)
-        layer.bias -= shift
+        layer.bias.sub_(shift)
         return outputs - shift.to(outputs.dtype)
 
     return centre

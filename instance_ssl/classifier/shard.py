@@ -19,6 +19,7 @@ from instance_ssl.classifier import torch_passes, triton_passes
 from instance_ssl.classifier.hard_classes import find_hard_classes, search_bytes
 from instance_ssl.classifier.sampling import ClassSampler, RowClock
 from instance_ssl.classifier.softmax import (
+    DeferredRows,
     Passes,
     RowUpdate,
     SmoothedLabels,
@@ -48,17 +49,6 @@ class ShardOutput:
     log_z: Tensor
     num_zero_features: Tensor
     feature_gradient_bD: Tensor
-
-
-@dataclass(frozen=True)
-class _PendingRows:
-    """What the second pass needs of a micro-batch until `step`."""
-
-    unit_x_BD: Tensor
-    z_B: Tensor
-    y_B: Tensor
-    labels: SmoothedLabels
-    total_rows: int
 
 
 @dataclass(frozen=True)
@@ -133,7 +123,7 @@ class ClassifierShard:
         self._compute_dtype = torch.promote_types(row_dtype, torch.float32)
         self._clock = None if sampler is None else RowClock(self.weight, self.momentum_buffer)
         self._sampled: _SampledRows | None = None
-        self._pending: list[_PendingRows] = []
+        self._pending: list[DeferredRows] = []
         self._copies: dict[str, Tensor | None] = {}
 
     @property
@@ -172,25 +162,49 @@ class ClassifierShard:
             total_rows: rows of the whole optimizer step over all ranks and micro-batches, the B of the mean.
             row_counts: b of every rank of the group; None when all are equal.
         """
+        output, rows = self.evaluate(x_bD, instance_id_b, total_rows=total_rows, row_counts=row_counts)
+        self.defer(rows)
+        return output
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        x_bD: Tensor,
+        instance_id_b: Tensor,
+        *,
+        total_rows: int,
+        row_counts: Sequence[int] | None = None,
+        all_classes: bool = False,
+    ) -> tuple[ShardOutput, DeferredRows]:
+        """What `forward` computes, and what `defer` takes; changes nothing.
+
+        Args:
+            all_classes: with sampling, the softmax over all N in place of the step's; call `settle` before.
+        """
+        sampled = None if all_classes else self._sampled
         unit_x_bD, inverse_b1 = normalise_rows(x_bD.to(self._compute_dtype))
         unit_x_BD = self.group.all_gather_rows(unit_x_bD, row_counts)
         labels_B = self.group.all_gather_rows(instance_id_b, row_counts)
-        labels = self._own_labels(labels_B)
-        weight = self.weight if self._sampled is None else self._sampled.weight
+        labels = self._own_labels(labels_B, sampled)
+        weight = self.weight if sampled is None else sampled.weight
         sums = self._passes.softmax_sums(unit_x_BD, weight, labels, self.options)
         z_B, y_B = self.group.all_reduce_sum_(torch.stack([sums.z_B, sums.y_B]))
         gradient_BD = unit_feature_gradient(sums, z_B, y_B, self.options, total_rows)
         gradient_bD = self.group.reduce_scatter_rows(gradient_BD, row_counts)
-        self._pending.append(_PendingRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows))
         loss = row_losses(z_B, y_B, self.options.form).sum()
         num_zero_features = (torch.linalg.vector_norm(unit_x_BD, dim=1) == 0).sum()
         figures = self._sum_over_replicas(torch.stack([loss, z_B.log().mean(), num_zero_features.to(loss.dtype)]))
-        return ShardOutput(
+        output = ShardOutput(
             loss=figures[0] / total_rows,
             log_z=figures[1] / self.num_replicas,
             num_zero_features=figures[2],
             feature_gradient_bD=project_gradient(gradient_bD, unit_x_bD, inverse_b1).to(x_bD.dtype),
         )
+        return output, DeferredRows(unit_x_BD, z_B, y_B, replace(labels, exp=sums.entry_exp_P), total_rows)
+
+    def defer(self, rows: DeferredRows) -> None:
+        """Keeps the weight gradient of a micro-batch for `step`."""
+        self._pending.append(rows)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
@@ -356,13 +370,13 @@ class ClassifierShard:
         """(B,) bool: whether this rank holds the row of each instance."""
         return (instance_id_B >= self.start) & (instance_id_B < self.stop)
 
-    def _own_labels(self, labels_B: Tensor) -> SmoothedLabels:
-        """The entries of y among the rows that this step's softmax runs over."""
-        if self._sampled is None:
+    def _own_labels(self, labels_B: Tensor, sampled: _SampledRows | None) -> SmoothedLabels:
+        """The entries of y among the rows that the softmax runs over."""
+        if sampled is None:
             hard_BK = self._hard_classes_of(labels_B)
             return own_labels(labels_B, hard_BK, self.smoothing_factor, self.start, self.stop, self._compute_dtype)
         labels = own_labels(labels_B, None, 0.0, self.start, self.stop, self._compute_dtype)
-        return replace(labels, classes=torch.searchsorted(self._sampled.places, labels.classes))
+        return replace(labels, classes=torch.searchsorted(sampled.places, labels.classes))
 
     def _hard_classes_of(self, labels_B: Tensor) -> Tensor | None:
         """(B, K) hardest classes of each row's instance: each owner fills in its rows, an all-reduce combines them."""

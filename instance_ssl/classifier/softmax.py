@@ -27,7 +27,7 @@ none.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -120,6 +120,32 @@ class SoftmaxSums:
     dense_BD: Tensor
     sparse_BD: Tensor
     entry_exp_P: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DeferredRows:
+    """What the second pass needs of a micro-batch.
+
+    Attributes:
+        unit_x_BD: normalised embeddings of the micro-batch, of all ranks.
+        z_B: Z summed over all shards.
+        y_B: Y summed over all shards.
+        labels: the entries of y in this shard.
+        total_rows: rows that J is the mean over.
+    """
+
+    unit_x_BD: Tensor
+    z_B: Tensor
+    y_B: Tensor
+    labels: SmoothedLabels
+    total_rows: int
+
+    def scaled(self, factor: float, form: LossForm) -> "DeferredRows":
+        """Those of `factor` > 0 times the loss: ∂J/∂s consists of exp(s)/Z and y exp(s)/Y (cross_entropy: y)."""
+        if form == "mixture":
+            return replace(self, z_B=self.z_B / factor, y_B=self.y_B / factor)
+        labels = replace(self.labels, values=self.labels.values * factor)
+        return replace(self, z_B=self.z_B / factor, labels=labels)
 
 
 class Passes(Protocol):

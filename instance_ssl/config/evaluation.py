@@ -8,10 +8,10 @@ from instance_ssl.config.choices import InitializationMode
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.detection import DetectionConfig
 from instance_ssl.config.fine_tuning import FineTuneConfig, SemiSupervisedConfig
-from instance_ssl.config.types import LocalPath, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from instance_ssl.config.types import AUTO, LocalPath, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 SourceName = Literal["pixels", "random", "trained", "weights"]
-ExportFormat = Literal["pth", "safetensors", "detectron2", "onnx", "parquet"]
+ExportFormat = Literal["pth", "safetensors", "hub", "detectron2", "onnx", "parquet"]
 
 
 class KnnConfig(Section):
@@ -20,11 +20,11 @@ class KnnConfig(Section):
     k = 200 and T = 0.1 are what the field compares with (MoCo's and lightly's CIFAR-10 benchmarks).
 
     Attributes:
-        neighbours: values of k.
+        neighbours: values of k; `auto`: those of the default that no class is smaller than on average.
         temperatures: temperatures of the vote's weights.
     """
 
-    neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (200, 100, 20, 10)
+    neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1), AUTO] = (200, 100, 20, 10)
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.1, 0.07, 0.2)
 
 
@@ -106,12 +106,13 @@ class ExportConfig(Section):
 
     Attributes:
         source: backbone to export, as in `evaluation.sources`.
-        formats: files to write: four formats of the backbone, and `parquet` beside the .npy of features.
+        formats: files to write: five formats of the backbone (`hub`: timm's local directory, which is the Hugging Face
+            Hub's layout too), and `parquet` beside the .npy of features.
         images: folder of images whose features and embeddings are written; null: none.
     """
 
     source: Literal["random", "trained", "weights"] = "trained"
-    formats: tuple[ExportFormat, ...] = ("pth", "safetensors", "detectron2", "onnx", "parquet")
+    formats: tuple[ExportFormat, ...] = ("pth", "safetensors", "hub", "detectron2", "onnx", "parquet")
     images: LocalPath | None = None
 
     @field_validator("formats", mode="before")
@@ -123,7 +124,7 @@ class ExportConfig(Section):
         unknown = [value for value in values if value not in known] if isinstance(values, list | tuple) else []
         if unknown:
             raise ValueError(
-                f"{unknown[0]!r} is not one of {', '.join(known)}: the first four are of the backbone, the last of the "
+                f"{unknown[0]!r} is not one of {', '.join(known)}: the first five are of the backbone, the last of the "
                 "features of the folder that export.images names, which are written as .npy in any case"
             )
         return values

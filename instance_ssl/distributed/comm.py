@@ -170,13 +170,14 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
         RankError: the ranks cannot meet; an `AbsentPeersError` where some did not join.
     """
     use_cuda = torch.cuda.is_available()
-    if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launched.local_size()))
+    if not use_cuda and (threads := launched.num_threads()) is not None:
+        torch.set_num_threads(threads)
     device = torch.device("cuda", launched.local_rank()) if use_cuda else torch.device("cpu")
     if use_cuda:
         if device.index >= torch.cuda.device_count():
             raise UserError(
-                f"this machine has {torch.cuda.device_count()} GPUs: launch no more ranks (--num_gpus) on it"
+                f"this machine has {torch.cuda.device_count()} GPUs: launch no more ranks on it (--num_gpus, "
+                "--nproc-per-node, --ntasks-per-node)"
             )
         torch.cuda.set_device(device)
         capability, served = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
@@ -192,6 +193,54 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
         return _join("env://", launched.rank(), launched.world_size(), device, join_seconds)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # what the launcher would say; DeepSpeed asks for it
     return _join(None, 0, 1, device)
+
+
+def existing_group(handle: Any = None) -> Group:
+    """Returns a process group that the caller has started as a `Group`.
+
+    Its collectives run on the current GPU where the group has NCCL, and on the CPU otherwise.
+
+    Args:
+        handle: a `torch.distributed` process group; None: the default one. Where none is started, a world of this
+            process alone, which the default group may follow.
+
+    Raises:
+        RuntimeError: none is started although this process was launched as one of several, or this process is not in
+            the given one.
+    """
+    if handle is None and not dist.is_initialized():
+        if launched.world_size() > 1:
+            raise RuntimeError(
+                f"WORLD_SIZE is {launched.world_size()} and no process group is started: call "
+                "torch.distributed.init_process_group() (or what does it for you) first"
+            )
+        return _world_of_one()
+    handle = dist.group.WORLD if handle is None else handle
+    if dist.get_rank(handle) < 0:
+        raise RuntimeError("this process is not in the given process group")
+    has_nccl = torch.cuda.is_available() and "cuda:nccl" in dist.get_backend_config(handle)
+    device = torch.device("cuda", torch.cuda.current_device()) if has_nccl else torch.device("cpu")
+    return Group(handle, dist.get_rank(handle), dist.get_world_size(handle), device)
+
+
+def default_world_size() -> int:
+    """Returns the size of the default process group; 1 where none is started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _world_of_one() -> Group:
+    """A group that is not the default one, and so never in the way of one that is started later."""
+    handle = dist.ProcessGroup(dist.HashStore(), 0, 1)
+    backend: Any
+    if torch.cuda.is_available():
+        device, kind = torch.device("cuda", torch.cuda.current_device()), dist.ProcessGroup.BackendType.NCCL
+        backend = dist.ProcessGroupNCCL(dist.HashStore(), 0, 1, dist.ProcessGroupNCCL.Options())
+    else:
+        device, kind = torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO
+        backend = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, _TIMEOUT)
+    handle._set_default_backend(kind)
+    handle._register_backend(torch.device(device.type), kind, backend)
+    return Group(handle, 0, 1, device)
 
 
 def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
@@ -218,19 +267,21 @@ def _join(init_method: str | None, rank: int, size: int, device: torch.device, s
     def meet() -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has its own
-        if init_method is None:
-            met = dist.HashStore()
-        else:
+        store: dist.Store = dist.HashStore()
+        if init_method is not None:
             met, _, _ = next(dist.rendezvous(init_method, rank, size, timeout=_TIMEOUT))
             met.set_timeout(_TIMEOUT)
+            store = dist.PrefixStore(f"attempt_{launched.attempt()}", met)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=met, rank=rank, world_size=size, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
     try:
         _within(seconds, meet)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
-            raise RankError(f"{where}, where the ranks meet, is in use: give another --master_port") from None
+            raise RankError(
+                f"{where}, where the ranks meet, is in use: give another --master_port or MASTER_PORT"
+            ) from None
         if not lost_peer(error):
             raise
         reason = f"({str(error).splitlines()[0]}): another rank has ended, and says why if it could"

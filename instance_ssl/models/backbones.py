@@ -120,8 +120,8 @@ def build_backbone(
     """
     small_stem = choose_stem(name, stem, image_size) == "small"
     if is_library_network(name):
-        network = build_library_network(name, options or {}, image_size, small_stem=small_stem)
-        return LibraryBackbone(network, name, image_size, recompute_stages=recompute_stages)
+        built = build_library_network(name, options or {}, image_size, small_stem=small_stem)
+        return LibraryBackbone(built, name, image_size, recompute_stages=recompute_stages)
     if name == "small_cnn":
         return SmallCnn(recompute_stages=recompute_stages)
     return ResNet(name, small_stem=small_stem, recompute_stages=recompute_stages)

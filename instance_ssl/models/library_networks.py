@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torchvision
@@ -15,18 +15,21 @@ from torch import Tensor, nn
 from instance_ssl.errors import UserError, escape, in_one_line, shorten
 from instance_ssl.models.activation_checkpointing import recompute_blocks
 
+_T = TypeVar("_T")
 _PROBE_IMAGES = 2
 # A convolution whose kernel is its stride, and at least this wide, cuts an image into a ViT's patches.
 _LEAST_PATCH = 8
 # A ViT for small images sees so many patches a side, as at 128 px with 16 px patches.
 _PATCHES_A_SIDE = 8
+# Arguments of networks that are made for one size of image.
+_SIZES = {"img_size", "image_size", "input_size"}
 
 
 class LibraryBackbone(nn.Module):
     """Images (b, 3, S, S) → features (b, F) by a network that someone else wrote; maps (b, F, h, w) are averaged.
 
     Args:
-        network: without a classifier.
+        built: the network, without a classifier, and how it was built.
         name: as in the configuration, for errors.
         image_size: S.
         recompute_stages: compute the activations inside the network's blocks again in the backward pass.
@@ -35,12 +38,12 @@ class LibraryBackbone(nn.Module):
         UserError: the network cannot take such images, or returns something else.
     """
 
-    def __init__(self, network: nn.Module, name: str, image_size: int, *, recompute_stages: bool = False) -> None:
+    def __init__(self, built: "Built", name: str, image_size: int, *, recompute_stages: bool = False) -> None:
         super().__init__()
         self.name = name
-        self.network = network
+        self.network, self.arguments, self.has_halved_stride = built
         self.feature_dim = self._probe(image_size)
-        if recompute_stages and recompute_blocks(network) == 0:
+        if recompute_stages and recompute_blocks(self.network) == 0:
             raise UserError(
                 f"activation_checkpointing: model.backbone {escape(name)} has no Sequential or ModuleList of blocks to "
                 "recompute; remove the section from the DeepSpeed JSON"
@@ -81,14 +84,23 @@ class LibraryBackbone(nn.Module):
         )
 
 
-def build_library_network(name: str, options: Mapping[str, Any], image_size: int, *, small_stem: bool) -> nn.Module:
+class Built(NamedTuple):
+    """A network without a classifier, the arguments of its constructor, and whether its first stride was halved."""
+
+    network: nn.Module
+    arguments: dict[str, Any]
+    has_halved_stride: bool = False
+
+
+def build_library_network(name: str, options: Mapping[str, Any], image_size: int, *, small_stem: bool) -> Built:
     """The network of `torchvision/NAME`, `timm/NAME` or `package.module:function`, randomly initialised.
 
     Args:
         options: arguments of its constructor.
         image_size: S, given to networks that are made for one size.
-        small_stem: adapt a library's network to small images: a ViT gets 8 x 8 patches in all, any other network half
-            the stride in its first convolution, which changes neither names nor shapes of its weights.
+        small_stem: adapt a library's network to small images: a ViT of timm gets 8 x 8 patches in all, a network for
+            any size half the stride in its first convolution, which changes neither names nor shapes of its weights.
+            Others, and those with a `patch_size` in the options, stay as they are.
 
     Raises:
         UserError: there is no such network, or it refuses the options.
@@ -97,19 +109,18 @@ def build_library_network(name: str, options: Mapping[str, Any], image_size: int
     if ":" in name:
         return _own_network(name, options)
     build = {"torchvision": _torchvision_network, "timm": _timm_network}[library]
-    network = build(network_name, options, image_size)
-    if not small_stem:
-        return network
-    stem = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-    if stem is None:
-        return network
+    built = build(network_name, options, image_size)
+    stem = next((module for module in built.network.modules() if isinstance(module, nn.Conv2d)), None)
+    if stem is None or not small_stem or "patch_size" in options:
+        return built
     if stem.kernel_size == stem.stride and stem.stride[0] >= _LEAST_PATCH:
-        if library == "timm" and "patch_size" not in options:
+        if library == "timm":
             patch_size = max(1, image_size // _PATCHES_A_SIDE)
             return build(network_name, {**options, "patch_size": patch_size}, image_size)
-    elif max(stem.stride) > 1:
+    elif max(stem.stride) > 1 and not _SIZES & built.arguments.keys():
         stem.stride = tuple(max(1, stride // 2) for stride in stem.stride)
-    return network
+        return built._replace(has_halved_stride=True)
+    return built
 
 
 def pretrained_state(
@@ -137,12 +148,12 @@ def pretrained_state(
         if known is None or not (known.hf_hub_id or known.url):
             tags = timm.list_pretrained(f"{name.partition('.')[0]}*")[:3]
             raise UserError(f"model.initial_weights timm: timm has no weights of {escape(name)}; it has {tags}")
-        place = f"https://huggingface.co/{known.hf_hub_id}" if known.hf_hub_id else known.url
-        patches = getattr(network, "patch_embed", None)
-        changed = {"patch_size": patches.patch_size[0]} if hasattr(patches, "patch_size") else {}
+        place = f"https://huggingface.co/{known.hf_hub_id}" if known.hf_hub_id else str(known.url)
+        patch_size = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+        changed = {} if patch_size is None else {"patch_size": patch_size[0]}
 
         def fetch() -> Mapping[str, Tensor]:
-            return _timm_network(name, {**changed, **options}, image_size, pretrained=True).state_dict()
+            return _timm_network(name, {**changed, **options}, image_size, pretrained=True).network.state_dict()
 
     try:
         return dict(fetch())
@@ -154,7 +165,7 @@ def pretrained_state(
         ) from None
 
 
-def _torchvision_network(name: str, options: Mapping[str, Any], image_size: int) -> nn.Module:
+def _torchvision_network(name: str, options: Mapping[str, Any], image_size: int) -> Built:
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         raise UserError(f"model.backbone: torchvision has no network {escape(name)}{_nearest(name, names)}")
@@ -164,28 +175,29 @@ def _torchvision_network(name: str, options: Mapping[str, Any], image_size: int)
         given[key] = image_size if key == "image_size" else (image_size, image_size)
     if name in ("googlenet", "inception_v3"):
         given |= {"aux_logits": False, "init_weights": True}  # training returns no further logits
+    given |= options
     network = _constructed(
-        lambda: torchvision.models.get_model(name, weights=None, **{**given, **options}), f"torchvision/{name}", options
+        lambda: torchvision.models.get_model(name, weights=None, **given), f"torchvision/{name}", options
     )
-    _drop_classifier(network, f"torchvision/{name}")
-    return network
-
-
-def _drop_classifier(network: nn.Module, name: str) -> None:
-    """Puts nothing in the place of the last linear layer and of the dropout before it."""
-    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise UserError(f"model.backbone {name} has no linear classifier to remove: take another network")
-    parent_path, _, last = linear[-1].rpartition(".")
+    parent_path, _, last = classifier_of(network, f"torchvision/{name}").rpartition(".")
     parent = network.get_submodule(parent_path)
     setattr(parent, last, nn.Identity())
     if isinstance(parent, nn.Sequential):
         for place, module in enumerate(parent):
             if isinstance(module, nn.Dropout):
                 parent[place] = nn.Identity()
+    return Built(network, given)
 
 
-def _timm_network(name: str, options: Mapping[str, Any], image_size: int, *, pretrained: bool = False) -> nn.Module:
+def classifier_of(network: nn.Module, name: str) -> str:
+    """The path of the classifier in a network of torchvision: its last linear layer."""
+    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UserError(f"model.backbone {name} has no linear classifier to remove: take another network")
+    return linear[-1]
+
+
+def _timm_network(name: str, options: Mapping[str, Any], image_size: int, *, pretrained: bool = False) -> Built:
     try:
         import timm
     except ImportError:
@@ -195,21 +207,22 @@ def _timm_network(name: str, options: Mapping[str, Any], image_size: int, *, pre
         near = _nearest(architecture, timm.list_models())
         raise UserError(f"model.backbone: timm has no network {escape(name)}{near}")
     known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    given: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained}
+    create = partial(timm.create_model, name if pretrained else architecture, num_classes=0, pretrained=pretrained)
     sized = {"img_size": image_size} if known is not None and known.fixed_input_size else {}
 
-    def build() -> nn.Module:
+    def build() -> Built:
         try:
-            return timm.create_model(name if pretrained else architecture, **{**given, **sized, **options})
+            arguments = {**sized, **options}
+            return Built(create(**arguments), arguments)
         except TypeError as error:
             if "img_size" not in str(error) or "img_size" in options or not sized:
                 raise
-        return timm.create_model(name if pretrained else architecture, **{**given, **options})
+        return Built(create(**options), dict(options))
 
     return build() if pretrained else _constructed(build, f"timm/{name}", options)
 
 
-def _own_network(name: str, options: Mapping[str, Any]) -> nn.Module:
+def _own_network(name: str, options: Mapping[str, Any]) -> Built:
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a runner's own folder is there, the one it is started in is not
@@ -226,10 +239,10 @@ def _own_network(name: str, options: Mapping[str, Any]) -> nn.Module:
         raise UserError(
             f"model.backbone {escape(name)} returns {type(network).__name__}: it has to return a torch.nn.Module"
         )
-    return network
+    return Built(network, dict(options))
 
 
-def _constructed(build: Callable[[], nn.Module], name: str, options: Mapping[str, Any]) -> nn.Module:
+def _constructed(build: Callable[[], _T], name: str, options: Mapping[str, Any]) -> _T:
     try:
         return build()
     except Exception as error:  # whatever a constructor of any origin raises

@@ -3,11 +3,10 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
-from instance_ssl.classifier.kernel_selection import choose_block_bytes, choose_kernels, disagreement
-from instance_ssl.classifier.prior import Moving
+from instance_ssl.classifier.kernel_selection import choose_block_bytes, choose_kernels, find_obstacle
+from instance_ssl.classifier.prior import Moving, moving_parts
 from instance_ssl.classifier.sampling import ClassSampler
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.classifier.softmax import SoftmaxOptions
@@ -58,11 +57,7 @@ def describe_encoder(config: ExperimentConfig) -> str:
 
 def moving_statistics(encoder: Encoder, config: ExperimentConfig) -> Moving:
     """What moves in the prior's pass: batch norms of random layers, or the last bias where there are none."""
-    kept = None if config.model.initial_weights is None else encoder.backbone
-    parts: nn.Module = encoder if kept is None else encoder.projection
-    last = list(encoder.projection.modules())[-1]
-    has_batch_norm = any(isinstance(module, _BatchNorm) for module in parts.modules())
-    return Moving(kept, None if has_batch_norm or not isinstance(last, nn.Linear) else last)
+    return moving_parts(encoder, None if config.model.initial_weights is None else encoder.backbone)
 
 
 def describe_stem_cost(config: ExperimentConfig) -> str | None:
@@ -127,12 +122,8 @@ def _with_tried_kernels(stage: Stage, options: SoftmaxOptions) -> SoftmaxOptions
     """Selects the PyTorch passes unless the Triton kernels pass their self-test on every rank's GPU."""
     if (wanted := stage.ds.classifier.kernels) == "torch":
         return options
-    problem: str | None = "they need a GPU from Ampere on, Triton, a C compiler and Python's headers"
-    if options.kernels == "triton":
-        shape = stage.world.device, stage.config.model.embedding_dim
-        problem = disagreement(*shape, options, stage.ds.row_dtype, stage.ds.momentum_dtype)
-    problems = enumerate(stage.world.all_gather_objects(problem))
-    found = next((f"rank {rank}: {problem}" for rank, problem in problems if problem is not None), None)
+    dtypes = stage.ds.row_dtype, stage.ds.momentum_dtype
+    found = find_obstacle(stage.config.model.embedding_dim, options, *dtypes, stage.world)
     if found is None:
         return options
     if wanted == "triton":

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from instance_ssl.checkpoint.export import (
     ONNX_OPSET,
+    backbone_state,
     loading_code,
     require_packages,
-    torchvision_state,
     write_detectron2,
     write_onnx,
     write_pth,
     write_safetensors,
 )
+from instance_ssl.checkpoint.hub_export import HUB_FILES, Preprocessing, timm_network, write_hub
 from instance_ssl.config.data import DataConfig
 from instance_ssl.data.augmentations import NORMALISE_MEAN, NORMALISE_STD, centre_view
 from instance_ssl.data.image_sources import ImageSource, write_instances
@@ -30,7 +31,7 @@ from instance_ssl.evaluation.features import state_digest
 from instance_ssl.evaluation.frozen_encoder import Representation, represent, stoppable_progress
 from instance_ssl.files.atomic import saved_file, write_json
 from instance_ssl.files.disk_space import find_no_space, saving, why_not_written
-from instance_ssl.models.backbones import choose_stem
+from instance_ssl.models.backbones import SMALL_IMAGE_PIXELS, ResNet, choose_stem, is_library_network
 from instance_ssl.models.encoder import Encoder
 from instance_ssl.run.agreement import on_rank_0, share_images
 from instance_ssl.run.build import describe_encoder
@@ -38,7 +39,8 @@ from instance_ssl.run.directory import read_json
 from instance_ssl.run.images import open_images
 from instance_ssl.run.stage import Stage
 
-_BACKBONE_FILES = ("backbone.pth", "backbone.safetensors", "features.onnx", "detectron2.pkl")
+_HUB = tuple(f"hub/{name}" for name in HUB_FILES)
+_BACKBONE_FILES = ("backbone.pth", "backbone.safetensors", "features.onnx", "detectron2.pkl", *_HUB)
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -52,10 +54,10 @@ def run(stage: Stage) -> dict[str, Any]:
     stage.log.say(describe_encoder(stage.config))
     described = {**_describe(stage, representation), "encoder_sha256": state_digest(encoder)}
     before = stage.on_rank_0(lambda: _earlier_export(stage, described))
-    written = stage.on_rank_0(lambda: _write_backbone(stage, encoder))
+    written = stage.on_rank_0(lambda: _write_backbone(stage, encoder, described))
     kept = {name: sha256 for name, sha256 in before["sha256"].items() if name not in written}
     files = {**kept, **written}
-    card = {**described, **_describe_files(stage, files), "sha256": files}
+    card = {**described, **_describe_files(stage, encoder, files), "sha256": files}
     names = [*written, "model_card.json"]
     if kept:
         stage.log.say(f"kept, of the same encoder: {', '.join(kept)}")
@@ -106,29 +108,42 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_backbone(stage: Stage, encoder: Encoder) -> dict[str, str]:
+def _write_backbone(stage: Stage, encoder: Encoder, described: dict[str, Any]) -> dict[str, str]:
     """The files of `export.formats` that there can be of this backbone; the SHA-256 of each by its name."""
-    small, size = _has_small_stem(stage), stage.config.data.image_size
-    state = torchvision_state(encoder.backbone)
+    backbone, size = encoder.backbone, stage.config.data.image_size
+    state, is_resnet, small = backbone_state(backbone), isinstance(backbone, ResNet), _has_small_stem(stage)
     if stage.config.model.backbone == "small_cnn":
         stage.log.say("small_cnn is not a torchvision network: its keys are its own")
-    elif small:
+    elif is_resnet and small:
         stage.log.say("the 3x3 stem is not torchvision's: model_card.json says how to load it; none for detectron2")
     writers: dict[str, tuple[str, Callable[[Path], None]]] = {
         "pth": ("backbone.pth", lambda path: write_pth(state, path)),
         "safetensors": ("backbone.safetensors", lambda path: write_safetensors(state, path)),
-        "onnx": ("features.onnx", lambda path: write_onnx(encoder.backbone, size, path)),
+        "hub": ("hub", lambda path: _write_hub(stage, encoder, described, path)),
+        "onnx": ("features.onnx", lambda path: write_onnx(backbone, size, path)),
     }
-    if not small:
+    if is_resnet and not small:
         writers["detectron2"] = ("detectron2.pkl", lambda path: write_detectron2(state, path))
-    written = {}
+    written: dict[str, str] = {}
     for form in stage.config.export.formats:
         if form in writers:
             name, write = writers[form]
             stage.guard.check()
             write(stage.directory / name)
-            written[name] = _sha256(stage.directory / name)
+            names = _HUB if form == "hub" else (name,)
+            written |= {name: _sha256(stage.directory / name) for name in names}
     return written
+
+
+def _write_hub(stage: Stage, encoder: Encoder, described: dict[str, Any], folder: Path) -> None:
+    name, small = stage.config.model.backbone, _has_small_stem(stage)
+    network = timm_network(encoder.backbone, name, small_stem=small)
+    if network is None:
+        stage.log.say(f"timm cannot build this {name}: hub/config.json says how to load it")
+    size = stage.config.data.image_size
+    inputs = Preprocessing(size, size / _resized(size), NORMALISE_MEAN, NORMALISE_STD)
+    load = loading_code(encoder.backbone, name, small_stem=small)
+    write_hub(folder, backbone_state(encoder.backbone), network, inputs, described, load)
 
 
 def _has_small_stem(stage: Stage) -> bool:
@@ -136,20 +151,25 @@ def _has_small_stem(stage: Stage) -> bool:
     return choose_stem(model.backbone, model.stem, stage.config.data.image_size) == "small"
 
 
+def _resized(image_size: int) -> int:
+    """Short side that an image is resized to before the centre crop."""
+    return round(image_size * 256 / 224) if image_size > SMALL_IMAGE_PIXELS else image_size
+
+
 def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
     """What a user of the files alone must know."""
     size = stage.config.data.image_size
     return {
         "architecture": stage.config.model.backbone,
-        "stem": "3x3, stride 1, no max-pool" if _has_small_stem(stage) else "7x7, stride 2, max-pool",
+        **_describe_stem(stage),
         "image_size": size,
         "channels": "RGB in [0, 1], then normalised",
         "mean": NORMALISE_MEAN,
         "std": NORMALISE_STD,
-        "resize": f"bicubic, short side {round(size * 256 / 224)}, centre crop" if size > 64 else "bicubic, whole",
+        "resize": f"bicubic, short side {_resized(size)}, centre crop" if _resized(size) > size else "bicubic, whole",
         "layer": representation.layer,
         "feature_dim": representation.feature_dim,
-        "classifier": "none: fc is not in the files (with strict=False, torchvision's stays as it is)",
+        "classifier": "none: it is not in the files (with strict=False, the library's stays as it is)",
         "source": representation.source,
         "epoch": representation.epoch,
         # Without its path: the card goes to others.
@@ -157,12 +177,19 @@ def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
     }
 
 
-def _describe_files(stage: Stage, files: Iterable[str]) -> dict[str, Any]:
+def _describe_stem(stage: Stage) -> dict[str, Any]:
+    model = stage.config.model
+    if is_library_network(model.backbone):
+        return {"options": model.backbone_options}
+    return {"stem": "3x3, stride 1, no max-pool" if _has_small_stem(stage) else "7x7, stride 2, max-pool"}
+
+
+def _describe_files(stage: Stage, encoder: Encoder, files: Iterable[str]) -> dict[str, Any]:
     """How to load those of the files that need an explanation."""
     described: dict[str, Any] = {}
-    backbone = stage.config.model.backbone
-    if backbone != "small_cnn" and "backbone.pth" in files:
-        described["load"] = loading_code(backbone, small_stem=_has_small_stem(stage))
+    load = loading_code(encoder.backbone, stage.config.model.backbone, small_stem=_has_small_stem(stage))
+    if load and "backbone.pth" in files:
+        described["load"] = load
     if "features.onnx" in files:
         described["onnx"] = {"opset": ONNX_OPSET, "input": "images (batch, 3, S, S)", "output": "features (batch, F)"}
     return described

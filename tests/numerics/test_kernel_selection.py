@@ -90,7 +90,7 @@ def test_a_device_that_is_broken_by_it_ends_the_run_with_what_to_do(monkeypatch:
 def tried(monkeypatch: pytest.MonkeyPatch, wanted: str, others: str | None) -> tuple[str, list[str]]:
     """What is used, and said, on a rank whose own GPU is fine, beside one that says this."""
     lines: list[str] = []
-    monkeypatch.setattr(build, "disagreement", lambda *_: None)
+    monkeypatch.setattr(kernel_selection, "disagreement", lambda *_: None)
     stage = SimpleNamespace(
         ds=SimpleNamespace(classifier=SimpleNamespace(kernels=wanted), row_dtype=None, momentum_dtype=None),
         world=SimpleNamespace(device=CPU, all_gather_objects=lambda own: [own, others]),

@@ -19,13 +19,14 @@ LAYERS: dict[str, set[str]] = {"errors": set(), "files": {"errors"}, "config": {
 LAYERS["distributed"] = {"errors"}
 LAYERS["models"] = {"errors"}
 LAYERS["data"] = {"errors", "files"}
-LAYERS["classifier"] = {"errors", "distributed"}
+LAYERS["classifier"] = {"errors", "files", "distributed"}
 LAYERS["checkpoint"] = {"errors", "files", "distributed", "models", "classifier"}
 LAYERS["training"] = {"errors", "config", "distributed", "models", "data", "classifier", "checkpoint"}
 LAYERS["run"] = LAYERS["training"] | {"files", "training"}
 LAYERS["evaluation"] = LAYERS["run"] | {"run"}
 LAYERS["report"] = LAYERS["evaluation"] | {"evaluation"}
 LAYERS["stages"] = LAYERS["evaluation"] | {"evaluation"}
+LAYERS["api"] = {"errors"}
 
 # What every room may take from the configuration: names and constants, no settings.
 CHOICES = "instance_ssl.config.choices"
@@ -33,7 +34,8 @@ CHOICES = "instance_ssl.config.choices"
 # Module of a library → the only files or folders that may import it.
 RESERVED: dict[str, tuple[str, ...]] = {
     "deepspeed": ("instance_ssl/training/engine.py",),
-    "torch.distributed": ("instance_ssl/distributed/comm.py",),
+    # The examples are loops of somebody else.
+    "torch.distributed": ("instance_ssl/distributed/comm.py", "runners/examples/"),
     "tensorboard": ("instance_ssl/run/log.py",),
     "torch.utils.tensorboard": (),
     # Published weights hold a Namespace, which `weights.py` lets torch build.
@@ -41,7 +43,7 @@ RESERVED: dict[str, tuple[str, ...]] = {
 }
 # Who may read the environment: a process's own start and end, and what the launcher said.
 READS_ENVIRONMENT = ("instance_ssl/run/", "instance_ssl/distributed/comm.py", "instance_ssl/distributed/launched.py")
-READS_ENVIRONMENT += ("runners/supervise.py",)
+READS_ENVIRONMENT += ("runners/supervise.py", "runners/examples/")
 # What a process imports before it has checked its command line: nothing here may import these at its top.
 HEAVY = ("torch", "torchvision", "deepspeed", "tensorboard", "matplotlib", "numpy")
 LIGHT = ("instance_ssl/__init__.py", "instance_ssl/errors.py", "instance_ssl/files/", "instance_ssl/config/")

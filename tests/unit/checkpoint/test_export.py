@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from instance_ssl.checkpoint import export
+from instance_ssl.checkpoint.hub_export import Preprocessing, timm_network, write_hub
 from instance_ssl.checkpoint.weights import backbone_network, load_state, read_weights
 from instance_ssl.config.choices import BackboneName, StemName
 from instance_ssl.errors import UserError
@@ -49,9 +50,9 @@ def test_the_cards_code_gives_the_same_features_to_the_bit(
 ) -> None:
     known = {"torch": torch, library: pytest.importorskip(library)}
     backbone = used_backbone(name, stem)
-    export.write_pth(export.torchvision_state(backbone), tmp_path / "backbone.pth")
+    export.write_pth(export.backbone_state(backbone), tmp_path / "backbone.pth")
     monkeypatch.chdir(tmp_path)
-    exec(export.loading_code(name, small_stem=stem == "small")[library], known)  # the project's own text
+    exec(export.loading_code(backbone, name, small_stem=stem == "small")[library], known)  # the project's own text
     assert torch.equal(features_of(known["model"]), features_of(backbone))
 
 
@@ -59,7 +60,7 @@ def test_safetensors_load_into_timm_and_torchvision(tmp_path: Path) -> None:
     safetensors, timm = pytest.importorskip("safetensors.torch"), pytest.importorskip("timm")
     backbone = used_backbone("resnet50", "imagenet")
     path = tmp_path / "backbone.safetensors"
-    export.write_safetensors(export.torchvision_state(backbone), path)
+    export.write_safetensors(export.backbone_state(backbone), path)
     assert torch.equal(
         features_of(timm.create_model("resnet50", num_classes=0, checkpoint_path=str(path))), features_of(backbone)
     )
@@ -73,7 +74,7 @@ def test_safetensors_load_into_timm_and_torchvision(tmp_path: Path) -> None:
 @pytest.mark.parametrize("library", ["torchvision", "timm", "own .pth", "own .safetensors"])
 def test_the_way_back_is_bit_equal_too(library: str, tmp_path: Path) -> None:
     backbone, path = used_backbone("resnet18", "imagenet"), tmp_path / "weights.pth"
-    state = export.torchvision_state(backbone)
+    state = export.backbone_state(backbone)
     if library == "own .safetensors":
         pytest.importorskip("safetensors")
         path = tmp_path / "weights.safetensors"
@@ -105,7 +106,7 @@ class _OfNumpyAlone(pickle.Unpickler):
 def test_detectron2s_layout_holds_the_network(name: BackboneName, tmp_path: Path) -> None:
     """Its own network, written out here from its key names, has every key, and no other, and the same features."""
     backbone = used_backbone(name, "imagenet")
-    export.write_detectron2(export.torchvision_state(backbone), tmp_path / "detectron2.pkl")
+    export.write_detectron2(export.backbone_state(backbone), tmp_path / "detectron2.pkl")
     with (tmp_path / "detectron2.pkl").open("rb") as file:
         content = _OfNumpyAlone(file, encoding="latin1").load()  # the encoding that detectron2 gives
     assert content["matching_heuristics"] is True
@@ -168,3 +169,46 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: 
     with pytest.raises(UserError, match=r"half\.pth could not be written: no space left"):
         fill_the_disk(tmp_path / "half.pth")
     assert list(tmp_path.iterdir()) == []
+
+
+LIBRARY_NETWORKS: list[tuple[str, dict[str, Any], StemName]] = [
+    ("timm/vit_tiny_patch16_224", {"depth": 2, "embed_dim": 48, "num_heads": 3}, "small"),
+    ("timm/convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, "imagenet"),
+    ("timm/convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, "small"),
+    ("torchvision/mobilenet_v3_small", {}, "small"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "stem"), LIBRARY_NETWORKS)
+def test_a_library_s_network_is_loaded_as_its_files_say(
+    name: str, options: dict[str, Any], stem: StemName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm, onnxruntime = pytest.importorskip("timm"), pytest.importorskip("onnxruntime")
+    safetensors = pytest.importorskip("safetensors.torch")
+    torch.manual_seed(0)
+    backbone = build_backbone(name, stem, 32, options=options).eval()
+    images = torch.randn(2, 3, 32, 32)
+    state = export.backbone_state(backbone)
+    export.write_pth(state, tmp_path / "backbone.pth")
+    monkeypatch.chdir(tmp_path)
+    load = export.loading_code(backbone, name, small_stem=stem == "small")
+    known: dict[str, Any] = {"torch": torch, "torchvision": torchvision, "timm": timm}
+    exec(load[name.partition("/")[0]], known)  # the project's own text
+    with torch.inference_mode():
+        expected = backbone(images)
+        assert torch.equal(known["model"].eval()(images), expected)
+    network = timm_network(backbone, name, small_stem=stem == "small")
+    inputs = Preprocessing(32, 1.0, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    write_hub(tmp_path / "hub", state, network, inputs, {"architecture": name, "feature_dim": expected.shape[1]}, load)
+    assert safetensors.load_file(tmp_path / "hub/model.safetensors").keys() == state.keys()
+    assert (network is None) == (name != "timm/vit_tiny_patch16_224" and stem == "small")
+    if network is not None:
+        model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+        with torch.inference_mode():
+            assert torch.equal(model(images), expected)
+        assert tuple(timm.data.resolve_model_data_config(model)["input_size"]) == (3, 32, 32)
+        assert model.pretrained_cfg["std"] == [0.2, 0.2, 0.2]
+    export.write_onnx(backbone, 32, tmp_path / "features.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "features.onnx", providers=["CPUExecutionProvider"])
+    (features,) = session.run(None, {"images": torch.cat([images, images]).numpy()})
+    torch.testing.assert_close(torch.from_numpy(features[:2]), expected, rtol=1e-3, atol=1e-4)

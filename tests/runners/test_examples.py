@@ -1,0 +1,21 @@
+"""The examples run as they are, on one rank and on two, and learn."""
+
+import re
+
+import pytest
+from processes import RUNNERS, run_bare, run_forked
+
+
+def test_the_loop_is_short() -> None:
+    assert len((RUNNERS / "examples/own_loop.py").read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loop_of_ones_own_learns(ranks: int) -> None:
+    finished = run_bare("examples/own_loop") if ranks == 1 else run_forked("examples/own_loop", ranks)
+    assert finished.returncode == 0, finished.stderr
+    lines = re.findall(r"^epoch (\d): loss ([\d.]+), k-NN ([\d.]+)%$", finished.stdout, flags=re.MULTILINE)
+    assert [epoch for epoch, _, _ in lines] == list("123456")
+    losses, accuracies = ([float(line[column]) for line in lines] for column in (1, 2))
+    assert losses[-1] < losses[0] - 0.3
+    assert accuracies[-1] > 98
