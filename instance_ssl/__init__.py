@@ -7,11 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from instance_ssl.api import RunError, embed, export, pretrain
     from instance_ssl.classifier.instance_classifier import InstanceClassifier
+    from instance_ssl.errors import UserError
 
-__all__ = ["InstanceClassifier"]
+__all__ = ["InstanceClassifier", "RunError", "UserError", "embed", "export", "pretrain"]
 
-_MODULES = {"InstanceClassifier": "instance_ssl.classifier.instance_classifier"}
+_MODULES = {
+    "InstanceClassifier": "instance_ssl.classifier.instance_classifier",
+    "UserError": "instance_ssl.errors",
+    **dict.fromkeys(("RunError", "embed", "export", "pretrain"), "instance_ssl.api"),
+}
 
 
 def __getattr__(name: str) -> Any:

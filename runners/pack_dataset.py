@@ -10,7 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
-from instance_ssl.config.experiment import load_config
+from instance_ssl.config.draft import load_draft
 from instance_ssl.errors import UserError
 from instance_ssl.run.checks import check_folders
 from instance_ssl.run.console import ArgumentParser, exit_code_of
@@ -34,13 +34,14 @@ def _pack(arguments: argparse.Namespace, log: RunLog) -> None:
     for name, low, high in (("size", 0, 65_535), ("quality", 1, 95), ("shard_mib", 1e-3, 1e6), ("workers", 1, 1024)):
         if not low <= getattr(arguments, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {low:g} to {high:g}")
-    config, split = load_config(arguments.config, arguments.set), arguments.split
-    check_folders(config, needs_labels=False)
+    draft, split = load_draft(arguments.config, arguments.set), arguments.split
+    check_folders(draft.completed({}), needs_labels=False)
     from instance_ssl.data.image_sources import EncodedImages  # late, for these import torch
     from instance_ssl.data.pack import Packing, pack_images
+    from instance_ssl.run import choosing
     from instance_ssl.run.images import broken_policy, open_split
 
-    data = config.data
+    data = choosing.with_kind(draft).completed({}).data
     source = open_split(data, split)
     for remark in source.remarks:
         log.say(remark)

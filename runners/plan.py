@@ -22,7 +22,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     request = read_plan_request(arguments)
     from instance_ssl.stages.plan import print_plan  # late, for it imports torch
 
-    print_plan(request)
+    print_plan(request, arguments.gpu_memory_gib)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from instance_ssl.config.experiment import load_config
+from instance_ssl.config.draft import load_draft
 from instance_ssl.errors import UserError
 from instance_ssl.run.arguments import add_config_arguments
 from instance_ssl.run.checks import check_folders
@@ -29,15 +29,15 @@ def _parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.set)
+    draft = load_draft(arguments.config, arguments.set)
     if arguments.epoch < 0:
         raise UserError(f"--epoch {arguments.epoch}: epochs are counted from 0")
     if not arguments.out.absolute().parent.is_dir():
         raise UserError(f"--out {arguments.out}: {arguments.out.parent} is not a folder")
-    check_folders(config, needs_labels=False)
+    check_folders(draft.completed({}), needs_labels=False)
     from instance_ssl.stages.show_views import draw_views  # late, for it imports torch
 
-    draw_views(config, num_images=arguments.images, epoch=arguments.epoch, output=arguments.out)
+    draw_views(draft, num_images=arguments.images, epoch=arguments.epoch, output=arguments.out)
 
 
 if __name__ == "__main__":

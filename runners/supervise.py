@@ -1,6 +1,7 @@
 """Keeps a run going: checks the launch, passes signals on, starts again what has died; the last exit code is the run's.
 
 python runners/supervise.py [--restarts R] deepspeed --hostfile hosts runners/pretrain.py --run-dir D …
+python runners/supervise.py [--restarts R] torchrun --nproc-per-node 8 runners/pretrain.py --run-dir D …
 """
 
 import argparse

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from instance_ssl.config.deepspeed import InstanceClassifierSection
 from instance_ssl.config.experiment import ExperimentConfig
+from instance_ssl.config.types import AUTO
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- keys: written by tests/key_table.py -->", "<!-- keys: end -->"
@@ -67,7 +68,7 @@ def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
             if prefix:
                 yield from _rows(section, f"{prefix}{name}.")
             continue
-        types = _describe_type(section, field.metadata)
+        types = ("`auto`, " if AUTO in field.metadata else "") + _describe_type(section, field.metadata)
         yield prefix + name, types, _describe_default(field), meanings.get(name, "")
 
 

@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from instance_ssl.config.experiment import load_config
+from instance_ssl.config.draft import load_draft
 from instance_ssl.run.console import ArgumentParser, exit_code_of
 
 
@@ -22,7 +22,7 @@ def parse_and_stop(self: ArgumentParser, *arguments: object, **options: object) 
     if isinstance(config, Path) and config.exists() and hasattr(parsed, "deepspeed_config"):  # not of an ablation
 
         def check() -> None:
-            load_config(config, parsed.set)
+            load_draft(config, parsed.set)
 
         if exit_code_of(check):
             sys.exit(2)

@@ -51,6 +51,11 @@ def run_forked(runner: str, ranks: int, *arguments: str) -> subprocess.Completed
     return _start_and_wait(runner, arguments, ROOT, by_rank)
 
 
+def run_tasks(runner: str, by_task: list[dict[str, str]], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Like `run_forked`, with processes that are told their place by these variables alone, as `srun` tells it."""
+    return _start_and_wait(runner, arguments, ROOT, by_task)
+
+
 def run_python(runner: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`python runners/<runner>.py …`"""
     return _run([sys.executable, str(_script(runner)), *arguments], cwd)
@@ -65,6 +70,22 @@ def launch_command(runner: str, ranks: int, *arguments: str, runners: Path = RUN
     """The command of `run_launched`, on a port that is free."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", free_port()]
     return [*launcher, str(_script(runner, runners)), *arguments]
+
+
+def torchrun_command(
+    runner: str, ranks: int, *arguments: str, flags: Sequence[str] = (), runners: Path = RUNNERS
+) -> list[str]:
+    """`torchrun --nproc-per-node <ranks> flags … runners/<runner>.py …`, which finds a free port itself."""
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", str(ranks), *flags]
+    return [*launcher, str(_script(runner, runners)), *arguments]
+
+
+def run_accelerated(runner: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch --multi_gpu --num_processes <ranks> runners/<runner>.py …`, which needs no GPU."""
+    flags = ["--multi_gpu", "--num_processes", str(ranks), "--num_machines", "1", "--mixed_precision", "no"]
+    flags += ["--dynamo_backend", "no", "--main_process_port", free_port()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(_script(runner)), *arguments]
+    return _run(command, ROOT)
 
 
 def cpu_environment() -> dict[str, str]:

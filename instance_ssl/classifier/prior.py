@@ -131,7 +131,7 @@ def _centring_hook(
             return None
         assert isinstance(layer, nn.Linear)
         shift = _global_statistics(outputs, group)[0] * _weight(mode, updates, _MOMENTUM)
-        layer.bias -= shift
+        layer.bias.sub_(shift)
         return outputs - shift.to(outputs.dtype)
 
     return centre

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from instance_ssl.config.batch_division import indivisible, no_share
 from instance_ssl.config.choices import OptimizerName
 from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.config.messages import DEEPSPEED_KEYS, describe_validation_error, nearest
-from instance_ssl.config.types import NonNegativeInt, Section
+from instance_ssl.config.types import AUTO, NonNegativeInt, Section
 from instance_ssl.errors import UserError, reason, tried
 from instance_ssl.files.structured import MalformedError, read_json
 
@@ -153,6 +154,85 @@ class DeepSpeedSettings:
         return world_size if self.classifier.group_size == "world" else self.classifier.group_size
 
 
+@dataclass(frozen=True)
+class DeepSpeedFile:
+    """A checked DeepSpeed JSON, whose micro-batch and ranks may not be known yet.
+
+    Attributes:
+        values: of DeepSpeed's own keys.
+        classifier: our own section.
+        micro_batch_size: images of one forward pass on one rank; None: `auto`.
+        zero_stage: 0, 1 or 2.
+        autocast: dtype of the encoder's forward pass; None is plain float32.
+    """
+
+    path: Path
+    values: dict[str, Any]
+    classifier: InstanceClassifierSection
+    micro_batch_size: int | None
+    zero_stage: int
+    autocast: DtypeName | None
+
+    def describe(self) -> str:
+        """Returns all values as JSON."""
+        return json.dumps({**self.values, "instance_classifier": self.classifier.model_dump()}, sort_keys=True)
+
+    def settings(
+        self,
+        *,
+        global_batch_size: int | None,
+        max_grad_norm: float,
+        world_size: int,
+        optimizer: OptimizerName = "sgd",
+        micro_batch_size: int = 1,
+    ) -> DeepSpeedSettings:
+        """Divides a batch over ranks and completes what follows from it.
+
+        Args:
+            global_batch_size: images per step; None: nothing is trained, so neither a batch nor W is divided.
+            optimizer: the encoder's.
+            micro_batch_size: stands in for `auto`.
+
+        Raises:
+            UserError: the batch or the rows do not divide, or the optimizer cannot work on ZeRO's partitions.
+        """
+        path, is_auto = self.path, self.micro_batch_size is None
+        micro_batch_size = self.micro_batch_size or micro_batch_size
+        at_once, trains = micro_batch_size * world_size, global_batch_size is not None
+        global_batch_size = at_once if global_batch_size is None else global_batch_size
+        accumulation_steps, remainder = divmod(global_batch_size, at_once)
+        if remainder or accumulation_steps == 0:
+            if is_auto:
+                raise UserError(no_share(global_batch_size, world_size))
+            raise UserError(indivisible(global_batch_size, micro_batch_size, world_size, path))
+        group_size = self.classifier.group_size
+        if trains and group_size != "world" and world_size % group_size:
+            raise UserError(
+                f"{path}: instance_classifier.group_size {group_size} does not divide the {world_size} ranks"
+            )
+        engine = {
+            "steps_per_print": 2**31,  # the progress bar is ours
+            "timers": {"throughput": {"enabled": False}},  # which waits for the device twice a micro-batch
+            **self.values,
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": accumulation_steps,
+            "gradient_clipping": max_grad_norm,
+            "gradient_allreduce_op": "sum",
+        }
+        if self.zero_stage > 0:
+            if trains and optimizer in _WHOLE_TENSORS:
+                raise UserError(
+                    f"{path}: zero_optimization.stage {self.zero_stage} cuts the flattened weights into equal pieces, "
+                    f"and optimization.optimizer {optimizer} needs {_WHOLE_TENSORS[optimizer]}: set the stage to 0, or "
+                    "optimization.optimizer to sgd or adamw"
+                )
+            engine["zero_allow_untested_optimizer"] = True
+        recompute_stages = "activation_checkpointing" in self.values
+        return DeepSpeedSettings(
+            engine, self.classifier, micro_batch_size, accumulation_steps, self.autocast, recompute_stages
+        )
+
+
 def load_ds_config(
     path: Path,
     *,
@@ -161,77 +241,45 @@ def load_ds_config(
     world_size: int,
     optimizer: OptimizerName = "sgd",
 ) -> DeepSpeedSettings:
-    """Reads, checks and completes a DeepSpeed JSON.
+    """Reads, checks and completes a DeepSpeed JSON whose micro-batch is a number: see `DeepSpeedFile.settings`.
 
     Args:
-        global_batch_size: images per step; None: nothing is trained, so neither a batch nor W is divided over ranks.
         optimizer: the encoder's.
 
     Raises:
         UserError: the file is missing or malformed, a key is unknown, derived or refused, the batch does not divide, or
             the optimizer cannot work on ZeRO's partitions.
     """
+    return read_ds_file(path).settings(
+        global_batch_size=global_batch_size,
+        max_grad_norm=max_grad_norm,
+        world_size=world_size,
+        optimizer=optimizer,
+    )
+
+
+def read_ds_file(path: Path) -> DeepSpeedFile:
+    """Reads and checks a DeepSpeed JSON.
+
+    Raises:
+        UserError: it is missing or malformed, or a key is unknown, derived or refused.
+    """
     values = _read_json(path)
     _check_keys(values, path)
     section = _without_keep_mib(values.pop("instance_classifier", {}), path)
     classifier = _validated(InstanceClassifierSection, section, "instance_classifier", path)
-    micro_batch_size = values.get("train_micro_batch_size_per_gpu")
     if not isinstance(values.get("wall_clock_breakdown", False), bool):
         raise UserError(f"{path}: wall_clock_breakdown must be true or false")
     if values.get("communication_data_type", "fp32") not in ("fp32", "fp16", "bf16"):
         raise UserError(f"{path}: communication_data_type must be fp32, fp16 or bf16")
-    if type(micro_batch_size) is not int or micro_batch_size < 1:
-        raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of images a rank")
-    at_once, trains = micro_batch_size * world_size, global_batch_size is not None
-    global_batch_size = at_once if global_batch_size is None else global_batch_size
-    accumulation_steps, remainder = divmod(global_batch_size, at_once)
-    if remainder or accumulation_steps == 0:
-        raise UserError(_indivisible(global_batch_size, micro_batch_size, world_size, path))
-    if trains and classifier.group_size != "world" and world_size % classifier.group_size:
-        raise UserError(
-            f"{path}: instance_classifier.group_size {classifier.group_size} does not divide the {world_size} ranks"
-        )
+    given = values.get("train_micro_batch_size_per_gpu")
+    if given != AUTO and (type(given) is not int or given < 1):
+        raise UserError(f'{path}: train_micro_batch_size_per_gpu must be a positive number of images a rank, or "auto"')
     zero_stage = _zero_stage(values.get("zero_optimization", {}), path)
-    engine = {
-        "steps_per_print": 2**31,  # the progress bar is ours
-        "timers": {"throughput": {"enabled": False}},  # which waits for the device twice a micro-batch
-        **values,
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": max_grad_norm,
-        "gradient_allreduce_op": "sum",
-    }
-    if zero_stage > 0:
-        if trains and optimizer in _WHOLE_TENSORS:
-            raise UserError(
-                f"{path}: zero_optimization.stage {zero_stage} cuts the flattened weights into equal pieces, and "
-                f"optimization.optimizer {optimizer} needs {_WHOLE_TENSORS[optimizer]}: set the stage to 0, or "
-                "optimization.optimizer to sgd or adamw"
-            )
-        engine["zero_allow_untested_optimizer"] = True
     autocast = _autocast(values, zero_stage, path)
-    recompute_stages = "activation_checkpointing" in values
-    if recompute_stages:
+    if "activation_checkpointing" in values:
         _check_activation_checkpointing(values["activation_checkpointing"], path)
-    return DeepSpeedSettings(engine, classifier, micro_batch_size, accumulation_steps, autocast, recompute_stages)
-
-
-def _indivisible(global_batch_size: int, micro_batch_size: int, world_size: int, path: Path) -> str:
-    """Describes a batch that does not divide, with two fixes: a smaller micro-batch, or the nearest batch that does."""
-    at_once = micro_batch_size * world_size
-    batch = max(world_size, global_batch_size - global_batch_size % world_size)
-    smaller = max(d for d in range(1, micro_batch_size + 1) if batch // world_size % d == 0)
-    kept = "keep it with" if batch == global_batch_size else f"--set optimization.global_batch_size={batch} and"
-    return (
-        f"optimization.global_batch_size {global_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
-        f"{micro_batch_size} x {world_size} ranks ({path}): {kept} {micro_batch_advice(smaller, path)}; or set "
-        f"optimization.global_batch_size to a multiple, if there are enough images: the nearest is "
-        f"{max(1, round(global_batch_size / at_once)) * at_once}"
-    )
-
-
-def micro_batch_advice(micro_batch_size: int, path: Path) -> str:
-    """Describes how to change the micro-batch, for which there is no flag."""
-    return f'"train_micro_batch_size_per_gpu": {micro_batch_size} in a copy of {path}, given as --deepspeed_config'
+    return DeepSpeedFile(path, values, classifier, None if given == AUTO else given, zero_stage, autocast)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

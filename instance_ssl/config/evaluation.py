@@ -8,7 +8,7 @@ from instance_ssl.config.choices import InitializationMode
 from instance_ssl.config.data import DataConfig
 from instance_ssl.config.detection import DetectionConfig
 from instance_ssl.config.fine_tuning import FineTuneConfig, SemiSupervisedConfig
-from instance_ssl.config.types import LocalPath, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from instance_ssl.config.types import AUTO, LocalPath, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 SourceName = Literal["pixels", "random", "trained", "weights"]
 ExportFormat = Literal["pth", "safetensors", "hub", "detectron2", "onnx", "parquet"]
@@ -20,11 +20,11 @@ class KnnConfig(Section):
     k = 200 and T = 0.1 are what the field compares with (MoCo's and lightly's CIFAR-10 benchmarks).
 
     Attributes:
-        neighbours: values of k.
+        neighbours: values of k; `auto`: those of the default that no class is smaller than on average.
         temperatures: temperatures of the vote's weights.
     """
 
-    neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (200, 100, 20, 10)
+    neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1), AUTO] = (200, 100, 20, 10)
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.1, 0.07, 0.2)
 
 

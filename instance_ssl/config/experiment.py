@@ -32,6 +32,7 @@ from instance_ssl.config.messages import (
 )
 from instance_ssl.config.optimization import WEIGHT_DECAYS, OptimizationConfig
 from instance_ssl.config.types import (
+    AUTO,
     LocalPath,
     NonNegativeFloat,
     NonNegativeInt,
@@ -49,14 +50,14 @@ class AugmentationConfig(Section):
     Attributes:
         view: SimCLR's augmentations, or `digit` for small handwriting.
         num_views: views per image and step.
-        min_crop_scale: smallest area of a random crop, as a share of the image.
+        min_crop_scale: smallest area of a random crop, as a share of the image; `auto`: 0.2 up to 64 px, else 0.08.
         jitter_strength: strength of the colour jitter; null: 1, or 0.5 for images up to 64 px.
         blur: whether views are blurred; null: only images above 64 px.
     """
 
     view: Literal["simclr", "digit"] = "simclr"
     num_views: PositiveInt = 2
-    min_crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
+    min_crop_scale: Annotated[float, Field(gt=0, le=1), AUTO] = 0.08
     jitter_strength: Annotated[float, Field(ge=0, le=2.5)] | None = None
     blur: bool | None = None
 
@@ -67,11 +68,12 @@ class ModelConfig(Section):
     Attributes:
         backbone: a ResNet (`resnet18`, `resnet34`, `resnet50`, `resnet101`), three convolution blocks (`small_cnn`),
             `torchvision/NAME`, `timm/NAME` (`timm` extra), or `package.module:function`, which is called with
-            `backbone_options` and returns a module of images (b, 3, S, S) to features (b, F) or maps (b, F, h, w).
+            `backbone_options` and returns a module of images (b, 3, S, S) to features (b, F) or maps (b, F, h, w);
+            `auto`: `small_cnn` on a CPU, `resnet18` on a GPU.
         backbone_options: arguments of the constructor of a library's network or of the function.
-        stem: first layers of a ResNet: ImageNet's 7x7, or 3x3 without max-pool (`small`); of a library's network: as
-            it is, or for small images (half the stride in its first convolution; 8 x 8 patches for a ViT of timm);
-            `auto`: `small` up to 64 px.
+        stem: first layers of a ResNet: ImageNet's 7x7, or 3x3 without max-pool (`small`); of a library's network: as it
+            is, or for small images (half the stride in its first convolution; 8 x 8 patches for a ViT of timm); `auto`:
+            `small` up to 64 px and, of a ResNet beside other keys that are `auto`, if the device can afford it.
         initial_weights: weights to start from instead of random ones: a file in any layout that `evaluation.weights`
             may have, a run directory, or `timm` or `torchvision` for the library's own, which are downloaded. Batch
             norms then keep the statistics of the weights in the prior's pass.
@@ -82,7 +84,7 @@ class ModelConfig(Section):
             projection and W alone learn. The schedule goes on meanwhile.
     """
 
-    backbone: str = "resnet50"
+    backbone: Annotated[str, AUTO] = "resnet50"
     backbone_options: dict[str, Any] = Field(default_factory=dict)
     stem: StemName = "auto"
     initial_weights: Literal["timm", "torchvision"] | LocalPath | None = None
@@ -124,7 +126,7 @@ class ClassifierConfig(Section):
     Attributes:
         temperature: τ, which divides the cosines.
         smoothing_factor: α, the share of the label given to the hardest classes; 0 is Eq. 1.
-        num_hard_classes: K, hardest classes per class.
+        num_hard_classes: K, hardest classes per class; `auto`: a twentieth of the images, 1 to 100.
         loss_form: Eq. 3 with the sum inside the logarithm (`mixture`), or the usual label-smoothed cross entropy.
         initialization: batch norm during the prior's pass (Figure 4), or `gaussian` rows without a pass.
         initialization_batch_size: images over all ranks that give one set of batch-norm statistics in the prior's pass.
@@ -141,7 +143,7 @@ class ClassifierConfig(Section):
 
     temperature: PositiveFloat = 0.15
     smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    num_hard_classes: NonNegativeInt = 100
+    num_hard_classes: Annotated[NonNegativeInt, AUTO] = 100
     loss_form: LossForm = "mixture"
     initialization: InitializationMode = "running"
     initialization_batch_size: PositiveInt = 256
@@ -287,8 +289,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Reads a YAML file and applies `--set a.b=value` overrides, whose values are YAML too.
 
     Raises:
-        UserError: the file is missing or malformed, a key or path is unknown, or a value is out of range.
+        UserError: the file is missing or malformed, a key or path is unknown, or a value is out of range, or `auto`
+            (`draft.load_draft` reads such files).
     """
+    return validated(read_values(path, overrides), path, overrides)
+
+
+def read_values(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns the values of a YAML file and of `overrides`, not validated; a `UserError` if they cannot be read."""
     values = read_yaml(path)
     foreign = [key for key in values if key in DEEPSPEED_KEYS]  # JSON is YAML too
     if foreign and not any(key in ExperimentConfig.model_fields for key in values):
@@ -298,6 +306,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         )
     for override in overrides:
         _apply_override(values, override)
+    return values
+
+
+def validated(values: dict[str, Any], path: Path, overrides: Sequence[str]) -> ExperimentConfig:
+    """Returns the experiment with these values; a `UserError` names the file or the override at fault."""
     try:
         return ExperimentConfig.model_validate(values)
     except ValidationError as error:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from instance_ssl.config.choices import OptimizerName
-from instance_ssl.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share
+from instance_ssl.config.types import AUTO, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share
 
 # Learning rate at the end of the warm-up, and the global batch, in images, that it is for; others in proportion.
 _PEAK_RATES: dict[OptimizerName, tuple[float, int]] = {
@@ -26,13 +26,15 @@ class OptimizationConfig(Section):
     steps are scaled (arXiv:2502.16982, section 2.2).
 
     Attributes:
-        epochs: passes over the images.
-        warmup_epochs: epochs of linear warm-up, included in `epochs`.
-        global_batch_size: images (not views) per step, over all ranks and micro-batches.
+        epochs: passes over the images; `auto`: up to 200, within a budget of views that the device computes in minutes.
+        warmup_epochs: epochs of linear warm-up, included in `epochs`; `auto`: a twentieth of them, up to 10.
+        global_batch_size: images (not views) per step, over all ranks and micro-batches; `auto`: at most a quarter of
+            the images, a size with many divisors.
         optimizer: of the encoder: the paper's `sgd`, `adamw`, `lars` (as in SimCLR) or `muon` (hidden matrices; `adamw`
             for all other parameters). LARS and Muon need ZeRO stage 0.
         learning_rate: learning rate at the end of the warm-up; null: 0.48 · global_batch_size / 4096 for `sgd`, the
-            paper's, 0.3 · global_batch_size / 256 for `lars`, 1.5e-4 · global_batch_size / 256 for `adamw` and `muon`.
+            paper's, 0.3 · global_batch_size / 256 for `lars`, 1.5e-4 · global_batch_size / 256 for `adamw` and `muon`;
+            `auto`: four times the paper's for `sgd`, which short trainings did best with.
         backbone_learning_rate_multiplier: factor on the backbone's learning rate; the projection keeps the full one.
         layer_decay: factor on the learning rate from each block of the backbone to the one before it, as in BEiT; null:
             one rate for all.
@@ -42,11 +44,11 @@ class OptimizationConfig(Section):
         max_grad_norm: clips the encoder's gradient norm; 0: no clipping. W's gradient is never clipped.
     """
 
-    epochs: PositiveInt = 200
-    warmup_epochs: NonNegativeInt = 10
-    global_batch_size: PositiveInt = 4096
+    epochs: Annotated[PositiveInt, AUTO] = 200
+    warmup_epochs: Annotated[NonNegativeInt, AUTO] = 10
+    global_batch_size: Annotated[PositiveInt, AUTO] = 4096
     optimizer: OptimizerName = "sgd"
-    learning_rate: PositiveFloat | None = None
+    learning_rate: Annotated[PositiveFloat | None, AUTO] = None
     backbone_learning_rate_multiplier: PositiveFloat = 1.0
     layer_decay: Share | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -16,6 +16,8 @@ def _as_meant(value: Any) -> Any:
     return os.path.expanduser(value)
 
 
+# In the type of a key: its value may be `auto` in a file or after --set, which `config/draft.py` takes out.
+AUTO = "auto"
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]

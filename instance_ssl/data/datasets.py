@@ -42,10 +42,10 @@ def open_source(
 
     Args:
         kind: "digits" (scikit-learn's, split here), "cifar10" or "cifar100" (downloaded if absent), "tree" (ImageNet's
-            layout: root/train/<class>/ and root/val/<class>/, or root/test), "sun397", "dtd", "inaturalist2018" (see
-            named_sets.py), "folder" (images without labels, nested or not), "list" (a text file of paths), "tar" (tar
-            shards, see tar_images.py).
-        split: "train" or "test"; "folder" and "list" have no test split.
+            layout: root/train/<class>/ and root/val/<class>/, or root/test), "class_folders" (root/<class>/),
+            "sun397", "dtd", "inaturalist2018" (see named_sets.py), "folder" (images without labels, nested or not),
+            "list" (a text file of paths), "tar" (tar shards, see tar_images.py).
+        split: "train" or "test"; "folder" and "list" have no test split, nor "class_folders" (see held_out.py).
         root: `data.root`. Paths of a list are relative to it, or to the list file's folder where it is None.
         list_file: `data.list_file`: one path a line, in the order wanted; see name_lists.py.
         limit: keep image floor(i * N / limit) for i = 0 ... limit - 1; None keeps all N.
@@ -65,7 +65,13 @@ def open_source(
             dataset = CIFAR10 if kind == "cifar10" else CIFAR100
             return _open_cifar(dataset, kind, split, required_root(root, kind), limit)
         case "tar":
-            return open_tar(root, shards, split, partial(_kept_indices, limit, split), on_broken, rendering)
+            return open_tar(root, shards, split, partial(kept_indices, limit, split), on_broken, rendering)
+        case "class_folders":
+            if split == "test":
+                raise UserError(
+                    "data.kind 'class_folders' has no test split of its own: evaluations hold a part of its images out"
+                )
+            files = _find_class_folders(existing_root(root, kind))
         case "folder" | "list":
             if split == "test":
                 raise UserError(
@@ -81,7 +87,7 @@ def open_source(
             files = find[kind](existing_root(root, kind), split)
         case _:
             raise ValueError(f"unknown kind of data set {kind!r}")
-    return _open_files(files, _kept_indices(limit, split, len(files.names)), on_broken, rendering)
+    return _open_files(files, kept_indices(limit, split, len(files.names)), on_broken, rendering)
 
 
 def _open_digits(split: str, limit: int | None) -> ArrayImages:
@@ -98,7 +104,7 @@ def _open_digits(split: str, limit: int | None) -> ArrayImages:
     # RandomState's stream is frozen by NumPy's compatibility policy, so the split outlives upgrades.
     shuffled = np.random.RandomState(0).permutation(len(targets))
     rows = np.sort(shuffled[:_DIGITS_TEST_SIZE] if split == "test" else shuffled[_DIGITS_TEST_SIZE:])
-    rows = rows[_kept_indices(limit, split, len(rows))]
+    rows = rows[kept_indices(limit, split, len(rows))]
     pixels = np.rint(grey[rows] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1).repeat(3, axis=3)
     labels = torch.from_numpy(targets[rows].astype(np.int64))
     return ArrayImages(pixels, [f"digits/{split}/{row}" for row in rows], labels, [str(digit) for digit in range(10)])
@@ -119,7 +125,7 @@ def _open_cifar(dataset: type[CIFAR10], kind: str, split: str, root: Path, limit
             else f"delete {escape(str(folder))} to have it fetched again"
         )
         raise UserError(f"data.root {escape(str(root))}: no intact {kind} ({reason(error)}); {cure}") from error
-    kept = _kept_indices(limit, split, len(images.data))
+    kept = kept_indices(limit, split, len(images.data))
     labels = torch.tensor(images.targets, dtype=torch.int64)[torch.from_numpy(kept)]
     return ArrayImages(images.data[kept], [f"{kind}/{split}/{i}" for i in kept], labels, list(images.classes))
 
@@ -168,6 +174,26 @@ def _find_folder(root: Path) -> ListedFiles:
     return ListedFiles(root, names, remarks=remarks)
 
 
+def _find_class_folders(root: Path) -> ListedFiles:
+    """All images below a folder; the first folder on the way to an image is its class."""
+    files = _find_folder(root)
+    numbers: dict[str, int] = {}  # of the class folders, as they come
+    classes_of_N = (numbers.setdefault(class_of(name), len(numbers)) for name in files.names)
+    numbers_N = np.fromiter(classes_of_N, np.int64, count=len(files.names))
+    if "" in numbers:
+        loose = escape(str(root / files.names[int((numbers_N == numbers[""]).argmax())]))
+        raise UserError(f"data.root: {loose} lies in no class folder; move it into one, or set data.kind=folder")
+    classes = sorted(numbers)
+    class_index = {name: index for index, name in enumerate(classes)}
+    labels_N = np.array([class_index[name] for name in numbers], np.int64)[numbers_N]
+    return ListedFiles(root, files.names, labels_N, classes, remarks=files.remarks)
+
+
+def class_of(name: str) -> str:
+    """The class of an image of `class_folders`, from its name; empty where it lies in no folder."""
+    return name.partition("/")[0] if "/" in name else ""
+
+
 def _read_list(root: Path | None, list_file: Path | None, *, must_exist: bool) -> ListedFiles:
     """The images that a text file names, without labels; `must_exist` refuses absent ones with the line's number."""
     if list_file is None:
@@ -207,7 +233,7 @@ def _open_files(files: ListedFiles, kept: np.ndarray, on_broken: OnBroken, rende
     return images
 
 
-def _kept_indices(limit: int | None, split: str, count: int) -> np.ndarray:
+def kept_indices(limit: int | None, split: str, count: int) -> np.ndarray:
     """(limit,) int64: the images that a limit keeps, evenly spaced over 0 ... count - 1."""
     if limit is None:
         return np.arange(count, dtype=np.int64)

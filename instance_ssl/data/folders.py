@@ -4,13 +4,18 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from instance_ssl.errors import UserError, escape, reason, tried
 
 # What the root of a kind contains: tells a root that is a level too deep or too high.
 _MARKERS = {"tree": "train", "sun397": "SUN397", "dtd": "dtd/dtd", "inaturalist2018": "train2018.json"}
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+# Names that say which part of a data set a folder holds, not which class.
+_PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+_LEAST_CLASSES = 2
 _SHOWN_SUFFIXES = 8
 _LONGEST_SUFFIX = 16
 _MOST_SUFFIXES = 1000
@@ -163,6 +168,44 @@ def _list_folder(path: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise UserError(f"data.root: {escape(str(path))} cannot be listed: {reason(error)}") from error
+
+
+def find_layout(root: Path) -> tuple[Literal["tree", "class_folders", "folder"], str]:
+    """Finds out whether the folders below `root` are labels: the kind of data that they make, and why.
+
+    `tree` needs the same class folders in root/train and in root/val or root/test. `class_folders` needs at least two
+    folders with two images each, of which one can be held out, and no image beside them. Only the first images of a
+    folder are looked for, whatever it holds.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    entries = [(name.rstrip("/"), is_folder) for name, is_folder in _sorted_entries(root, Ignored())]
+    folders = {name: root / name for name, is_folder in entries if is_folder and not _is_of_a_run(root / name)}
+    held_out = next((name for name in ("val", "test") if name in folders), None)
+    train = _folders_with_images(folders["train"]) if "train" in folders and held_out is not None else []
+    if held_out is not None and len(train) >= _LEAST_CLASSES:
+        if train == _folders_with_images(folders[held_out]):
+            return "tree", f"train and {held_out} hold the same {len(train):,} class folders"
+        return "folder", f"no labels: train and {held_out} hold different class folders"
+    loose = [name for name, is_folder in entries if not is_folder]
+    if loose:
+        return "folder", f"no labels: {escape(loose[0])} lies in no class folder"
+    counts = {name: len(list(islice(scan_images(path, Ignored()), 2))) for name, path in folders.items()}
+    classes = [name for name, count in counts.items() if count and name not in _PARTS]
+    if len(classes) < sum(map(bool, counts.values())) or not classes:
+        return "folder", "no labels: there are no class folders"
+    if len(classes) == 1:
+        return "folder", f"no labels: all images lie in one folder, {escape(classes[0])}"
+    if sum(counts[name] == 2 for name in classes) < _LEAST_CLASSES:
+        return "folder", f"no labels: the {len(classes):,} folders hold an image each, which leaves none to hold out"
+    return "class_folders", f"the images lie in {len(classes):,} class folders"
+
+
+def _folders_with_images(path: Path) -> list[str]:
+    """Sorted names of the folders in a folder that hold an image."""
+    folders = [name.rstrip("/") for name, is_folder in _sorted_entries(path, Ignored()) if is_folder]
+    return [name for name in folders if any(True for _ in scan_images(path / name, Ignored()))]
 
 
 def missing_here(probes: Iterable[tuple[Path, int]]) -> str | None:

@@ -170,13 +170,14 @@ def initialize(join_seconds: float = _JOIN_SECONDS) -> Group:
         RankError: the ranks cannot meet; an `AbsentPeersError` where some did not join.
     """
     use_cuda = torch.cuda.is_available()
-    if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launched.local_size()))
+    if not use_cuda and (threads := launched.num_threads()) is not None:
+        torch.set_num_threads(threads)
     device = torch.device("cuda", launched.local_rank()) if use_cuda else torch.device("cpu")
     if use_cuda:
         if device.index >= torch.cuda.device_count():
             raise UserError(
-                f"this machine has {torch.cuda.device_count()} GPUs: launch no more ranks (--num_gpus) on it"
+                f"this machine has {torch.cuda.device_count()} GPUs: launch no more ranks on it (--num_gpus, "
+                "--nproc-per-node, --ntasks-per-node)"
             )
         torch.cuda.set_device(device)
         capability, served = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
@@ -266,19 +267,21 @@ def _join(init_method: str | None, rank: int, size: int, device: torch.device, s
     def meet() -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has its own
-        if init_method is None:
-            met = dist.HashStore()
-        else:
+        store: dist.Store = dist.HashStore()
+        if init_method is not None:
             met, _, _ = next(dist.rendezvous(init_method, rank, size, timeout=_TIMEOUT))
             met.set_timeout(_TIMEOUT)
+            store = dist.PrefixStore(f"attempt_{launched.attempt()}", met)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=met, rank=rank, world_size=size, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
     try:
         _within(seconds, meet)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
-            raise RankError(f"{where}, where the ranks meet, is in use: give another --master_port") from None
+            raise RankError(
+                f"{where}, where the ranks meet, is in use: give another --master_port or MASTER_PORT"
+            ) from None
         if not lost_peer(error):
             raise
         reason = f"({str(error).splitlines()[0]}): another rank has ended, and says why if it could"

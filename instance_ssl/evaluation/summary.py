@@ -1,5 +1,8 @@
 """The table at the end of a pipeline, from its stages' results."""
 
+import shlex
+from pathlib import Path
+
 from instance_ssl.errors import UserError, printable
 from instance_ssl.evaluation.frozen_encoder import title_of
 from instance_ssl.files.structured import MalformedError, read_json
@@ -25,17 +28,34 @@ def _write(stage: Stage) -> list[str]:
 
 
 def _lines(stage: Stage) -> list[str]:
-    stages = "evaluate_knn", "evaluate_linear", "pretrain"
-    knn, linear, pretrain = (read_json(stage.run_directory / name / "result.json") for name in stages)
+    run = stage.run_directory
+    accuracy = read_json(run / "pretrain/result.json")["instance_accuracy"]
+    measured = "not measured" if accuracy is None else f"{100 * accuracy:.1f} %"
+    return [
+        *(_accuracies(stage) if stage.evaluation_sources is not None else []),
+        f"instance accuracy of the last epoch: {measured} of {len(stage.source):,} classes",
+        f"run directory: {run}",
+        *_next_commands(run),
+    ]
+
+
+def _accuracies(stage: Stage) -> list[str]:
+    knn, linear = (
+        read_json(stage.run_directory / name / "result.json") for name in ("evaluate_knn", "evaluate_linear")
+    )
     lines = [f"{'':16}{'k-NN top-1':>12}{'linear top-1':>14}"]
     for source in stage.config.evaluation.sources:
         row = knn["figures"][source]["top1"], linear["figures"][source]["top1"]
         lines.append(f"{title_of(stage, source):16}{row[0]:>10.2f} %{row[1]:>12.2f} %")
-    accuracy = pretrain["instance_accuracy"]
-    measured = "not measured" if accuracy is None else f"{100 * accuracy:.1f} %"
+    return [*lines, f"nearest neighbours: {stage.run_directory / knn['picture']}"]
+
+
+def _next_commands(run: Path) -> list[str]:
+    """What people do with a trained run, as commands to copy."""
+    shown, config = shlex.quote(str(run)), shlex.quote(str(run / "pretrain/config.yaml"))
+    export = f"python runners/export.py --config {config} --run-dir {shown}"
     return [
-        *lines,
-        f"instance accuracy of the last epoch: {measured} of {len(stage.source):,} classes",
-        f"nearest neighbours: {stage.run_directory / knn['picture']}",
-        f"run directory: {stage.run_directory}",
+        f"the page of this run: python runners/report.py {shown}",
+        f"the backbone as files: {export}",
+        f"features and embeddings of a folder: {export} --set export.images=/path/to/images",
     ]

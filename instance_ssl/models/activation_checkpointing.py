@@ -30,7 +30,7 @@ def recompute_blocks(network: nn.Module) -> int:
     """
     blocks = [block for block in outermost_blocks(network) if any(True for _ in block.parameters())]
     for block in blocks:
-        block.forward = _Recomputed(block)  # type: ignore[method-assign]
+        block.forward = _Recomputed(block)
     return len(blocks)
 
 

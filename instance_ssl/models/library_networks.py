@@ -21,6 +21,8 @@ _PROBE_IMAGES = 2
 _LEAST_PATCH = 8
 # A ViT for small images sees so many patches a side, as at 128 px with 16 px patches.
 _PATCHES_A_SIDE = 8
+# Arguments of networks that are made for one size of image.
+_SIZES = {"img_size", "image_size", "input_size"}
 
 
 class LibraryBackbone(nn.Module):
@@ -96,8 +98,9 @@ def build_library_network(name: str, options: Mapping[str, Any], image_size: int
     Args:
         options: arguments of its constructor.
         image_size: S, given to networks that are made for one size.
-        small_stem: adapt a library's network to small images: a ViT gets 8 x 8 patches in all, any other network half
-            the stride in its first convolution, which changes neither names nor shapes of its weights.
+        small_stem: adapt a library's network to small images: a ViT of timm gets 8 x 8 patches in all, a network for
+            any size half the stride in its first convolution, which changes neither names nor shapes of its weights.
+            Others, and those with a `patch_size` in the options, stay as they are.
 
     Raises:
         UserError: there is no such network, or it refuses the options.
@@ -108,13 +111,13 @@ def build_library_network(name: str, options: Mapping[str, Any], image_size: int
     build = {"torchvision": _torchvision_network, "timm": _timm_network}[library]
     built = build(network_name, options, image_size)
     stem = next((module for module in built.network.modules() if isinstance(module, nn.Conv2d)), None)
-    if stem is None or not small_stem:
+    if stem is None or not small_stem or "patch_size" in options:
         return built
     if stem.kernel_size == stem.stride and stem.stride[0] >= _LEAST_PATCH:
-        if library == "timm" and "patch_size" not in options:
+        if library == "timm":
             patch_size = max(1, image_size // _PATCHES_A_SIDE)
             return build(network_name, {**options, "patch_size": patch_size}, image_size)
-    elif max(stem.stride) > 1:
+    elif max(stem.stride) > 1 and not _SIZES & built.arguments.keys():
         stem.stride = tuple(max(1, stride // 2) for stride in stem.stride)
         return built._replace(has_halved_stride=True)
     return built
@@ -145,9 +148,9 @@ def pretrained_state(
         if known is None or not (known.hf_hub_id or known.url):
             tags = timm.list_pretrained(f"{name.partition('.')[0]}*")[:3]
             raise UserError(f"model.initial_weights timm: timm has no weights of {escape(name)}; it has {tags}")
-        place = f"https://huggingface.co/{known.hf_hub_id}" if known.hf_hub_id else known.url
-        patches = getattr(network, "patch_embed", None)
-        changed = {"patch_size": patches.patch_size[0]} if hasattr(patches, "patch_size") else {}
+        place = f"https://huggingface.co/{known.hf_hub_id}" if known.hf_hub_id else str(known.url)
+        patch_size = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+        changed = {} if patch_size is None else {"patch_size": patch_size[0]}
 
         def fetch() -> Mapping[str, Tensor]:
             return _timm_network(name, {**changed, **options}, image_size, pretrained=True).network.state_dict()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from instance_ssl.checkpoint.directory import read_tensors
 from instance_ssl.config.experiment import DataConfig
+from instance_ssl.data.datasets import class_of
 from instance_ssl.data.image_sources import FileImages, ImageSource, read_instances
 from instance_ssl.data.list_changes import places_of
 from instance_ssl.data.name_table import packed
@@ -99,7 +100,7 @@ def _open_some(run: Path, data: DataConfig, ids: Sequence[int]) -> tuple[ImageSo
         chosen = [names[i] for i in ids]
     except (OSError, IndexError):
         raise UserError(f"{run / 'instances.txt'} does not name the images of the checkpoint") from None
-    if data.kind not in ("tree", "folder", "list"):
+    if data.kind not in ("tree", "class_folders", "folder", "list"):
         whole = open_split(data, "train")
         places = places_of(chosen, whole.names).tolist()
         if gone := [name for name, place in zip(chosen, places, strict=True) if place < 0]:
@@ -109,8 +110,8 @@ def _open_some(run: Path, data: DataConfig, ids: Sequence[int]) -> tuple[ImageSo
     if root is None:
         raise UserError("data.root is not set: the images cannot be found")
     labels, classes = None, None
-    if data.kind == "tree":
-        folders = [name.split("/")[1] for name in chosen]
+    if data.kind in ("tree", "class_folders"):
+        folders = [name.split("/")[1] if data.kind == "tree" else class_of(name) for name in chosen]
         classes = sorted(set(folders))
         labels = torch.tensor([classes.index(folder) for folder in folders])
     return FileImages(root, chosen, labels, classes, rendering=rendering_of(data)), range(len(chosen))

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from instance_ssl.checkpoint.committed import MANIFEST, committed_directories, newest_sound_directory
-from instance_ssl.config.deepspeed import micro_batch_advice
+from instance_ssl.config.batch_division import micro_batch_advice
 from instance_ssl.config.evaluation import EvaluationConfig
 from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.data.folders import existing_root
@@ -28,7 +28,7 @@ _READERS = {
 # Stages that only read an encoder: neither the batch nor W has to fit the images or the ranks.
 READING_STAGES = ("export", "evaluate_knn", "evaluate_linear", "evaluate_retrieval")
 # Kinds of data whose images lie below `data.root`.
-_IN_FOLDERS = ("tree", "sun397", "dtd", "inaturalist2018", "folder")
+_IN_FOLDERS = ("tree", "class_folders", "sun397", "dtd", "inaturalist2018", "folder")
 
 
 def check_hostfile() -> None:
@@ -47,8 +47,8 @@ def check_labels(config: ExperimentConfig) -> None:
     kind = (config.evaluation.data or config.data).kind
     if kind in ("folder", "list"):
         raise UserError(
-            f"data.kind {kind} has no labels to evaluate with: point evaluation.data at a labelled set (kind tree), "
-            "or skip the evaluations: runners/pipeline.py --stages initialize_classifier pretrain"
+            f"data.kind {kind} has no labels to evaluate with: point evaluation.data at a labelled set (kind tree or "
+            "class_folders), or skip the evaluations: runners/pipeline.py --stages initialize_classifier pretrain"
         )
 
 

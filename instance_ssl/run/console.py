@@ -1,11 +1,14 @@
 """Prints lines that are safe for a terminal, and survives a console that has gone: a pipe or an ssh connection."""
 
 import argparse
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from instance_ssl import errors
@@ -63,6 +66,24 @@ def complain(line: str) -> None:
     _write(errors.printable(line), sys.stderr)
 
 
+def complain_last(line: str) -> None:
+    """Prints why this process ends, on standard error, and hands the line to torchrun."""
+    complain(line)
+    tell_torchrun(line)
+
+
+def tell_torchrun(line: str) -> None:
+    """Hands torchrun the line with which this rank fails: it ends its own report, and so what a person reads, with it.
+
+    The file has the form of `torch.distributed.elastic.multiprocessing.errors`, with the line for a traceback.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        line = errors.printable(line)
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
+
+
 def show_traceback(error: BaseException) -> None:
     """Prints an error with its traceback on standard error."""
     _write("".join(traceback.format_exception(error)), sys.stderr)
@@ -78,5 +99,5 @@ def exit_code_of(tool: Callable[[], int | None]) -> int:
     try:
         return tool() or 0
     except UserError as mistake:
-        complain(f"error: {mistake}")
+        complain_last(f"error: {mistake}")
         return EXIT_USER_ERROR

@@ -1,4 +1,4 @@
-"""Checks a launch: the `deepspeed` command before it starts, and what a launcher told each rank.
+"""Checks the command that starts a run, before it starts.
 
 With a hostfile that does not exist, DeepSpeed trains on this machine alone and says nothing. Over ssh it puts
 arguments, exported variables and paths into a shell line on every node, unquoted: a value with a `;` would be executed.
@@ -21,19 +21,14 @@ _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]")
 _EXPORTED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 # The hostfile that `deepspeed` reads by default.
 _DEFAULT_HOSTFILE = Path("/job/hostfile")
-# What a launcher sets for each rank; MPI's launchers set the number of processes instead.
-_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-# From this number on, steps are Slurm's own: the batch script, and the shell of `salloc`.
-_SLURM_OWN_STEPS = 2**32 - 16
-_LAUNCH = "start the ranks with `deepspeed` or `torchrun`, which set these, or one process with none of them"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A parsed `deepspeed` command.
+    """A parsed command of `deepspeed` or `torchrun`.
 
     Attributes:
+        passes_signals_on: whether the launcher itself signals the ranks of this machine.
         uses_ssh: whether other nodes, if any, are reached over ssh.
         script: the runner and its own arguments.
     """
@@ -41,6 +36,7 @@ class Launch:
     command: Sequence[str]
     hostfile: Path | None
     uses_ssh: bool
+    passes_signals_on: bool
     script: Sequence[str]
 
     @property
@@ -55,15 +51,21 @@ class Launch:
 
 
 def take_apart(command: Sequence[str]) -> Launch:
-    """Parses a command line, which must start with `deepspeed` and name a runner."""
-    if not command or Path(command[0]).name != "deepspeed":
-        raise UserError("give the whole command that starts the run: supervise.py … deepspeed … runners/pretrain.py …")
+    """Parses a command line, which must start with `deepspeed` or `torchrun` and name a runner."""
+    name = Path(command[0]).name if command else ""
+    if name not in ("deepspeed", "torchrun") and "torch.distributed.run" not in command[1:4]:
+        raise UserError(
+            "give the whole command that starts the run: supervise.py … deepspeed … runners/pretrain.py …, or torchrun"
+        )
     place = next((place for place, word in enumerate(command) if word.endswith(".py")), None)
     if place is None:
         raise UserError(f"the command names no runner, a file that ends in .py: {' '.join(command)}")
-    flags = command[1:place]
+    flags, script = command[1:place], command[place:]
+    if name != "deepspeed":
+        return Launch(command, hostfile=None, uses_ssh=False, passes_signals_on=True, script=script)
     hostfile = given_hostfile(flags) or (_DEFAULT_HOSTFILE if _DEFAULT_HOSTFILE.exists() else None)
-    return Launch(command, hostfile=hostfile, uses_ssh="--no_ssh" not in flags, script=command[place:])
+    uses_ssh = "--no_ssh" not in flags
+    return Launch(command, hostfile=hostfile, uses_ssh=uses_ssh, passes_signals_on=False, script=script)
 
 
 def given_hostfile(flags: Sequence[str]) -> Path | None:
@@ -96,58 +98,6 @@ def check_launch(launch: Launch, environment: Mapping[str, str]) -> None:
                 if "=" not in line:
                     raise UserError(f"{exports}, line {number}: expected NAME=value")
                 _require_plain(line, f"{exports}, line {number}: {line}")
-
-
-def check_world(environment: Mapping[str, str]) -> None:
-    """Refuses a rank that was not told its place among the others, given its environment: it would run alone."""
-    place = {name: environment[name] for name in _PLACE if environment.get(name)}
-    if not {"RANK", "WORLD_SIZE"} & set(place):
-        if started := _started_together(environment):
-            raise UserError(
-                f"{started}, but RANK and WORLD_SIZE are unset: each would start its own run in the same directory; "
-                "start one task a node, and in it `deepspeed --no_ssh …` or `torchrun …` (instance_ssl/run/README.md), "
-                "or one task alone"
-            )
-        return
-    numbers = {"WORLD_SIZE": (1, 2**31), "RANK": (0, 2**31), "LOCAL_RANK": (0, 2**31), "MASTER_PORT": (1, 2**16)}
-    for name, (low, high) in numbers.items():
-        if name in place and not (place[name].isdecimal() and low <= int(place[name]) < high):
-            raise UserError(f"{name} is {place[name]!r}, not a number from {low} to {high - 1}: {_LAUNCH}")
-    size = int(place.get("WORLD_SIZE", 1))
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in place]
-    if size == 1 and place.get("RANK", "0") == "0" and len({"MASTER_ADDR", "MASTER_PORT"} & set(place)) != 1:
-        missing = []  # one process meets no others
-    if missing:
-        known = ", ".join(f"{name}={value}" for name, value in place.items())
-        verb = "is" if len(missing) == 1 else "are"
-        raise UserError(f"{' and '.join(missing)} {verb} unset, with {known}: {_LAUNCH}")
-    if int(place.get("RANK", 0)) >= size:
-        raise UserError(f"RANK {place['RANK']} of WORLD_SIZE {size}: ranks count from 0 to {size - 1}; {_LAUNCH}")
-
-
-def _started_together(environment: Mapping[str, str]) -> str | None:
-    """Returns how many processes Slurm or MPI started together with this one; None for a process on its own.
-
-    SLURM_NTASKS is also set in the shell of `salloc` and in a batch script, where a person starts one process. Slurm
-    numbers tasks alone, and a batch script as its only one.
-    """
-    for name in _MPI_SIZES:
-        if _count(environment.get(name)) > 1:
-            return f"{environment[name]} MPI processes ({name})"
-    if "SLURM_PROCID" not in environment or "SLURM_PTY_PORT" in environment:  # `srun --pty`: a shell
-        return None
-    is_step = any(name in environment for name in ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS"))
-    is_batch = not is_step and environment.get("ENVIRONMENT") == "BATCH"
-    if is_batch or _count(environment.get("SLURM_STEP_ID")) >= _SLURM_OWN_STEPS:
-        return None
-    names = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
-    tasks = next((_count(environment[name]) for name in names if name in environment), 1)
-    return f"{tasks} Slurm tasks" if tasks > 1 else None
-
-
-def _count(text: str | None) -> int:
-    return int(text) if text is not None and text.isdecimal() else 1
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

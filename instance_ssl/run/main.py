@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from instance_ssl.run.arguments import parse_arguments
 from instance_ssl.run.console import exit_code_of
-from instance_ssl.run.launch import check_world
 from instance_ssl.run.limits import check_limits
+from instance_ssl.run.place import take_place
 from instance_ssl.run.process import Process, exit_code
 from instance_ssl.run.request import read_request
 from instance_ssl.training.allocator import keep_freed_memory
@@ -48,8 +48,8 @@ def run_stages(
 ) -> int:
     """Runs stages one after another in one process group and returns the process's exit code.
 
-    Complete stages are skipped. `after` follows the last stage. `--stages` names the ones to run instead, `further`
-    ones included.
+    Complete stages are skipped, and evaluations where `data.kind: auto` finds no labels. `after` follows the last
+    stage. `--stages` names the ones to run instead, `further` ones included.
     """
 
     def work(process: Process) -> None:
@@ -58,14 +58,17 @@ def run_stages(
         offered = {spec.name: spec for spec in (*stages, *further)}
         arguments = parse_arguments(list(offered))
         chosen = [offered[name] for name in arguments.stages] if arguments.stages else stages
-        names, needs_labels = [spec.name for spec in chosen], any(spec.needs_labels for spec in chosen)
-        request = read_request(arguments, names, needs_labels=needs_labels)
+        labelled = [spec.name for spec in chosen if spec.needs_labels]
+        request = read_request(arguments, [spec.name for spec in chosen], labelled)
         from instance_ssl.run import opening, stage_work  # torch is imported here
 
         check_limits()  # again: torch's libraries take most of the address space that a limit leaves
         with contextlib.ExitStack() as held:
             context = opening.open_run(request, process, held)
             for spec in chosen:
+                if spec.needs_labels and context.evaluation_sources is None:
+                    process.log.say(f"{spec.name}: skipped, for the images have no labels to evaluate with")
+                    continue
                 stage_work.run_stage(replace(context, name=spec.name), spec.load(), process)
             if after is not None and not arguments.stages:
                 after(context)
@@ -97,7 +100,7 @@ def run_measurement(parse: Callable[[], Namespace], measure: "Callable[[Namespac
 
 def _run(work: Callable[[Process], None]) -> int:
     def checked() -> int:
-        check_world(os.environ)
+        take_place(os.environ)
         check_limits()
         process = Process()
         return exit_code(lambda: work(process), process)

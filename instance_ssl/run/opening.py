@@ -5,12 +5,13 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from instance_ssl.config.draft import Draft
 from instance_ssl.config.evaluation import EvaluationConfig
 from instance_ssl.data.image_sources import ImageSource
 from instance_ssl.distributed import comm
 from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError, shorten
-from instance_ssl.run import agreement, checks, images, manifest, pending_update, precision
+from instance_ssl.run import agreement, checks, choosing, images, manifest, pending_update, precision, records
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.process import Process
 from instance_ssl.run.request import Request
@@ -23,39 +24,45 @@ _SHOWN_EXCLUDED = 10
 
 
 def open_run(request: Request, process: Process, held: contextlib.ExitStack) -> Stage:
-    """Joins the world and opens the images. Everything that can be refused is refused before a file is written.
+    """Joins the world, opens the images and chooses what is `auto`; refuses mistakes before a file is written.
 
     Args:
         held: ends with the work.
 
     Returns:
-        What the stages share; `name` is still empty.
+        What the stages share; `name` is still empty. It has no `evaluation_sources` where `request.finds_labels` and
+        there are none.
     """
-    config, ds, run_directory, log = request.config, request.ds, request.run_directory, process.log
-    world = comm.initialize(config.safety.join_seconds)
-    held.enter_context(process.guard.hangs_after(max(config.safety.hang_seconds, _LEAST_HANG_SECONDS)))
+    run_directory, log, safety = request.run_directory, process.log, request.draft.completed({}).safety
+    world = comm.initialize(safety.join_seconds)
+    held.enter_context(process.guard.hangs_after(max(safety.hang_seconds, _LEAST_HANG_SECONDS)))
     process.meet(world)
     asked = {
-        "configuration (--config, --set)": config.model_dump_json(),
-        "DeepSpeed configuration": ds.describe(),
+        "configuration (--config, --set)": request.draft.describe(),
+        "DeepSpeed configuration": request.ds.describe(),
         "run directory": str(run_directory),
         "version": _versions_in_use(),
     }
     _check_ranks_agree(asked, world)
-    _check_sources(config.evaluation, world)
+    _check_sources(request.draft.completed({}).evaluation, world)
     agreement.rank_0_alone(lambda: pending_update.finish(run_directory), world)
     agreement.rank_0_alone(request.check_run_directory, world)
+    draft = _with_kind(request, world, log)
+    config = draft.completed({})
     arrange = manifest.as_known(run_directory, config.data, request.stages)
     opened = images.open_images(config.data, "train", world, log, arrange)
-    num_images = agreement.rank_0_alone(lambda: len(opened or ()), world)
-    if request.trains:
-        checks.check_size(config, num_images, ds.micro_batch_size, world.size, request.ds_path)
-        checks.check_micro_batch(config, ds.micro_batch_size)
-    labelled = images.open_evaluation(config, opened, world, log) if request.needs_labels else None
+    has_labels = not request.finds_labels or config.data.kind != "folder"
+    if not has_labels and request.only_evaluates:
+        raise UserError(f"data.kind auto: no labels to evaluate with: {config.data.root} has no class folders")
+    labelled = None
+    if request.labelled_stages and has_labels:
+        labelled = images.open_evaluation(config, opened, world, log)
+    config, ds = choosing.choose(request, draft, opened, labelled, world, log)
     source = agreement.share_images(opened, run_directory, world)
     evaluation_sources = None
     if labelled is not None:
-        shared = source if config.evaluation.data is None else agreement.share_images(labelled[0], run_directory, world)
+        is_shared = config.evaluation.data is None and not images.holds_out(config)
+        shared = source if is_shared else agreement.share_images(labelled[0], run_directory, world)
         evaluation_sources = shared, agreement.share_images(labelled[1], run_directory, world)
     manifest.record(source, run_directory, world)
     _log_excluded((source, *(evaluation_sources or ())), log)
@@ -69,6 +76,21 @@ def open_run(request: Request, process: Process, held: contextlib.ExitStack) -> 
     )
     ds = precision.settle(ds, world, log)
     return Stage("", run_directory, config, ds, world, log, process.guard, source, evaluation_sources)
+
+
+def _with_kind(request: Request, world: Group, log: RunLog) -> Draft:
+    """The draft with the choices that the run has recorded, or else with the kind of data. Collective."""
+    draft, run_directory = request.draft, request.run_directory
+    known = agreement.rank_0_alone(lambda: records.recorded_choices(draft.auto, run_directory), world)
+    if known:
+        values = ", ".join(f"{key} = {value}" for key, value in known.items())
+        log.say(f"auto: as {run_directory} was begun with: {values}")
+    draft = draft.settled(known)
+    if "data.kind" in draft.auto:
+        kind = images.find_kind(draft.completed({}).data, world, log)
+        log.say(str(kind))
+        draft = draft.settled({kind.key: kind.value})
+    return draft
 
 
 def _check_ranks_agree(fields: dict[str, str], world: Group) -> None:

@@ -1,16 +1,17 @@
 """What the planner was asked: the command line and both files, checked before torch is imported."""
 
 import argparse
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from instance_ssl.config.data import DataConfig
-from instance_ssl.config.deepspeed import DeepSpeedSettings, load_ds_config
-from instance_ssl.config.experiment import ExperimentConfig, load_config
+from instance_ssl.config.deepspeed import DeepSpeedFile, DeepSpeedSettings, read_ds_file
+from instance_ssl.config.draft import Draft, load_draft
+from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.errors import UserError
-from instance_ssl.run.arguments import add_config_arguments
+from instance_ssl.run import automatic
+from instance_ssl.run.arguments import add_config_arguments, ds_path_of
 from instance_ssl.run.checks import check_size
-from instance_ssl.run.console import ArgumentParser
+from instance_ssl.run.console import ArgumentParser, tell
 
 _NUM_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
 
@@ -22,23 +23,23 @@ class PlanRequest:
     Attributes:
         num_instances: number of training images N.
         world_size: ranks to plan for.
-        gpu_memory_gib: memory of one rank, for the largest N that fits.
+        micro_batch_size: stands in for the JSON's where that is `auto`.
     """
 
     config: ExperimentConfig
-    ds_path: Path
+    ds: DeepSpeedFile
     num_instances: int
     world_size: int
-    gpu_memory_gib: float
+    micro_batch_size: int = 1
 
     def settings(self, world_size: int) -> DeepSpeedSettings:
-        """Reads the DeepSpeed JSON for this many ranks, and refuses ranks that cannot share the batch or the rows."""
-        return load_ds_config(
-            self.ds_path,
+        """Completes the DeepSpeed JSON for this many ranks; refuses ranks that cannot share the batch or the rows."""
+        return self.ds.settings(
             global_batch_size=self.config.optimization.global_batch_size,
             max_grad_norm=self.config.optimization.max_grad_norm,
             world_size=world_size,
             optimizer=self.config.optimization.optimizer,
+            micro_batch_size=self.micro_batch_size,
         )
 
 
@@ -52,17 +53,53 @@ def add_plan_arguments(parser: ArgumentParser, *, world_size: int | None = None)
 
 
 def read_plan_request(arguments: argparse.Namespace) -> PlanRequest:
-    """Reads the arguments of `add_plan_arguments`, and refuses (`UserError`) what a run would refuse."""
+    """Reads the arguments of `add_plan_arguments`, and refuses (`UserError`) what a run would refuse.
+
+    What the experiment and the JSON leave to `auto` is chosen as for GPUs of this memory, and printed.
+    """
     if arguments.world_size < 1:
         raise UserError(f"--world-size {arguments.world_size}: give at least one rank")
     if arguments.gpu_memory_gib <= 0:
         raise UserError(f"--gpu-memory-gib {arguments.gpu_memory_gib}: give a positive number")
-    config, given = load_config(arguments.config, arguments.set), arguments.num_instances
-    num_instances = _count_images(config.data) if given is None else given
-    ds_path, world_size = arguments.deepspeed_config, arguments.world_size
-    request = PlanRequest(config, ds_path, num_instances, world_size, arguments.gpu_memory_gib)
-    check_size(config, num_instances, request.settings(world_size).micro_batch_size, world_size, ds_path)
+    draft, given = load_draft(arguments.config, arguments.set), arguments.num_instances
+    num_instances = _count_images(draft.completed({}).data) if given is None else given
+    ds, world_size = read_ds_file(ds_path_of(arguments, draft)), arguments.world_size
+    config = _as_on_gpus(draft, num_instances, world_size, ds.micro_batch_size)
+    request = PlanRequest(config, ds, num_instances, world_size)
+    check_size(config, num_instances, request.settings(world_size).micro_batch_size, world_size, ds.path)
+    if ds.micro_batch_size is None:
+        import torch
+
+        from instance_ssl.run.choosing import choose_micro_batch  # late, for it imports torch
+
+        choice = choose_micro_batch(request, torch.device("cuda"), int(arguments.gpu_memory_gib * 2**30))
+        tell(str(choice))
+        request = replace(request, micro_batch_size=choice.value)
     return request
+
+
+def _as_on_gpus(draft: Draft, num_instances: int, world_size: int, micro_batch_size: int | None) -> ExperimentConfig:
+    """The experiment with the choices of a run on GPUs, except those that depend on the images' size or labels."""
+    if not draft.auto:
+        return draft.completed({})
+    from instance_ssl.run.choosing import cores_of_a_rank, view_flops  # late, for it imports torch
+
+    if "data.image_size" in draft.auto:
+        raise UserError("data.image_size is auto, and no image is opened here: give --set data.image_size=224, say")
+    facts = automatic.Facts(
+        device=automatic.GPU,
+        num_images=num_instances,
+        short_side=0,
+        class_size=None,
+        world_size=world_size,
+        cores=cores_of_a_rank(),
+        micro_batch_size=micro_batch_size,
+        view_flops=view_flops,
+    )
+    choices = automatic.choose(draft, facts)
+    for choice in choices:
+        tell(str(choice))
+    return draft.completed({choice.key: choice.value for choice in choices})
 
 
 def _count_images(data: DataConfig) -> int:

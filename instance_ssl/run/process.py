@@ -1,6 +1,5 @@
 """A process of a run from its start to its exit code: guard, log, status and error messages."""
 
-import os
 import secrets
 import socket
 import time
@@ -13,7 +12,7 @@ import psutil
 from instance_ssl.distributed import launched
 from instance_ssl.errors import EXIT_USER_ERROR, AbsentPeersError, RankError, UserError
 from instance_ssl.run import limits
-from instance_ssl.run.console import complain, show_traceback
+from instance_ssl.run.console import complain, complain_last, show_traceback, tell_torchrun
 from instance_ssl.run.directory import State, end_status, read_state
 from instance_ssl.run.log import RunLog
 from instance_ssl.run.watchdog import EXIT_LOST_PEER, Guard, ProcessId, Stopped
@@ -72,15 +71,13 @@ def exit_code(work: Callable[[], None], process: Process) -> int:
     except UserError as error:
         if (shortage := limits.describe_shortage(error)) is not None:
             return _fail(shortage, process)
+        tell_torchrun(f"error: {error}")
         if process.rank == 0 or isinstance(error, RankError):
             complain(f"error: {error}")
             process.end("failed", str(error))
         if not isinstance(error, RankError):  # then all ranks are here and exit together
             process.leave_world()
-            has_launcher = process.guard.is_launched or "TORCHELASTIC_RUN_ID" in os.environ
-            if has_launcher and 0 < launched.rank() == launched.local_rank():  # beside rank 0
-                # A launcher ends all ranks at the first exit it sees, and rank 0, which prints it, may still start up.
-                process.guard.await_end(seconds=60)
+            _let_rank_0_print(process)
         return EXIT_LOST_PEER if isinstance(error, AbsentPeersError) else EXIT_USER_ERROR
     except Stopped as stop:
         process.log.say(f"stopped ({stop}); the same command resumes from here")
@@ -92,6 +89,19 @@ def exit_code(work: Callable[[], None], process: Process) -> int:
     return 0
 
 
+def _let_rank_0_print(process: Process) -> None:
+    """Waits for the signal that this rank's exit would bring to rank 0, which prints the error and may still start up.
+
+    Launchers end the ranks of their machine at the first exit that they see; mpirun, and srun with --kill-on-bad-exit,
+    end those of all machines.
+    """
+    if process.guard.is_launched:
+        if 0 < process.rank < launched.local_size():
+            process.guard.await_end(seconds=60)
+    elif launched.is_task() and process.rank > 0:
+        process.guard.await_end(seconds=20)  # in vain under an srun that lets all tasks end by themselves
+
+
 def _fault(error: Exception, process: Process) -> int:
     """Reports a killed loader, a lost peer or a shortage in one line, and any other error with its traceback."""
     if isinstance(error, RuntimeError):
@@ -99,14 +109,14 @@ def _fault(error: Exception, process: Process) -> int:
 
         if str(error).startswith("DataLoader worker"):
             cure = "lower data.num_workers if memory ran out"
-            complain(reason := f"rank {process.rank}: a loader process was killed; {cure} ({error})")
+            complain_last(reason := f"rank {process.rank}: a loader process was killed; {cure} ({error})")
             process.end("failed", reason)
             return EXIT_FAILURE
         if comm.lost_peer(error):
             time.sleep(1)  # a dying process may still exist for a moment
             dead = process.guard.dead_peer()
             reason = "another rank has stopped" if dead is None else f"rank {dead} on {socket.gethostname()} has died"
-            complain(f"rank {process.rank}: {reason}; stopping too")
+            complain_last(f"rank {process.rank}: {reason}; stopping too")
             # A launcher signals all ranks when one dies: a signal proves no stop, and a rank that stopped has said so.
             told = process.told_state()
             process.end("failed", reason)
@@ -116,13 +126,13 @@ def _fault(error: Exception, process: Process) -> int:
     if (shortage := limits.describe_shortage(error)) is not None:
         return _fail(shortage, process)
     process.end("failed", line := f"rank {process.rank}: {type(error).__name__}: {error}")
-    complain(line.split("\n")[0])
+    complain_last(line.split("\n")[0])
     show_traceback(error)
     return EXIT_FAILURE
 
 
 def _fail(shortage: str, process: Process) -> int:
     """Reports what this rank ran out of, exit code 2."""
-    complain(f"error: {(reason := f'rank {process.rank} on {socket.gethostname()}: {shortage}')}")
+    complain_last(f"error: {(reason := f'rank {process.rank} on {socket.gethostname()}: {shortage}')}")
     process.end("failed", reason)
     return EXIT_USER_ERROR

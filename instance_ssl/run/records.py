@@ -1,5 +1,6 @@
 """Reads what the stages of a run have recorded: their configuration, and whether they are complete."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ def check_unchanged(config: ExperimentConfig, run_directory: Path) -> None:
         if path.exists():
             recorded = flatten(load_recorded(path, "restore it, or give another --run-dir"))
             require_same_keys(recorded, flatten(config), str(run_directory))
+
+
+def recorded_choices(keys: Sequence[str], run_directory: Path) -> dict[str, Any]:
+    """Returns what a run has recorded of these dotted keys, as JSON values; empty for a run that has learned nothing.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    paths = (run_directory / stage / "config.yaml" for stage in BOUND_STAGES)
+    path = next((path for path in paths if path.exists()), None)
+    if path is None or not keys:
+        return {}
+    recorded = flatten(load_recorded(path, "restore it, or give another --run-dir"))
+    return {key: recorded[key] for key in keys}
 
 
 def sound_result(directory: Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from instance_ssl.distributed.comm import Group
 from instance_ssl.errors import UserError
 from instance_ssl.files.atomic import write_json, write_text
 from instance_ssl.files.disk_space import saving, why_not_written
-from instance_ssl.run import checks, records
+from instance_ssl.run import checks, images, records
 from instance_ssl.run.directory import locked, write_status
 from instance_ssl.run.process import Process
 from instance_ssl.run.stage import Stage
@@ -49,7 +49,14 @@ def run_stage(stage: Stage, function: Callable[[Stage], dict[str, Any]], process
 
 
 def _conclude(stage: Stage, record: dict[str, Any], run: str | None) -> None:
-    data = {"kind": stage.config.data.kind, "num_instances": len(stage.source), "digest": stage.source.digest}
+    data: dict[str, Any] = {
+        "kind": stage.config.data.kind,
+        "num_instances": len(stage.source),
+        "digest": stage.source.digest,
+    }
+    if stage.evaluation_sources is not None and images.holds_out(stage.config):
+        compared, tested = map(len, stage.evaluation_sources)
+        data["held_out"] = {"compared_with": compared, "tested_on": tested, "seed": stage.config.seed}
     path = stage.directory / "result.json"
     with saving(path):
         write_json(path, {**record, "data": data, **_environment(stage.world)})
@@ -88,6 +95,7 @@ def _environment(world: Group) -> dict[str, Any]:
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **engine.versions(), "torchvision": torchvision.__version__},
         "world_size": world.size,
+        "threads_per_rank": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(world.device) if on_cuda else platform.machine() + " cpu",
     }
 

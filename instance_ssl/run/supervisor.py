@@ -2,7 +2,8 @@
 
 `deepspeed` does not pass signals on to the ranks of one machine, leaves them behind when it is killed, and then exits
 with 0. So this process signals the ranks itself, adopts orphans (Linux hands them to the nearest "subreaper"), and
-reads the outcome from the run's status.json files.
+reads the outcome from the run's status.json files. `torchrun` exits with 1 whatever the ranks exit with, and writes
+that to a file.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,27 +76,37 @@ class Supervisor:
     def _attempt(self) -> int:
         self._before = {status.path: status for status in _statuses(self._launch.run_directory)}
         # Its own session: a Ctrl-C in the terminal reaches only this process, which passes it on once.
-        self._runner = subprocess.Popen(self._launch.command, start_new_session=True)
+        with tempfile.TemporaryDirectory() as directory:
+            report = Path(directory, "error.json")
+            environment = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(report)}
+            self._runner = subprocess.Popen(self._launch.command, start_new_session=True, env=environment)
+            code = self._wait_for(self._runner)
+            if code == EXIT_FAILURE:
+                code = _code_of_ranks(report) or code
+        return self._judge(code)
+
+    def _wait_for(self, runner: subprocess.Popen[bytes]) -> int:
+        """Waits for the launcher and all that it started, passes a signal on, and returns the launcher's exit code."""
         told: float | None = None
-        while self._runner.poll() is None:
+        while runner.poll() is None:
             now = self._clock.read()
             if self._signal is not None and told is None:
                 told = now
                 self._pass_on()
             if told is not None and now - told > self._grace_seconds:
                 complain(f"supervise: still there {self._grace_seconds:.0f} s after the signal: killing the rest")
-                self._runner.kill()
+                runner.kill()
                 break
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         else:
             # A node's ranks save when their connection ends. Debian's pdsh is a script around the program.
             _send(signal.SIGTERM, _descendants(lambda one: one.name() in ("pdsh", "pdsh.bin", "ssh")))
             self._wait(lambda: not _descendants(), self._grace_seconds)  # ranks that the launcher left behind
-        code = self._runner.wait()  # before the rest is killed and reaped, which would take its exit code along
+        code = runner.wait()  # before the rest is killed and reaped, which would take its exit code along
         rest = _descendants()
         _send(signal.SIGKILL, rest)
         psutil.wait_procs(rest, timeout=10)
-        return self._judge(code)
+        return code
 
     def _judge(self, code: int) -> int:
         if code < 0:  # by a signal
@@ -131,8 +143,8 @@ class Supervisor:
             self._signal = number
 
     def _pass_on(self) -> None:
-        """Signals this machine's ranks, which save and exit; over ssh the runner, which passes it on itself."""
-        ranks = _descendants(lambda one: is_launcher(psutil.Process(one.ppid())) and not is_launcher(one))
+        """Signals this machine's ranks, which save and exit; over ssh, and of torchrun, the launcher, which does so."""
+        ranks = [] if self._launch.passes_signals_on else _descendants(_is_rank)
         complain(f"supervise: {signal.Signals(self._signal or 0).name}: the run saves its state and exits")
         if not ranks and self._runner is not None:
             self._runner.terminate()
@@ -166,6 +178,15 @@ def _statuses(run_directory: Path | None) -> list[_Status]:
     return found
 
 
+def _code_of_ranks(report: Path) -> int | None:
+    """Returns the exit code of the rank that failed first, from torchrun's report; None where it wrote none."""
+    with contextlib.suppress(OSError):
+        message = (read_json(report) or {}).get("message")
+        code = message.get("errorCode") if isinstance(message, dict) else None
+        return code if isinstance(code, int) and 0 < code < 256 else None
+    return None
+
+
 def _descendants(is_meant: Callable[[psutil.Process], bool] = lambda one: True) -> list[psutil.Process]:
     """Returns the running processes below this one, adopted ones included."""
     alive = []
@@ -174,6 +195,10 @@ def _descendants(is_meant: Callable[[psutil.Process], bool] = lambda one: True) 
             if process.status() != psutil.STATUS_ZOMBIE and is_meant(process):
                 alive.append(process)
     return alive
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    return is_launcher(psutil.Process(process.ppid())) and not is_launcher(process)
 
 
 def _send(number: signal.Signals, processes: list[psutil.Process]) -> None:

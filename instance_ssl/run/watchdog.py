@@ -21,9 +21,15 @@ from types import FrameType
 import psutil
 
 from instance_ssl.distributed.clock import AwakeClock
-from instance_ssl.run.console import complain
+from instance_ssl.run.console import complain_last
 
 EXIT_LOST_PEER, EXIT_HANG = 3, 4
+
+# Programs, and modules of `python -m`, that start ranks as their child processes.
+_LAUNCHERS = (
+    *("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"),
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
+)
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 # Time for the main thread to notice by itself, in its next collective, that a local rank has died.
@@ -77,8 +83,8 @@ class Guard:
     """Watches this process from a thread of its own.
 
     DeepSpeed's launcher leaves its ranks behind when it or its parent is killed (on one machine no signal reaches
-    them). So each rank watches the launchers above it, and on a node the ssh connection of its launcher, which ends
-    with the machine or the `pdsh` at its other end.
+    them), and so does torchrun. Each rank therefore watches the launchers above it, and on a node the ssh connection of
+    its launcher, which ends with the machine or the `pdsh` at its other end.
 
     Args:
         on_end: called with one line before the guard ends the process.
@@ -118,7 +124,7 @@ class Guard:
 
     @property
     def is_launched(self) -> bool:
-        """Whether a DeepSpeed launcher started this process."""
+        """Whether a launcher started this process; Slurm and MPI are not launchers here."""
         return bool(self._launchers)
 
     def dead_peer(self) -> int | None:
@@ -190,7 +196,7 @@ class Guard:
         timer.start()
         line = f"rank {self.rank}: {describe()}"
         self._on_end(line)
-        complain(line)
+        complain_last(line)
         os._exit(code)
 
     def _describe_hang(self, seconds: float) -> str:
@@ -207,7 +213,7 @@ class Guard:
 
 
 def launchers_of(process: psutil.Process) -> list[psutil.Process]:
-    """Returns the DeepSpeed launchers above a process, nearest first; none if it was started bare."""
+    """Returns the launchers above a process, nearest first; none if it was started bare."""
     return list(takewhile(is_launcher, _above(process)))
 
 
@@ -244,9 +250,10 @@ def connection_of(launcher: psutil.Process) -> ProcessId | None:
 
 
 def is_launcher(process: psutil.Process) -> bool:
-    """Whether a process is the `deepspeed` command or the launcher that it starts."""
+    """Whether a process is `deepspeed`, the launcher that it starts, `torchrun` or `accelerate`."""
     try:
         arguments = process.cmdline()
     except psutil.Error:
         return False
-    return any(Path(argument).name in ("deepspeed", "deepspeed.launcher.launch") for argument in arguments)
+    before_runner = takewhile(lambda argument: not argument.endswith(".py"), arguments)
+    return any(Path(argument).name in _LAUNCHERS for argument in before_runner)

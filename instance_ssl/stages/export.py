@@ -124,7 +124,7 @@ def _write_backbone(stage: Stage, encoder: Encoder, described: dict[str, Any]) -
     }
     if is_resnet and not small:
         writers["detectron2"] = ("detectron2.pkl", lambda path: write_detectron2(state, path))
-    written = {}
+    written: dict[str, str] = {}
     for form in stage.config.export.formats:
         if form in writers:
             name, write = writers[form]

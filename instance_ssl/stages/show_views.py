@@ -4,23 +4,28 @@ from pathlib import Path
 
 import torch
 
-from instance_ssl.config.experiment import ExperimentConfig
+from instance_ssl.config.draft import Draft
 from instance_ssl.data.folders import escape
 from instance_ssl.data.view_grid import view_grid
 from instance_ssl.errors import UserError
+from instance_ssl.run import choosing
 from instance_ssl.run.build import training_views
 from instance_ssl.run.console import tell
 from instance_ssl.run.images import open_split
 from instance_ssl.training.step import flatten_views
 
 
-def draw_views(config: ExperimentConfig, *, num_images: int, epoch: int, output: Path) -> None:
+def draw_views(draft: Draft, *, num_images: int, epoch: int, output: Path) -> None:
     """Draws images, evenly spaced over all, beside their views of an epoch into a PNG.
+
+    What `draft` leaves to `auto` is chosen and printed as a run on one rank of this machine would choose it.
 
     Raises:
         UserError: where there are not so many images, or the file cannot be written.
     """
-    source = open_split(config.data, "train")
+    draft = choosing.with_kind(draft)
+    source = open_split(draft.completed({}).data, "train")
+    config = choosing.completed_here(draft, source)
     for remark in source.remarks:
         tell(remark)
     if not 1 <= num_images <= len(source):

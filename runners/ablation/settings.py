@@ -10,7 +10,8 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, ValidationError, field_validator
 
-from instance_ssl.config.experiment import load_config, read_yaml
+from instance_ssl.config.draft import load_draft
+from instance_ssl.config.experiment import read_yaml
 from instance_ssl.config.messages import describe_validation_error
 from instance_ssl.config.types import NonNegativeInt, PositiveInt, Section
 from instance_ssl.errors import UserError, tried
@@ -205,7 +206,7 @@ def _run(ablation: Ablation, variant: Variant, epochs: int | None, seed: int, ov
     words = [*_words(ablation.set), *overrides, *_words(values)]
     where = " / ".join(part for part in (variant.group, variant.name) if part)
     try:
-        config = load_config(ablation.config, words)
+        draft = load_draft(ablation.config, words)
     except UserError as error:
         raise UserError(f"variant '{where}': {error}") from None
     try:
@@ -214,7 +215,9 @@ def _run(ablation: Ablation, variant: Variant, epochs: int | None, seed: int, ov
         raise UserError(f"deepspeed_config {ablation.deepspeed_config}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"deepspeed_config {ablation.deepspeed_config}: not UTF-8 text") from None
-    decisive = json.dumps([ablation.runner, engine, config.model_dump(mode="json")], sort_keys=True)
+    decisive = json.dumps(
+        [ablation.runner, engine, draft.completed({}).model_dump(mode="json"), *draft.auto], sort_keys=True
+    )
     name = hashlib.sha256(decisive.encode()).hexdigest()[:16]
     length = "" if epochs is None else f", {epochs} epochs"
     return Run(name, tuple(words), variant.stages or ablation.stages, f"{where}{length}, seed {seed}")

@@ -13,7 +13,7 @@ from instance_ssl.run.plan_request import add_plan_arguments, read_plan_request
 from paper_tables import PAPER_RANKS, TABLE_1, draw_figure_3, is_the_papers, table_1
 
 if TYPE_CHECKING:
-    from instance_ssl.stages.plan import Training
+    from instance_ssl.run.planner import Training
 
 _ROOT = Path(__file__).resolve().parents[2]
 _WORLD_SIZES = tuple(2**exponent for exponent in range(11))
@@ -34,7 +34,8 @@ def _arguments() -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> None:
     ranks, gib = arguments.world_size, arguments.gpu_memory_gib
     request = read_plan_request(arguments)
-    from instance_ssl.stages.plan import Planner, show  # late, for it imports torch
+    from instance_ssl.run.planner import Planner  # late, for these import torch
+    from instance_ssl.stages.plan import show
 
     planner = Planner(request)
     training = planner.training(ranks)

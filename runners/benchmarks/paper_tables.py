@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from instance_ssl.config.choices import LAYOUTS, Layout
 
 if TYPE_CHECKING:
-    from instance_ssl.stages.plan import Training
+    from instance_ssl.run.planner import Training
 
 # Images, and Table 1's GB a GPU of DDP and DHP on 64 V100; None: out of memory.
 TABLE_1: dict[str, tuple[int, dict[Layout, float | None]]] = {

@@ -7,41 +7,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
-from injection import environment as ordering
+from launches import Launched
 from processes import FAULTY_RUNNERS, ROOT, cpu_environment, launch_command
 from rig import checkpoints, digests, flags, quick_first, run, status, wait_for
 
 GRACE_SECONDS = 35
 
 
-class Launched:
-    """A training under the launcher, slowed down so that there is time to harm it."""
-
-    def __init__(self, place: Path) -> None:
-        self.record = place / "fault.txt"
-        environment = cpu_environment() | ordering("step:*:*:sleep=0.15", self.record)
-        command = launch_command("pretrain", 2, *flags(place), runners=FAULTY_RUNNERS)
-        self.runner = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdout=-3, stderr=-3)
-        wait_for(lambda: (place / "run/pretrain/metrics.jsonl").exists(), 90)
-        assert self.record.exists()
-        tree = psutil.Process(self.runner.pid).children(recursive=True)
-        self.launch = next(p for p in tree if "deepspeed.launcher.launch" in p.cmdline())
-        self.ranks = [p for p in tree if p.parent() == self.launch]
-        self.all = [psutil.Process(self.runner.pid), *tree]
-
-    def leftovers(self) -> list[psutil.Process]:
-        return [p for p in self.all if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-    def all_gone(self) -> bool:
-        self.runner.poll()
-        return not self.leftovers()
-
-    def kill(self) -> None:
-        for process in self.leftovers():
-            process.kill()
-        self.runner.wait()
+def start(place: Path) -> Launched:
+    return Launched(place, launch_command("pretrain", 2, *flags(place), runners=FAULTY_RUNNERS))
 
 
 HARM: dict[str, Callable[[Launched], object]] = {
@@ -58,7 +33,7 @@ FIRST = ("SIGTERM to the runner", "SIGKILL of launch.py")
 
 @pytest.mark.parametrize("harm", quick_first([*HARM], lambda harm: harm == FIRST[0], lambda harm: harm not in FIRST))
 def test_every_end_is_one_checkpoint_and_no_orphan(place: Path, clean: dict[str, str], harm: str) -> None:
-    launched = Launched(place)
+    launched = start(place)
     try:
         began = time.monotonic()
         HARM[harm](launched)
@@ -77,7 +52,7 @@ def test_every_end_is_one_checkpoint_and_no_orphan(place: Path, clean: dict[str,
 
 @pytest.mark.fault
 def test_a_killed_rank_ends_the_launch_in_seconds(place: Path, clean: dict[str, str]) -> None:
-    launched = Launched(place)
+    launched = start(place)
     try:
         launched.ranks[1].kill()
         wait_for(launched.all_gone, 15)

@@ -125,7 +125,9 @@ def test_a_port_in_use_is_one_line(place: Path) -> None:
         refused = run(place, size=1, micro_batch=3, environment={"WORLD_SIZE": "2", "MASTER_PORT": port})
         assert refused.wait() == [2], refused.text()
     (line,) = [line for line in refused.text().splitlines() if "rror" in line]
-    assert line == f"error: 127.0.0.1:{port}, where the ranks meet, is in use: give another --master_port"
+    assert (
+        line == f"error: 127.0.0.1:{port}, where the ranks meet, is in use: give another --master_port or MASTER_PORT"
+    )
 
 
 def test_a_run_directory_that_may_not_be_made_is_one_line(place: Path) -> None:

@@ -177,7 +177,7 @@ def test_an_image_that_breaks_in_mid_run_is_named_by_the_rank_that_met_it(tmp_pa
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "2 Slurm tasks, but RANK and WORLD_SIZE are unset"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "SLURM_LOCALID is unset in a task of Slurm's"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is unset"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from instance_ssl.config.choices import OptimizerName
-from instance_ssl.config.deepspeed import DeepSpeedSettings, ZeroSection, load_ds_config
+from instance_ssl.config.deepspeed import DeepSpeedSettings, ZeroSection, load_ds_config, read_ds_file
 from instance_ssl.errors import UserError
 
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
@@ -36,8 +36,10 @@ def error_of(path: Path, **arguments: Any) -> str:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_files_load(path: Path) -> None:
-    settings = load(path)
+    file = read_ds_file(path)
+    settings = file.settings(global_batch_size=4096, max_grad_norm=0.0, world_size=2, micro_batch_size=64)
     assert settings.accumulation_steps == 32
+    assert (file.micro_batch_size is None) == (path.name == "auto.json")
     assert ("bf16" in path.name) == (settings.autocast_dtype == torch.bfloat16)
     assert ("fp16" in path.name) == (settings.autocast_dtype == torch.float16)
 
@@ -208,3 +210,19 @@ def test_an_optimizer_of_whole_tensors_is_refused_under_zero(
     load_ds_config(path, global_batch_size=None, **given)  # an evaluation of the run trains nothing
     load_ds_config(written(tmp_path, zero_optimization={"stage": 0}), global_batch_size=4096, **given)
     load_ds_config(path, global_batch_size=4096, **{**given, "optimizer": "adamw"})
+
+
+def test_an_automatic_micro_batch_is_filled_in_and_ranks_that_cannot_share_the_batch_are_refused(
+    tmp_path: Path,
+) -> None:
+    file = read_ds_file(written(tmp_path, train_micro_batch_size_per_gpu="auto"))
+    settings = file.settings(global_batch_size=96, max_grad_norm=0.0, world_size=3, micro_batch_size=16)
+    assert (settings.micro_batch_size, settings.accumulation_steps) == (16, 2)
+    assert settings.engine["train_micro_batch_size_per_gpu"] == 16
+    with pytest.raises(UserError) as caught:
+        file.settings(global_batch_size=96, max_grad_norm=0.0, world_size=5)
+    assert str(caught.value) == (
+        "optimization.global_batch_size 96 cannot be divided over 5 ranks: start 1 or 2 or 3 or 4 or 6 or 8"
+    )
+    with pytest.raises(UserError, match='a positive number of images a rank, or "auto"'):
+        read_ds_file(written(tmp_path, train_micro_batch_size_per_gpu="automatic"))

@@ -95,6 +95,7 @@ def test_a_vit_gets_eight_patches_a_side_unless_its_patch_is_given() -> None:
 
     assert patch(options=options) == (4, 4)
     assert patch(options={**options, "patch_size": 8}) == (8, 8)
+    assert patch(options={**options, "patch_size": 2}) == (2, 2)
     assert patch(options=options, stem="imagenet") == (16, 16)
     assert patch(options=options, image_size=96) == (16, 16)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from instance_ssl.errors import UserError
 from instance_ssl.run.directory import State, write_status
@@ -138,3 +139,40 @@ def test_a_directory_in_use_is_no_shortage(tmp_path: Path, capsys: pytest.Captur
 
     assert exit_code(meet_a_lock, Process()) == 2
     assert capsys.readouterr().err == "error: in use\n"
+
+
+def make_a_mistake() -> None:
+    raise UserError("data.root a\x1b[31mb does not exist")
+
+
+def fail_oddly() -> None:
+    raise ValueError("one\ntwo")
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "expected"),
+    [
+        (make_a_mistake, 2, "error: data.root a\\x1b[31mb does not exist"),
+        (lack_a_thread, 2, "threads or processes (ulimit -u: "),
+        (lose_a_peer, 3, "rank 1: another rank has stopped; stopping too"),
+        (fail_oddly, 1, "rank 1: ValueError: one"),
+    ],
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_torchrun_ends_its_report_with_the_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    work: Callable[[], None],
+    code: int,
+    expected: str,
+    rank: str,
+) -> None:
+    """Of every rank, whether or not it prints the line itself: torchrun takes the first to fail for the cause."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("RANK", rank)
+    assert exit_code(work, Process()) == code
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(tmp_path / "error.json"))
+    *_, last, border = str(ChildFailedError("runners/pretrain.py", {0: failure})).splitlines()
+    assert border.strip("=") == ""
+    assert last.startswith("  traceback : ")
+    assert expected.replace("rank 1", f"rank {rank}") in last

@@ -6,7 +6,7 @@ import pytest
 
 from instance_ssl.distributed.comm import has_code_for
 from instance_ssl.errors import UserError
-from instance_ssl.run.launch import check_launch, check_world, read_hostfile, take_apart
+from instance_ssl.run.launch import check_launch, read_hostfile, take_apart
 
 SCRIPT = ["runners/pretrain.py", "--run-dir", "runs/a"]
 
@@ -82,9 +82,17 @@ def test_one_machine_needs_no_shell(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [[], ["python", *SCRIPT]])
-def test_something_else_than_deepspeed_is_refused(command: list[str]) -> None:
+def test_a_command_of_another_program_is_refused(command: list[str]) -> None:
     with pytest.raises(UserError, match="whole command"):
         take_apart(command)
+
+
+@pytest.mark.parametrize("command", [["/venv/bin/torchrun"], ["python", "-m", "torch.distributed.run"]])
+def test_torchrun_passes_signals_on_itself_and_reads_no_hostfile(command: list[str]) -> None:
+    launch = take_apart([*command, "--nproc-per-node", "2", *SCRIPT])
+    assert launch.passes_signals_on
+    assert launch.hostfile is None
+    assert launch.run_directory == Path("runs/a")
 
 
 def test_the_run_directory_is_found() -> None:
@@ -109,56 +117,3 @@ def test_a_gpu_without_code_for_it_is_told_apart(
     capability: tuple[int, int], architectures: list[str], served: bool
 ) -> None:
     assert has_code_for(capability, architectures) == served
-
-
-PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-STEP = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {},
-        PLACE,
-        PLACE | STEP,
-        {"RANK": "0", "WORLD_SIZE": "1"},
-        {"MASTER_ADDR": "node0"},  # left over in a shell
-        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"},  # the shell of salloc
-        STEP | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},  # as a step
-        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"},  # in a batch script
-        STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --ntasks=1 in a larger allocation
-        STEP | {"SLURM_PROCID": "0", "SLURM_PTY_PORT": "4711"},  # srun --pty bash
-        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
-    ],
-)
-def test_a_process_that_is_alone_or_knows_its_place_passes(environment: dict[str, str]) -> None:
-    check_world(environment)
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        (STEP | {"SLURM_PROCID": "0"}, "^2 Slurm tasks, but RANK and WORLD_SIZE are unset"),
-        (STEP | {"SLURM_PROCID": "1", "ENVIRONMENT": "BATCH"}, "^2 Slurm tasks"),  # srun in a batch script
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "^2 Slurm tasks"),
-        (STEP | {"SLURM_PROCID": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, "^2 Slurm tasks"),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, "^4 MPI processes"),
-        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "^4 MPI processes"),
-        ({name: value for name, value in PLACE.items() if name != "MASTER_PORT"}, "^MASTER_PORT is unset"),
-        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, "^MASTER_PORT is unset"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "^MASTER_ADDR and MASTER_PORT are unset"),
-        ({name: value for name, value in PLACE.items() if name != "RANK"}, "^RANK is unset"),
-        ({name: value for name, value in PLACE.items() if name != "WORLD_SIZE"}, "^WORLD_SIZE is unset"),
-        (PLACE | {"RANK": "2"}, "^RANK 2 of WORLD_SIZE 2"),
-        (PLACE | {"RANK": "-1"}, "^RANK is '-1'"),
-        (PLACE | {"RANK": ""}, "^RANK is unset"),
-        (PLACE | {"WORLD_SIZE": "two"}, "^WORLD_SIZE is 'two'"),
-        (PLACE | {"MASTER_PORT": "99999"}, "^MASTER_PORT is '99999'"),
-        (PLACE | {"LOCAL_RANK": "x"}, "^LOCAL_RANK is 'x'"),
-    ],
-)
-def test_a_process_that_would_take_itself_for_the_only_one_is_refused(
-    environment: dict[str, str], expected: str
-) -> None:
-    with pytest.raises(UserError, match=expected):
-        check_world(environment)

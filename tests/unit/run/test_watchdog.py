@@ -62,7 +62,16 @@ def test_a_dead_peer_is_found_before_it_is_buried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [(["/venv/bin/deepspeed"], True), (["deepspeed.launcher.launch"], True), (["train"], False)]
+    ("words", "expected"),
+    [
+        (["/venv/bin/deepspeed"], True),
+        (["deepspeed.launcher.launch", "--master_port=1", "runners/pretrain.py"], True),
+        (["/venv/bin/torchrun", "--nproc-per-node", "2", "runners/pretrain.py"], True),
+        (["torch.distributed.run", "runners/pretrain.py"], True),
+        (["/venv/bin/accelerate", "launch", "runners/pretrain.py"], True),
+        (["train"], False),
+        (["runners/pretrain.py", "--run-dir", "runs/torchrun"], False),
+    ],
 )
 def test_launchers_are_known_by_their_command(words: list[str], expected: bool, tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=subprocess.PIPE)

@@ -14,7 +14,7 @@ from instance_ssl.config.choices import LAYOUTS
 from instance_ssl.config.experiment import ExperimentConfig
 from instance_ssl.models.encoder import build_encoder
 from instance_ssl.run.build import describe_stem_cost
-from instance_ssl.stages.plan import Training
+from instance_ssl.run.planner import Training
 from instance_ssl.training import classifier_cost
 from instance_ssl.training.classifier_cost import ClassifierSize, classifier_flops, classifier_memory
 from instance_ssl.training.memory_plan import EncoderCost, EngineSize, encoder_memory, measure_encoder, plan_layout
