@@ -1,11 +1,13 @@
 """The suite is about CPU ranks: a GPU in the machine must not draw some of the work away. Here are its own fixtures."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TextIO
 
 import pytest
+from processes import run_bare
 from xdist.scheduler import LoadFileScheduling, Scheduling
 
 os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
@@ -40,6 +42,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         config.option.dist = "no"
         return 0
     return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture
+def forked_runners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of `instance_ssl.api` fork their runners, which then have torch imported."""
+    from instance_ssl import api
+
+    def wait(command: Sequence[str], errors: TextIO) -> int:
+        place = next(place for place, word in enumerate(command) if word.endswith(".py"))
+        finished = run_bare(command[place].removesuffix(".py"), *command[place + 1 :])
+        print(finished.stdout, end="")
+        errors.write(finished.stderr)
+        return finished.returncode
+
+    monkeypatch.setattr(api, "_wait", wait)
 
 
 @pytest.fixture(scope="session")

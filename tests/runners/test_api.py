@@ -3,14 +3,12 @@
 import signal
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from processes import run_bare
 
 import instance_ssl
 from instance_ssl import api
@@ -34,22 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command runs in a forked process, which has torch imported."""
-
-    def wait(command: Sequence[str], errors: Any) -> int:
-        place = next(place for place, word in enumerate(command) if word.endswith(".py"))
-        finished = run_bare(command[place].removesuffix(".py"), *command[place + 1 :])
-        print(finished.stdout, end="")
-        errors.write(finished.stderr)
-        return finished.returncode
-
-    monkeypatch.setattr(api, "_wait", wait)
-
-
 def test_three_calls_train_embed_and_export(
-    folder: Path, tmp_path: Path, forked: None, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, forked_runners: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = instance_ssl.pretrain(folder, tmp_path / "run", backbone="small_cnn", **SMALL)
     assert "12 images" in capsys.readouterr().out
@@ -64,7 +48,7 @@ def test_three_calls_train_embed_and_export(
     assert np.array_equal(again, features)
 
 
-def test_a_mistake_is_an_exception(folder: Path, tmp_path: Path, forked: None) -> None:
+def test_a_mistake_is_an_exception(folder: Path, tmp_path: Path, forked_runners: None) -> None:
     with pytest.raises(UserError, match=r"unknown key 'optimization\.epoch'; did you mean 'epochs'"):
         api.pretrain(folder, tmp_path / "run", **{"optimization.epoch": 3})
     with pytest.raises(UserError, match=r"data\.root .*nowhere"):
