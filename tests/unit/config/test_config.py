@@ -132,7 +132,7 @@ def test_a_single_epoch_without_warm_up_is_allowed(tmp_path: Path) -> None:
         ("classifier.temperature=.nan", "classifier.temperature"),
         ("classifier.num_hard_classes=0", "smoothing_factor"),
         ("classifier.loss_form=sum", "classifier.loss_form"),
-        ("export.formats=[npy]", "'npy' is not one of pth, safetensors, detectron2, onnx, parquet"),
+        ("export.formats=[npy]", "'npy' is not one of pth, safetensors, hub, detectron2, onnx, parquet"),
         ("export.formats=[pth,npy]", "export.images"),
         ("export.formats=pth", "expected a list: [pth]"),
         ("export.formats=5", "export.formats"),
