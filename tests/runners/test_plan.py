@@ -12,6 +12,7 @@ import paper_memory
 from instance_ssl.run.console import exit_code_of
 
 PAPER = ["--config", str(ROOT / "runners/configs/pipeline_imagenet_resnet50.yaml")]
+FOLDER = str(ROOT / "runners/configs/pipeline_folder.yaml")
 PAPER += ["--deepspeed_config", str(ROOT / "ds_configs/v100_fp16.json"), "--world-size", "64"]
 
 
@@ -42,6 +43,21 @@ def test_table_1_and_figure_3_are_printed_and_drawn(tmp_path: Path) -> None:
         assert picture.width > 1000
 
 
+def test_what_is_auto_is_chosen_as_on_gpus_of_this_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """The micro-batch is the largest that fits: all of a rank's part, or the next divisor."""
+    words = ["--config", FOLDER, "--world-size", "3", "--num-instances", "500", "--set", "data.image_size=16"]
+    words += ["model.backbone=small_cnn"]
+    assert main_of("plan")(words) == 0
+    roomy = capsys.readouterr().out
+    assert "auto: optimization.global_batch_size = 96 (" in roomy
+    assert "auto: train_micro_batch_size_per_gpu = 32 (of 32 images a rank" in roomy
+    assert float(cells_of(roomy)["peak"][0]) > 8
+    assert main_of("plan")([*words[:6], "--gpu-memory-gib", str(8 / 1024), *words[6:]]) == 0
+    tight = capsys.readouterr().out
+    assert "auto: train_micro_batch_size_per_gpu = 32" not in tight
+    assert float(cells_of(tight)["peak"][0]) <= 8
+
+
 def test_images_of_the_demo_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main_of("plan")(["--world-size", "2"]) == 0
     output = capsys.readouterr().out
@@ -57,6 +73,10 @@ def test_images_of_the_demo_are_counted(capsys: pytest.CaptureFixture[str]) -> N
         (["--world-size", "2", "--gpu-memory-gib", "-1"], "--gpu-memory-gib"),
         (["--world-size", "2", "--num-instances", "100"], "exceeds the 100 images"),
         (["--world-size", "2", "--set", "model.width=3"], "model.width"),
+        (
+            ["--config", FOLDER, "--world-size", "2", "--num-instances", "500"],
+            "data.image_size is auto, and no image is opened here",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
