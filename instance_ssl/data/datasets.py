@@ -23,6 +23,16 @@ from instance_ssl.files.name_lists import read_names
 _DIGITS_TEST_SIZE = 360
 
 
+_NO_LABELS = (
+    "has no labels and so no test split; digits, cifar10, cifar100, tree, tar, sun397, dtd and inaturalist2018 have one"
+)
+_WITHOUT_TEST_SPLIT = {
+    "class_folders": "has no test split of its own: evaluations hold a part of its images out",
+    "folder": _NO_LABELS,
+    "list": _NO_LABELS,
+}
+
+
 def open_source(
     kind: str,
     split: str,
@@ -66,22 +76,14 @@ def open_source(
             return _open_cifar(dataset, kind, split, required_root(root, kind), limit)
         case "tar":
             return open_tar(root, shards, split, partial(kept_indices, limit, split), on_broken, rendering)
+        case "class_folders" | "folder" | "list" if split == "test":
+            raise UserError(f"data.kind '{kind}' {_WITHOUT_TEST_SPLIT[kind]}")
         case "class_folders":
-            if split == "test":
-                raise UserError(
-                    "data.kind 'class_folders' has no test split of its own: evaluations hold a part of its images out"
-                )
             files = _find_class_folders(existing_root(root, kind))
-        case "folder" | "list":
-            if split == "test":
-                raise UserError(
-                    f"data.kind '{kind}' has no labels and so no test split; digits, cifar10, cifar100, tree, tar, "
-                    "sun397, dtd and inaturalist2018 have one"
-                )
-            if kind == "folder":
-                files = _find_folder(existing_root(root, kind))
-            else:
-                files = _read_list(root, list_file, must_exist=not on_broken.skip)
+        case "folder":
+            files = _find_folder(existing_root(root, kind))
+        case "list":
+            files = _read_list(root, list_file, must_exist=not on_broken.skip)
         case "tree" | "sun397" | "dtd" | "inaturalist2018":
             find = {"tree": _find_tree, "sun397": find_sun397, "dtd": find_dtd, "inaturalist2018": find_inaturalist2018}
             files = find[kind](existing_root(root, kind), split)
