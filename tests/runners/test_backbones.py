@@ -79,6 +79,34 @@ def test_any_backbone_goes_through_every_stage(settings: list[str], tmp_path: Pa
     assert again.stdout.count("already complete") == 4
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("settings", [VIT, CONVNEXT, MOBILENET], ids=lambda settings: settings[0].rpartition("=")[2])
+def test_every_knob_of_the_json_works_with_any_backbone(settings: list[str], tmp_path: Path) -> None:
+    """Two ranks, ZeRO 2, bfloat16 autocast, accumulation and recomputation end near plain float32 on one rank."""
+    losses = []
+    for name, ranks, knobs in (
+        ("plain", 1, {"train_micro_batch_size_per_gpu": 48}),
+        (
+            "all",
+            2,
+            {
+                "train_micro_batch_size_per_gpu": 12,
+                "zero_optimization": {"stage": 2},
+                "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+                "activation_checkpointing": {},
+            },
+        ),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(knobs))
+        words = ["--config", CONFIG, "--deepspeed_config", str(tmp_path / f"{name}.json")]
+        words += ["--run-dir", str(tmp_path / name), "--set", *SMALL, *settings]
+        stages = ["--stages", "initialize_classifier", "pretrain"]
+        finished = run_forked("pipeline", ranks, *words, *stages)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        losses.append(result(tmp_path / name, "pretrain")["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_given_weights_are_where_the_training_starts(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     settings = [*VIT, "evaluation.sources=[trained]"]
