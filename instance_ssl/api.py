@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instance_ssl.errors import EXIT_USER_ERROR, UserError
+from instance_ssl.run.console import tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,7 +160,7 @@ def _wait(command: Sequence[str], errors: Any) -> int:
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            print(line, end="", flush=True)
+            tell(line.rstrip("\n"))
         return process.wait()
     except KeyboardInterrupt:
         process.send_signal(signal.SIGTERM)

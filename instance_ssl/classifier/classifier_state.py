@@ -22,6 +22,7 @@ from instance_ssl.classifier.classifier_settings import ClassifierSettings
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.errors import escape, in_one_line, shorten
 from instance_ssl.files.atomic import saved_file
+from instance_ssl.files.structured import MalformedError, parse_json
 
 _KIND = "instance_ssl.InstanceClassifier"
 _ROWS = ("weight", "momentum", "hard_classes")
@@ -94,11 +95,11 @@ def read_state(path: Path, settings: ClassifierSettings, shard: ClassifierShard)
             metadata, slices = file.metadata() or {}, {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             if metadata.get("kind") != _KIND:
                 raise ValueError(f"{shown} is not the file of an InstanceClassifier")
-            _check_identity(json.loads(metadata["settings"]), settings, shown)
+            _check_identity(parse_json(metadata["settings"]), settings, shown)
             _check_shapes({name: tuple(value.get_shape()) for name, value in slices.items()}, shard)
             own = slice(shard.start, shard.stop)
             return {name: slices[name][own] if name in _ROWS else file.get_tensor(name) for name in slices}
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+    except (OSError, KeyError, TypeError, MalformedError, safetensors.SafetensorError) as error:
         raise ValueError(f"{shown} cannot be read: {escape(shorten(in_one_line(error)))}") from None
 
 

@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +87,22 @@ def test_an_interrupt_lets_the_run_save_and_stop(tmp_path: Path) -> None:
     script = (
         "import pathlib, signal, sys, time\n"
         "def stop(*_):\n    pathlib.Path('saved').write_text('yes')\n    sys.exit(75)\n"
-        "signal.signal(signal.SIGTERM, stop)\nprint('ready', flush=True)\ntime.sleep(60)\n"
+        "signal.signal(signal.SIGTERM, stop)\npathlib.Path('ready').touch()\ntime.sleep(60)\n"
     )
     command = [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{script}"]
     main_thread = threading.main_thread().ident
     assert main_thread is not None
-    timer = threading.Timer(1.0, signal.pthread_kill, (main_thread, signal.SIGINT))
-    timer.start()
+
+    def interrupt() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        signal.pthread_kill(main_thread, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
     with pytest.raises(KeyboardInterrupt):
         api._wait(command, None)
-    timer.cancel()
+    interrupter.join()
     assert (tmp_path / "saved").read_text() == "yes"
 
 

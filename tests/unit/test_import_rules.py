@@ -26,7 +26,7 @@ LAYERS["run"] = LAYERS["training"] | {"files", "training"}
 LAYERS["evaluation"] = LAYERS["run"] | {"run"}
 LAYERS["report"] = LAYERS["evaluation"] | {"evaluation"}
 LAYERS["stages"] = LAYERS["evaluation"] | {"evaluation"}
-LAYERS["api"] = {"errors"}
+LAYERS["api"] = {"errors", "run"}
 
 # What every room may take from the configuration: names and constants, no settings.
 CHOICES = "instance_ssl.config.choices"
