@@ -154,6 +154,7 @@ def resident(group: Group, cases: list[tuple[OptimizerName, int]]) -> list[int]:
     return sizes
 
 
+@pytest.mark.full
 def test_what_stays_of_each_optimizer_is_planned_at_each_stage() -> None:
     cases: list[tuple[OptimizerName, int]] = [("adamw", 0), ("adamw", 2), ("muon", 0)]
     for (optimizer, zero_stage), measured in zip(cases, run_ranks(resident, 2, cases)[0], strict=True):

@@ -195,6 +195,7 @@ def _stop_once(group: Group, directory: Path, sections: dict[str, Any]) -> list[
     return said
 
 
+@pytest.mark.full
 def test_a_stopped_export_of_a_folder_goes_on(run: Path, folder: Path, tmp_path: Path) -> None:
     checkpoint = run / "initialize_classifier/checkpoints/step_000000000"
     sections: dict[str, Any] = {"evaluation": {"checkpoint": str(checkpoint), "batch_size": 2}}

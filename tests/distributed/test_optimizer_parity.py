@@ -168,7 +168,7 @@ def train_on_ranks(group: Group, cases: list[Case]) -> list[tuple[dict[str, Tens
     return results
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.full)])
 def test_steps_on_any_number_of_ranks_equal_plain_pytorch(world_size: int) -> None:
     for results in run_ranks(train_on_ranks, world_size, CASES):
         for case, states in zip(CASES, results, strict=True):

@@ -206,6 +206,7 @@ def test_broken_images_are_removed_between_two_runs_and_repaired_ones_come_again
     assert (place / "run/instances.txt").read_text().split()[-1] == "007.png"
 
 
+@pytest.mark.full
 def test_what_is_broken_may_be_gone_or_another_file_when_the_run_goes_on(place: Path, images: Path) -> None:
     initialise(place)
     stopped = run(place, settings=SKIP, fault="step:0:9:term", prepare=vanish_once_opened)

@@ -229,6 +229,7 @@ def test_a_run_of_an_earlier_version_resumes_to_the_bit(place: Path, clean: dict
     assert digests(place) == clean
 
 
+@pytest.mark.full
 def test_a_run_of_an_earlier_version_with_left_out_images_goes_on_without_them(place: Path, images: Path) -> None:
     stop_at(place, 8)  # 5 of them in the epoch that was begun again
     old, _ = rows_of(checkpoints(place)[-1])

@@ -20,6 +20,7 @@ def start(place: Path, *launcher_flags: str, workers: int = 0) -> Launched:
     return Launched(place, torchrun_command("pretrain", 2, *arguments, flags=launcher_flags, runners=FAULTY_RUNNERS))
 
 
+@pytest.mark.full
 def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_nothing_had_happened(
     place: Path, clean: dict[str, str]
 ) -> None:

@@ -50,7 +50,7 @@ def flags(run: Path, *settings: str) -> list[str]:
         VIT,
         pytest.param(CONVNEXT, marks=pytest.mark.full),
         pytest.param(MOBILENET, marks=pytest.mark.full),
-        OWN_NETWORK,
+        pytest.param(OWN_NETWORK, marks=pytest.mark.full),
     ],
     ids=lambda settings: settings[0].rpartition("=")[2],
 )

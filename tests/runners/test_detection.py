@@ -43,6 +43,7 @@ def settings(root: Path, **more: str) -> list[str]:
     return ["--set", *(f"{key}={value}" for key, value in keys.items())]
 
 
+@pytest.mark.full
 def test_two_ranks_train_and_one_goes_on_to_the_same_figures(tmp_path: Path) -> None:
     """The second run finds the first one's detector, trained to the end, and evaluates it alone."""
     tree = make_tree(tmp_path / "voc")

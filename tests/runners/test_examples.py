@@ -12,7 +12,7 @@ def test_the_loop_is_short() -> None:
     assert len((RUNNERS / "examples/own_loop.py").read_text().splitlines()) <= 40
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_loop_of_ones_own_learns(ranks: int) -> None:
     finished = run_bare("examples/own_loop") if ranks == 1 else run_forked("examples/own_loop", ranks)
     assert finished.returncode == 0, finished.stderr

@@ -11,6 +11,7 @@ SHORT = ["optimization.epochs=3", "optimization.warmup_epochs=1"]
 STAGES = ("initialize_classifier", "pretrain")
 
 
+@pytest.mark.full
 def test_sampled_classes_over_copies_of_w(tmp_path: Path) -> None:
     settings = {
         "train_micro_batch_size_per_gpu": 64,

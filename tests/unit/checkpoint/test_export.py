@@ -177,9 +177,12 @@ LIBRARY_NETWORKS: list[tuple[str, dict[str, Any], StemName]] = [
     ("timm/convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, "small"),
     ("torchvision/mobilenet_v3_small", {}, "small"),
 ]
+LIBRARY_CASES = [
+    pytest.param(*case, marks=() if place == 0 else pytest.mark.full) for place, case in enumerate(LIBRARY_NETWORKS)
+]
 
 
-@pytest.mark.parametrize(("name", "options", "stem"), LIBRARY_NETWORKS)
+@pytest.mark.parametrize(("name", "options", "stem"), LIBRARY_CASES)
 def test_a_library_s_network_is_loaded_as_its_files_say(
     name: str, options: dict[str, Any], stem: StemName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def test_the_planner_decides_to_the_byte(request_for: PlanRequest) -> None:
     assert choose_micro_batch(request, GPU, needed - 1).value == 2
 
 
+@pytest.mark.full
 def test_without_enough_memory_one_image_is_tried_and_it_is_said(request_for: PlanRequest) -> None:
     choice = choose_micro_batch(request_for, GPU, 0)
     assert choice.value == 1
