@@ -47,7 +47,8 @@ class Process:
         self.guard.local_peers = {rank: peer for rank, (host, peer) in peers if host == here and rank != self.rank}
 
     def leave_world(self) -> None:
-        """Leaves the world, if this process has met the other ranks."""
+        """Leaves the world, if this process has met the other ranks, which may end before it from then on."""
+        self.guard.local_peers = {}
         if self.run is not None:
             from instance_ssl.distributed import comm
 

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -176,3 +178,14 @@ def test_torchrun_ends_its_report_with_the_line(
     assert border.strip("=") == ""
     assert last.startswith("  traceback : ")
     assert expected.replace("rank 1", f"rank {rank}") in last
+
+
+def test_a_rank_that_ends_first_at_the_end_has_not_died() -> None:
+    ended = subprocess.Popen(["true"])
+    peer = ProcessId.of(psutil.Process(ended.pid))
+    ended.wait()
+    process = Process()
+    process.guard.local_peers = {1: peer}
+    assert process.guard.dead_peer() == 1
+    process.leave_world()
+    assert process.guard.dead_peer() is None
