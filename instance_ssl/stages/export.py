@@ -174,7 +174,16 @@ def _describe(stage: Stage, representation: Representation) -> dict[str, Any]:
         "epoch": representation.epoch,
         # Without its path: the card goes to others.
         **{key: value for key, value in representation.origin.items() if key not in ("checkpoint", "file")},
+        **_initial_weights(stage),
     }
+
+
+def _initial_weights(stage: Stage) -> dict[str, Any]:
+    """What the run started from, without paths: the card goes to others."""
+    origin = (read_json(stage.run_directory / "initialize_classifier/result.json") or {}).get("initial_weights")
+    if not isinstance(origin, dict):
+        return {}
+    return {"initial_weights": {key: value for key, value in origin.items() if key not in ("checkpoint", "file")}}
 
 
 def _describe_stem(stage: Stage) -> dict[str, Any]:

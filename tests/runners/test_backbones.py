@@ -127,6 +127,10 @@ def test_given_weights_are_where_the_training_starts(tmp_path: Path) -> None:
         assert figures["random"]["top1"] == of_file
         origin = result(run, "initialize_classifier")["initial_weights"]
         assert str(first) in str(origin)
+    assert run_bare("export", *first_words, "export.formats=[pth]").returncode == 0
+    card = json.loads((second / "0/export/model_card.json").read_text())
+    assert len(card["initial_weights"]["sha256"]) == 64
+    assert str(first) not in json.dumps(card)
     (first / "export/backbone.pth").unlink()  # what a run was started from is not needed again
     finished = run_forked("pipeline", 2, *first_words)
     assert finished.returncode == 0, finished.stdout + finished.stderr
