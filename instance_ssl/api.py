@@ -114,7 +114,7 @@ def export(
 
 
 def _flags_of(run_dir: Path, keys: Mapping[str, Any]) -> list[str]:
-    """The flags of a stage that goes on with a run."""
+    """The flags of a stage that reads a run."""
     stages = ("pretrain", "initialize_classifier")
     config = next((path for stage in stages if (path := run_dir / stage / "config.yaml").exists()), None)
     if config is None:

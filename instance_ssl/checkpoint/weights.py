@@ -1,4 +1,4 @@
-"""Reads a backbone's weights by torchvision's names from a file of any origin."""
+"""Reads a backbone's weights by its library's names from a file of any origin."""
 
 import argparse
 import hashlib

@@ -76,7 +76,7 @@ class EvaluationConfig(Section):
     Attributes:
         sources: what to evaluate: raw `pixels`, the `random` network, the `trained` one, a file of `weights`.
         checkpoint: checkpoint of `trained`: a step_… directory or a run directory; null: this run's newest.
-        weights: file of `weights`: torchvision's keys, safetensors or torch.save; file.pth#prefix selects one network.
+        weights: file of `weights`: its library's keys, safetensors or torch.save; file.pth#prefix selects one network.
         batch_size: images per batch of one rank in a pass over features.
         data: other labelled images, listing what differs from `data`; null: those of `data`.
     """

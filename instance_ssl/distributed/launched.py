@@ -46,6 +46,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_of_rank() -> int:
+    """Returns this rank's even share of the cores that the ranks of a machine may run on; at least 1."""
+    return max(1, usable_cores() // local_size())
+
+
 def num_threads() -> int | None:
     """Returns how many threads this rank should compute with on a CPU; None where OMP_NUM_THREADS says it.
 
@@ -54,7 +59,7 @@ def num_threads() -> int | None:
     """
     if "OMP_NUM_THREADS" in os.environ and not _launcher_chose_one_thread():
         return None
-    return max(1, usable_cores() // local_size())
+    return cores_of_rank()
 
 
 def _launcher_chose_one_thread() -> bool:

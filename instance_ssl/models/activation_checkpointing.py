@@ -30,7 +30,7 @@ def recompute_blocks(network: nn.Module) -> int:
     """
     blocks = [block for block in outermost_blocks(network) if any(True for _ in block.parameters())]
     for block in blocks:
-        block.forward = _Recomputed(block)
+        block.forward = partial(_recomputed, block, block.forward)
     return len(blocks)
 
 
@@ -41,16 +41,6 @@ def outermost_blocks(network: nn.Module) -> list[nn.Module]:
         is_container = isinstance(child, nn.Sequential | nn.ModuleList) and len(child) > 1
         blocks += child.children() if is_container else outermost_blocks(child)
     return blocks
-
-
-class _Recomputed:
-    """A block's forward pass that keeps its inputs only."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self._block, self._forward = block, block.forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _recomputed(self._block, self._forward, *args, **kwargs)
 
 
 def _recomputed(stage: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

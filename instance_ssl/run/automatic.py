@@ -99,6 +99,14 @@ def choose(draft: Draft, facts: Facts) -> list[Choice]:
     return choices
 
 
+def complete(draft: Draft, facts: Facts, say: Callable[[str], None]) -> ExperimentConfig:
+    """Returns the experiment with what `choose` chooses, each choice said with its reason."""
+    choices = choose(draft, facts)
+    for choice in choices:
+        say(str(choice))
+    return draft.completed({choice.key: choice.value for choice in choices})
+
+
 def _image_size(_: ExperimentConfig, facts: Facts) -> tuple[int, str]:
     most = min(facts.short_side, facts.device.side)
     size = max((side for side in _SIDES if side <= most), default=_SIDES[0])

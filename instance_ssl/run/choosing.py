@@ -1,6 +1,5 @@
 """Chooses what a run leaves to `auto`: measures what the rules of `automatic.py` need, and plans the micro-batch."""
 
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -51,7 +50,7 @@ def choose(
     Raises:
         UserError: the settings do not fit the images or the ranks.
     """
-    machines = world.all_gather_objects((cores_of_a_rank(), _memory_for_training(world.device)))
+    machines = world.all_gather_objects((launched.cores_of_rank(), _memory_for_training(world.device)))
     cores, memory_bytes = (min(each) for each in zip(*machines, strict=True))
 
     def on_rank_0() -> tuple[list[Choice], int]:
@@ -109,14 +108,11 @@ def completed_here(draft: Draft, source: ImageSource) -> ExperimentConfig:
         short_side=_short_side(source) if "data.image_size" in draft.auto else 0,
         class_size=None,
         world_size=1,
-        cores=cores_of_a_rank(),
+        cores=launched.cores_of_rank(),
         micro_batch_size=None,
         view_flops=view_flops,
     )
-    choices = automatic.choose(draft, facts)
-    for choice in choices:
-        tell(str(choice))
-    return draft.completed({choice.key: choice.value for choice in choices})
+    return automatic.complete(draft, facts, tell)
 
 
 def _check(
@@ -164,11 +160,6 @@ def view_flops(config: ExperimentConfig) -> int:
     size = config.data.image_size
     cost = measure_encoder(lambda: seeded_encoder(config), image_size=size, num_views=views, autocast_dtype=None)
     return cost.flops // views
-
-
-def cores_of_a_rank() -> int:
-    """Cores of this process, which it shares with the other ranks of the machine; at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // launched.local_size())
 
 
 def _memory_for_training(device: torch.device) -> int:

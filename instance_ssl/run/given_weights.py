@@ -66,7 +66,8 @@ def _load_run(stage: Stage, encoder: Encoder, path: Path) -> dict[str, Any]:
 
     def load() -> None:
         state = load_encoder(checkpoint)[0]
-        of_backbone = {name.removeprefix("backbone."): value for name, value in state.items() if "backbone." in name}
+        part = "backbone."
+        of_backbone = {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
         load_state(encoder.backbone, of_backbone, f"model.initial_weights {checkpoint.directory}")
 
     stage.together(load)

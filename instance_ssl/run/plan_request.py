@@ -7,6 +7,7 @@ from instance_ssl.config.data import DataConfig
 from instance_ssl.config.deepspeed import DeepSpeedFile, DeepSpeedSettings, read_ds_file
 from instance_ssl.config.draft import Draft, load_draft
 from instance_ssl.config.experiment import ExperimentConfig
+from instance_ssl.distributed import launched
 from instance_ssl.errors import UserError
 from instance_ssl.run import automatic
 from instance_ssl.run.arguments import add_config_arguments, ds_path_of
@@ -82,7 +83,7 @@ def _as_on_gpus(draft: Draft, num_instances: int, world_size: int, micro_batch_s
     """The experiment with the choices of a run on GPUs, except those that depend on the images' size or labels."""
     if not draft.auto:
         return draft.completed({})
-    from instance_ssl.run.choosing import cores_of_a_rank, view_flops  # late, for it imports torch
+    from instance_ssl.run.choosing import view_flops  # late, for it imports torch
 
     if "data.image_size" in draft.auto:
         raise UserError("data.image_size is auto, and no image is opened here: give --set data.image_size=224, say")
@@ -92,14 +93,11 @@ def _as_on_gpus(draft: Draft, num_instances: int, world_size: int, micro_batch_s
         short_side=0,
         class_size=None,
         world_size=world_size,
-        cores=cores_of_a_rank(),
+        cores=launched.cores_of_rank(),
         micro_batch_size=micro_batch_size,
         view_flops=view_flops,
     )
-    choices = automatic.choose(draft, facts)
-    for choice in choices:
-        tell(str(choice))
-    return draft.completed({choice.key: choice.value for choice in choices})
+    return automatic.complete(draft, facts, tell)
 
 
 def _count_images(data: DataConfig) -> int:

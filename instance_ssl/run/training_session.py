@@ -1,7 +1,6 @@
 """Decides after each step of a training: what to log, when to checkpoint, when to stop, which step to skip."""
 
 import contextlib
-import os
 import socket
 import statistics
 import time
@@ -13,6 +12,7 @@ from instance_ssl.checkpoint.directory import DirectoryWriter
 from instance_ssl.checkpoint.state import Checkpoint, TrainingPosition, start_checkpoint
 from instance_ssl.classifier.shard import ClassifierShard
 from instance_ssl.data.image_sources import FileImages
+from instance_ssl.distributed import launched
 from instance_ssl.errors import UserError
 from instance_ssl.run import precision
 from instance_ssl.run.broken_images import BrokenImages, TooManyBroken
@@ -276,7 +276,7 @@ class TrainingLog:
         return share
 
     def _cures_of_waiting(self) -> list[str]:
-        data, cores = self._stage.config.data, len(os.sched_getaffinity(0))
+        data, cores = self._stage.config.data, launched.usable_cores()
         on_gpu = self._stage.world.device.type != "cpu"
         processes = (len(self._stage.guard.local_peers) + 1) * (data.num_workers + (0 if on_gpu else 1))
         cures = [f"raise data.num_workers ({data.num_workers} a rank, {cores} cores here)"] * (processes < cores)

@@ -119,7 +119,7 @@ def _write_backbone(stage: Stage, encoder: Encoder, described: dict[str, Any]) -
     writers: dict[str, tuple[str, Callable[[Path], None]]] = {
         "pth": ("backbone.pth", lambda path: write_pth(state, path)),
         "safetensors": ("backbone.safetensors", lambda path: write_safetensors(state, path)),
-        "hub": ("hub", lambda path: _write_hub(stage, encoder, described, path)),
+        "hub": ("hub", lambda path: _write_hub(stage, encoder, state, described, path)),
         "onnx": ("features.onnx", lambda path: write_onnx(backbone, size, path)),
     }
     if is_resnet and not small:
@@ -135,7 +135,9 @@ def _write_backbone(stage: Stage, encoder: Encoder, described: dict[str, Any]) -
     return written
 
 
-def _write_hub(stage: Stage, encoder: Encoder, described: dict[str, Any], folder: Path) -> None:
+def _write_hub(
+    stage: Stage, encoder: Encoder, state: dict[str, Tensor], described: dict[str, Any], folder: Path
+) -> None:
     name, small = stage.config.model.backbone, _has_small_stem(stage)
     network = timm_network(encoder.backbone, name, small_stem=small)
     if network is None:
@@ -143,7 +145,7 @@ def _write_hub(stage: Stage, encoder: Encoder, described: dict[str, Any], folder
     size = stage.config.data.image_size
     inputs = Preprocessing(size, size / _resized(size), NORMALISE_MEAN, NORMALISE_STD)
     load = loading_code(encoder.backbone, name, small_stem=small)
-    write_hub(folder, backbone_state(encoder.backbone), network, inputs, described, load)
+    write_hub(folder, state, network, inputs, described, load)
 
 
 def _has_small_stem(stage: Stage) -> bool:

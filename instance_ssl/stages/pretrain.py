@@ -51,7 +51,7 @@ def run(stage: Stage) -> dict[str, Any]:
 def _train(stage: Stage, start: Checkpoint, skipped_steps: frozenset[int]) -> dict[str, Any] | None:
     """Trains to the last epoch, or with a frozen backbone to its last frozen epoch (None).
 
-    Training then goes on from the checkpoint of that epoch, with another engine: the thaw is a resume.
+    Training then resumes from the checkpoint of that epoch, with another engine: the thaw is a resume.
     """
     config, optimization = stage.config, stage.config.optimization
     sampler = GlobalBatchSampler(

@@ -38,12 +38,18 @@ def make_shard(group: Group, num_instances: int = N) -> ClassifierShard:
     return ClassifierShard(num_instances, D, comm.split(group, group.size)[0], options)
 
 
-def initialized(group: Group, mode: InitializationMode) -> tuple[Tensor, dict[str, Tensor], bool]:
+def own_batches(group: Group) -> list[tuple[Tensor, Tensor]]:
+    """This rank's images and ids of every global batch."""
     images, order = make_images(), torch.randperm(N, generator=torch.Generator().manual_seed(2))
     batches = []
     for ids in order.split(BATCH):
         start, stop = Partition(len(ids), group.size).bounds(group.rank)
         batches.append((images[ids[start:stop]], ids[start:stop]))
+    return batches
+
+
+def initialized(group: Group, mode: InitializationMode) -> tuple[Tensor, dict[str, Tensor], bool]:
+    batches = own_batches(group)
     shard, encoder = make_shard(group), make_encoder()
     encoder.train()
     initialize_from_features(shard, encoder, batches, mode, group)
@@ -116,11 +122,7 @@ def make_plain_encoder() -> nn.Sequential:
 
 def centred(group: Group, mode: InitializationMode, stop_after: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Rows and state after a pass, stopped and resumed, whose batch norm keeps its statistics."""
-    images, order = make_images(), torch.randperm(N, generator=torch.Generator().manual_seed(2))
-    batches = []
-    for ids in order.split(BATCH):
-        start, stop = Partition(len(ids), group.size).bounds(group.rank)
-        batches.append((images[ids[start:stop]], ids[start:stop]))
+    batches = own_batches(group)
     shard, encoder = make_shard(group), make_plain_encoder()
     for part, done in ((batches[:stop_after], 0), (batches[stop_after:], stop_after)):
         resumed = make_plain_encoder()
